@@ -454,7 +454,7 @@ def command_line(value: object) -> str | list[str]:
 def task_ids(value: object) -> list[int]:
     """Read ids: 3, "3", "3,5-9" or a list of such; in that order, none twice."""
     found: dict[int, None] = {}
-    for item in value if isinstance(value, list) else [value]:
+    for item in value if isinstance(value, (list, tuple)) else [value]:
         for word in str(item).split(","):
             match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
@@ -856,9 +856,7 @@ else:
 
         @staticmethod
         def close_inherited() -> None:
-            """Give 0 to 2 a file if they have none; close every descriptor above."""
-            while os.open(os.devnull, os.O_RDWR) <= 2:
-                pass
+            """Close every descriptor above 2 that came from the caller."""
             for name in os.listdir("/proc/self/fd" if _HAS_PROC else "/dev/fd"):
                 if int(name) > 2:
                     with contextlib.suppress(OSError):
@@ -887,8 +885,7 @@ else:
 
 def is_alive(pid: int, start_time: str | None, boot_id: str | None) -> bool:
     """Tell whether exactly this process lives: PID, start time and boot must agree."""
-    is_possible = pid > 1 or pid == os.getpid()  # 1: a container's daemon, for itself
-    is_known = is_possible and start_time is not None and boot_id == Platform.boot_id()
+    is_known = pid > 0 and start_time is not None and boot_id == Platform.boot_id()
     return is_known and Platform.start_time(pid) == start_time
 
 
@@ -1535,7 +1532,8 @@ class Database:
             if re.search("not a database|malformed|corrupt", str(error)):
                 hint = "it is kept as it is: restore a backup, or move it away and start anew"
                 code = "DATABASE_CORRUPT"
-            raise DaemonError(code, f"{self.path}: {error}", hint) from None
+            what = " ".join(str(error).split())
+            raise DaemonError(code, f"{self.path}: {what}", hint) from None
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -1805,8 +1803,10 @@ def make_state_folder(folder: str) -> None:
         hint = "use --state DIR (or APEX_STATE_DIR) with a folder on a local disk"
         raise DaemonError("CONFIG_INVALID", f"{folder} is on {kind}: sqlite is unsafe there", hint)
     try:
-        for part in (folder, os.path.join(folder, "run"), os.path.join(folder, "logs")):
-            os.makedirs(part, mode=0o700, exist_ok=True)
+        for part in ("", "run", "logs", "cache"):
+            os.makedirs(os.path.join(folder, part), mode=0o700, exist_ok=True)
+        if Platform.SURVIVES and os.stat(folder).st_mode & 0o077:
+            os.chmod(folder, 0o700)  # made by hand, for its configuration
     except OSError as error:
         raise cannot_create(folder, error) from None
     ignore = os.path.join(folder, ".gitignore")
@@ -2262,6 +2262,9 @@ class Child:
     def start(self) -> Result | None:
         """Prepare the command up to its last step, `go`; a Result says why that failed."""
         try:
+            for path in (self.job.log_path, self.job.record_path):
+                if not os.path.isdir(os.path.dirname(path)):  # removed by somebody
+                    os.makedirs(os.path.dirname(path), mode=0o700)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _O_SAFE
             log_fd = os.open(self.job.log_path, flags, 0o600)
             try:
@@ -2346,6 +2349,7 @@ class ShellChild(Child):
 
     def go(self) -> None:
         """Let the command run, now that its claim is on disk, unless it was ended before."""
+        failpoint("commit")
         with self._lock:
             if not self._is_unwanted:
                 os.write(self._go_writer, b"\n")
@@ -2994,8 +2998,9 @@ class TaskVerbs:
         return {"over_budget": is_over}
 
     def _queue(self, fields: Fields) -> Fields:
-        """Return {"counts": {state: {group: n}}, "paused": [...], "groups": [...]}."""
-        paused, groups = self._store.get_paused(), list(self._store.config.groups)
+        """Return {"counts": {state: {group: n}}, "paused": [...], "groups": {...}}."""
+        groups = {name: vars(group) for name, group in self._store.config.groups.items()}
+        paused = self._store.get_paused()
         return {"counts": self._store.get_counts(), "paused": paused, "groups": groups}
 
     def _logs(self, fields: Fields) -> Fields:
@@ -3008,6 +3013,9 @@ class TaskVerbs:
         deadline = Clock.mono() + _field(fields, "within", duration, 0.0)
         last = max(self._store.get(task_id).attempts, 1)
         number = _field(fields, "attempt", integer(1), last)
+        if number > last:
+            what = f"task {task_id} has no attempt {number}"
+            raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
         while True:
             task = self._store.get(task_id)
             is_over = number < task.attempts or task.state in DONE
@@ -3073,10 +3081,10 @@ class TaskVerbs:
             yield "everything is paused" if "*" in paused else f"group {task.group} is paused"
         if limit is not None and len(mates) >= limit:
             names = ", ".join(map(str, mates[:10]))
-            yield f"group {task.group} is full ({limit}): task {names}"
+            yield f"group {task.group} is full ({limit}): tasks {names}"
         elif len(running) >= most:
             names = ", ".join(str(other.id) for other in running[:10])
-            yield f"all {most} slots are taken: task {names}"
+            yield f"all {most} slots are taken: tasks {names}"
         elif not paused:
             yield "will be claimed at the next turn"
 
@@ -3294,7 +3302,7 @@ class Client:
         self, project_path: str | None = None, state: str | None = None, config: str | None = None
     ) -> None:
         self.project = find_project(project_path, state, config)
-        self.is_live = False  # the last request was answered by a daemon
+        self.is_live = self.was_live = False  # the last request, any, reached a daemon
         self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
         self._connection: socket.socket | None = None
         self._auth: dict[str, str] = {}
@@ -3330,6 +3338,7 @@ class Client:
         is_fresh = self._connection is None
         try:
             connection = self._connection or self._connect()
+            self.was_live = True
             connection.settimeout(answer_s)
             send_frame(connection, {"type": verb, **fields, **self._auth})
             answer = receive_frame(connection, answer_s)
@@ -3457,9 +3466,8 @@ class Client:
         Raises NOT_RUNNING when there is no daemon to wait for.
         """
         deadline = float("inf") if timeout is None else Clock.mono() + timeout
-        patience = _Patience(self)
+        patience, within = _Patience(self), 0.0
         while True:
-            within = min(2.0, max(deadline - Clock.mono(), 0.0))
             answer = self.call("wait", {"ids": ids, "within": within}, within + ANSWER_TIMEOUT_S)
             on_change(answer)
             if not answer["pending"]:
@@ -3467,6 +3475,7 @@ class Client:
             if Clock.mono() >= deadline:
                 return 124
             patience.check()
+            within = min(1.0, max(deadline - Clock.mono(), 0.0))
 
     def follow(
         self, task_id: int, attempt: int | None = None, offset: int = 0, to_end: bool = True
@@ -3531,13 +3540,13 @@ class _Patience:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._until = 0.0  # monotonic
+        self._until = Clock.mono() + RETURN_TIMEOUT_S
 
     def check(self) -> None:
         """Return soon. Raises NOT_RUNNING when no daemon came, or came back."""
         if self._client.is_live:
             self._until = Clock.mono() + RETURN_TIMEOUT_S
-        elif Clock.mono() > self._until:
+        elif not self._client.was_live or Clock.mono() > self._until:
             what = "no daemon runs, so nothing moves; the task is kept"
             raise DaemonError("NOT_RUNNING", what, "start it with `start`")
         else:
@@ -3804,8 +3813,14 @@ class DaemonManager:
 
     def _command(self, foreground: bool) -> tuple[list[str], dict[str, str]]:
         """Return (argv, environment) that become the daemon."""
+        from importlib.machinery import SourceFileLoader
+
         load_config(self.project.config_path)
+        make_state_folder(self.project.folder)
         cache = os.path.join(self.project.folder, "cache")
+        kept, sys.pycache_prefix = sys.pycache_prefix, cache
+        SourceFileLoader("apexd", os.path.abspath(__file__)).get_code("apexd")  # 10 MB to compile
+        sys.pycache_prefix = kept
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
         argv = [sys.executable, "-I", "-S", "-X", f"pycache_prefix={cache}", "-c", _BOOT]
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
@@ -4054,7 +4069,8 @@ ADD = (
 
 def emit(data: object, args: Args, text: str) -> None:
     """Print the result: `data` as JSON with --json, else `text`."""
-    print(json.dumps(data, indent=1) if args.json else printable(text), flush=True)
+    if args.json or text:
+        print(json.dumps(data, indent=1) if args.json else printable(text), flush=True)
 
 
 def notice(text: str) -> None:
@@ -4167,7 +4183,8 @@ def read_command(args: Args) -> Any:
     """Return the command of `add` and `run`."""
     words: list[str] = args.command[1:] if args.command[:1] == ["--"] else args.command
     if (args.shell is None) == (not words):
-        raise bad("one command is needed", "write: add [options] command args...")
+        what = "both --shell and a command" if words else "no command"
+        raise bad(what, "write: add [options] command args...")
     if args.shell is not None:
         return args.shell
     if len(words) == 1 and re.search(r"\s|&&|\|", words[0]) and not os.path.exists(words[0]):
@@ -4484,7 +4501,11 @@ def cmd_config(args: Args) -> int:
     path = manager_of(args).project.config_path
     values = load_config(path).to_dict()
     lines = [f"{key} = {json.dumps(setting)}" for key, setting in values.items()]
-    emit({"path": path, **values}, args, "\n".join([f"# {path or 'no file: defaults'}", *lines]))
+    data: dict[str, Any] = {"path": path}
+    for key, setting in values.items():
+        *sections, name = key.split(".")
+        functools.reduce(lambda at, part: at.setdefault(part, {}), sections, data)[name] = setting
+    emit(data, args, "\n".join([f"# {path or 'no file: defaults'}", *lines]))
     return 0
 
 
@@ -4581,6 +4602,8 @@ def parse(words: list[str]) -> Args:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status. The only place that reports errors."""
     words = list(sys.argv[1:] if argv is None else argv)
+    while os.open(os.devnull, os.O_RDWR) <= 2:  # no file of ours may become 0, 1 or 2
+        pass
     if words[:1] == ["_daemon"]:  # what `start` makes; its slots' threads wait for ever
         os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), False))
     for stream in (sys.stdout, sys.stderr):
