@@ -75,7 +75,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import sqlite3
     import subprocess
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, Callable, NoReturn
 
 __version__ = "0.4.0"
@@ -162,7 +162,6 @@ CODES: dict[str, tuple[int, str]] = {
     "NOT_ANSWERING": (69, "the daemon lives but does not answer"),
     "NOT_CONFIRMED": (75, "it is not known whether the request was carried out"),
     "NOT_RUNNING": (69, "no daemon of this project runs"),
-    "NOT_STARTED": (1, "a command could not be started"),
     "NOT_SUPPORTED": (1, "this system cannot do that"),
     "PERMISSION_DENIED": (77, "the project belongs to somebody else"),
     "PID_FILE_CORRUPTED": (65, "the PID file holds no PID"),
@@ -203,7 +202,7 @@ class DaemonError(Exception):
         return cls(code, str(fields.get("message", "")), str(fields.get("hint", "")))
 
 
-def bad(message: str, hint: str = "") -> DaemonError:
+def bad(message: str, hint: str = "see `--help`, and README.md") -> DaemonError:
     """Make the error of a value that cannot be taken."""
     return DaemonError("BAD_REQUEST", message, hint)
 
@@ -380,6 +379,13 @@ def duration(text: object) -> float:
     return float(text)
 
 
+def interval(text: object) -> float:
+    """Read a duration that is long enough to wait for, again and again."""
+    if duration(text) < 0.01:
+        raise ValueError("a duration of at least 0.01 s")
+    return duration(text)
+
+
 def integer(low: int, high: int = INTEGER_MAX) -> Callable[[object], int]:
     """Make a reader of whole numbers within [low, high]."""
 
@@ -466,14 +472,15 @@ def task_ids(value: object) -> list[int]:
 
 def dependencies(value: object) -> list[tuple[int, str]]:
     """Read what a task comes after, "3,4:any,7-9" or a list: [(3, "ok"), (4, "any"), ...]."""
-    found: list[tuple[int, str]] = []
-    for item in value if isinstance(value, list) else [value]:
+    found: dict[int, str] = {}
+    for item in value if isinstance(value, (list, tuple)) else [value]:
         for word in str(item).split(","):
             ids, _, need = word.strip().partition(":")
-            if (need or "ok") not in NEEDS:
-                raise ValueError("task ids, each with :ok, :fail or :any if wanted: 3,4:any,7-9")
-            found += [(task_id, need or "ok") for task_id in task_ids(ids)]
-    return found
+            need = need or "ok"
+            for task_id in task_ids(ids):
+                if need not in NEEDS or found.setdefault(task_id, need) != need:
+                    raise ValueError("task ids, each once, with :ok, :fail or :any: 3,4:any,7-9")
+    return list(found.items())
 
 
 def timestamp(epoch: float) -> str:
@@ -573,18 +580,20 @@ if sys.platform == "win32":
         SURVIVES = False
         SHELL = ("cmd.exe", "/d", "/s", "/c")
         SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-        WAKE_S: float | None = 0.5  # a lock wait does not notice signals here
         CHILD: Mapping[str, Any] = {"creationflags": 0x200 | 0x08000000 | 0x4}
         # CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW | CREATE_SUSPENDED; below: DETACHED_PROCESS
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
 
         @staticmethod
         def lock(fd: int, shared: bool = False, wait: bool = False) -> bool:
-            os.lseek(fd, 1 << 30, os.SEEK_SET)  # locking a byte keeps readers off it: a far one
+            place = os.lseek(fd, 0, os.SEEK_CUR)
+            os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
             try:
                 msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
             except OSError:
                 return False
+            finally:
+                os.lseek(fd, place, os.SEEK_SET)
             return True
 
         boot_id = staticmethod(lambda: "")
@@ -651,10 +660,13 @@ if sys.platform == "win32":
         is_foreign = staticmethod(lambda info: False)  # ACLs say who may write
         is_root = staticmethod(lambda: False)
         can_fork = staticmethod(lambda: False)
-        fork = staticmethod(lambda argv, env: None)
         collapse = staticmethod(lambda fd, size: False)
         close_inherited = staticmethod(lambda: None)
         reap_orphans = staticmethod(lambda known: None)
+
+        @staticmethod
+        def fork(argv: list[str], env: dict[str, str]) -> Any:
+            raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
 
         @staticmethod
         def network_file_system(path: str) -> str | None:
@@ -671,7 +683,6 @@ else:
         SURVIVES = True  # children outlive the daemon and are adopted by the next one
         SHELL = ("/bin/sh", "-c")
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
-        WAKE_S: float | None = None
         CHILD: Mapping[str, Any] = {"start_new_session": True}
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
         kill = signal.SIGKILL
@@ -772,7 +783,8 @@ else:
                         os.execve(argv[0], argv, env)
                 finally:
                     os._exit(0)
-            os.waitpid(child, 0)
+            with contextlib.suppress(ChildProcessError):  # the caller ignores SIGCHLD
+                os.waitpid(child, 0)
             os.close(writer)
             return os.fdopen(reader, "rb")
 
@@ -967,6 +979,9 @@ def read_text(path: str) -> str | None:
 # range away); elsewhere what is written between the copy and the truncation is.
 
 
+_LOG_LOCK = threading.Lock()  # between a cut and its new base a reader would be misled
+
+
 def log_base(path: str) -> int:
     """Return how many bytes of a log's head are gone."""
     return int(read_text(path + ".base") or 0)
@@ -980,6 +995,7 @@ def cap_log(path: str, most_bytes: int) -> bool:
     if not os.path.exists(path) or os.stat(path).st_size <= most_bytes:
         return False
     fd = open_file(path, os.O_RDWR)
+    _LOG_LOCK.acquire()
     try:
         size, block = os.fstat(fd).st_size, 4096
         cut = max((size - most_bytes // 2) // block * block, block)
@@ -990,6 +1006,7 @@ def cap_log(path: str, most_bytes: int) -> bool:
             os.ftruncate(fd, 0)
         write_atomically(path + ".base", str(log_base(path) + cut))
     finally:
+        _LOG_LOCK.release()
         os.close(fd)
     return True
 
@@ -1008,12 +1025,12 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
 
     An offset of -n means the last n lines, as far as `most` bytes reach.
     """
-    base = log_base(path)
     try:
         file = open(path, "rb")
     except FileNotFoundError:
         return b"", max(offset, 0)
-    with file:
+    with file, _LOG_LOCK:
+        base = log_base(path)
         end = file.seek(0, os.SEEK_END)
         start = max(0, end - most) if offset < 0 else max(offset - base, 0)
         file.seek(start)
@@ -1032,11 +1049,11 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
 # One row an option: its reader, its default, its meaning. README and `config` follow it.
 OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "daemon": {
-        "poll_interval": (duration, 5.0, "seconds between two looks at the queue"),
+        "poll_interval": (interval, 5.0, "seconds between two looks at the queue"),
         "max_concurrent": (integer(1, 1000), 3, "tasks at once, all groups together"),
         "graceful_timeout": (duration, 30.0, "how long TERM lets running tasks finish"),
         "stop_timeout": (duration, 10.0, "from a task's TERM to its KILL"),
-        "heartbeat_interval": (duration, 30.0, "seconds between two heartbeats"),
+        "heartbeat_interval": (interval, 30.0, "seconds between two heartbeats"),
         "env_keep": (text_list, [], 'variables of the caller that tasks get; ["*"]: all'),
     },
     "log": {
@@ -1162,7 +1179,9 @@ def load_config(path: str | None) -> Config:
     Raises CONFIG_INVALID with file, key and reason; then nothing has changed.
     """
     if path is None:
-        return Config({})
+        return _with_environment(Config({}))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise _broken(path, "is no regular file", "remove it, or name another with --config")
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
@@ -1180,7 +1199,17 @@ def load_config(path: str | None) -> Config:
         raise _broken(path, f"cannot be parsed: {error}") from None
     if not isinstance(data, dict):
         raise _broken(path, "must be a table at the top")
-    return Config(data, path)
+    return _with_environment(Config(data, path))
+
+
+def _with_environment(config: Config) -> Config:
+    milliseconds = os.environ.get("APEX_POLL_INTERVAL")
+    if milliseconds is not None:
+        try:
+            config.daemon.poll_interval = number(milliseconds) / 1000
+        except ValueError as error:
+            raise _broken(None, f"APEX_POLL_INTERVAL {milliseconds!r}: must be {error}") from None
+    return config
 
 
 def _parse(path: str, text: str) -> object:
@@ -1300,17 +1329,19 @@ class PidFile:
         self.lock_path = os.path.splitext(path)[0] + ".lock"
         self._fd: int | None = None
 
-    def acquire(self, role: str = "daemon", project: str = "") -> bool:
-        """Take the lock, without waiting; False when somebody else has it.
+    def acquire(self, role: str = "daemon", project: str = "", wait_s: float = 0.0) -> bool:
+        """Take the lock, waiting `wait_s` at most; False when somebody else has it.
 
         A daemon's PID file is written too:
         {"pid": 1, "startedAt": "2025-01-15T10:30:00.000Z", "version": ..., "projectPath": ...}
         Raises CANNOT_CREATE, PERMISSION_DENIED.
         """
-        fd = open_file(self.lock_path, os.O_RDWR | os.O_CREAT)
-        if not Platform.lock(fd):
-            os.close(fd)
-            return False
+        fd, deadline = open_file(self.lock_path, os.O_RDWR | os.O_CREAT), Clock.mono() + wait_s
+        while not Platform.lock(fd):
+            if Clock.mono() >= deadline:
+                os.close(fd)
+                return False
+            threading.Event().wait(0.01)
         pid = os.getpid()
         me = {"pid": pid, "start_time": Platform.start_time(pid), "boot_id": Platform.boot_id()}
         fields = {"pid": pid, "startedAt": timestamp(Clock.now()), "version": __version__}
@@ -1387,13 +1418,13 @@ SCHEMA = """
 CREATE TABLE requests (                -- one row an `add` or `report`: a token never acts twice
   id         INTEGER PRIMARY KEY,
   token      TEXT UNIQUE,
-  answer     TEXT NOT NULL,            -- JSON, given again to the same token
   cwd        TEXT,                     -- JSON string: what its tasks have in common
   env        TEXT,                     -- JSON object
   umask      INTEGER,
   first_task INTEGER,                  -- the row goes when the tasks of this range are gone
   last_task  INTEGER,
-  created_at REAL NOT NULL
+  created_at REAL NOT NULL,
+  answer     TEXT NOT NULL             -- JSON, for the same token again; last, since it is long
 );
 CREATE TABLE tasks (                   -- intent
   id         INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -1468,7 +1499,6 @@ END;
 MIGRATIONS = (SCHEMA,)  # script i brings `PRAGMA user_version` i to i + 1
 PRAGMAS = (
     "busy_timeout = 5000",
-    "locking_mode = EXCLUSIVE",  # one owner; no shared-memory file either
     "journal_mode = WAL",
     "synchronous = FULL",  # on disk when a commit returns
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
@@ -1499,18 +1529,19 @@ class Database:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row
             try:
+                self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # one owner, no -shm file
+                (version,) = self._db.execute("PRAGMA user_version").fetchone()
+                if version > len(MIGRATIONS):
+                    hint = "use the apexd that made it, or a newer one"
+                    raise DaemonError("DATABASE_NEWER", f"{path} has schema {version}", hint)
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
-                self._migrate()
+                self._migrate(version)
             except BaseException:
                 self._db.close()
                 raise
 
-    def _migrate(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > len(MIGRATIONS):
-            hint = "use the apexd that made it, or a newer one"
-            raise DaemonError("DATABASE_NEWER", f"{self.path} has schema {version}", hint)
+    def _migrate(self, version: int) -> None:
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             self._db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number};")
             failpoint("migration")
@@ -1752,6 +1783,14 @@ def _cancel(db: sqlite3.Connection, task_id: int, state: State) -> bool:
 def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     """Put a finished task back as if new; count again what comes after it, reopen the skipped."""
     work = [(task_id, state)] if state in DONE else []
+    sql = """
+        SELECT other.id FROM tasks t JOIN tasks other ON other.key = t.key
+        WHERE t.id = ? AND other.finished_at IS NULL AND other.id <> t.id
+    """
+    holder = db.execute(sql, (task_id,)).fetchone()
+    if work and holder:
+        what = f"task {holder[0]} has the key of task {task_id} now"
+        raise DaemonError("ILLEGAL_STATE", what, f"wait for task {holder[0]}, or cancel it")
     while work:
         named, old = work.pop()
         open_deps, unmet = _count_open(db, named)
@@ -1832,7 +1871,8 @@ class TaskStore:
         self._own_lock = PidFile(os.path.join(self.folder, "daemon.pid"))
         if lock is None:
             make_state_folder(self.folder)
-            if not self._own_lock.acquire("client store", self.project):
+            # A killed daemon's other threads can hold it for a moment longer.
+            if not self._own_lock.acquire("client store", self.project, wait_s=1.0):
                 raise DaemonError("BUSY", f"{path} is in use", "use Client, or stop the daemon")
         try:
             self.database = Database(path)
@@ -1870,7 +1910,7 @@ class TaskStore:
             ids = _insert_tasks(db, commands, options or {}, self.config, request)
             context = (json.dumps(cwd or here()), json.dumps(dict(env or {})), umask)
             bounds = (min(ids, default=0), max(ids, default=0))
-            row = (request, token, json.dumps(ids), *context, *bounds, Clock.now())
+            row = (request, token, *context, *bounds, Clock.now(), json.dumps(ids))
             db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         return ids
 
@@ -1902,6 +1942,23 @@ class TaskStore:
         if not found:
             raise unknown_task(task_id)
         return found[0]
+
+    def get_progress(self, ids: Sequence[int]) -> list[Task]:
+        """Return tasks of which only id, state, exit_code and progress are known, in order."""
+        sql = """
+            SELECT t.id, t.state, t.progress, a.exit_code FROM tasks t
+            LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
+            WHERE t.id = ?
+        """
+        tasks = []
+        with self.database.read() as db:
+            for task_id in ids:
+                row = db.execute(sql, (task_id,)).fetchone()
+                if row is None:
+                    raise unknown_task(task_id)
+                state, progress, code = State(row[1]), row[2], row[3]
+                tasks.append(Task(id=row[0], state=state, progress=progress, exit_code=code))
+        return tasks
 
     def get_attempts(self, task_id: int) -> list[dict[str, Any]]:
         """Return the attempts of a task, first to last, one dict a row of `attempts`."""
@@ -1953,23 +2010,25 @@ class TaskStore:
         with self.database.read() as db:
             return [row[0] for row in db.execute("SELECT grp FROM paused ORDER BY grp")]
 
-    def report(self, task_id: int, token: str | None, usage: Mapping[str, Any]) -> bool:
-        """Add {tokens, cost} to a running task's usage, set {progress, note}.
+    def report(
+        self, task_id: int, token: str | None = None, run_id: str | None = None,
+        tokens: int = 0, cost: float = 0.0, progress: float | None = None, note: str | None = None,
+    ) -> bool:  # fmt: skip
+        """Add `tokens` and `cost` to a running task's usage, set `progress` and `note`.
 
-        Return True when it is over its budget now: then the wish is on disk. A run_id in
-        `usage` must be the running attempt's. Raises UNKNOWN_TASK, ILLEGAL_STATE, ValueError.
+        Return True when it is over its budget now: then the wish is on disk. A `run_id` given
+        must be the running attempt's. Raises UNKNOWN_TASK, ILLEGAL_STATE.
         """
         with self.database.write() as db:
             task = self.get(task_id)
             if db.execute("SELECT 1 FROM requests WHERE token = ?", (token,)).fetchone():
                 return task.wish == Outcome.OVER_BUDGET
-            if task.state != State.RUNNING or usage.get("run_id") not in (None, task.run_id):
-                raise DaemonError("ILLEGAL_STATE", f"task {task_id} is {task.state.value}")
-            tokens = task.tokens + integer(0, 10**15)(usage.get("tokens") or 0)
-            cost = task.cost + number(usage.get("cost") or 0.0)
-            progress, note = usage.get("progress"), usage.get("note")
-            progress = task.progress if progress is None else min(number(progress), 100.0)
-            note = task.note if note is None else line_of_text(note)
+            if task.state != State.RUNNING or run_id not in (None, task.run_id):
+                what = f"task {task_id} is {task.state.value}, or runs another attempt"
+                raise DaemonError("ILLEGAL_STATE", what, "only what runs can report")
+            tokens, cost = task.tokens + tokens, task.cost + cost
+            progress = task.progress if progress is None else min(progress, 100.0)
+            note = task.note if note is None else note
             sql = "UPDATE tasks SET tokens = ?, cost = ?, progress = ?, note = ? WHERE id = ?"
             db.execute(sql, (tokens, cost, progress, note, task_id))
             sql = "INSERT INTO requests (token, answer, created_at) VALUES (?, 'null', ?)"
@@ -2268,7 +2327,6 @@ class Child:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _O_SAFE
             log_fd = os.open(self.job.log_path, flags, 0o600)
             try:
-                Platform.lock(log_fd)
                 self._spawn(log_fd)
             finally:
                 os.close(log_fd)
@@ -2326,6 +2384,7 @@ class ShellChild(Child):
         self._record = os.open(job.record_path, os.O_RDWR | os.O_CREAT | _O_SAFE, 0o600)
         go_reader = -1
         try:
+            Platform.lock(log_fd)
             Platform.lock(self._record)
             os.pwrite(self._record, b" " * SLOT_RECORD_BYTES, 0)
             go_reader, self._go_writer = os.pipe()
@@ -2537,6 +2596,25 @@ class _Run(Value):
     kill_at_mono: float  # when TERM has not helped; infinity also while it is not being ended
 
 
+def prune_all(store: TaskStore, running: Container[int]) -> None:
+    """Forget tasks and logs past retention; never those of running tasks."""
+    gone = set(AttemptStore(store).prune())
+    files = []
+    with os.scandir(os.path.join(store.folder, "logs")) as entries:
+        for entry in entries:
+            match = re.match(r"task-(\d+)\.", entry.name)
+            if match and int(match[1]) in gone:
+                os.unlink(entry.path)
+            elif match and int(match[1]) not in running:
+                info = entry.stat()
+                files.append((info.st_mtime, info.st_size, entry.path))
+    excess = sum(size for _, size, _ in files) - store.config.log.total_mb * 1e6
+    for _, size, path in sorted(files):
+        if excess > 0:
+            os.unlink(path)
+            excess -= size
+
+
 class DaemonRunner:
     """Claims tasks from a TaskStore, runs them, records how they ended.
 
@@ -2643,7 +2721,7 @@ class DaemonRunner:
                     self._on_poll()
                     if now >= next_upkeep:
                         next_upkeep = now + MAINTENANCE_S
-                        self._maintain()
+                        prune_all(self.store, self._running)
                 self._turn()
                 wait_s = self._next_wake_s(next_poll)
             except DaemonError as error:  # a full disk: the results stay, and are tried again
@@ -2750,8 +2828,10 @@ class DaemonRunner:
                 log.exception("task %d could not be carried out", run.task.id)
                 result = Result(exit_code=126, reason=f"apexd: {error}")
             if result.reason is not None:
-                with contextlib.suppress(OSError), open(run.child.job.log_path, "a") as file:
-                    file.write(f"apexd: {result.reason}\n")
+                with contextlib.suppress(OSError, DaemonError):
+                    fd = open_file(run.child.job.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                    with os.fdopen(fd, "w", errors="replace") as file:
+                        file.write(f"apexd: {result.reason}\n")
             self._results.append((run.task, result))
             self._wake.set()
 
@@ -2781,24 +2861,6 @@ class DaemonRunner:
             log.warning("Ending task %d: %s", run.task.id, wish.value)
             self._end(run)
 
-    def _maintain(self) -> None:
-        """Prune tasks and logs past retention."""
-        gone = set(self._attempts.prune())
-        files = []
-        with os.scandir(os.path.join(self.store.folder, "logs")) as entries:
-            for entry in entries:
-                match = re.match(r"task-(\d+)\.", entry.name)
-                if match and int(match[1]) in gone:
-                    os.unlink(entry.path)
-                elif match and int(match[1]) not in self._running:
-                    info = entry.stat()
-                    files.append((info.st_mtime, info.st_size, entry.path))
-        excess = sum(size for _, size, _ in files) - self.store.config.log.total_mb * 1e6
-        for _, size, path in sorted(files):
-            if excess > 0:
-                os.unlink(path)
-                excess -= size
-
 
 # ============================================================================
 # 16. CONTROL - frames, verbs, server, Client
@@ -2812,7 +2874,6 @@ class DaemonRunner:
 
 if TYPE_CHECKING:
     Fields = dict[str, Any]
-    Verb = Callable[[Fields], Fields]
 
 
 def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
@@ -2867,19 +2928,69 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
     return bytes(data)
 
 
-def _field(fields: Mapping[str, Any], name: str, read: Callable[[Any], Any], default: Any) -> Any:
-    """Read one field of a request. Raises BAD_REQUEST with its name."""
-    value = fields.get(name)
-    if value is None:
-        return default
-    try:
-        return read(value)
-    except ValueError as error:
-        raise bad(f"{name} {str(value)[:40]!r}: must be {error}") from None
+def absolute_path(value: object) -> str:
+    """Read the path of a folder, from the root."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str) and os.path.isabs(value) and b"\0" not in os.fsencode(value):
+            return value
+    raise ValueError("an absolute path")
+
+
+def list_of_commands(value: object) -> list[Any]:
+    """Read commands: their own form is checked where they are added."""
+    if not isinstance(value, list):
+        raise ValueError("a list")
+    return value
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """Read an object; where its values matter they are checked later."""
+    if not isinstance(value, dict):
+        raise ValueError("an object")
+    return value
+
+
+def environment(value: object) -> dict[str, str]:
+    """Read an object of strings."""
+    if not all(isinstance(text, str) and "\0" not in text for text in mapping(value).values()):
+        raise ValueError("an object of strings")
+    return mapping(value)
+
+
+# Every field that a request can have, with its reader.
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    "id": integer(0), "ids": task_ids, "commands": list_of_commands, "options": mapping,
+    "token": line_of_text, "cwd": absolute_path, "env": environment, "umask": integer(0, 0o777),
+    "state": choice(*State), "group": line_of_text, "before": integer(1),
+    "limit": integer(1, 1000), "within": duration, "offset": integer(-INTEGER_MAX),
+    "attempt": integer(1), "run_id": line_of_text, "tokens": integer(0, 10**15), "cost": number,
+    "progress": number, "note": line_of_text, "keep": bool,
+}  # fmt: skip
+
+
+def read_fields(form: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a request's fields against a verb's form: "id! within" (! must be given).
+
+    Return those given. Raises BAD_REQUEST.
+    """
+    names = form.replace("!", "").split()
+    found = {}
+    for name, value in request.items():
+        if name not in names:
+            raise bad(f"there is no field {name[:40]!r} here", "fields: " + ", ".join(names))
+        try:
+            if value is not None:
+                found[name] = FIELDS[name](value)
+        except ValueError as error:
+            raise bad(f"{name} {str(value)[:40]!r}: must be {error}") from None
+    for name in names:
+        if name + "!" in form.split() and name not in found:
+            raise bad(f"the field {name!r} is missing")
+    return found
 
 
 class TaskVerbs:
-    """What can be done to tasks: `table` maps each verb to request fields -> response fields.
+    """What can be done to tasks: `table` maps each verb to its form and its function.
 
     runner: None when the project has no daemon.
     """
@@ -2887,25 +2998,27 @@ class TaskVerbs:
     def __init__(self, store: TaskStore, runner: DaemonRunner | None = None) -> None:
         self._store = store
         self._runner = runner
-        self.table: dict[str, Verb] = {
-            "add": self._add,
-            "list": self._list,
-            "get": self._get,
-            "wait": self._wait,
-            "cancel": lambda fields: self._change("cancel", fields),
-            "retry": lambda fields: self._change("retry", fields),
-            "remove": lambda fields: self._change("remove", fields),
-            "pause": lambda fields: self._pause(fields, True),
-            "resume": lambda fields: self._pause(fields, False),
-            "report": self._report,
-            "why": self._why,
-            "logs": self._logs,
-            "queue": self._queue,
+        partial = functools.partial
+        self.table: dict[str, tuple[str, Callable[..., Fields]]] = {
+            "add": ("commands! options token cwd env umask", self._add),
+            "list": ("state group before limit ids", self._list),
+            "get": ("id!", self._get),
+            "wait": ("ids! within", self._wait),
+            "cancel": ("ids!", partial(self._change, "cancel")),
+            "retry": ("ids!", partial(self._change, "retry")),
+            "remove": ("ids!", partial(self._change, "remove")),
+            "pause": ("group", partial(self._pause, True)),
+            "resume": ("group", partial(self._pause, False)),
+            "report": ("id! token run_id tokens cost progress note", self._report),
+            "why": ("id!", self._why),
+            "logs": ("id! attempt offset within", self._logs),
+            "queue": ("", self._queue),
         }
 
-    def _wake(self) -> None:
+    def _wake(self, answer: Fields) -> Fields:
         if self._runner is not None:
             self._runner.wake()
+        return answer
 
     def _pause_until(self, deadline: float, most_s: float) -> bool:
         """Wait for a change; False when there is nothing more to wait for."""
@@ -2916,111 +3029,82 @@ class TaskVerbs:
             self._runner.changed.wait(min(left_s, most_s))
         return True
 
-    def _add(self, fields: Fields) -> Fields:
-        commands, options, env = fields.get("commands"), fields.get("options"), fields.get("env")
-        if not isinstance(commands, list) or not isinstance(options or {}, dict):
-            raise bad("commands must be a list, options an object")
-        if not isinstance(env or {}, dict) or not all(type(v) is str for v in (env or {}).values()):
-            raise bad("env must be an object of strings")
-        token = _field(fields, "token", line_of_text, None)
-        cwd, umask = fields.get("cwd"), _field(fields, "umask", integer(0, 0o777), None)
-        if cwd is not None and not (isinstance(cwd, str) and os.path.isabs(cwd)):
-            raise bad("cwd must be an absolute path")
-        ids = self._store.add(commands, options, token=token, cwd=cwd, env=env, umask=umask)
-        self._wake()
-        return {"ids": ids}
-
     def _describe(self, task: Task) -> Fields:
         if self._runner is not None and task.state == State.RUNNING:
             task.pid = self._runner.find_pid(task.id)
         return task.to_dict()
 
-    def _list(self, fields: Fields) -> Fields:
-        tasks = self._store.find(
-            state=_field(fields, "state", choice(*State), None),
-            group=_field(fields, "group", line_of_text, None),
-            before=_field(fields, "before", integer(1), None),
-            limit=_field(fields, "limit", integer(1, 1000), 100),
-            ids=_field(fields, "ids", task_ids, None),
-        )
-        return {"tasks": [self._describe(task) for task in tasks]}
+    def _add(self, **request: Any) -> Fields:
+        return self._wake({"ids": self._store.add(**request)})
 
-    def _get(self, fields: Fields) -> Fields:
-        task = self._store.get(_field(fields, "id", integer(0), 0))
-        return {"task": self._describe(task), "history": self._store.get_attempts(task.id)}
+    def _list(self, **where: Any) -> Fields:
+        return {"tasks": [self._describe(task) for task in self._store.find(**where)]}
 
-    def _wait(self, fields: Fields) -> Fields:
+    def _get(self, id: int) -> Fields:
+        task = self._store.get(id)
+        return {"task": self._describe(task), "history": self._store.get_attempts(id)}
+
+    def _wait(self, ids: Sequence[int], within: float = 0.0) -> Fields:
         """Answer when all `ids` are done or `within` seconds have passed.
 
         {"total", "pending", "status": the first that is not 0, in the order given,
          "progress": percent, "running": ids}
         """
-        ids = _field(fields, "ids", task_ids, [])
-        deadline = Clock.mono() + _field(fields, "within", duration, 0.0)
-        left = ids[::-1]
+        deadline, left = Clock.mono() + within, list(ids[::-1])
         while left:  # for one after the other: no change costs more than a look
-            if self._store.get(left[-1]).state in DONE:
+            if self._store.get_progress(left[-1:])[0].state in DONE:
                 left.pop()
             elif not self._pause_until(deadline, 1.0):
                 break
-        tasks = [self._store.get(task_id) for task_id in ids]
-        done = [task for task in tasks if task.state in DONE]
-        reported = sum(task.progress or 0.0 for task in tasks if task.state not in DONE)
+        tasks = self._store.get_progress(ids)
+        pending = [task for task in tasks if task.state not in DONE]
+        percent = 100.0 * (len(tasks) - len(pending)) + sum(t.progress or 0.0 for t in pending)
         return {
-            "total": len(ids),
-            "pending": len(ids) - len(done),
-            "status": next((task.status for task in done if task.status), 0),
-            "progress": (100.0 * len(done) + reported) / max(len(ids), 1),
-            "running": [task.id for task in tasks if task.state == State.RUNNING][:10],
+            "total": len(tasks),
+            "pending": len(pending),
+            "status": next((t.status for t in tasks if t.state in DONE and t.status), 0),
+            "progress": percent / max(len(tasks), 1),
+            "running": [task.id for task in pending if task.state == State.RUNNING][:10],
         }
 
-    def _change(self, verb: str, fields: Fields) -> Fields:
-        done, not_done = self._store.change(verb, _field(fields, "ids", task_ids, []))
+    def _change(self, verb: str, ids: Sequence[int]) -> Fields:
+        done, not_done = self._store.change(verb, ids)
         if verb == "cancel" and self._runner is not None:
             self._runner.end(done)
-        self._wake()
-        return {"done": done, "not_done": not_done}
+        return self._wake({"done": done, "not_done": not_done})
 
-    def _pause(self, fields: Fields, on: bool) -> Fields:
-        paused = self._store.pause(_field(fields, "group", line_of_text, None), on)
-        self._wake()
-        return {"paused": paused}
+    def _pause(self, on: bool, group: str | None = None) -> Fields:
+        return self._wake({"paused": self._store.pause(group, on)})
 
-    def _report(self, fields: Fields) -> Fields:
-        task_id = _field(fields, "id", integer(0), 0)
-        try:
-            token = _field(fields, "token", line_of_text, None)
-            is_over = self._store.report(task_id, token, fields)
-        except ValueError as error:
-            raise bad(f"a reported value must be {error}") from None
+    def _report(self, id: int, **usage: Any) -> Fields:
+        is_over = self._store.report(id, **usage)
         if is_over and self._runner is not None:
-            self._runner.end([task_id])
+            self._runner.end([id])
         return {"over_budget": is_over}
 
-    def _queue(self, fields: Fields) -> Fields:
+    def _queue(self) -> Fields:
         """Return {"counts": {state: {group: n}}, "paused": [...], "groups": {...}}."""
         groups = {name: vars(group) for name, group in self._store.config.groups.items()}
         paused = self._store.get_paused()
         return {"counts": self._store.get_counts(), "paused": paused, "groups": groups}
 
-    def _logs(self, fields: Fields) -> Fields:
+    def _logs(
+        self, id: int, attempt: int | None = None, offset: int = 0, within: float = 0.0
+    ) -> Fields:
         """Return a part of an attempt's log, from a logical offset on (-n: the last n lines).
 
         {"attempt", "data": base64, "next": offset, "done": no more will come of this attempt,
          "attempts", "status": the task's, None while it is not done}. Waits for `within` s.
         """
-        task_id, offset = (_field(fields, n, integer(-INTEGER_MAX), 0) for n in ("id", "offset"))
-        deadline = Clock.mono() + _field(fields, "within", duration, 0.0)
-        last = max(self._store.get(task_id).attempts, 1)
-        number = _field(fields, "attempt", integer(1), last)
+        deadline, last = Clock.mono() + within, max(self._store.get(id).attempts, 1)
+        number = attempt or last
         if number > last:
-            what = f"task {task_id} has no attempt {number}"
+            what = f"task {id} has no attempt {number}"
             raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
         while True:
-            task = self._store.get(task_id)
+            task = self._store.get(id)
             is_over = number < task.attempts or task.state in DONE
-            path = log_path(self._store.folder, task_id, number)
-            data, following = read_log(path, offset)
+            data, following = read_log(log_path(self._store.folder, id, number), offset)
             if data or is_over or not self._pause_until(deadline, 0.05):
                 break
         return {
@@ -3032,59 +3116,58 @@ class TaskVerbs:
             "status": task.status if task.state in DONE else None,
         }
 
-    def _why(self, fields: Fields) -> Fields:
+    def _why(self, id: int) -> Fields:
         """Return {"id", "state", "reasons": [a line each]}: what it waits for, how it ended."""
-        task = self._store.get(_field(fields, "id", integer(0), 0))
+        task = self._store.get(id)
         if task.state in (State.WAITING, State.SKIPPED):
             reasons = list(self._parent_reasons(task))
+        elif task.state == State.QUEUED:
+            reasons = list(self._queue_reasons(task))
         else:
-            is_queued = task.state == State.QUEUED
-            reasons = list((self._queue_reasons if is_queued else self._own_reasons)(task))
+            reasons = list(self._own_reasons(task))
         if self._runner is None and task.state not in DONE:
             reasons.append("no daemon runs: start it with `start`")
-        return {"id": task.id, "state": task.state, "reasons": reasons}
+        return {"id": id, "state": task.state, "reasons": reasons}
 
     def _own_reasons(self, task: Task) -> Iterator[str]:
-        if task.state == State.SCHEDULED:
-            yield f"due in {span((task.due_at or 0.0) - Clock.now())}"
-        elif task.state == State.RUNNING:
+        if task.state == State.RUNNING:
             yield f"runs since {span(Clock.now() - task.started_at)}"
             if task.wish is not None:
                 yield f"is being ended: {task.wish.value}; something of it still lives"
             return
-        if task.outcome is None:
-            if task.state in DONE:
-                yield f"{task.state.value} before it ran"
-            return
-        code = "" if task.exit_code is None else f" (exit {task.exit_code})"
-        reason = f": {task.reason}" if task.reason else ""
-        yield f"attempt {task.attempts} ended as {task.outcome.value}{code}{reason}"
+        if task.state == State.SCHEDULED:
+            yield f"due in {span((task.due_at or 0.0) - Clock.now())}"
+        if task.outcome is not None:
+            code = "" if task.exit_code is None else f" (exit {task.exit_code})"
+            reason = f": {task.reason}" if task.reason else ""
+            yield f"attempt {task.attempts} ended as {task.outcome.value}{code}{reason}"
+        elif task.state in DONE:
+            yield f"{task.state.value} before it ran"
 
     def _parent_reasons(self, task: Task) -> Iterator[str]:
         for item in task.after:
-            parent = self._store.get(int(item.partition(":")[0]))
-            need = item.partition(":")[2]
-            if parent.state not in DONE:
-                yield f"waits for task {parent.id}, which is {parent.state.value}"
-            elif parent.state not in NEEDS[need]:
-                yield f"task {parent.id} is {parent.state.value}, needed: {need}"
+            name, _, need = item.partition(":")
+            state = self._store.get(int(name)).state
+            if state not in DONE:
+                yield f"waits for task {name}, which is {state.value}"
+            elif state not in NEEDS[need]:
+                yield f"task {name} is {state.value}, needed: {need}"
         if task.state == State.SKIPPED and not task.after:
             yield "a task it came after was removed"
 
     def _queue_reasons(self, task: Task) -> Iterator[str]:
         paused, config = self._store.get_paused(), self._store.config
         running = self._store.find(state="running", limit=1000)
-        mates = [other.id for other in running if other.group == task.group]
         group = config.groups.get(task.group)
         limit, most = group.max_concurrent if group else None, config.daemon.max_concurrent
+        names = [str(other.id) for other in running if other.group == task.group]
         if "*" in paused or task.group in paused:
             yield "everything is paused" if "*" in paused else f"group {task.group} is paused"
-        if limit is not None and len(mates) >= limit:
-            names = ", ".join(map(str, mates[:10]))
-            yield f"group {task.group} is full ({limit}): tasks {names}"
+        if limit is not None and len(names) >= limit:
+            yield f"group {task.group} is full ({limit}): tasks {', '.join(names[:10])}"
         elif len(running) >= most:
-            names = ", ".join(str(other.id) for other in running[:10])
-            yield f"all {most} slots are taken: tasks {names}"
+            names = [str(other.id) for other in running[:10]]
+            yield f"all {most} slots are taken: tasks {', '.join(names)}"
         elif not paused:
             yield "will be claimed at the next turn"
 
@@ -3092,10 +3175,13 @@ class TaskVerbs:
 class ControlServer:
     """Answers requests on the control socket with the verbs it is given.
 
-    Threads: "control" accepts; each connection has its own. Life: start -> stop.
+    verbs: name -> (form, function). Threads: "control" accepts; each connection has its own.
+    Life: start -> stop.
     """
 
-    def __init__(self, folder: str, verbs: Mapping[str, Verb]) -> None:
+    def __init__(
+        self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]]
+    ) -> None:
         self._folder = folder
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
@@ -3138,62 +3224,45 @@ class ControlServer:
                 os.rmdir(os.path.dirname(path))
 
     def _accept_all(self) -> None:
+        """Give each connection to a thread; wait for room rather than spin."""
         while not self._is_stopping:
             for key, _ in self._selector.select():
-                listener = key.fileobj
-                if listener is self._wakee:
+                if key.fileobj is self._wakee:
                     self._wakee.recv(64)
-                elif isinstance(listener, socket.socket):
-                    self._accept(listener)
-
-    def _accept(self, listener: socket.socket) -> None:
-        """Give one connection to a thread; wait for room rather than spin."""
-        if not self._room.acquire(timeout=0.1):
-            return
-        try:
-            target, (connection, _) = self._serve, listener.accept()
-            threading.Thread(target=target, args=(connection,), name="talk", daemon=True).start()
-        except (OSError, RuntimeError) as error:  # no descriptor or thread to spare
-            log.warning("a connection was refused: %s", error)
-            self._room.release()
-            threading.Event().wait(0.1)
+                elif self._room.acquire(timeout=0.1):
+                    try:
+                        connection = key.fileobj.accept()[0]  # type: ignore[union-attr]
+                        threading.Thread(
+                            target=self._serve, args=(connection,), name="talk", daemon=True
+                        ).start()
+                    except (OSError, RuntimeError) as error:  # no descriptor, no thread
+                        log.warning("a connection was refused: %s", error)
+                        self._room.release()
+                        threading.Event().wait(0.1)
 
     def _serve(self, connection: socket.socket) -> None:
+        """Answer requests until the peer leaves or sends what is none."""
+        is_sound = True
         try:
             with connection:
-                if not Platform.is_peer_allowed(connection):
-                    error = DaemonError("PERMISSION_DENIED", "only the project's owner and root")
-                    send_frame(connection, {"type": "error", **error.to_dict()})
-                while Platform.is_peer_allowed(connection) and self._converse(connection):
-                    pass
+                while is_sound:
+                    try:
+                        if not Platform.is_peer_allowed(connection):
+                            raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
+                        request = receive_frame(connection, IDLE_TIMEOUT_S, self._reserve)
+                        if request is None:
+                            return
+                        answer = self._answer(request)
+                    except DaemonError as error:  # the framing is lost: say so and hang up
+                        answer, is_sound = {"type": "error", **error.to_dict()}, False
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, answer)
         except OSError as error:
             log.debug("a connection ended: %s", error)
         except Exception:  # this thread's top frame
             log.exception("a connection failed")
         finally:
             self._room.release()
-
-    def _converse(self, connection: socket.socket) -> bool:
-        """Answer one request; False when the peer left or sent what is none."""
-        try:
-            request = receive_frame(connection, IDLE_TIMEOUT_S, self._reserve)
-            if request is None:
-                return False
-            self._authenticate(request)
-            answer, is_sound = self._answer(request), True
-        except DaemonError as error:  # the framing is lost: say so and hang up
-            answer, is_sound = {"type": "error", **error.to_dict()}, False
-        connection.settimeout(FRAME_TIMEOUT_S)
-        send_frame(connection, answer)
-        return is_sound
-
-    def _authenticate(self, request: Fields) -> None:
-        token = self._endpoint.get("token")
-        if token is not None:
-            import hmac
-
-            if not hmac.compare_digest(str(request.pop("auth", "")), str(token)):
-                raise DaemonError("PERMISSION_DENIED", "a wrong token")
 
     @contextlib.contextmanager
     def _reserve(self, length: int) -> Iterator[None]:
@@ -3210,11 +3279,19 @@ class ControlServer:
                 self._reserved -= counted
 
     def _answer(self, request: Fields) -> Fields:
-        name = request.pop("type")
+        """Carry out one request. Raises PERMISSION_DENIED for a wrong token."""
+        name, shown = request.pop("type"), str(request.pop("auth", ""))
+        token = self._endpoint.get("token")
+        if token is not None:
+            import hmac
+
+            if not hmac.compare_digest(shown.encode(), token.encode()):
+                raise DaemonError("PERMISSION_DENIED", "a wrong token")
         try:
             if name not in self._verbs:
                 raise DaemonError("UNKNOWN_COMMAND", f"there is no verb {name[:40]!r}")
-            return {"type": "ok", **self._verbs[name](request)}
+            form, act = self._verbs[name]
+            return {"type": "ok", **act(**read_fields(form, request))}
         except DaemonError as error:
             return {"type": "error", **error.to_dict()}
         except Exception as error:  # a request handler
@@ -3400,7 +3477,8 @@ class Client:
             config = load_config(self.project.config_path)
             store = TaskStore(path, config, self._pid_file, self.project.path)
             with contextlib.closing(store):
-                answer = json.loads(json.dumps(TaskVerbs(store).table[verb](dict(fields))))
+                form, act = TaskVerbs(store).table[verb]
+                answer = json.loads(json.dumps(act(**read_fields(form, fields))))
                 if verb == "cancel":
                     orphans = find_orphans(store, answer["done"])
         finally:
@@ -3579,7 +3657,8 @@ def _end_orphan(child: Child) -> None:
 # no module that lies beside apexd.py can stand in for one of the standard library.
 _BOOT = (
     "import sys;from importlib.machinery import SourceFileLoader as L;"
-    "__file__=sys.argv.pop(1);exec(L('apexd',__file__).get_code('apexd'))"
+    "sys.pycache_prefix,__file__=sys.argv[1:3];del sys.argv[1:3];"
+    "code=L('apexd',__file__).get_code('apexd');sys.pycache_prefix=None;exec(code)"
 )
 
 
@@ -3598,6 +3677,8 @@ class Daemon:
         self._config = load_config(project.config_path)
         self._pid_file = PidFile(os.path.join(project.folder, "daemon.pid"))
         self._messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._waker: socket.socket  # `_obey` sleeps on the other end
+        self._wakee: socket.socket
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = 0.0  # monotonic
         self._exit_status = self._inode = 0
@@ -3634,6 +3715,10 @@ class Daemon:
     def _settle_in(self) -> None:
         """Take a defined state whatever the caller's was: descriptors, signals, umask, folder."""
         Platform.close_inherited()
+        self._waker, self._wakee = socket.socketpair()
+        self._waker.setblocking(False)
+        # Another thread may be the one that the kernel interrupts: then only this wakes us.
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for name in Platform.SIGNALS:
             number = getattr(signal, name)
             signal.signal(number, lambda number, _: self._messages.put(("signal", number)))
@@ -3656,16 +3741,14 @@ class Daemon:
             threading.Event().wait(0.02)
 
     def _serve(self) -> None:
-        drained = ("drained", None)
-        self._runner = DaemonRunner(
-            self._store, on_poll=self._look_after, on_drained=lambda: self._messages.put(drained)
-        )
+        on_drained = functools.partial(self._post, "drained")
+        self._runner = DaemonRunner(self._store, None, self._look_after, on_drained)
         verbs = {
             **TaskVerbs(self._store, self._runner).table,
-            "ping": lambda fields: {"type": "pong", **self._identity()},
-            "status": lambda fields: {"type": "status", **self._status()},
-            "reload": lambda fields: {"plan": self._reload()},
-            "shutdown": self._shutdown,
+            "ping": ("", lambda: {"type": "pong", **self._identity()}),
+            "status": ("", lambda: {"type": "status", **self._status()}),
+            "reload": ("", lambda: {"plan": self._reload()}),
+            "shutdown": ("keep", self._shutdown),
         }
         self._control = ControlServer(self._project.folder, verbs)
         self._control.start()
@@ -3680,13 +3763,20 @@ class Daemon:
             with contextlib.suppress(DaemonError):
                 self._write_state()
 
+    def _post(self, kind: str, value: object = None) -> None:
+        """Leave a message for the main thread, from any other."""
+        self._messages.put((kind, value))
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            self._waker.send(b"x")
+
     def _obey(self) -> None:
         """Take messages off the queue, from signal handlers and threads, until the end."""
         first_term = 0.0
         while True:
             try:
-                kind, value = self._messages.get(timeout=Platform.WAKE_S)
+                kind, value = self._messages.get_nowait()
             except queue.Empty:
+                self._wakee.recv(4096)
                 continue
             name = signal.Signals(value).name if kind == "signal" else kind
             if name in ("drained", "leave"):
@@ -3710,9 +3800,9 @@ class Daemon:
             elif os.getpid() == 1:  # SIGCHLD
                 Platform.reap_orphans(self._runner.is_child)
 
-    def _shutdown(self, fields: Fields) -> Fields:
-        """Stop; {"keep": true} leaves the tasks running for the next daemon."""
-        self._messages.put(("leave" if fields.get("keep") else "stop", None))
+    def _shutdown(self, keep: bool = False) -> Fields:
+        """Stop; `keep` leaves the tasks running for the next daemon."""
+        self._post("leave" if keep else "stop")
         return {"message": "stopping"}
 
     def _reload(self) -> list[str]:
@@ -3741,7 +3831,7 @@ class Daemon:
             is_there = False
         if not is_there and not self._exit_status:
             log.error("%s was removed or replaced while in use: stopping", self._store.path)
-            self._messages.put(("failed", CODES["DATABASE_CORRUPT"][0]))
+            self._post("failed", CODES["DATABASE_CORRUPT"][0])
         if Clock.mono() >= self._next_heartbeat:
             self._next_heartbeat = Clock.mono() + self._config.daemon.heartbeat_interval
             write_atomically(self._path("heartbeat"), timestamp(Clock.now()) + "\n")
@@ -3822,10 +3912,10 @@ class DaemonManager:
         SourceFileLoader("apexd", os.path.abspath(__file__)).get_code("apexd")  # 10 MB to compile
         sys.pycache_prefix = kept
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
-        argv = [sys.executable, "-I", "-S", "-X", f"pycache_prefix={cache}", "-c", _BOOT]
+        argv = [sys.executable, "-I", "-S", "-c", _BOOT, cache, os.path.abspath(__file__)]
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
         env.update(APEX_DAEMON_MODE="1", MALLOC_ARENA_MAX="2")  # 2: a third less memory
-        return [*argv, os.path.abspath(__file__), "_daemon", options], env
+        return [*argv, "_daemon", options], env
 
     def start_daemon(self, mode: str = "auto") -> tuple[int, bool]:
         """Start it and wait until it answers; return (PID, whether it was there before).
@@ -3867,8 +3957,10 @@ class DaemonManager:
         lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
         def read() -> None:
-            for line in [*iter(pipe.readline, b""), b""]:
-                lines.put(line)
+            with pipe:
+                for line in iter(pipe.readline, b""):
+                    lines.put(line)
+            lines.put(b"")
 
         threading.Thread(target=read, name="report", daemon=True).start()
         last = "it ended without a word"
@@ -4290,7 +4382,7 @@ def cmd_list(args: Args) -> int:
     limit = args.lines or (None if args.json else 100)
     tasks = client.list(limit, state=args.in_state, group=args.group)
     emit(tasks, args, task_table(tasks))
-    if limit is not None and len(tasks) == limit and not args.json:
+    if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
         notice(f"these are the newest {limit}; more with -n N")
     return 0
 
@@ -4300,7 +4392,8 @@ def task_table(tasks: Sequence[Fields]) -> str:
     rows = [("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")]
     for task in tasks:
         end = task["finished_at"] or Clock.now()
-        took = span(end - task["started_at"]) if task["started_at"] else "-"
+        is_timed = task["started_at"] and task["state"] not in ("queued", "scheduled", "waiting")
+        took = span(end - task["started_at"]) if is_timed else "-"
         is_told = task["state"] == "running" and task["progress"] is not None
         state = f"running {task['progress']:.0f}%" if is_told else task["state"]
         code = "-" if task["exit_code"] is None else task["exit_code"]
