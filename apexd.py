@@ -2321,9 +2321,6 @@ class Child:
     def start(self) -> Result | None:
         """Prepare the command up to its last step, `go`; a Result says why that failed."""
         try:
-            for path in (self.job.log_path, self.job.record_path):
-                if not os.path.isdir(os.path.dirname(path)):  # removed by somebody
-                    os.makedirs(os.path.dirname(path), mode=0o700)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _O_SAFE
             log_fd = os.open(self.job.log_path, flags, 0o600)
             try:
@@ -2331,6 +2328,10 @@ class Child:
             finally:
                 os.close(log_fd)
         except (OSError, ValueError) as error:
+            for path in (self.job.log_path, self.job.record_path):
+                if not os.path.isdir(os.path.dirname(path)):  # removed by somebody
+                    os.makedirs(os.path.dirname(path), mode=0o700)
+                    return self.start()
             number = error.errno if isinstance(error, OSError) else errno.EINVAL
             name = errno.errorcode.get(number or 0, "EINVAL")
             return Result(exit_code=126, reason=f"spawn:{name} {error}")
@@ -2590,8 +2591,7 @@ class _Run(Value):
 
     task: Task
     child: Child
-    is_new: bool
-    obstacle: Result | None  # why it could not be started
+    gate: threading.Event | None  # of a new one: set when its claim is on disk
     deadline_mono: float  # its timeout
     kill_at_mono: float  # when TERM has not helped; infinity also while it is not being ended
 
@@ -2628,10 +2628,11 @@ class DaemonRunner:
         on_poll: Callable[[], None] = lambda: None, on_drained: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.store = store
-        self.changed = threading.Condition()  # notified whenever a task has moved
         self._attempts = AttemptStore(store)
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
+        self._moved = threading.Condition()  # guards _awaited
+        self._awaited: dict[int, int] = {}  # task id: how many wait for it
         self._lock = threading.RLock()  # guards _running and _drain_at; taken before the store's
         self._running: dict[int, _Run] = {}
         self._drain_at = float("inf")  # monotonic; from then on tasks are interrupted
@@ -2648,8 +2649,7 @@ class DaemonRunner:
         self._metrics.started_at = Clock.now()
         with self._lock:
             for task in self.store.find(state="running", limit=INTEGER_MAX):
-                run = self._running[task.id] = self._prepare(task, is_new=False)
-                self._launch(run)
+                self._running[task.id] = self._launch(task, None)
                 log.info("Adopting task %d", task.id)
         threading.Thread(target=self._loop, name="runner", daemon=True).start()
 
@@ -2669,14 +2669,29 @@ class DaemonRunner:
         """End the polling and leave the children to the next daemon."""
         self.halted.set()
         self.wake()
+        self.tell(list(self._awaited))
         for inbox in self._inboxes.values():
             inbox.put(None)
 
     def wake(self) -> None:
-        """Make the loop take its turn now, and waiting requests look again."""
+        """Make the loop take its turn now."""
         self._wake.set()
-        with self.changed:
-            self.changed.notify_all()
+
+    def tell(self, ids: Iterable[int]) -> None:
+        """Wake those who wait for any of these tasks: they have moved."""
+        with self._moved:
+            if not self._awaited.keys().isdisjoint(ids):
+                self._moved.notify_all()
+
+    def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
+        """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
+        with self._moved:
+            self._awaited[task_id] = self._awaited.get(task_id, 0) + 1
+            if not is_done() and not self.halted.is_set():
+                self._moved.wait(timeout_s)
+            self._awaited[task_id] -= 1
+            if not self._awaited[task_id]:
+                del self._awaited[task_id]
 
     def end(self, ids: Iterable[int]) -> None:
         """End running tasks whose wish is on disk."""
@@ -2749,8 +2764,8 @@ class DaemonRunner:
         with self._lock:
             self._enforce()
             results = self._results[:]
-            gone = {task.id for task, _ in results}
-            active = [run.task for run in self._running.values() if run.task.id not in gone]
+            gone = {task.run_id for task, _ in results}
+            active = [run.task for run in self._running.values() if run.task.run_id not in gone]
             busy: dict[str, int] = {}
             for task in active:
                 busy[task.group] = busy.get(task.group, 0) + 1
@@ -2758,29 +2773,28 @@ class DaemonRunner:
             used = {task.slot for task in active}
             slots = [n for n in range(most) if n not in used][: max(most - len(active), 0)]
             launched: list[_Run] = []
-            try:
+            gate = threading.Event()
+            try:  # the shells start while the claims go to the disk
                 self._attempts.turn(
-                    results, slots, busy, lambda task: launched.append(self._prepare(task))
+                    results, slots, busy, lambda task: launched.append(self._launch(task, gate))
                 )
             except BaseException:
                 for run in launched:  # not on disk: it was never claimed, nor will it go
                     run.child.end()
                 raise
             finally:
-                for run in launched:
-                    self._launch(run)
+                gate.set()
             del self._results[: len(results)]
-            for task, _ in results:
-                self._running.pop(task.id, None)
+            self._running = {run.task.id: run for run in self._running.values()
+                             if run.task.run_id not in gone}  # fmt: skip
             self._running.update((run.task.id, run) for run in launched)
             is_drained = self.is_draining() and not self._running
         for task, result in results:
             self._count(task, result)
         for run in launched:
             log.info("Starting task %d", run.task.id)
-        if results or launched:
-            with self.changed:
-                self.changed.notify_all()
+        if results:
+            self.tell([task.id for task, _ in results])
         if is_drained:
             self.halt()
             self._on_drained()
@@ -2792,37 +2806,33 @@ class DaemonRunner:
         how = result.reason or ("lost" if result.exit_code is None else f"exit {result.exit_code}")
         log.info("Finished task %d: %s, %s", task.id, how, span(Clock.now() - task.started_at))
 
-    def _prepare(self, task: Task, is_new: bool = True) -> _Run:
-        """Make an attempt's child and, of a new one, start all but its last step."""
+    def _launch(self, task: Task, gate: threading.Event | None) -> _Run:
+        """Give an attempt to its slot's thread."""
         job = make_job(task, *self._attempts.get_context(task), self.store)
         child = CallChild(job, task, self._execute) if self._execute else make_child(job)
         left_s = never = float("inf")
         if task.timeout is not None:
             left_s = min(task.timeout, task.started_at + task.timeout - Clock.now())
-        run = _Run(task=task, child=child, is_new=is_new, kill_at_mono=never)
+        run = _Run(task=task, child=child, gate=gate, kill_at_mono=never)
         run.deadline_mono = Clock.mono() + left_s
-        if is_new:
-            run.obstacle = child.start()
-        elif task.wish is not None:
+        if task.wish is not None:
             self._end(run)
-        return run
-
-    def _launch(self, run: _Run) -> None:
-        """Let an attempt go, and its slot's thread wait for it."""
-        slot = run.task.slot or 0
-        if run.is_new and run.obstacle is None:
-            run.child.go()
+        slot = task.slot or 0
         if slot not in self._inboxes:
             inbox = self._inboxes[slot] = queue.SimpleQueue()
             name = f"slot-{slot}"
             threading.Thread(target=self._serve, args=(inbox,), name=name, daemon=True).start()
         self._inboxes[slot].put(run)
+        return run
 
     def _serve(self, inbox: queue.SimpleQueue[_Run | None]) -> None:
         """Carry out a slot's attempts, one after the other."""
         for run in iter(inbox.get, None):
             try:
-                result = run.obstacle if run.is_new else run.child.recover()
+                result = run.child.start() if run.gate else run.child.recover()
+                if result is None and run.gate:
+                    run.gate.wait()
+                    run.child.go()
                 result = run.child.wait() if result is None else result
             except Exception as error:  # this thread's top frame
                 log.exception("task %d could not be carried out", run.task.id)
@@ -2952,8 +2962,9 @@ def mapping(value: object) -> dict[str, Any]:
 
 def environment(value: object) -> dict[str, str]:
     """Read an object of strings."""
-    if not all(isinstance(text, str) and "\0" not in text for text in mapping(value).values()):
-        raise ValueError("an object of strings")
+    for name, text in mapping(value).items():
+        if not name or not isinstance(text, str) or "=" in name or "\0" in name + text:
+            raise ValueError("an object of names and strings, without NUL")
     return mapping(value)
 
 
@@ -3007,8 +3018,8 @@ class TaskVerbs:
             "cancel": ("ids!", partial(self._change, "cancel")),
             "retry": ("ids!", partial(self._change, "retry")),
             "remove": ("ids!", partial(self._change, "remove")),
-            "pause": ("group", partial(self._pause, True)),
-            "resume": ("group", partial(self._pause, False)),
+            "pause": ("group", partial(self._set_paused, True)),
+            "resume": ("group", partial(self._set_paused, False)),
             "report": ("id! token run_id tokens cost progress note", self._report),
             "why": ("id!", self._why),
             "logs": ("id! attempt offset within", self._logs),
@@ -3020,13 +3031,15 @@ class TaskVerbs:
             self._runner.wake()
         return answer
 
-    def _pause_until(self, deadline: float, most_s: float) -> bool:
-        """Wait for a change; False when there is nothing more to wait for."""
+    def _is_done(self, task_id: int) -> bool:
+        return self._store.get_progress([task_id])[0].state in DONE
+
+    def _pause(self, task_id: int, deadline: float, most_s: float) -> bool:
+        """Wait for a task to move; False when there is nothing more to wait for."""
         left_s = deadline - Clock.mono()
         if self._runner is None or left_s <= 0 or self._runner.halted.is_set():
             return False
-        with self._runner.changed:
-            self._runner.changed.wait(min(left_s, most_s))
+        self._runner.wait_for(task_id, min(left_s, most_s), lambda: self._is_done(task_id))
         return True
 
     def _describe(self, task: Task) -> Fields:
@@ -3052,9 +3065,9 @@ class TaskVerbs:
         """
         deadline, left = Clock.mono() + within, list(ids[::-1])
         while left:  # for one after the other: no change costs more than a look
-            if self._store.get_progress(left[-1:])[0].state in DONE:
+            if self._is_done(left[-1]):
                 left.pop()
-            elif not self._pause_until(deadline, 1.0):
+            elif not self._pause(left[-1], deadline, 1.0):
                 break
         tasks = self._store.get_progress(ids)
         pending = [task for task in tasks if task.state not in DONE]
@@ -3069,11 +3082,13 @@ class TaskVerbs:
 
     def _change(self, verb: str, ids: Sequence[int]) -> Fields:
         done, not_done = self._store.change(verb, ids)
-        if verb == "cancel" and self._runner is not None:
-            self._runner.end(done)
+        if self._runner is not None:
+            if verb == "cancel":
+                self._runner.end(done)
+            self._runner.tell(done)
         return self._wake({"done": done, "not_done": not_done})
 
-    def _pause(self, on: bool, group: str | None = None) -> Fields:
+    def _set_paused(self, on: bool, group: str | None = None) -> Fields:
         return self._wake({"paused": self._store.pause(group, on)})
 
     def _report(self, id: int, **usage: Any) -> Fields:
@@ -3105,7 +3120,7 @@ class TaskVerbs:
             task = self._store.get(id)
             is_over = number < task.attempts or task.state in DONE
             data, following = read_log(log_path(self._store.folder, id, number), offset)
-            if data or is_over or not self._pause_until(deadline, 0.05):
+            if data or is_over or not self._pause(id, deadline, 0.05):
                 break
         return {
             "attempt": number,
@@ -3602,6 +3617,10 @@ class Client:
         """Report tokens, cost, progress (percent), note; return {"over_budget": bool}."""
         return self.call("report", {"id": task_id, "token": os.urandom(12).hex(), **usage})
 
+    def queue(self) -> Fields:
+        """Return {"counts": {state: {group: n}}, "paused": [...], "groups": {...}}."""
+        return self.call("queue", {})
+
     def why(self, task_id: int) -> Fields:
         """Return {"id", "state", "reasons": [what it waits for, or how it ended]}."""
         return self.call("why", {"id": task_id})
@@ -3908,9 +3927,9 @@ class DaemonManager:
         load_config(self.project.config_path)
         make_state_folder(self.project.folder)
         cache = os.path.join(self.project.folder, "cache")
-        kept, sys.pycache_prefix = sys.pycache_prefix, cache
+        kept, sys.pycache_prefix, umask = sys.pycache_prefix, cache, os.umask(0o077)
         SourceFileLoader("apexd", os.path.abspath(__file__)).get_code("apexd")  # 10 MB to compile
-        sys.pycache_prefix = kept
+        sys.pycache_prefix, _ = kept, os.umask(umask)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
         argv = [sys.executable, "-I", "-S", "-c", _BOOT, cache, os.path.abspath(__file__)]
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
@@ -4375,7 +4394,7 @@ def cmd_list(args: Args) -> int:
     """List tasks, the newest last."""
     client = client_of(args)
     if args.group is not None:
-        known = client.call("queue", {})["groups"]
+        known = client.queue()["groups"]
         if args.group not in known:
             hint = "groups: " + ", ".join(known)
             raise DaemonError("UNKNOWN_GROUP", f"there is no group {args.group!r}", hint)
@@ -4579,6 +4598,9 @@ def cmd_dlq(args: Args) -> int:
     if args.action == "list":
         args.in_state, args.group, args.lines = "failed", None, None
         return cmd_list(args)
+    wrong = [task_id for task_id in args.ids[0] if task_id not in failed]
+    if args.action != "show" and wrong:
+        raise DaemonError("ILLEGAL_STATE", f"task {wrong[0]} is no dead letter", "see `dlq list`")
     if args.action != "show":
         return cmd_retry(args) if args.action == "retry" else cmd_remove(args)
     status = 0
