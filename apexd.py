@@ -1268,9 +1268,14 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
             line = f"[{timestamp(record.created)}] [{record.levelname}] {printable(head)}"
             return "\n".join([line, *("    " + printable(more) for more in rest)])
 
+    class Handler(logging.handlers.RotatingFileHandler):
+        def shouldRollover(self, record: logging.LogRecord) -> bool:
+            size = 30 + len(record.getMessage().encode(errors="replace"))  # no stat for each line
+            return self.stream is not None and self.stream.tell() + size > self.maxBytes
+
     logging.raiseExceptions = False  # a full disk costs lines, never the daemon
     os.close(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
-    file = logging.handlers.RotatingFileHandler(
+    file = Handler(
         path, maxBytes=int(options.max_size_mb * 1e6), backupCount=options.max_files,
         encoding="utf-8", errors="replace",
     )  # fmt: skip
@@ -1731,11 +1736,13 @@ def _insert_one(
 
 
 def set_state(
-    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None
-) -> None:
+    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None,
+    has_children: bool = True,
+) -> None:  # fmt: skip
     """Move a task: the only writer of `state`, but for its insertion.
 
-    A task that reaches a final state releases, or skips, what comes after it.
+    A task that reaches a final state releases, or skips, what comes after it. One that runs
+    begins an attempt. has_children False: it is known that nothing comes after it.
     """
     work = [(task_id, old, new, due_at)]
     while work:
@@ -1743,9 +1750,10 @@ def set_state(
         if new not in MOVES[old]:
             raise DaemonError("INTERNAL", f"task {task_id}: {old.value} cannot become {new.value}")
         finished_at = Clock.now() if new in DONE else None
-        sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ? WHERE id = ?"
-        db.execute(sql, (new.value, due_at, finished_at, task_id))
-        if new not in DONE:
+        sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
+        values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
+        db.execute(sql + " WHERE id = ?", values)
+        if new not in DONE or not has_children:
             continue
         for child, due_at, open_deps, need in db.execute(
             """
@@ -2048,6 +2056,7 @@ class AttemptStore:
     def __init__(self, store: TaskStore) -> None:
         self._store = store
         self._database = store.database
+        self.next_due: float | None = None  # of the scheduled tasks, at the end of a turn
         self._boot_id = Platform.boot_id()
         self._contexts: dict[int, tuple[dict[str, str], int | None]] = {}
 
@@ -2063,10 +2072,12 @@ class AttemptStore:
         with self._database.write() as db:
             for task, result in finished:
                 self._finish(db, task, result)
-            sql = "SELECT id FROM tasks INDEXED BY tasks_due WHERE state = 'scheduled'"
-            due = db.execute(sql + " AND due_at <= ? LIMIT 1000", (Clock.now(),)).fetchall()
-            for row in due:
-                set_state(db, row[0], State.SCHEDULED, State.QUEUED)
+            sql = "SELECT id, due_at FROM tasks INDEXED BY tasks_due WHERE state = 'scheduled'"
+            self.next_due = None
+            for task_id, self.next_due in db.execute(sql + " ORDER BY due_at LIMIT 20").fetchall():
+                if self.next_due is None or self.next_due > Clock.now():
+                    break
+                set_state(db, task_id, State.SCHEDULED, State.QUEUED)
             ready = self._find_ready(db, len(slots), busy) if slots else []
             claimed = [self._claim(db, task_id, slot) for task_id, slot in zip(ready, slots)]
             for task in claimed:
@@ -2078,15 +2089,16 @@ class AttemptStore:
         self, db: sqlite3.Connection, room: int, busy: Mapping[str, int]
     ) -> list[int]:
         """Return the ids to claim: one probe a group, then the best over the groups."""
-        paused = {row[0] for row in db.execute("SELECT grp FROM paused")}
-        sql = "SELECT grp FROM counts WHERE state = 'queued' AND n > 0"
+        sql = """
+            SELECT grp FROM counts
+            WHERE state = 'queued' AND n > 0
+              AND NOT EXISTS (SELECT 1 FROM paused WHERE grp IN (counts.grp, '*'))
+        """
         found: list[tuple[int, int]] = []
         for (group,) in db.execute(sql).fetchall():
             section = self._store.config.groups.get(group)
             limit = section.max_concurrent if section else None
             most = room if limit is None else min(room, limit - busy.get(group, 0))
-            if most <= 0 or group in paused or "*" in paused:
-                continue
             rows = db.execute(
                 """
                 SELECT -priority, id FROM tasks
@@ -2094,14 +2106,13 @@ class AttemptStore:
                 ORDER BY priority DESC, id
                 LIMIT ?
                 """,
-                (group, most),
+                (group, max(most, 0)),
             )
             found += map(tuple, rows)
         return [task_id for _, task_id in sorted(found)[:room]]
 
     def _claim(self, db: sqlite3.Connection, task_id: int, slot: int) -> Task:
         set_state(db, task_id, State.QUEUED, State.RUNNING)
-        db.execute("UPDATE tasks SET attempts = attempts + 1 WHERE id = ?", (task_id,))
         db.execute(
             """
             INSERT INTO attempts (task_id, number, run_id, slot, boot_id, started_at)
@@ -2116,7 +2127,8 @@ class AttemptStore:
         at: dict[str, Any] = {"id": task.id, "run": task.run_id, "now": Clock.now()}
         at.update(number=task.attempts, code=result.exit_code, reason=result.reason)
         where = "WHERE task_id = :id AND number = :number AND run_id = :run AND outcome IS NULL"
-        row = db.execute(f"SELECT wish FROM attempts {where}", at).fetchone()
+        sql = "SELECT wish, EXISTS (SELECT 1 FROM deps WHERE parent = :id) FROM attempts"
+        row = db.execute(f"{sql} {where}", at).fetchone()
         if row is None:
             return
         outcome = outcome_of(result, Outcome(row[0]) if row[0] else None)
@@ -2142,7 +2154,7 @@ class AttemptStore:
             task = self._store.get(task.id)
         state, delay_s = next_state(task, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
-        set_state(db, task.id, State.RUNNING, state, due_at)
+        set_state(db, task.id, State.RUNNING, state, due_at, bool(row[1]))
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
@@ -2160,13 +2172,6 @@ class AttemptStore:
         with self._database.write() as db:
             for task_id in ids:
                 set_wish(db, task_id, wish)
-
-    def next_due(self) -> float | None:
-        """Return when the next scheduled task is due, None when there is none."""
-        with self._database.read() as db:
-            sql = "SELECT min(due_at) FROM tasks INDEXED BY tasks_due WHERE state = 'scheduled'"
-            due: float | None = db.execute(sql).fetchone()[0]
-            return due
 
     def prune(self) -> list[int]:
         """Forget a bounded number of tasks past retention; return their ids.
@@ -2307,6 +2312,16 @@ def find_obstacle(job: Job) -> Result | None:
     return None
 
 
+def lock_within(fd: int, timeout_s: float) -> bool:
+    """Lock an open file; False when somebody keeps it locked for so long."""
+    deadline = Clock.mono() + timeout_s
+    while not Platform.lock(fd):
+        if Clock.mono() > deadline:
+            return False
+        threading.Event().wait(0.005)
+    return True
+
+
 class Child:
     """A command and all it starts. Life: start, go, or recover -> wait; `end` from any thread."""
 
@@ -2385,8 +2400,9 @@ class ShellChild(Child):
         self._record = os.open(job.record_path, os.O_RDWR | os.O_CREAT | _O_SAFE, 0o600)
         go_reader = -1
         try:
-            Platform.lock(log_fd)
-            Platform.lock(self._record)
+            for fd in (log_fd, self._record):  # a dead daemon's shell may have to notice yet
+                if not lock_within(fd, job.stop_timeout_s):
+                    raise OSError(errno.EAGAIN, "an earlier attempt still has the slot")
             os.pwrite(self._record, b" " * SLOT_RECORD_BYTES, 0)
             go_reader, self._go_writer = os.pipe()
             failpoint("spawn")
@@ -2501,12 +2517,7 @@ class ShellChild(Child):
             Platform.signal_group(self.shell_pid, signal.SIGKILL)
         fd = open_file(self.job.log_path, os.O_RDWR | os.O_CREAT)
         try:
-            deadline = Clock.mono() + self.job.stop_timeout_s
-            while not Platform.lock(fd):
-                if Clock.mono() > deadline:
-                    return False
-                threading.Event().wait(0.01)
-            return True
+            return lock_within(fd, self.job.stop_timeout_s)
         finally:
             os.close(fd)
 
@@ -2661,8 +2672,7 @@ class DaemonRunner:
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Drain, and wait until nothing runs: for an embedding program."""
-        grace_s = self.store.config.daemon.graceful_timeout
-        self.drain(grace_s if timeout_s is None else timeout_s)
+        self.drain(self.store.config.daemon.graceful_timeout if timeout_s is None else timeout_s)
         self.halted.wait()
 
     def halt(self) -> None:
@@ -2713,15 +2723,10 @@ class DaemonRunner:
         """Tell whether nothing more is claimed."""
         return self._drain_at < float("inf") or self.halted.is_set()
 
-    def find_pid(self, task_id: int) -> int | None:
-        """Return the PID of a running task's command."""
-        run = self._running.get(task_id)
-        return run.child.pid if run else None
-
-    def is_child(self, pid: int) -> bool:
-        """Tell whether a PID is that of a shell this runner waits for."""
+    def find_children(self) -> dict[int, Child]:
+        """Return the children that run now by their tasks' ids."""
         with self._lock:
-            return any(run.child.shell_pid == pid for run in self._running.values())
+            return {task_id: run.child for task_id, run in self._running.items()}
 
     def _loop(self) -> None:
         next_poll = next_upkeep = 0.0
@@ -2754,9 +2759,8 @@ class DaemonRunner:
             for run in self._running.values():
                 times += [run.deadline_mono, run.kill_at_mono, now + LOG_CHECK_S]
             times += [self._drain_at] if self._running else []
-        due_at = self._attempts.next_due()
-        if due_at is not None and not self.is_draining():
-            times.append(now + due_at - Clock.now())
+        if self._attempts.next_due is not None and not self.is_draining():
+            times.append(now + self._attempts.next_due - Clock.now())
         return max(min(times) - now, 0.0)
 
     def _turn(self) -> None:
@@ -2962,9 +2966,12 @@ def mapping(value: object) -> dict[str, Any]:
 
 def environment(value: object) -> dict[str, str]:
     """Read an object of strings."""
-    for name, text in mapping(value).items():
-        if not name or not isinstance(text, str) or "=" in name or "\0" in name + text:
-            raise ValueError("an object of names and strings, without NUL")
+    try:
+        for name, text in mapping(value).items():
+            if not name or "=" in name or b"\0" in os.fsencode(name + text):
+                raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError("an object of names and strings that can be encoded") from None
     return mapping(value)
 
 
@@ -3044,7 +3051,8 @@ class TaskVerbs:
 
     def _describe(self, task: Task) -> Fields:
         if self._runner is not None and task.state == State.RUNNING:
-            task.pid = self._runner.find_pid(task.id)
+            child = self._runner.find_children().get(task.id)
+            task.pid = child.pid if child else None
         return task.to_dict()
 
     def _add(self, **request: Any) -> Fields:
@@ -3817,7 +3825,10 @@ class Daemon:
                 open_log(self._path("daemon.log"), self._config.log, self._foreground)
                 log.info("reopened the log")
             elif os.getpid() == 1:  # SIGCHLD
-                Platform.reap_orphans(self._runner.is_child)
+                Platform.reap_orphans(self._is_child)
+
+    def _is_child(self, pid: int) -> bool:
+        return any(child.shell_pid == pid for child in self._runner.find_children().values())
 
     def _shutdown(self, keep: bool = False) -> Fields:
         """Stop; `keep` leaves the tasks running for the next daemon."""
@@ -3856,7 +3867,7 @@ class Daemon:
             write_atomically(self._path("heartbeat"), timestamp(Clock.now()) + "\n")
             self._write_state()
         if os.getpid() == 1:
-            Platform.reap_orphans(self._runner.is_child)
+            Platform.reap_orphans(self._is_child)
 
     def _write_state(self) -> None:
         write_atomically(self._path("state.json"), json.dumps(self._status(), indent=1) + "\n")

@@ -1,0 +1,4989 @@
+"""Tests of apexd.py, with real files, processes, sockets and signals; nothing is mocked.
+
+    python3 test_apexd.py                 # brings pytest along if it is not installed
+    python3 -m pytest -q test_apexd.py    # the same with one's own pytest
+    APEXD_SLOW=1 python3 test_apexd.py    # races many times over, and the slow tests
+
+One class a section of apexd.py, in the same order and under the same banners. Each test
+that needs a project gets a `Box`: a folder of its own in the system's temporary folder,
+with a copy of apexd.py alone, a HOME of its own and a clean environment. When a test has
+failed, its folder is kept and its daemon's log is printed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import errno
+import functools
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import traceback
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def run_with_own_pytest():
+    """Run this file with a pytest in a private virtual environment; return its status."""
+    import venv
+
+    folder = os.path.join(HERE, ".venv-test")
+    if not os.access(folder if os.path.exists(folder) else HERE, os.W_OK):
+        folder = os.path.join(tempfile.gettempdir(), f"apexd-venv-test-{os.getuid()}")
+    scripts = "Scripts" if sys.platform == "win32" else "bin"
+    python = os.path.join(folder, scripts, "python")
+    has_pytest = [python, "-c", "import pytest"]
+    try:
+        is_ready = subprocess.call(has_pytest, stderr=subprocess.DEVNULL) == 0
+    except OSError:
+        is_ready = False
+    if not is_ready:
+        print(f"pytest is not installed: making {folder} with it", file=sys.stderr)
+        venv.create(folder, with_pip=True, clear=True)
+        quiet = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "pytest"]
+        status = subprocess.call(quiet)
+        if status:
+            print("that failed: install pytest by hand, or go online once", file=sys.stderr)
+            return status
+    return subprocess.call([python, "-m", "pytest", os.path.abspath(__file__), *sys.argv[1:]])
+
+
+try:
+    import pytest
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    sys.exit(run_with_own_pytest())
+
+sys.path.insert(0, HERE)
+sys.dont_write_bytecode = True
+import apexd  # noqa: E402
+
+PROGRAM = os.path.join(HERE, "apexd.py")
+SLOW = os.environ.get("APEXD_SLOW") not in (None, "", "0")
+ROUNDS = 20 if SLOW else 3  # of each race test
+IS_WINDOWS = sys.platform == "win32"
+IS_LINUX = sys.platform.startswith("linux")
+IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+
+slow = pytest.mark.skipif(not SLOW, reason="slow: set APEXD_SLOW=1")
+posix = pytest.mark.skipif(IS_WINDOWS, reason="of POSIX systems")
+linux = pytest.mark.skipif(not IS_LINUX, reason="needs Linux")
+root = pytest.mark.skipif(not IS_ROOT, reason="needs root")
+
+# What a project of the tests is set to, so that nobody waits.
+FAST = {
+    "daemon": {
+        "poll_interval": 0.2,
+        "graceful_timeout": 5,
+        "stop_timeout": 2,
+        "heartbeat_interval": 1,
+    }
+}
+
+
+def eventually(fn, within_s=20.0, why=""):
+    """Return the first true value of `fn()`; fail with the last one after `within_s`.
+
+    An AssertionError or OSError of `fn` counts as not yet. The only place that sleeps.
+    """
+    deadline = time.monotonic() + within_s
+    pause = 0.01
+    while True:
+        try:
+            value = fn()
+        except (AssertionError, OSError) as error:
+            value, seen = None, f"{type(error).__name__}: {error}"
+        else:
+            seen = repr(value)
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_s} s: {why or 'true'}; last: {seen}")
+        time.sleep(pause)
+        pause = min(pause * 2, 0.25)
+
+
+def lives(pid):
+    """Tell whether a process runs; a zombie does not."""
+    if IS_LINUX:
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+        except OSError:
+            return False
+    if IS_WINDOWS:
+        return apexd.Platform.start_time(pid) is not None
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def kill(pid):
+    """SIGKILL a process, if it is there."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def sha256(path):
+    """Return the digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def read(path):
+    """Return a file's text, "" when it is not there."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
+def write(path, data):
+    """Write text or bytes to a file, making its folder, for its owner alone."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
+    os.chmod(path, 0o600)
+    return path
+
+
+class Box:
+    """One project: `path` holds apexd.py alone, `home` is its HOME, `state` its .apex."""
+
+    def __init__(self):
+        temporary = "/tmp" if os.path.isdir("/tmp") else None  # AF_UNIX paths must be short
+        self.root = os.path.realpath(tempfile.mkdtemp(prefix="ax-", dir=temporary))
+        self.path = os.path.join(self.root, "p")
+        self.home = os.path.join(self.root, "h")
+        self.state = os.path.join(self.path, ".apex")
+        os.mkdir(self.path)
+        os.mkdir(self.home)
+        shutil.copy(PROGRAM, self.path)
+        self.env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": self.home}
+        self.env["LANG"] = "C.UTF-8"
+        for name in ("SYSTEMROOT", "TEMP", "TMP", "COMSPEC", "PATHEXT", "WINEPREFIX"):
+            if IS_WINDOWS and name in os.environ:
+                self.env[name] = os.environ[name]
+        self.children = []
+        self.config({})
+
+    def file(self, *names):
+        """Return a path within the state folder."""
+        return os.path.join(self.state, *names)
+
+    def config(self, data, **sections):
+        """Write .apex/config.json: FAST with `data` over it; None removes the file."""
+        path = self.file("config.json")
+        if data is None:
+            os.unlink(path)
+            return None
+        merged = json.loads(json.dumps(FAST))
+        for section, options in {**data, **sections}.items():
+            merged[section] = {**merged.get(section, {}), **options}
+        return write(path, json.dumps(merged))
+
+    def command(self, *args):
+        """Return the words that run apexd.py with these arguments."""
+        program = [sys.executable, os.path.join(self.path, "apexd.py")]
+        return program + [a if isinstance(a, bytes) else str(a) for a in args]
+
+    def popen(self, *args, env=None, cwd=None, **options):
+        """Start apexd.py without waiting for it; teardown kills it if it still runs."""
+        options.setdefault("stdin", subprocess.DEVNULL)
+        options.setdefault("stdout", subprocess.PIPE)
+        options.setdefault("stderr", subprocess.PIPE)
+        env = {**self.env, **(env or {})}
+        child = subprocess.Popen(
+            self.command(*args), cwd=cwd or self.path, env=env, **options
+        )
+        self.children.append(child)
+        return child
+
+    def run(self, *args, rc=0, input=None, env=None, timeout=60, cwd=None):
+        """Run apexd.py to its end; check its status (rc None: any) and its manners."""
+        data = input.encode("utf-8", "surrogateescape") if isinstance(input, str) else input
+        done = subprocess.run(
+            self.command(*args),
+            input=b"" if data is None else data,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=cwd or self.path,
+            env={**self.env, **(env or {})},
+            timeout=timeout,
+        )
+        done.stdout = done.stdout.decode("utf-8", "surrogateescape")
+        done.stderr = done.stderr.decode("utf-8", "surrogateescape")
+        what = f"apexd.py {' '.join(map(str, args))[:300]}: {done}"
+        assert "Traceback" not in done.stderr and "a bug:" not in done.stderr, what
+        assert rc is None or done.returncode == rc, what
+        return done
+
+    def json(self, *args, **options):
+        """Run apexd.py --json; return what it printed."""
+        return json.loads(self.run("--json", *args, **options).stdout)
+
+    def error(self, *args, rc, **options):
+        """Run a command that must fail with status `rc`; return {"code", "message", "hint"}."""
+        done = self.run("--json", *args, rc=rc, **options)
+        assert done.stdout == "", done
+        return json.loads(done.stderr.strip().split("\n")[-1])["error"]
+
+    def start(self, *args, **options):
+        """Start the daemon; return its PID."""
+        self.run("start", *args, **options)
+        return self.pid()
+
+    def stop(self, *args, **options):
+        """Stop the daemon, letting tasks finish."""
+        return self.run("stop", *args, **options)
+
+    def pid(self):
+        """Return the daemon's PID by its PID file."""
+        return json.loads(read(self.file("daemon.pid")))["pid"]
+
+    def kill9(self):
+        """SIGKILL the daemon and wait until it is dead; return the PID it had."""
+        pid = self.pid()
+        kill(pid)
+        eventually(lambda: not lives(pid), why="the daemon is dead")
+        return pid
+
+    def add(self, *words, **options):
+        """Add a task, `group="x"` as --group x; return its id."""
+        args = []
+        for name, value in options.items():
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                flag = "--" + name.replace("_", "-")
+                args += [flag] if item is True else [f"{flag}={item}"]
+        command = ["--", *words] if words else []
+        return int(self.run("add", "--print-id", *args, *command).stdout)
+
+    def batch(self, lines, *args, **options):
+        """Add one task a line (JSON unless a string); return the ids."""
+        text = "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
+        out = self.run("add", "-p", "--batch", *args, input=text, **options).stdout
+        return [int(word) for word in out.split()]
+
+    def task(self, task_id):
+        """Return a task as `show --json` gives it."""
+        return self.json("show", task_id)
+
+    def look(self, task_id):
+        """Return a task, by the socket if the daemon answers: cheaper in a loop."""
+        try:
+            return self.request({"type": "get", "id": task_id})["task"]
+        except (OSError, ValueError, KeyError):
+            return self.task(task_id)
+
+    def until(self, task_id, *states, within_s=20.0):
+        """Wait until a task is in one of `states` (default: finished); return it."""
+        wanted = states or ("succeeded", "failed", "cancelled", "skipped")
+
+        def check():
+            task = self.look(task_id)
+            assert task["state"] in wanted, (task["state"], task["reason"], task["exit_code"])
+            return task
+
+        return eventually(check, within_s, f"task {task_id} is {' or '.join(wanted)}")
+
+    def log(self):
+        """Return the text of daemon.log."""
+        return read(self.file("daemon.log"))
+
+    def output(self, task_id):
+        """Return what a task has printed."""
+        return self.run("logs", task_id).stdout
+
+    def connect(self, timeout=10.0):
+        """Open a connection to the control socket."""
+        endpoint = json.loads(read(self.file("endpoint")))
+        if "socket" in endpoint:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.settimeout(timeout)
+            connection.connect(endpoint["socket"])
+            return connection
+        return socket.create_connection(("127.0.0.1", endpoint["port"]), timeout)
+
+    def request(self, message, timeout=10.0):
+        """Make one request on a connection of its own; return the response."""
+        endpoint = json.loads(read(self.file("endpoint")))
+        if "token" in endpoint:
+            message = {**message, "auth": endpoint["token"]}
+        with self.connect(timeout) as connection:
+            data = json.dumps(message).encode()
+            connection.sendall(struct.pack(">I", len(data)) + data)
+            return read_frame(connection)
+
+    def database(self):
+        """Open apex.db, read-only; no daemon may run."""
+        uri = "file:" + self.file("apex.db") + "?mode=ro"
+        db = sqlite3.connect(uri, uri=True)
+        db.row_factory = sqlite3.Row
+        return contextlib.closing(db)
+
+    def processes(self):
+        """Return {pid: command line} of all that lives with this HOME (Linux; else none)."""
+        needle = b"\0HOME=" + os.fsencode(self.home) + b"\0"
+        found = {}
+        for name in os.listdir("/proc") if IS_LINUX else ():
+            with contextlib.suppress(OSError):
+                if not name.isdigit() or int(name) == os.getpid():
+                    continue
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    if needle not in b"\0" + file.read() + b"\0":
+                        continue
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    words = file.read().replace(b"\0", b" ").decode("utf-8", "replace")
+                if lives(int(name)):
+                    found[int(name)] = words[:200]
+        return found
+
+    def close(self):
+        """End everything; return what was left although it should not have been."""
+        complaints = []
+        for child in self.children:
+            if child.poll() is None:
+                child.kill()
+            child.communicate()
+        was_up = os.path.exists(self.file("endpoint")) and lives_in(self.file("daemon.pid"))
+        if IS_LINUX and not was_up and not self.processes():
+            return complaints
+        stop = subprocess.run(
+            self.command("stop", "--force"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=self.path,
+            env=self.env,
+            timeout=60,
+        )
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not self.processes(), 1.0)
+        left = self.processes()
+        if left:
+            complaints.append(f"still alive after stop: {left}; stop: {stop}")
+        for _ in range(100):
+            if not left:
+                break
+            for pid in left:
+                kill(pid)
+            left = self.processes()
+        for name in ("daemon.pid", "control.sock", "endpoint") if was_up else ():
+            if os.path.lexists(self.file(name)):
+                complaints.append(f"{name} is left after stop: {stop}")
+        return complaints
+
+
+def read_frame(connection):
+    """Receive one frame of the control protocol; None at end-of-file."""
+    with connection.makefile("rb") as file:
+        head = file.read(4)
+        if len(head) < 4:
+            return None
+        (length,) = struct.unpack(">I", head)
+        data = file.read(length)
+        assert len(data) == length, "a frame that was cut off"
+        return json.loads(data)
+
+
+def lives_in(path):
+    """Tell whether the process that a PID file names lives."""
+    try:
+        pid = json.loads(read(path))["pid"]
+        return isinstance(pid, int) and pid > 1 and lives(pid)
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+FAILED = set()  # node ids of tests that have failed
+
+
+class _Reports:
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            FAILED.add(report.nodeid)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reports(request):
+    manager = request.config.pluginmanager
+    if not manager.has_plugin("apexd-reports"):
+        manager.register(_Reports(), "apexd-reports")
+
+
+@pytest.fixture
+def boxes(request):
+    """Give a maker of boxes; see `box`."""
+    made = []
+
+    def make():
+        made.append(Box())
+        return made[-1]
+
+    yield make
+    complaints = [text for each in made for text in each.close()]
+    if complaints or request.node.nodeid in FAILED:
+        for each in made:
+            print(f"--- kept: {each.root}; daemon.log:\n{each.log()[-20000:]}")
+    else:
+        for each in made:
+            shutil.rmtree(each.root, ignore_errors=True)
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.fixture
+def box(boxes):
+    """Give a project; afterwards nothing of it may be left alive."""
+    return boxes()
+
+
+# ============================================================================
+# 0. SHAPE - apexd.py is laid out as its head says, and README.md tells the truth
+# ============================================================================
+
+RULE = "# " + "=" * 76
+parse = functools.lru_cache(maxsize=2)(ast.parse)
+STANDARD_MODULES = getattr(sys, "stdlib_module_names", None)
+if STANDARD_MODULES is None:  # Python 3.9
+    import sysconfig
+
+    folder = sysconfig.get_path("stdlib")
+    names = [*os.listdir(folder), *os.listdir(os.path.join(folder, "lib-dynload"))]
+    STANDARD_MODULES = {name.partition(".")[0] for name in names}
+    STANDARD_MODULES |= {*sys.builtin_module_names, "msvcrt", "winreg", "tomllib"}
+FUNCTION_MAX_LINES = 60
+CLASS_MAX_LINES = 250
+
+
+def find_sections(source):
+    """Return [(line of the banner's head, number, name)] of a source text."""
+    lines = source.split("\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        match = re.match(r"# ([0-9]+)\. ([A-Z]+)\b", line)
+        if match:
+            found.append((number, int(match[1]), match[2]))
+    return found
+
+
+def banner_faults(source):
+    """Check that banners have their one form, are in order, and agree with the map."""
+    lines = [""] + source.split("\n")
+    found = find_sections(source)
+    faults = []
+    for at, number, name in found:
+        end = next((n for n in range(at, at + 8) if lines[n] == RULE), None)
+        if lines[at - 1] != RULE or end is None or " - " not in lines[at]:
+            faults.append(f"line {at}: the banner of {name} has another form")
+        elif not any(re.match(r"#\s+Uses ", line) for line in lines[at:end]):
+            faults.append(f"line {at}: the banner of {name} does not say what it uses")
+    numbers = [number for _, number, _ in found]
+    if numbers != sorted(set(numbers)):
+        faults.append(f"sections are out of order: {numbers}")
+    head = ast.get_docstring(parse(source)) or ""
+    told = [(int(n), s) for n, s in re.findall(r"(?m)^ *([0-9]+)\. ([A-Z]+) ", head)]
+    if told != [(number, name) for _, number, name in found]:
+        faults.append(f"the map in the head differs: {told}")
+    return faults
+
+
+class _ModuleNames(ast.NodeVisitor):
+    """Collects names that module-level code reads, with their lines; no inner scopes."""
+
+    def __init__(self):
+        self.found = []
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Load):
+            self.found.append((node.id, node.lineno))
+
+    def visit_AnnAssign(self, node):
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_FunctionDef(self, node):
+        defaults = [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+        for part in [*node.decorator_list, *defaults]:
+            self.visit(part)
+
+    def visit_ClassDef(self, node):
+        for part in [*node.decorator_list, *node.bases]:
+            self.visit(part)
+
+    def visit_Lambda(self, node):
+        pass
+
+
+def top_level_names(tree):
+    """Return {name: its first line} of all that the module's top level defines."""
+    names = {}
+
+    def define(name, line):
+        names.setdefault(name, line)
+
+    def walk(statements):
+        for node in statements:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                define(node.name, node.lineno)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    for part in ast.walk(target):
+                        if isinstance(part, ast.Name):
+                            define(part.id, node.lineno)
+            elif isinstance(node, (ast.If, ast.Try)):
+                walk(node.body)
+                walk(node.orelse)
+
+    walk(tree.body)
+    return names
+
+
+def order_faults(source):
+    """Check that a section uses only names of its own and of sections above it."""
+    import symtable
+
+    tree = parse(source)
+    starts = [(at, number) for at, number, _ in find_sections(source)]
+
+    def section_of(line):
+        return max((number for at, number in starts if at <= line), default=0)
+
+    names = {name: section_of(line) for name, line in top_level_names(tree).items()}
+    module = _ModuleNames()
+    for node in tree.body:
+        module.visit(node)
+    uses = module.found
+
+    def walk(table):
+        for child in table.get_children():
+            line = child.get_lineno()
+            uses.extend(
+                (symbol.get_name(), line)
+                for symbol in child.get_symbols()
+                if symbol.is_referenced() and symbol.is_global()
+            )
+            walk(child)
+
+    walk(symtable.symtable(source, "apexd.py", "exec"))
+    return sorted(
+        f"line {line}: section {section_of(line)} uses {name} of section {names[name]}"
+        for name, line in set(uses)
+        if names.get(name, 0) > section_of(line)
+    )
+
+
+def platform_faults(source):
+    """Check that only PLATFORM asks which system this is."""
+    tree = parse(source)
+    bounds = find_sections(source) + [(source.count("\n") + 2, 0, "")]
+    spans = {name: (at, bounds[i + 1][0]) for i, (at, _, name) in enumerate(bounds[:-1])}
+    low, high = spans["PLATFORM"]
+    faults = []
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if low <= line < high:
+            continue
+        word = ""
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            word = f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.Name):
+            word = node.id
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [alias.name for alias in node.names]
+            word = next((m for m in modules if m in ("fcntl", "msvcrt")), "")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            target = ast.unparse(node.args[0]) if node.args else ""
+            if node.func.id == "hasattr" and re.match(r"os\b", target):
+                word = "hasattr(os"
+        if word in ("sys.platform", "os.name", "fcntl", "msvcrt", "hasattr(os"):
+            faults.append(f"line {line}: {word} outside PLATFORM")
+    return faults
+
+
+def size_faults(source):
+    """Check the hard limits on sizes, and that no except is bare."""
+    faults = []
+    for node in ast.walk(parse(source)):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            faults.append(f"line {node.lineno}: a bare except")
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            size = node.end_lineno - node.lineno + 1
+            most = CLASS_MAX_LINES if isinstance(node, ast.ClassDef) else FUNCTION_MAX_LINES
+            if size > most:
+                faults.append(f"line {node.lineno}: {node.name} has {size} lines, most {most}")
+    return faults
+
+
+def import_faults(source):
+    """Check that nothing but the standard library is needed; yaml may be tried."""
+    faults = []
+    for node in ast.walk(parse(source)):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or "."]
+        for module in modules:
+            top = module.partition(".")[0]
+            if top not in STANDARD_MODULES and top != "yaml":
+                faults.append(f"line {node.lineno}: imports {module}")
+    return faults
+
+
+def grammar_faults(source):
+    """Check that Python 3.9 can read it."""
+    try:
+        ast.parse(source, feature_version=(3, 9))
+    except SyntaxError as error:
+        return [f"line {error.lineno}: {error.msg}"]
+    return []
+
+
+def raised_codes(source):
+    """Return the codes that the source names outside their own table."""
+    tree = parse(source)
+    table = next(
+        node for node in tree.body
+        if isinstance(node, (ast.AnnAssign, ast.Assign))
+        and "CODES" in ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+    )
+    own = {id(node) for node in ast.walk(table)}
+    return {
+        node.value for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and id(node) not in own and isinstance(node.value, str)
+    }
+
+
+def readme_options():
+    """Return {option: (default, meaning)} as README.md must have them, a table row each."""
+    return {
+        f"{section}.{key}": (json.dumps(default), meaning)
+        for section, options in apexd.OPTIONS.items()
+        for key, (_, default, meaning) in options.items()
+    }
+
+
+def keep_few_bodies(source):
+    """Return the source with all banners, but the code of some sections only: faster."""
+    lines = source.split("\n")
+    starts = [at - 2 for at, _, _ in find_sections(source)]
+    pieces = ["\n".join(lines[: starts[0]])]
+    for (_, _, name), low, high in zip(find_sections(source), starts, [*starts[1:], len(lines)]):
+        is_kept = name in ("ERRORS", "PLATFORM", "FILES", "DAEMON")
+        end = lines.index(RULE, low + 1) + 1
+        pieces.append("\n".join(lines[low : high if is_kept else end]))
+    return "\n".join([*pieces, "def main() -> None:", "    pass", ""])
+
+
+class TestShape:
+    SOURCE = read(PROGRAM)
+    SEEDED = keep_few_bodies(SOURCE)
+    CHECKS = (
+        banner_faults,
+        order_faults,
+        platform_faults,
+        size_faults,
+        import_faults,
+        grammar_faults,
+    )
+
+    @staticmethod
+    @functools.lru_cache(maxsize=None)
+    def faults(check):
+        return check(TestShape.SEEDED)
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_the_file_has_no(self, check):
+        assert check(self.SOURCE) == []
+
+    SEEDS = {
+        "a use from below in a function": (
+            order_faults, 'def bad(', 'def worse() -> object:\n    return Daemon\n\n\ndef bad(',
+        ),
+        "a use from below in a class": (
+            order_faults, 'def bad(', 'class Worse:\n    daemon = main\n\n\ndef bad(',
+        ),
+        "a use from below by a decorator": (
+            order_faults, 'def bad(', '@main\ndef worse() -> object:\n    return 1\n\n\ndef bad(',
+        ),
+        "a use from below at the top level": (order_faults, 'def bad(', 'X = main\n\n\ndef bad('),
+        "a platform question": (
+            platform_faults, 'def bad(', 'IS_UNIX = os.name == "posix"\n\n\ndef bad(',
+        ),
+        "another platform question": (
+            platform_faults, 'def bad(', 'IS_MAC = sys.platform == "darwin"\n\n\ndef bad(',
+        ),
+        "a probe of os": (
+            platform_faults, 'def bad(', 'X = hasattr(os, "fork")\n\n\ndef bad(',
+        ),
+        "an import of fcntl": (platform_faults, "import base64", "import base64\nimport fcntl"),
+        "a long function": (
+            size_faults, 'def bad(', 'def worse() -> None:\n' + "    pass\n" * 60 + '\n\ndef bad(',
+        ),
+        "a long class": (
+            size_faults, 'def bad(', 'class Worse:\n' + "    pass\n" * 250 + '\n\ndef bad(',
+        ),
+        "a bare except": (
+            size_faults, 'def bad(', 'try:\n    X = 1\nexcept:\n    X = 2\n\n\ndef bad(',
+        ),
+        "a foreign module": (import_faults, "import base64", "import base64\nimport requests"),
+        "newer grammar": (grammar_faults, 'def bad(', 'match 1:\n    case 1:\n        pass\n\n\ndef bad('),
+        "a section out of order": (banner_faults, "# 5. FILES", "# 50. FILES"),
+        "a section the map lacks": (banner_faults, "# 5. FILES", "# 5. FOLDERS"),
+        "a banner of another width": (banner_faults, RULE, RULE[:-1]),
+        "a banner that does not say what it uses": (banner_faults, "#    Uses 1-4.", "#    Is nice."),
+    }
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_the_checker_sees(self, seed):
+        check, old, new = self.SEEDS[seed]
+        assert old in self.SEEDED
+        seeded = self.SEEDED.replace(old, new, 1)
+        assert len(check(seeded)) > len(self.faults(check)), seed
+
+    def test_every_code_is_raised_somewhere(self):
+        assert set(apexd.CODES) - raised_codes(self.SOURCE) == set()
+
+    def test_every_error_has_a_code_of_the_table(self):
+        raised = {
+            node.args[0].value
+            for node in ast.walk(parse(self.SOURCE))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "DaemonError"
+            and isinstance(node.args[0], ast.Constant)
+        }
+        assert raised - set(apexd.CODES) == set()
+
+    def test_all_names_of_all_are_there(self):
+        assert [name for name in apexd.__all__ if not hasattr(apexd, name)] == []
+
+    def test_importing_it_does_nothing(self, tmp_path):
+        shutil.copy(PROGRAM, tmp_path)
+        code = (
+            "import sys, threading, signal; sys.dont_write_bytecode = True; import apexd\n"
+            "heavy = {'sqlite3', 'logging', 'subprocess', 'http', 'typing'} & set(sys.modules)\n"
+            "print(sorted(heavy), threading.active_count(), signal.getsignal(signal.SIGTERM) == 0)"
+        )
+        argv = [sys.executable, "-S", "-c", code]
+        done = subprocess.run(argv, cwd=tmp_path, stdout=subprocess.PIPE, check=True)
+        assert done.stdout.split() == [b"[]", b"1", b"True"], done
+        assert os.listdir(tmp_path) == ["apexd.py"]
+
+
+@pytest.mark.skipif(not os.path.exists(os.path.join(HERE, "README.md")), reason="no README.md")
+class TestReadme:
+    def setup_class(self):
+        self.text = read(os.path.join(HERE, "README.md"))
+
+    def test_its_table_of_options_is_that_of_the_program(self):
+        rows = re.findall(r"(?m)^\| `([a-z]+\.[A-Za-z_.]+)` \| ([^|]*) \| (.*) \|$", self.text)
+        table = {key: (value.strip("` "), meaning.strip()) for key, value, meaning in rows}
+        assert table == readme_options()
+
+    def test_it_names_every_option_of_the_command_line(self):
+        missing = set()
+        for action in apexd.build_parser()._actions:
+            for name, sub in (action.choices or {}).items() if action.dest == "verb" else ():
+                for option in sub._actions:
+                    words = option.option_strings
+                    if words and "-h" not in words and not any(re.search(rf"{word}\b", self.text) for word in words):
+                        missing.add(f"{name} {words[0]}")
+        assert missing == set()
+
+    def test_it_names_every_command(self):
+        commands = {action.dest: action for action in apexd.build_parser()._actions}["verb"].choices
+        assert [name for name in commands if not re.search(rf"\b{name}\b", self.text)] == []
+
+    def test_it_names_every_code(self):
+        assert [code for code in apexd.CODES if f"`{code.lower()}`" not in self.text] == []
+
+
+# ============================================================================
+# 2. ERRORS - every error has a code, a status, one line what, one line what to do
+# ============================================================================
+
+
+class TestErrors:
+    def test_an_error_survives_the_wire(self):
+        error = apexd.DaemonError("NOT_RUNNING", "what", "what to do")
+        again = apexd.DaemonError.from_dict(json.loads(json.dumps(error.to_dict())))
+        assert (again.code, again.message, again.hint) == ("NOT_RUNNING", "what", "what to do")
+        assert error.to_dict()["code"] == "not_running"
+        assert again.exit_status == 69
+
+    def test_statuses_are_those_of_the_documentation(self):
+        assert {status for status, _ in apexd.CODES.values()} <= {1, 2, 65, 69, 70, 73, 75, 77, 78}
+        told = {
+            "BAD_REQUEST": 2, "UNKNOWN_COMMAND": 2, "UNKNOWN_TASK": 2, "UNKNOWN_GROUP": 2,
+            "DATABASE_CORRUPT": 65, "PID_FILE_CORRUPTED": 65, "NOT_RUNNING": 69,
+            "NOT_ANSWERING": 69, "INTERNAL": 70, "CANNOT_CREATE": 73, "BUSY": 75,
+            "NOT_CONFIRMED": 75, "ALREADY_RUNNING": 75, "QUEUE_FULL": 75,
+            "PERMISSION_DENIED": 77, "CONFIG_INVALID": 78, "DATABASE_NEWER": 78,
+        }  # fmt: skip
+        assert {code: apexd.CODES[code][0] for code in told} == told
+
+    MISTAKES = (
+        (["frobnicate"], "unknown_command", 2),
+        (["show", "99"], "unknown_task", 2),
+        (["show", "x"], "bad_request", 2),
+        (["add"], "bad_request", 2),
+        (["add", "make test"], "bad_request", 2),
+        (["add", "--group", "nope", "true"], "unknown_group", 2),
+        (["add", "--delay=-5", "true"], "bad_request", 2),
+        (["--config", "nope.toml", "list"], "config_invalid", 78),
+        (["--project", "/nope/nope", "list"], "bad_request", 2),
+        (["kill", "12"], "bad_request", 2),
+        (["reload"], "not_running", 69),
+    )
+
+    @pytest.mark.parametrize(
+        "args, code, status",
+        MISTAKES,
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_an_error_has_a_code_a_status_and_two_lines(self, box, args, code, status):
+        error = box.error(*args, rc=status)
+        assert error["code"] == code
+        assert error["message"] and "\n" not in error["message"], "one line what"
+        assert error["hint"] and "\n" not in error["hint"], "one line what to do"
+
+    def test_people_get_the_same_in_words(self, box):
+        error = box.error("frobnicate", rc=2)
+        text = box.run("frobnicate", rc=2).stderr
+        assert text.startswith(f"apexd: {error['message']}\n") and text.count("\n") == 2
+        assert text.split("\n")[1].strip() == error["hint"]
+
+    def test_an_error_leaves_standard_output_empty(self, box):
+        assert box.run("show", "99", rc=2).stdout == ""
+
+
+# ============================================================================
+# 3. VALUES - readers of what people write, the table of moves, what follows an end
+# ============================================================================
+
+JUNK = [
+    None, True, False, [], {}, [[]], [None], {"a": 1}, "", " ", "x", "5x", "1e5x", "--", "-1",
+    "1-", "-", ",", "0x10", "1..2", ".", "\0", "\ud800", "٣", "9" * 400, 10**400, -1, -0.5,
+    float("nan"), float("inf"), float("-inf"), 1e309, "nan", "inf", "1_000", object(), b"5",
+]  # fmt: skip
+
+
+class TestValues:
+    def test_a_duration_is_read(self):
+        table = {
+            0: 0, 5: 5, 0.25: 0.25, "0": 0, "90": 90, "90s": 90, "5m": 300, "2h": 7200,
+            "1d": 86400, "250ms": 0.25, " 1.5 h ": 5400, "1.5": 1.5,
+        }  # fmt: skip
+        assert {text: apexd.duration(text) for text in table} == table
+
+    @pytest.mark.parametrize(
+        "text", ["-1", "-1s", -1, "5x", "", "s", "1 2", "1.2.3", "1w", "1e10", 1e11, None, True, []]
+    )
+    def test_what_is_no_duration_is_refused(self, text):
+        with pytest.raises(ValueError):
+            apexd.duration(text)
+
+    @pytest.mark.parametrize("reader", ["duration", "task_ids", "dependencies", "command_line"])
+    def test_junk_raises_value_error_or_is_read(self, reader):
+        for junk in JUNK:
+            with contextlib.suppress(ValueError):
+                getattr(apexd, reader)(junk)
+
+    def test_task_ids_are_read(self):
+        table = {"3": [3], "3,5-7": [3, 5, 6, 7], "7,3,7": [7, 3], 4: [4], "2-2": [2], " 1 , 2 ": [1, 2]}
+        assert {text: apexd.task_ids(text) for text in table} == table
+        assert apexd.task_ids(["9-10", 1]) == [9, 10, 1]
+        for text in ("", "x", "3-1", "1,", "-1", "1.5", "1-9999999999999", True, None, "9" * 30):
+            with pytest.raises(ValueError):
+                apexd.task_ids(text)
+
+    def test_dependencies_are_read(self):
+        assert apexd.dependencies("3,4:any") == [(3, "ok"), (4, "any")]
+        assert apexd.dependencies(["7-8:fail", "9:ok"]) == [(7, "fail"), (8, "fail"), (9, "ok")]
+        for text in ("", "x", "3:maybe", "3:ok:ok", ":ok", [None], [True], None, 5.5, "3-1"):
+            with pytest.raises(ValueError):
+                apexd.dependencies(text)
+
+    def test_a_command_is_read(self):
+        for good in ("make test", ["make", "test"], ["./-x", "-y"], ["a", ""], ["\udcff"], "-x"):
+            assert apexd.command_line(good) == good
+        bads = ("", " \t", [], [""], ["-x"], ["a", 1], ["a\0"], "a\0", ["\ud800"], 5, None, [["a"]])
+        for wrong in bads:
+            with pytest.raises(ValueError):
+                apexd.command_line(wrong)
+
+    def test_every_state_has_its_moves(self):
+        done = {"succeeded", "failed", "cancelled", "skipped"}
+        waiting = {"waiting", "scheduled", "queued"}
+        moves = {old.value: {new.value for new in news} for old, news in apexd.MOVES.items()}
+        assert set(moves) == {state.value for state in apexd.State} == done | waiting | {"running"}
+        for state in done:
+            assert "queued" in moves[state] <= waiting, "a finished task can only be reopened"
+        for state in waiting:
+            assert "cancelled" in moves[state]
+            assert "succeeded" not in moves[state] and "failed" not in moves[state]
+        assert "running" in moves["queued"]
+        assert not any("running" in moves[state] for state in moves if state != "queued")
+        assert moves["running"] == {"succeeded", "failed", "cancelled", "queued", "scheduled"}
+        assert not any(state in moves[state] for state in moves)
+
+    def test_every_state_can_be_reached_from_a_new_task(self):
+        reached, work = set(), [apexd.State.WAITING]
+        while work:
+            state = work.pop()
+            if state not in reached:
+                reached.add(state)
+                work += apexd.MOVES[state]
+        assert reached == set(apexd.State)
+
+    @pytest.mark.parametrize(
+        "code, reason, never_ran, wish, outcome",
+        [
+            (0, None, None, None, "ok"),
+            (1, None, None, None, "failed"),
+            (75, None, None, None, "deferred"),
+            (137, None, None, None, "failed"),
+            (None, None, None, None, "lost"),
+            (None, None, True, None, None),
+            (127, "spawn:ENOENT x", None, None, "not_started"),
+            (0, None, None, "cancelled", "ok"),
+            (0, None, None, "timeout", "ok"),
+            (1, None, None, "cancelled", "cancelled"),
+            (75, None, None, "cancelled", "cancelled"),
+            (143, None, None, "timeout", "timeout"),
+            (137, None, None, "over_budget", "over_budget"),
+            (143, None, None, "interrupted", "interrupted"),
+            (None, None, None, "cancelled", "cancelled"),
+            (None, None, None, "interrupted", "interrupted"),
+            (None, None, True, "cancelled", "cancelled"),
+        ],
+    )
+    def test_how_an_attempt_ended(self, code, reason, never_ran, wish, outcome):
+        result = apexd.Result(exit_code=code, reason=reason, never_ran=never_ran)
+        wished = apexd.Outcome(wish) if wish else None
+        decided = apexd.outcome_of(result, wished)
+        assert (decided.value if decided else None) == outcome
+
+    @pytest.mark.parametrize(
+        "outcome, counters, state, least, most",
+        [
+            ("ok", {}, "succeeded", 0, 0),
+            ("cancelled", {}, "cancelled", 0, 0),
+            ("over_budget", {"retries": 9, "failures": 1}, "failed", 0, 0),
+            ("interrupted", {"losses": 99, "failures": 99}, "queued", 0, 0),
+            ("failed", {"retries": 0, "failures": 1}, "failed", 0, 0),
+            ("failed", {"retries": 1, "failures": 1}, "scheduled", 0.0, 60),
+            ("failed", {"retries": 1, "failures": 2}, "failed", 0, 0),
+            ("failed", {"retries": 99, "failures": 50}, "scheduled", 1, 3600),
+            ("timeout", {"retries": 1, "failures": 1}, "scheduled", 0.0, 60),
+            ("timeout", {"retries": 0, "failures": 1}, "failed", 0, 0),
+            ("lost", {"losses": 1}, "queued", 0, 0),
+            ("lost", {"losses": 3}, "failed", 0, 0),
+            ("lost", {"losses": 1, "on_lost": "fail"}, "failed", 0, 0),
+            ("deferred", {"deferrals": 1}, "scheduled", 60, 60),
+            ("deferred", {"deferrals": 2}, "scheduled", 120, 120),
+            ("deferred", {"deferrals": 99}, "scheduled", 900, 900),
+            ("deferred", {"deferrals": 100}, "failed", 0, 0),
+            ("not_started", {"reason": "spawn:ENOENT x", "retries": 9}, "failed", 0, 0),
+            ("not_started", {"reason": "spawn:EACCES x", "retries": 9}, "failed", 0, 0),
+            ("not_started", {"reason": "spawn:EAGAIN x", "deferrals": 1}, "scheduled", 0.1, 60),
+            ("not_started", {"reason": "spawn:ENOMEM x", "deferrals": 1}, "scheduled", 0.1, 60),
+            ("not_started", {"reason": "spawn:EAGAIN x", "deferrals": 10}, "failed", 0, 0),
+        ],
+    )
+    def test_what_becomes_of_a_task(self, outcome, counters, state, least, most):
+        zero = {"retries": 0, "failures": 0, "losses": 0, "deferrals": 0, "on_lost": "retry"}
+        task = apexd.Task(**{**zero, **counters})
+        for jitter in (0.0, 0.5, 1.0):
+            new, delay = apexd.next_state(task, apexd.Outcome(outcome), jitter)
+            assert new.value == state
+            assert new in apexd.MOVES[apexd.State.RUNNING]
+            assert (least if jitter == 1.0 else 0) <= delay <= most
+
+    def test_every_outcome_leads_somewhere_legal(self):
+        rng = random.Random(1)
+        for _ in range(2000):
+            names = ("retries", "failures", "losses", "deferrals")
+            task = apexd.Task(on_lost=rng.choice(["retry", "fail"]), **{n: rng.randrange(200) for n in names})
+            state, delay = apexd.next_state(task, rng.choice(list(apexd.Outcome)), rng.random())
+            assert state in apexd.MOVES[apexd.State.RUNNING] and 0 <= delay < 1e6
+
+    def test_backoff_doubles_up_to_its_cap(self):
+        delays = [apexd.backoff(count, 1.0, 60.0, 1.0) for count in range(1, 10)]
+        assert delays == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+        assert apexd.backoff(10**6, 1.0, 60.0, 1.0) == 60
+        assert apexd.backoff(3, 1.0, 60.0, 0.5) == 2
+        assert apexd.backoff(3, 1.0, 60.0, 0.0) == 0
+
+    def test_a_timestamp_is_utc_with_milliseconds(self):
+        assert apexd.timestamp(0) == "1970-01-01T00:00:00.000Z"
+        assert apexd.timestamp(1736937005.456) == "2025-01-15T10:30:05.456Z"
+        assert apexd.timestamp(1736937005.9996).startswith("2025-01-15T10:30:0")
+
+    def test_a_span_is_short(self):
+        table = {0: "0ms", 0.85: "850ms", 12: "12s", 185: "3m 5s", 7800: "2h 10m", 356400: "4d 3h"}
+        assert {s: apexd.span(s) for s in table} == table
+        assert apexd.span(0.9996) in ("1s", "999ms", "1000ms")
+
+    def test_what_could_move_a_cursor_is_escaped(self):
+        for text in ("\x1b[2J", "a\rb", "\x07", "\x9b1m", "\u202e", "\u2066", "\x7f", "\x00"):
+            shown = apexd.printable(text)
+            assert shown.isprintable() and "\\" in shown, repr(text)
+        assert apexd.printable("Grüße, 世界 ✓") == "Grüße, 世界 ✓"
+        assert apexd.printable("\udcff").isascii()
+
+
+# ============================================================================
+# 4. PLATFORM - locks between processes, who a process is, where a folder lies
+# ============================================================================
+
+# Takes a lock as apexd does not: by fcntl itself. Says so, then holds it until end-of-file.
+LOCKER = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_SH if sys.argv[2:] else fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def locked(path, *shared):
+    """Hold a lock on a file in another process."""
+    argv = [sys.executable, "-S", "-c", LOCKER, path, *shared]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"locked\n"
+            yield other
+        finally:
+            other.stdin.close()
+            other.wait()
+
+
+class TestPlatform:
+    @posix
+    def test_a_lock_of_another_process_is_seen(self, tmp_path):
+        path = str(tmp_path / "lock")
+        lock = apexd.Platform.lock
+        with open(path, "a") as mine:
+            with locked(path):
+                assert lock(mine.fileno()) is False
+                assert lock(mine.fileno(), shared=True) is False
+            assert lock(mine.fileno()) is True
+        with open(path, "a") as mine:
+            with locked(path, "shared"):
+                assert lock(mine.fileno()) is False
+                assert lock(mine.fileno(), shared=True) is True
+
+    @posix
+    def test_waiting_for_a_lock_ends_when_its_holder_dies(self, tmp_path):
+        path = str(tmp_path / "lock")
+        with open(path, "a") as mine, locked(path) as other:
+            waiter = threading.Thread(
+                target=apexd.Platform.lock, args=(mine.fileno(),), kwargs={"wait": True}
+            )
+            waiter.start()
+            other.kill()
+            waiter.join(10)
+            assert not waiter.is_alive()
+
+    @posix
+    def test_a_lock_is_inherited_and_outlives_its_taker(self, tmp_path):
+        path = str(tmp_path / "lock")
+        with open(path, "a") as again:
+            with open(path, "a") as mine:
+                assert apexd.Platform.lock(mine.fileno())
+                argv = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
+                heir = subprocess.Popen(argv, stdin=subprocess.PIPE, pass_fds=[mine.fileno()])
+            try:
+                assert not apexd.Platform.lock(again.fileno())
+            finally:
+                heir.communicate()
+            assert apexd.Platform.lock(again.fileno())
+
+    @posix
+    def test_a_lock_is_not_lost_by_reading_the_file_elsewhere(self, tmp_path):
+        path = str(tmp_path / "lock")
+        with open(path, "a") as mine, open(path, "a") as again:
+            assert apexd.Platform.lock(mine.fileno())
+            assert read(path) == ""
+            assert not apexd.Platform.lock(again.fileno())
+
+    @pytest.mark.parametrize(
+        "path, kind",
+        [
+            ("/home/me/project", "nfs4"),
+            ("/home", "nfs4"),
+            ("/homely/me", None),
+            ("/home/me/local/x", None),
+            ("/mnt/with space/x", "cifs"),
+            ("/srv/9p", "9p"),
+            ("/srv/sshfs/x", "fuse.sshfs"),
+            ("/srv/over", "nfs"),
+            ("/", None),
+            ("/nowhere", None),
+        ],
+    )
+    @posix
+    def test_a_network_file_system_is_seen(self, tmp_path, path, kind):
+        table = write(
+            str(tmp_path / "mountinfo"),
+            "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
+            "30 22 0:40 / /home rw shared:2 - nfs4 server:/home rw,vers=4.2\n"
+            "31 30 8:2 / /home/me/local rw - xfs /dev/vdb rw\n"
+            "32 22 0:41 / /mnt/with\\040space rw - cifs //server/share rw\n"
+            "33 22 0:42 / /srv/9p rw - 9p host rw\n"
+            "34 22 0:43 / /srv/sshfs rw - fuse.sshfs me@host: rw\n"
+            "35 22 8:3 / /srv/over rw - ext4 /dev/vdc rw\n"
+            "36 35 0:44 / /srv/over rw - nfs server:/over rw\n",
+        )
+        assert apexd.Platform.network_file_system(path, table) == kind
+
+    @linux
+    def test_a_process_with_a_treacherous_name_has_its_start_time(self, tmp_path):
+        program = str(tmp_path / "a) R 1 (x")
+        shutil.copy(shutil.which("sleep"), program)
+        child = subprocess.Popen([program, "60"])
+        try:
+            started = int(apexd.Platform.start_time(child.pid)) / os.sysconf("SC_CLK_TCK")
+            uptime = float(read("/proc/uptime").split()[0])
+            assert -1 < uptime - started < 10
+            child.kill()
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            assert apexd.Platform.start_time(child.pid) is None, "a zombie"
+        finally:
+            child.kill()
+            child.wait()
+        assert apexd.Platform.start_time(child.pid) is None, "gone"
+
+    @linux
+    def test_two_processes_have_two_identities_and_one_keeps_its_own(self):
+        mine = apexd.Platform.start_time(os.getpid())
+        assert mine and mine == apexd.Platform.start_time(os.getpid())
+        assert mine != apexd.Platform.start_time(1)
+        assert apexd.Platform.boot_id() == apexd.Platform.boot_id() != ""
+
+
+# ============================================================================
+# 5. FILES - atomic replacement, no symbolic links, logs that lose their head
+# ============================================================================
+
+# Appends numbered lines of 16 bytes, as fast as it can, to a log opened as tasks have it.
+WRITER = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+for first in range(0, int(sys.argv[2]), 8):
+    os.write(fd, b"".join(b"%015d\\n" % n for n in range(first, first + 8)))
+"""
+LINE_BYTES = 16
+CAP_BYTES = 65536
+
+
+def expected_lines(start, end):
+    """Return the bytes of the writer's output from one offset to another."""
+    first, last = start // LINE_BYTES, -(-end // LINE_BYTES)
+    data = b"".join(b"%015d\n" % n for n in range(first, last))
+    return data[start - first * LINE_BYTES : end - first * LINE_BYTES]
+
+
+def can_collapse(folder):
+    """Tell whether files in this folder can lose their head in place (ext4, XFS)."""
+    path = os.path.join(folder, "probe")
+    with open(path, "wb") as file:
+        file.write(b"x" * 65536)
+        file.flush()
+        os.fsync(file.fileno())
+        collapsed = apexd.Platform.collapse(file.fileno(), 4096)
+    os.unlink(path)
+    return collapsed
+
+
+class TestFiles:
+    LINES = 400_000 if SLOW else 80_000
+
+    def write_and_cap(self, path, on_cap):
+        """Cap a log at 64 KiB while a process writes to it; return how often."""
+        argv = [sys.executable, "-S", "-c", WRITER, path, str(self.LINES)]
+        caps = 0
+        with subprocess.Popen(argv) as writer:
+            while writer.poll() is None:
+                if apexd.cap_log(path, CAP_BYTES):
+                    caps += 1
+                    on_cap()
+        assert writer.returncode == 0
+        return caps
+
+    @posix
+    def test_a_log_that_loses_its_head_under_a_writer_loses_and_doubles_no_line(self, tmp_path):
+        path = str(tmp_path / "task.log")
+        heads = []
+
+        def keep_head():
+            with open(path + ".1", "rb") as file:
+                heads.append((file.read(), apexd.log_base(path)))
+
+        caps = self.write_and_cap(path, keep_head)
+        with open(path, "rb") as file:
+            rest = file.read()
+        base, total = apexd.log_base(path), self.LINES * LINE_BYTES
+        assert caps >= 3 and len(heads) == caps
+        if can_collapse(str(tmp_path)):
+            assert base + len(rest) == total and rest == expected_lines(base, total)
+            gone = 0
+            for head, end in heads:  # of a head over the cap only the end is kept
+                assert head == expected_lines(end - len(head), end)
+                assert len(head) == min(end - gone, CAP_BYTES)
+                gone = end
+        else:  # what is written between copy and truncation is lost, as the README says
+            text = b"".join(head for head, _ in heads) + rest
+            numbers = [int(n) for n in re.findall(rb"(?m)^[0-9]{15}$", text)]
+            assert numbers == sorted(set(numbers))
+
+    @posix
+    def test_a_reader_by_offset_never_gets_bytes_of_another_place(self, tmp_path):
+        path = str(tmp_path / "task.log")
+        if not can_collapse(str(tmp_path)):
+            pytest.skip("offsets are exact only where a head can be collapsed away")
+        wrong, reads, stop = [], [0], threading.Event()
+
+        def follow():
+            rng, at = random.Random(7), 0
+            while not stop.is_set():
+                asked = at if rng.random() < 0.5 else max(0, at - rng.randrange(2 * CAP_BYTES))
+                data, following = apexd.read_log(path, asked)
+                reads[0] += bool(data)
+                if data != expected_lines(following - len(data), following):
+                    wrong.append((asked, following, data[:48]))
+                at = max(at, following)
+
+        reader = threading.Thread(target=follow)
+        reader.start()
+        try:
+            caps = self.write_and_cap(path, lambda: None)
+        finally:
+            stop.set()
+            reader.join()
+        assert caps >= 2 and reads[0] > 10
+        assert not wrong, f"{len(wrong)} of {reads[0]} reads; the first: {wrong[0]}"
+
+    def test_offsets_are_logical_and_negative_ones_count_lines(self, tmp_path):
+        path = write(str(tmp_path / "log"), expected_lines(0, 16 * 10_000))
+        assert apexd.read_log(path, 0, 32) == (expected_lines(0, 32), 32)
+        assert apexd.read_log(path, -2) == (expected_lines(16 * 9998, 16 * 10_000), 160_000)
+        assert apexd.cap_log(path, CAP_BYTES)
+        base = apexd.log_base(path)
+        assert base > 0 and os.stat(path).st_size == 160_000 - base <= CAP_BYTES
+        data, following = apexd.read_log(path, 0, 32)
+        assert following == base + 32 and data == expected_lines(base, base + 32)
+        assert apexd.read_log(path, 159_984) == (expected_lines(159_984, 160_000), 160_000)
+        assert apexd.read_log(path, 160_000) == (b"", 160_000)
+        assert apexd.read_log(path, -1)[1] == 160_000
+        assert read(path + ".1").encode() == expected_lines(max(0, base - CAP_BYTES), base)
+        assert not apexd.cap_log(path, CAP_BYTES), "small enough now"
+
+    def test_a_log_that_is_not_there_is_empty(self, tmp_path):
+        assert apexd.read_log(str(tmp_path / "no"), 5) == (b"", 5)
+        assert not apexd.cap_log(str(tmp_path / "no"), 5)
+        assert apexd.log_base(str(tmp_path / "no")) == 0
+
+    @posix
+    def test_symbolic_links_are_not_followed_when_capping(self, tmp_path):
+        victim = write(str(tmp_path / "victim"), b"v" * 200_000)
+        path = str(tmp_path / "log")
+        os.symlink(victim, path)
+        with pytest.raises(apexd.DaemonError) as caught:
+            apexd.cap_log(path, CAP_BYTES)
+        assert caught.value.code == "CANNOT_CREATE"
+        os.unlink(path)
+        write(path, b"l" * 200_000)
+        os.symlink(victim, path + ".1")
+        with pytest.raises(apexd.DaemonError):
+            apexd.cap_log(path, CAP_BYTES)
+        assert os.stat(path).st_size == 200_000, "nothing is cut that was not kept"
+        assert read(victim) == "v" * 200_000
+
+    @posix
+    @pytest.mark.parametrize("name", ["daemon.lock", "apex.db", "daemon.log"])
+    def test_no_file_of_ours_is_opened_through_a_symbolic_link(self, box, name):
+        victim = write(os.path.join(box.root, "victim"), "precious")
+        os.symlink(victim, box.file(name))
+        error = box.error("start", rc=73)
+        assert error["code"] == "cannot_create" and name in error["message"]
+        assert read(victim) == "precious" and not box.processes()
+
+    @posix
+    def test_a_task_log_and_a_record_are_not_written_through_a_symbolic_link(self, box):
+        box.start()
+        victim = write(os.path.join(box.root, "victim"), "precious")
+        os.symlink(victim, box.file("logs", "task-1.1.log"))
+        first = box.until(box.add("echo", "overwritten"))
+        assert first["state"] == "failed" and "task-1.1.log" in first["reason"]
+        for name in os.listdir(box.file("run")):
+            os.unlink(box.file("run", name))
+        for slot in range(3):
+            os.symlink(victim, box.file("run", f"slot-{slot}"))
+        assert box.until(box.add("echo", "overwritten"))["state"] == "failed"
+        assert read(victim) == "precious"
+
+    def test_readers_see_the_old_or_the_new_file_never_a_part(self, box):
+        stop, seen, broken = threading.Event(), set(), []
+
+        def watch():
+            while not stop.wait(0.0005):
+                for name in ("daemon.pid", "endpoint", "state.json"):
+                    text = read(box.file(name))
+                    try:
+                        seen.add(name) if text and json.loads(text) else None
+                    except ValueError:
+                        broken.append((name, text))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            for _ in range(ROUNDS):
+                box.start()
+                box.kill9()
+        finally:
+            stop.set()
+            watcher.join()
+        assert not broken and {"daemon.pid", "endpoint"} <= seen
+
+    @posix
+    @pytest.mark.parametrize("verb", ["start", "add"])
+    def test_everything_is_for_its_owner_alone(self, box, verb):
+        shutil.rmtree(box.state)
+        words = box.command("start") if verb == "start" else box.command("add", "true")
+        argv = ["sh", "-c", 'umask 0; exec "$@"', "sh", *words]
+        subprocess.run(argv, cwd=box.path, env=box.env, stdout=subprocess.DEVNULL, check=True)
+        if verb == "add":
+            box.start()
+        assert box.until(box.add("true"))["state"] == "succeeded"
+        modes = {box.state: os.stat(box.state).st_mode}
+        for folder, folders, files in os.walk(box.state):
+            for name in folders + files:
+                path = os.path.join(folder, name)
+                modes[path] = os.lstat(path).st_mode
+        assert box.file("control.sock") in modes and box.file("apex.db") in modes
+        assert [path for path, mode in modes.items() if mode & 0o022] == []
+        assert [path for path in modes if modes[path] & 0o077 and "/cache" not in path] == []
+
+
+# ============================================================================
+# 6. CONFIG - what is wrong is named, and then nothing has changed
+# ============================================================================
+
+
+class TestConfig:
+    def refuse(self, path):
+        """Load a configuration that must be refused; return the message and the hint."""
+        with pytest.raises(apexd.DaemonError) as caught:
+            apexd.load_config(str(path))
+        assert caught.value.code == "CONFIG_INVALID" and caught.value.exit_status == 78
+        assert os.path.basename(str(path)) in caught.value.message
+        assert "\n" not in caught.value.message
+        return f"{caught.value.message} {caught.value.hint}"
+
+    def load(self, tmp_path, text, name="config.json"):
+        return apexd.load_config(write(str(tmp_path / name), text))
+
+    def test_defaults_are_those_of_the_table(self):
+        config = apexd.load_config(None)
+        for section, options in apexd.OPTIONS.items():
+            values = config.groups["default"] if section == "group" else getattr(config, section)
+            assert vars(values) == {key: default for key, (_, default, _) in options.items()}
+
+    def test_defaults_are_what_their_own_readers_accept(self):
+        for options in apexd.OPTIONS.values():
+            for reader, default, meaning in options.values():
+                assert default is None or reader(default) == default
+                assert meaning and meaning == meaning.strip()
+
+    def test_values_are_read(self, tmp_path):
+        text = json.dumps({
+            "daemon": {"poll_interval": "250ms", "max_concurrent": 7},
+            "limits": {"timeout": 0, "retries": 2},
+            "group": {"gpu": {"max_concurrent": 1}},
+        })  # fmt: skip
+        config = self.load(tmp_path, text)
+        assert config.daemon.poll_interval == 0.25 and config.daemon.max_concurrent == 7
+        assert not config.limits.timeout and config.limits.retries == 2
+        assert set(config.groups) == {"default", "gpu"}
+        assert config.groups["gpu"].max_concurrent == 1
+
+    @pytest.mark.parametrize(
+        "data, words",
+        [
+            ({"daemon": {"pol_interval": 5}}, ["daemon.pol_interval", "poll_interval"]),
+            ({"daemon": {"maxconcurrent": 5}}, ["daemon.maxconcurrent", "max_concurrent"]),
+            ({"demon": {}}, ["demon", "daemon"]),
+            ({"limits": {"time_out": 5}}, ["limits.time_out", "timeout"]),
+            ({"group": {"gpu": {"max": 1}}}, ["group.gpu.max", "max_concurrent"]),
+            ({"groups": {}}, ["groups", "group"]),
+        ],
+        ids=json.dumps,
+    )
+    def test_an_unknown_key_is_named_with_the_nearest(self, tmp_path, data, words):
+        text = self.refuse(write(str(tmp_path / "config.json"), json.dumps(data)))
+        assert f"{words[0]} is not an option" in text and f"did you mean {words[1]}?" in text
+
+    @pytest.mark.parametrize("name", sorted(apexd.FORMER_NAMES))
+    def test_a_former_name_is_answered_with_the_new_one(self, tmp_path, name):
+        new = apexd.FORMER_NAMES[name].split(" ")[0]
+        section, key = new.split(".")
+        assert key in apexd.OPTIONS[section]
+        for data in ({name: 1}, {"daemon": {name: 1}}):
+            assert new in self.refuse(write(str(tmp_path / "config.json"), json.dumps(data)))
+
+    @pytest.mark.parametrize(
+        "key, text",
+        [
+            ("daemon.max_concurrent", "true"),
+            ("daemon.max_concurrent", "0"),
+            ("daemon.max_concurrent", "-1"),
+            ("daemon.max_concurrent", "1.5"),
+            ("daemon.max_concurrent", "1e3"),
+            ("daemon.max_concurrent", '"5x"'),
+            ("daemon.max_concurrent", "null"),
+            ("daemon.max_concurrent", "1" + "0" * 400),
+            ("daemon.poll_interval", "true"),
+            ("daemon.poll_interval", "-1"),
+            ("daemon.poll_interval", "1e309"),
+            ("daemon.poll_interval", "NaN"),
+            ("daemon.poll_interval", '"5x"'),
+            ("daemon.poll_interval", "null"),
+            ("daemon.poll_interval", "[]"),
+            ("daemon.env_keep", '"PATH"'),
+            ("daemon.env_keep", "[1]"),
+            ("daemon.stop_timeout", "-0.5"),
+            ("log.level", '"loud"'),
+            ("log.max_size_mb", "1e309"),
+            ("log.max_size_mb", "false"),
+            ("log.total_mb", "-1"),
+            ("log.total_mb", "1" + "0" * 400),
+            ("log.max_files", "0"),
+            ("retention.tasks", "-1"),
+            ("retention.days", "NaN"),
+            ("limits.memory_mb", "0"),
+            ("limits.memory_mb", "1e309"),
+            ("limits.timeout", "true"),
+            ("limits.retries", '"many"'),
+            ("limits.max_cost", "-1"),
+            ("group", "5"),
+            ("group.gpu", "5"),
+            ("group.gpu.max_concurrent", "0"),
+            ("group.gpu.launcher", '"srun -n1"'),
+            ("daemon", "5"),
+            ("daemon", "[]"),
+            ("limits", "null"),
+        ],
+    )
+    def test_a_wrong_value_is_named_by_its_key(self, tmp_path, key, text):
+        for part in reversed(key.split(".")):
+            text = '{"%s": %s}' % (part, text)
+        message = self.refuse(write(str(tmp_path / "config.json"), text))
+        assert key in message and " must be " in message
+
+    def test_json_cut_off_anywhere_is_refused_with_its_line(self, tmp_path):
+        text = json.dumps({"daemon": {"poll_interval": 5}, "limits": {"retries": 2}}, indent=1)
+        for end in range(len(text)):
+            message = self.refuse(write(str(tmp_path / "config.json"), text[:end]))
+            assert re.search(r"line [0-9]+", message), message
+
+    @pytest.mark.skipif(sys.version_info < (3, 11), reason="TOML needs Python 3.11")
+    def test_toml_is_read_and_cut_off_anywhere_is_whole_or_refused(self, tmp_path):
+        text = '[daemon]\npoll_interval = "2s"\n[group.gpu]\nmax_concurrent = 1\n'
+        path = str(tmp_path / "config.toml")
+        config = apexd.load_config(write(path, text))
+        assert config.daemon.poll_interval == 2.0 and config.groups["gpu"].max_concurrent == 1
+        refused = 0
+        for end in range(len(text)):
+            try:
+                apexd.load_config(write(path, text[:end]))
+            except apexd.DaemonError as error:
+                assert error.code == "CONFIG_INVALID" and re.search(r"line [0-9]+|end of|group|daemon", error.message)
+                refused += 1
+        assert refused > len(text) // 2
+
+    @pytest.mark.skipif(sys.version_info >= (3, 11), reason="of Python before 3.11")
+    def test_toml_is_refused_with_what_to_do_where_it_cannot_be_read(self, tmp_path):
+        message = self.refuse(write(str(tmp_path / "config.toml"), "[daemon]\n"))
+        assert "config.json" in message
+
+    def test_yaml_that_holds_json_needs_no_parser(self, tmp_path):
+        config = self.load(tmp_path, '{"daemon": {"max_concurrent": 9}}', "config.yaml")
+        assert config.daemon.max_concurrent == 9
+
+    def test_yaml_is_read_or_refused_by_whether_there_is_a_parser(self, tmp_path):
+        path = write(str(tmp_path / "config.yaml"), "daemon:\n  max_concurrent: 9\n")
+        try:
+            import yaml  # noqa: F401
+        except ImportError:
+            assert "yaml" in self.refuse(path).lower()
+        else:
+            assert apexd.load_config(path).daemon.max_concurrent == 9
+            self.refuse(write(path, "daemon: [\n"))
+            self.refuse(write(path, "- daemon\n"))
+
+    GOOD = '{"daemon": {"max_concurrent": 9}, "group": {"Köln": {}}}'
+
+    def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(self, tmp_path):
+        text = b"\xef\xbb\xbf" + self.GOOD.replace(",", ",\r\n").encode()
+        config = self.load(tmp_path, text)
+        assert config.daemon.max_concurrent == 9 and "Köln" in config.groups
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1", "cp037"])
+    def test_another_encoding_is_refused(self, tmp_path, encoding):
+        message = self.refuse(write(str(tmp_path / "config.json"), self.GOOD.encode(encoding)))
+        assert "UTF-8" in message or "parsed" in message
+
+    @pytest.mark.parametrize("name", ["config.json", "config.yaml", "config.toml"])
+    @pytest.mark.parametrize(
+        "data",
+        [b"\0", b'{"daemon": {"max_concurrent": 9\0}}', b"", b"   ", b"[" * 100_000, b"[]", b"5", b"\xff"],
+        ids=["NUL", "NUL inside", "empty", "blank", "deep", "a list", "a number", "a stray byte"],
+    )
+    def test_what_is_no_table_is_refused_or_empty(self, tmp_path, name, data):
+        path = write(str(tmp_path / name), data)
+        if name == "config.toml" and not data.strip():
+            return
+        self.refuse(path)
+
+    def test_a_configuration_that_cannot_be_read_is_refused(self, tmp_path):
+        os.mkdir(tmp_path / "config.json")
+        self.refuse(tmp_path / "config.json")
+
+    @posix
+    def test_a_pipe_in_its_place_does_not_hang(self, box):
+        os.unlink(box.file("config.json"))
+        os.mkfifo(box.file("config.json"))
+        try:
+            assert box.error("config", rc=78, timeout=3)["code"] == "config_invalid"
+        finally:
+            os.unlink(box.file("config.json"))
+
+    @root
+    @posix
+    def test_root_refuses_a_file_that_others_may_write(self, tmp_path):
+        path = write(str(tmp_path / "config.json"), self.GOOD)
+        os.chmod(path, 0o666)
+        assert "others" in self.refuse(path)
+        os.chmod(path, 0o600)
+        os.chown(path, 65534, 65534)
+        self.refuse(path)
+
+    @pytest.mark.parametrize("verb", ["start", "restart", "config"])
+    def test_a_broken_file_keeps_the_daemon_from_starting(self, box, verb):
+        write(box.file("config.json"), '{"daemon": ')
+        error = box.error(verb, rc=78)
+        assert error["code"] == "config_invalid" and box.file("config.json") in error["message"]
+        assert sorted(os.listdir(box.state)) == ["config.json"], "nothing is left behind"
+
+    def test_the_effective_values_are_printed(self, box):
+        shown = box.json("config")
+        assert shown["path"] == box.file("config.json")
+        assert shown["daemon"]["poll_interval"] == 0.2 and shown["limits"]["retries"] == 0
+        assert "daemon.poll_interval = 0.2" in box.run("config").stdout
+
+    def test_a_poll_interval_of_nothing_does_not_burn_the_processor(self, box):
+        box.config({"daemon": {"poll_interval": 0}})
+        if box.run("start", rc=None).returncode == 78:
+            return
+        pid = box.pid()
+
+        def cpu_s():
+            fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        if IS_LINUX:
+            before, since = cpu_s(), time.monotonic()
+            eventually(lambda: time.monotonic() - since > 0.6)
+            assert cpu_s() - before < 0.25
+
+    def test_plan_says_what_differs(self, tmp_path):
+        old = self.load(tmp_path, '{"log": {"level": "info"}, "group": {"a": {}}}')
+        new = self.load(tmp_path, '{"log": {"level": "debug"}, "group": {"b": {"max_concurrent": 1}}}')
+        plan = old.plan(new)
+        assert "changed log.level: info -> debug" in plan
+        assert "added group.b.max_concurrent = 1" in plan
+        assert "removed group.a.max_concurrent" in plan
+        assert old.plan(old) == []
+
+    def test_reload_prints_its_plan_and_does_it(self, box):
+        box.start()
+        assert box.run("reload").stdout == "nothing changed\n"
+        box.config({"group": {"gpu": {"max_concurrent": 1}}, "limits": {"retries": 3}})
+        plan = box.json("reload")["plan"]
+        assert "added group.gpu.max_concurrent = 1" in plan
+        assert "changed limits.retries: 0 -> 3" in plan
+        assert box.task(box.add("true", group="gpu"))["retries"] == 3
+
+    def find_sleep(self, box):
+        """Return the PIDs of the tasks that sleep."""
+        return [pid for pid, words in box.processes().items() if words.startswith("sleep")]
+
+    @pytest.mark.parametrize("how", ["verb", "SIGHUP"])
+    @posix
+    def test_a_reload_of_a_broken_file_changes_nothing(self, box, how):
+        box.config({"group": {"gpu": {"max_concurrent": 1}}, "limits": {"retries": 3}})
+        pid = box.start()
+        running = box.add("sleep", "60", group="gpu")
+        child = eventually(lambda: self.find_sleep(box))
+        good = read(box.file("config.json"))
+
+        def reload(refused):
+            lines = box.log().count("reload")
+            if how == "verb":
+                box.run("reload", rc=78 if refused else 0)
+            else:
+                os.kill(pid, signal.SIGHUP)
+            eventually(lambda: box.log().count("reload") > lines)
+
+        def retries_of_a_new_task():
+            fields = {"commands": [["true"]], "options": {"group": "gpu"}, "cwd": box.path}
+            (task_id,) = box.request({"type": "add", **fields})["ids"]
+            return box.look(task_id)["retries"]
+
+        for text in (good[: len(good) // 2], '{"limits": {"retries": true}}', '{"demon": {}}', "\0"):
+            write(box.file("config.json"), text)
+            reload(refused=True)
+            assert "reload refused" in box.log().strip().split("\n")[-1]
+            assert retries_of_a_new_task() == 3
+        assert box.pid() == pid and self.find_sleep(box) == child
+        box.config({"group": {"gpu": {"max_concurrent": 1}}, "limits": {"retries": 4}})
+        reload(refused=False)
+        assert retries_of_a_new_task() == 4
+        box.run("cancel", running)
+
+    @posix
+    def test_a_burst_of_hangups_ends_with_the_last_file(self, box):
+        pid = box.start()
+        for number in range(1, 41):
+            box.config({"limits": {"retries": number}})
+            os.kill(pid, signal.SIGHUP)
+        eventually(lambda: box.task(box.add("true"))["retries"] == 40)
+        assert "Traceback" not in box.log()
+
+
+# ============================================================================
+# 7. LOG - one line an event, in one form; rotation loses none
+# ============================================================================
+
+LOG_LINE = re.compile(
+    r"\[[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{3}Z\] \[(DEBUG|INFO|WARNING|ERROR)\] \S.*"
+)
+
+
+class TestLog:
+    def rotated(self, box):
+        """Return the lines of all daemon logs, oldest first."""
+        names = [n for n in os.listdir(box.state) if re.fullmatch(r"daemon\.log(\.[0-9]+)?", n)]
+        names.sort(key=lambda name: -int(name.partition("log.")[2] or 0))
+        return "".join(read(box.file(name)) for name in names).splitlines()
+
+    def test_every_line_has_one_form(self, box):
+        box.start()
+        ids = [box.add("true"), box.add("sh", "-c", "exit 3"), box.add("/nope/nope")]
+        for task_id in ids:
+            box.until(task_id)
+        box.run("reload")
+        box.stop()
+        lines = box.log().splitlines()
+        assert [line for line in lines if not LOG_LINE.fullmatch(line)] == []
+        assert any("Starting task 1" in line for line in lines)
+
+    def test_an_event_is_one_line_whatever_a_user_writes(self, box):
+        box.start()
+        evil = "/nope/x\n[2025-01-15T10:30:05.456Z] [ERROR] forged \x1b[2J\r\u202e"
+        box.until(box.add(evil, "y"))
+        with contextlib.suppress(OSError):
+            box.request({"type": evil})
+        box.stop()
+        log = box.log()
+        assert not re.search(r"(?m)^\[2025-01-15T10:30:05", log)
+        assert "\x1b" not in log and "\r" not in log and "\u202e" not in log
+        finished = [line for line in log.splitlines() if "Finished task 1" in line]
+        assert len(finished) == 1
+
+    def test_rotation_loses_no_line_and_keeps_to_its_size(self, box):
+        box.config({"log": {"max_size_mb": 0.002, "max_files": 100}, "daemon": {"max_concurrent": 8}})
+        box.start()
+        ids = box.batch(["true"] * 60)
+        for task_id in ids:
+            box.until(task_id)
+        box.stop()
+        text = "\n".join(self.rotated(box))
+        for task_id in ids:
+            assert len(re.findall(rf"Starting task {task_id}$", text, re.M)) == 1
+            assert len(re.findall(rf"Finished task {task_id}:", text)) == 1
+        sizes = [os.stat(box.file(n)).st_size for n in os.listdir(box.state) if "daemon.log" in n]
+        assert len(sizes) > 3 and max(sizes) <= 2000
+
+    def test_no_more_logs_are_kept_than_wanted(self, box):
+        box.config({"log": {"max_size_mb": 0.001, "max_files": 2}, "daemon": {"max_concurrent": 8}})
+        box.start()
+        box.until(box.batch(["true"] * 40)[-1])
+        names = sorted(n for n in os.listdir(box.state) if n.startswith("daemon.log"))
+        assert names == ["daemon.log", "daemon.log.1", "daemon.log.2"]
+
+    def test_a_restart_goes_on_in_the_same_file(self, box):
+        first, second = (box.start(), box.stop(), box.start())[::2]
+        assert box.log().count("ready") == 2
+        assert f"PID {first}" in box.log() and f"PID {second}" in box.log()
+
+    def test_the_level_decides_and_reload_changes_it(self, box):
+        box.config({"log": {"level": "error"}})
+        box.start()
+        box.until(box.add("true"))
+        assert "Starting task" not in box.log()
+        box.config({"log": {"level": "info"}})
+        box.run("reload")
+        box.until(box.add("true"))
+        eventually(lambda: "Starting task 2" in box.log())
+
+    @posix
+    def test_usr2_opens_the_log_again(self, box):
+        pid = box.start()
+        os.rename(box.file("daemon.log"), box.file("old"))
+        os.kill(pid, signal.SIGUSR2)
+        eventually(lambda: "reopened" in box.log())
+        assert "ready" in read(box.file("old"))
+
+    def test_the_foreground_logs_to_standard_error_too(self, box):
+        child = box.popen("start", "--foreground")
+        eventually(lambda: "ready" in box.log())
+        box.stop()
+        out, err = child.communicate(timeout=20)
+        assert child.returncode == 0
+        lines = err.decode().splitlines()
+        assert out == b"" and lines == box.log().splitlines()
+        assert all(LOG_LINE.fullmatch(line) for line in lines)
+
+
+# ============================================================================
+# 8. PIDFILE - one daemon a project, and nobody else is ever signalled
+# ============================================================================
+
+
+@pytest.fixture
+def bystander():
+    """Give a process that is none of apexd's business; it must live to the end."""
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    yield child.pid
+    was_alive = child.poll() is None
+    child.communicate()
+    assert was_alive, "a bystander was signalled"
+
+
+def find_public_python():
+    """Return an interpreter that every user may run, or skip the test."""
+    code = "import sys, sqlite3, subprocess; sys.exit(sys.version_info < (3, 9) or "
+    code += "subprocess.call([sys.executable, '-c', 'pass']))"
+    for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        argv = ["setpriv", "--reuid", "65534", "--clear-groups", python, "-c", code]
+        with contextlib.suppress(OSError):
+            if subprocess.run(argv, stderr=subprocess.DEVNULL).returncode == 0:
+                return python
+    return pytest.skip("needs setpriv and an interpreter that every user may run")
+
+
+@pytest.fixture(scope="class")
+def refused_by_a_lock():
+    """Begin commands in a project whose lock a program holds: they wait while others are tested."""
+    box = Box()
+    box.add("true")
+    with locked(box.file("daemon.lock")):
+        verbs = (["start"], ["start", "--foreground"], ["add", "true"], ["list"], ["stop"])
+        yield box, [box.popen("--json", *args) for args in verbs]
+    complaints = box.close()
+    shutil.rmtree(box.root)
+    assert not complaints
+
+
+@pytest.mark.usefixtures("refused_by_a_lock")
+class TestPidFile:
+    def daemons(self, box):
+        """Return the PIDs of the daemons of this project that live."""
+        return [pid for pid, words in box.processes().items() if "_daemon" in words or "pycache_prefix" in words]
+
+    def hold(self, path, role="client test", **changes):
+        """Return a program's argv that takes the lock as apexd does and holds it."""
+        code = (
+            "import sys; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1])\n"
+            "import apexd; file = apexd.PidFile(sys.argv[2])\n"
+            "print(file.acquire(sys.argv[3], '/p'), flush=True); sys.stdin.read(); file.release()"
+        )
+        return [sys.executable, "-S", "-c", code, HERE, path, role]
+
+    @contextlib.contextmanager
+    def holding(self, path, role="client test"):
+        pipe = subprocess.PIPE
+        with subprocess.Popen(self.hold(path, role), stdin=pipe, stdout=pipe) as other:
+            try:
+                assert other.stdout.readline() == b"True\n"
+                yield other
+            finally:
+                if other.poll() is None:
+                    other.communicate()
+
+    def test_one_of_two_processes_gets_it(self, tmp_path):
+        path = str(tmp_path / "daemon.pid")
+        mine = apexd.PidFile(path)
+        with self.holding(path, "daemon") as other:
+            assert mine.acquire() is False
+            assert mine.read()["pid"] == other.pid
+            holder = mine.holder()
+            assert (holder.pid, holder.role) == (other.pid, "daemon")
+        assert mine.holder() is None and mine.read() == {} and not os.path.exists(path)
+        assert mine.acquire() is True
+        mine.release()
+        assert mine.holder() is None and os.path.exists(str(tmp_path / "daemon.lock"))
+
+    def test_a_killed_owner_leaves_its_file_but_no_lock(self, tmp_path):
+        path = str(tmp_path / "daemon.pid")
+        with self.holding(path, "daemon") as other:
+            other.kill()
+            other.wait()
+        mine = apexd.PidFile(path)
+        assert mine.read()["pid"] == other.pid and mine.holder() is None
+        assert mine.acquire("daemon", "/p")
+        fields = mine.read()
+        mine.release()
+        assert fields["pid"] == os.getpid() and fields["projectPath"] == "/p"
+        assert fields["version"] == apexd.__version__
+        assert re.fullmatch(r"[0-9-]{10}T[0-9:]{8}\.[0-9]{3}Z", fields["startedAt"])
+
+    def test_a_client_hold_writes_no_pid_file(self, tmp_path):
+        path = str(tmp_path / "daemon.pid")
+        with self.holding(path, "client add") as other:
+            holder = apexd.PidFile(path).holder()
+            assert (holder.pid, holder.role) == (other.pid, "client add")
+            assert not os.path.exists(path)
+
+    def test_n_processes_race_and_one_wins(self, tmp_path):
+        path = str(tmp_path / "daemon.pid")
+        for _ in range(ROUNDS):
+            pipe = subprocess.PIPE
+            racers = [
+                subprocess.Popen(self.hold(path, "daemon"), stdin=pipe, stdout=pipe)
+                for _ in range(5)
+            ]
+            answers = [racer.stdout.readline() for racer in racers]
+            assert sorted(answers) == [b"False\n"] * 4 + [b"True\n"]
+            winner = racers[answers.index(b"True\n")]
+            assert apexd.PidFile(path).read()["pid"] == winner.pid
+            for racer in racers:
+                racer.communicate()
+
+    def test_fifty_starts_at_once_make_one_daemon(self, box):
+        starts = [box.popen("--json", "start") for _ in range(50)]
+        answers = [(each.communicate(timeout=120), each.returncode) for each in starts]
+        assert [answer for answer in answers if answer[1] != 0] == []
+        told = [json.loads(out) for (out, _), _ in answers]
+        assert {each["pid"] for each in told} == {box.pid()}
+        assert sum(not each["already_running"] for each in told) == 1
+        if IS_LINUX:
+            assert self.daemons(box) == [box.pid()]
+
+    def test_start_says_who_runs_already(self, box):
+        pid = box.start()
+        done = box.run("start")
+        assert done.stdout == f"already running, PID {pid}\n" and box.pid() == pid
+
+    STRANGE = {
+        "empty": "",
+        "abc": "abc",
+        "-1": "-1",
+        "0": "0",
+        "1": "1",
+        "a list": "[]",
+        "deep": "[" * 100_000,
+        "one MiB": "9" * (1 << 20),
+        "NULs": "\0" * 100,
+        "no number": '{"pid": "1"}',
+        "true": '{"pid": true}',
+        "zero": '{"pid": 0}',
+        "minus one": '{"pid": -1}',
+        "too large": '{"pid": 4294967297}',
+        "a fraction": '{"pid": 1.5}',
+        "no pid": '{"startedAt": "2025-01-15T10:30:00.000Z"}',
+    }
+
+    def test_a_pid_file_without_a_pid_is_corrupt_signals_nobody_and_hinders_no_start(self, box):
+        path = box.file("daemon.pid")
+        for name, text in self.STRANGE.items():
+            write(path, text)
+            with pytest.raises(apexd.DaemonError) as caught:
+                apexd.PidFile(path).read()
+            assert caught.value.code == "PID_FILE_CORRUPTED", name
+        for name in ("empty", "-1", "one MiB"):  # by the command line: it takes longer
+            write(path, self.STRANGE[name])
+            assert "holds no PID" in box.run("status", rc=4).stdout, name
+            assert box.run("stop").stdout == "not running\n"
+        assert box.run("kill", "--all").stdout == "not running\n"
+        pid = box.start()
+        assert json.loads(read(path))["pid"] == pid
+        box.stop()
+        assert not os.path.exists(path)
+
+    def test_a_pid_file_that_names_another_program_signals_nobody(self, box, bystander):
+        for pid in (bystander, 1):
+            text = json.dumps({"pid": pid, "startedAt": "2025-01-15T10:30:00.000Z"})
+            write(box.file("daemon.pid"), text)
+            assert str(pid) in box.run("status", rc=1).stdout
+            for args in (["stop", "--force", "--timeout", "0.1"], ["kill", "--all"]):
+                assert box.run(*args).stdout == "not running\n"
+        new = box.start()
+        assert box.pid() == new != 1
+
+    def test_a_pid_file_of_a_dead_daemon_is_told_and_replaced(self, box):
+        box.start()
+        dead = box.kill9()
+        assert str(dead) in box.run("status", rc=1).stdout
+        assert box.run("stop").stdout == "not running\n"
+        assert box.start() != dead
+        box.run("status", rc=0)
+        box.stop()
+        box.run("status", rc=3)
+
+    @posix
+    def test_a_pid_file_that_is_a_symbolic_link_costs_its_target_nothing(self, box, bystander):
+        victim = write(os.path.join(box.root, "victim"), json.dumps({"pid": bystander}))
+        os.symlink(victim, box.file("daemon.pid"))
+        box.run("status", rc=None)
+        assert box.run("stop").stdout == "not running\n"
+        box.start()
+        assert not os.path.islink(box.file("daemon.pid"))
+        box.stop()
+        assert json.loads(read(victim)) == {"pid": bystander}
+
+    def test_a_lock_file_that_names_another_program_is_not_believed(self, box, bystander):
+        started = apexd.Platform.start_time(bystander)
+        fields = {"pid": bystander, "start_time": started, "role": "daemon"}
+        write(box.file("daemon.lock"), json.dumps({**fields, "boot_id": apexd.Platform.boot_id()}))
+        assert box.run("stop").stdout == "not running\n"
+        assert box.run("kill", "--all").stdout == "not running\n"
+        assert box.start() != bystander
+
+    @root
+    @posix
+    def test_a_lock_file_that_others_may_write_moves_root_to_nothing(self, box, bystander):
+        lock = box.file("daemon.lock")
+        fields = {"pid": bystander, "start_time": apexd.Platform.start_time(bystander)}
+        fields.update(boot_id=apexd.Platform.boot_id(), role="daemon")
+        write(lock, json.dumps(fields))
+        os.chown(lock, 65534, 65534)
+        with locked(lock):
+            for verb in ("stop", "kill"):
+                assert box.error(verb, rc=77)["code"] == "permission_denied"
+        os.unlink(lock)
+
+    def test_the_pid_in_the_file_may_be_our_own(self, box):
+        """A container's every start has the same PID: the file of the last one is stale."""
+        script = f'echo "{{\\"pid\\": $$}}" > {box.file("daemon.pid")}; exec "$@"'
+        argv = ["sh", "-c", script, "sh", *box.command("start", "--foreground")]
+        child = subprocess.Popen(argv, cwd=box.path, env=box.env, stderr=subprocess.DEVNULL)
+        try:
+            eventually(lambda: "ready" in box.log())
+            assert box.pid() == child.pid
+            box.run("status", rc=0)
+            assert box.stop().stdout == f"stopped, PID {child.pid}\n"
+            assert child.wait(20) == 0
+        finally:
+            child.kill()
+            child.wait()
+
+    def test_an_old_daemon_does_not_remove_the_pid_file_of_a_new_one(self, box):
+        pid = box.start()
+        other = json.dumps({"pid": pid + 1})
+        write(box.file("daemon.pid"), other)
+        box.stop()
+        assert read(box.file("daemon.pid")) == other
+        os.unlink(box.file("daemon.pid"))
+
+    def test_stops_and_starts_that_cross_leave_one_daemon_or_none(self, box):
+        for _ in range(ROUNDS):
+            box.start()
+            crossing = [box.popen(verb) for verb in ("stop", "start", "start")]
+            for each in crossing:
+                out, err = each.communicate(timeout=60)
+                assert each.returncode == 0, (each.args, out, err)
+            code = box.run("status", rc=None).returncode
+            assert code in (0, 3)
+            if code == 0:
+                assert lives(box.pid())
+            if IS_LINUX:
+                assert len(self.daemons(box)) == (code == 0)
+
+    def test_a_client_that_holds_the_lock_is_outwaited(self, box):
+        started = time.monotonic()
+        with self.holding(box.file("daemon.pid"), "client add") as other:
+            starting = box.popen("start")
+            eventually(lambda: time.monotonic() - started > 0.7)
+            assert starting.poll() is None
+            other.communicate()
+            starting.communicate(timeout=20)
+        assert starting.returncode == 0 and lives(box.pid())
+
+    @linux
+    def test_a_start_with_its_descriptors_closed_opens_no_file_as_0_to_2(self, box):
+        argv = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *box.command("start")]
+        subprocess.run(argv, cwd=box.path, env=box.env, check=True)
+        links = {n: os.readlink(f"/proc/{box.pid()}/fd/{n}") for n in (0, 1, 2)}
+        assert links == {0: os.devnull, 1: os.devnull, 2: os.devnull}
+        assert box.until(box.add("true"))["state"] == "succeeded"
+
+    @linux
+    def test_the_foreground_with_its_descriptors_closed_opens_no_file_as_0_to_2(self, box):
+        argv = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *box.command("start", "--foreground")]
+        child = subprocess.Popen(argv, cwd=box.path, env=box.env)
+        try:
+            eventually(lambda: "ready" in box.log())
+            links = {n: os.readlink(f"/proc/{child.pid}/fd/{n}") for n in (0, 1, 2)}
+            assert links == {0: os.devnull, 1: os.devnull, 2: os.devnull}
+            box.stop()
+            assert child.wait(20) == 0
+        finally:
+            child.kill()
+            child.wait()
+
+    @linux
+    def test_a_start_lets_go_of_everything_of_its_caller(self, box):
+        reader, writer = os.pipe()
+        os.set_inheritable(writer, True)
+        done = subprocess.Popen(
+            box.command("start"), cwd=box.path, env=box.env, stdout=writer, stderr=writer,
+            pass_fds=[writer],
+        )  # fmt: skip
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:  # end-of-file comes: the daemon has no copy
+            assert pipe.read() == f"started, PID {box.pid()}\n".encode() if not done.wait(20) else 0
+        pid = box.pid()
+        fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        assert fields[3] != str(os.getsid(0)) and fields[4] == "0", "no terminal, own session"
+        links = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+        ours = ("socket:", "anon_inode:", "/dev/null", box.state, "pipe:")
+        assert [link for link in links if not link.startswith(ours)] == []
+
+    @linux
+    def test_signals_that_the_caller_ignored_or_blocked_are_not(self, box):
+        code = (
+            "import os, signal, sys\n"
+            "for s in ('CHLD', 'HUP', 'TERM', 'INT', 'PIPE', 'USR1'):\n"
+            "    signal.signal(getattr(signal, 'SIG' + s), signal.SIG_IGN)\n"
+            "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})\n"
+            "os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        argv = [sys.executable, "-S", "-c", code, *box.command("start")]
+        done = subprocess.run(argv, cwd=box.path, env=box.env, stdout=subprocess.PIPE)
+        assert done.returncode == 0, done
+
+        def mask(text, name):
+            return int(re.search(rf"(?m)^{name}:\s+([0-9a-f]+)$", text)[1], 16)
+
+        daemon = read(f"/proc/{box.pid()}/status")
+        assert mask(daemon, "SigBlk") == 0
+        for name in ("CHLD", "HUP", "TERM", "INT", "USR1"):
+            assert not mask(daemon, "SigIgn") >> (getattr(signal, "SIG" + name) - 1) & 1, name
+        failed = box.until(box.add("false"))
+        assert (failed["state"], failed["exit_code"]) == ("failed", 1)
+        task = box.add("cat", "/proc/self/status")
+        box.until(task)
+        status = box.output(task)
+        assert mask(status, "SigBlk") == 0 and mask(status, "SigIgn") == 0
+        box.stop()
+
+    @linux
+    def test_the_lock_is_not_inherited_by_tasks(self, box):
+        box.start()
+        task = box.add("sleep", "60")
+        box.until(task, "running")
+        dead = box.kill9()
+        assert box.start() != dead
+        assert box.until(task, "running")["attempts"] == 1, "adopted"
+        box.run("cancel", task)
+        box.until(task, "cancelled")
+
+    def test_a_start_warns_of_nothing(self, box):
+        assert box.run("start", env={"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"}).stderr == ""
+
+    @posix
+    def test_a_current_folder_that_is_gone_does_no_harm(self, box):
+        gone = os.path.join(box.root, "gone")
+        os.mkdir(gone)
+        script = f'cd {gone} && rmdir {gone} && exec "$@"'
+
+        def run(*args):
+            argv = ["sh", "-c", script, "sh", *box.command(*args)]
+            done = subprocess.run(argv, env=box.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            assert b"Traceback" not in done.stderr and b"a bug" not in done.stderr, done
+            if not os.path.exists(gone):
+                os.mkdir(gone)
+            return done.returncode
+
+        assert run("--project", box.path, "start") == 0
+        assert run("--project", box.path, "status") == 0
+        assert run("--project", box.path, "add", "--dir", box.path, "true") in (0, 2)
+        assert run("status") in (2, 73)
+        assert run("--project", box.path, "list") == 0
+        assert run("--project", box.path, "stop") == 0
+
+    @root
+    @posix
+    def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_left(self, box):
+        python = find_public_python()
+        box.config(None)
+        os.rmdir(box.state)
+        os.chmod(box.root, 0o755)
+        argv = ["setpriv", "--reuid", "65534", "--clear-groups", python, "apexd.py"]
+        for verb in (["start"], ["add", "true"]):
+            done = subprocess.run(
+                argv + verb, cwd=box.path, env=box.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            assert done.returncode in (73, 77) and b".apex" in done.stderr, done
+            assert os.listdir(box.path) == ["apexd.py"] and not box.processes()
+
+    @posix
+    def test_a_lock_that_another_program_holds_is_told_with_75(self, refused_by_a_lock):
+        box, waiting = refused_by_a_lock
+        for each in waiting:
+            out, err = each.communicate(timeout=30)
+            assert each.returncode == 75, (each.args, out, err)
+            assert out == b"" and (b"hint" in err or b"apexd: " in err)
+        assert self.daemons(box) == []
+        left = {"config.json", "daemon.lock", "run", "logs", "cache", ".gitignore", "apex.db"}
+        assert set(os.listdir(box.state)) <= left
+
+
+# ============================================================================
+# 9. STORE - what was acknowledged is kept, in order, once; what is odd is refused
+# ============================================================================
+
+
+class Queue:
+    """A TaskStore of its own and a DaemonRunner that carries tasks out by a function."""
+
+    def __init__(self, folder, **sections):
+        self.path = os.path.join(str(folder), ".apex", "apex.db")
+        config = write(os.path.join(str(folder), "config.json"), json.dumps({**FAST, **sections}))
+        self.store = apexd.TaskStore(self.path, apexd.load_config(config))
+        self.ran = []
+        self.codes = {}  # exit status by the command's first word
+        self.runner = None
+
+    def add(self, *commands, **options):
+        """Add tasks with the same options; return their ids."""
+        return self.store.add([[c] if isinstance(c, str) else c for c in commands], options)
+
+    def execute(self, task):
+        self.ran.append(task.id)
+        return self.codes.get(task.command[0], 0)
+
+    def run(self, *ids, execute=None):
+        """Run until these tasks are finished; return the ids in the order they ran."""
+        self.runner = apexd.DaemonRunner(self.store, execute=execute or self.execute)
+        self.runner.start()
+        try:
+            for task_id in ids:
+                eventually(lambda: self.state(task_id) in ("succeeded", "failed", "skipped", "cancelled"))
+        finally:
+            self.runner.stop(0)
+        return self.ran
+
+    def state(self, task_id):
+        return self.store.get(task_id).state.value
+
+    def states(self, *ids):
+        return [self.state(task_id) for task_id in ids]
+
+    def real_counts(self):
+        """Count the tasks themselves: {state: {group: n}}."""
+        counts = {}
+        for task in self.store.find(limit=10**9):
+            groups = counts.setdefault(task.state.value, {})
+            groups[task.group] = groups.get(task.group, 0) + 1
+        return counts
+
+    def close(self):
+        self.store.close()
+
+
+@pytest.fixture
+def queue(tmp_path):
+    """Give a queue with groups a (one at a time) and b (two), and one slot in all."""
+    made = Queue(
+        tmp_path,
+        daemon={**FAST["daemon"], "max_concurrent": 1, "poll_interval": 0.05},
+        group={"a": {"max_concurrent": 1}, "b": {"max_concurrent": 2}},
+    )
+    yield made
+    assert made.store.get_counts() == made.real_counts(), "the counts went wrong"
+    made.close()
+
+
+def refused(code, function, *args, **options):
+    """Call what must raise a DaemonError of this code; return its message."""
+    with pytest.raises(apexd.DaemonError) as caught:
+        function(*args, **options)
+    assert caught.value.code == code, caught.value.message
+    return caught.value.message
+
+
+class TestOrder:
+    def test_priority_goes_first_then_who_came_first(self, queue):
+        low = queue.add("x", "x", priority=-5)
+        plain = queue.add("x", "x", "x")
+        high = queue.add("x", "x", priority=10)
+        late = queue.add("x")
+        assert queue.run(*low, *late) == [*high, *plain, *late, *low]
+
+    def test_priorities_count_across_groups(self, queue):
+        ids = [queue.add("x", group=g, priority=p)[0] for g, p in (("a", 1), ("b", 3), ("default", 2), ("a", 3))]
+        assert queue.run(*ids) == [ids[1], ids[3], ids[2], ids[0]]
+
+    def test_a_group_has_its_own_limit_under_the_common_one(self, tmp_path):
+        queue = Queue(
+            tmp_path,
+            daemon={**FAST["daemon"], "max_concurrent": 4},
+            group={"a": {"max_concurrent": 1}, "b": {"max_concurrent": 2}},
+        )
+        lock, now, most = threading.Lock(), {}, {}
+        gate = threading.Event()
+
+        def execute(task):
+            with lock:
+                for name in (task.group, "all"):
+                    now[name] = now.get(name, 0) + 1
+                    most[name] = max(most.get(name, 0), now[name])
+            gate.wait(0.02)
+            with lock:
+                for name in (task.group, "all"):
+                    now[name] -= 1
+
+        ids = [queue.add("x", group=g)[0] for g in ("a", "b", "default") * 8]
+        queue.run(*ids, execute=execute)
+        queue.close()
+        assert most == {"a": 1, "b": 2, "default": most["default"], "all": 4}
+
+    def test_a_full_group_in_front_holds_nobody_up(self, tmp_path):
+        queue = Queue(
+            tmp_path, daemon={**FAST["daemon"], "max_concurrent": 2}, group={"a": {"max_concurrent": 1}}
+        )
+        front = queue.add(*["slow"] * 3, group="a", priority=100)
+        others = queue.add(*["x"] * 5)
+        gate, order = threading.Event(), []
+
+        def execute(task):
+            order.append(task.id)
+            if task.id == front[0]:
+                gate.wait(10)
+            elif task.id == others[-1]:
+                gate.set()
+
+        queue.run(*front, *others, execute=execute)
+        queue.close()
+        assert order[:6] == [front[0], *others] or set(order[:6]) == {front[0], *others}
+
+    def test_pause_lets_nothing_start_and_what_runs_go_on(self, queue):
+        first, second = queue.add("x", group="a"), queue.add("x", group="b")
+        queue.store.pause("a", True)
+        assert queue.run(*second) == second and queue.states(*first) == ["queued"]
+        queue.store.pause(None, True)
+        third = queue.add("x", group="b")
+        assert queue.store.get_paused() == ["*", "a"]
+        queue.store.pause(None, False)
+        assert queue.store.get_paused() == []
+        assert queue.run(*first, *third) == [*second, *first, *third]
+
+    def test_pause_of_everything_over_the_command_line(self, box):
+        box.start()
+        assert "everything" in box.run("pause").stdout
+        task = box.add("true")
+        assert "paused" in box.run("why", task).stdout
+        assert box.json("resume") == {"paused": []}
+        assert box.until(task)["state"] == "succeeded"
+        assert box.error("pause", "--group", "nope", rc=2)["code"] == "unknown_group"
+
+    def test_a_delayed_task_is_not_early_and_not_forgotten(self, queue):
+        began = time.time()
+        (late,), (now,) = queue.add("x", delay=0.4), queue.add("x")
+        task = queue.store.get(late)
+        assert task.state.value == "scheduled" and 0.3 < task.due_at - began < 1
+        assert queue.run(late, now) == [now, late]
+        assert queue.store.get(late).started_at >= task.due_at
+
+    def test_a_failed_task_is_retried_as_often_as_told(self, queue):
+        queue.codes["bad"] = 3
+        (task,) = queue.add("bad", retries=2)
+
+        def seen():
+            for due in self.scheduled(queue):
+                assert due.due_at - time.time() < 4, "the first delays are short"
+            return queue.state(task) == "failed"
+
+        queue.runner = apexd.DaemonRunner(queue.store, execute=queue.execute)
+        queue.runner.start()
+        eventually(seen, 20)
+        queue.runner.stop(0)
+        history = queue.store.get_attempts(task)
+        assert queue.ran == [task] * 3
+        assert [(a["number"], a["outcome"], a["exit_code"]) for a in history] == [
+            (1, "failed", 3), (2, "failed", 3), (3, "failed", 3)
+        ]  # fmt: skip
+
+    def scheduled(self, queue):
+        return queue.store.find(state="scheduled")
+
+
+class TestDependencies:
+    @pytest.mark.parametrize(
+        "need, code, state",
+        [
+            ("ok", 0, "succeeded"), ("ok", 1, "skipped"), ("fail", 0, "skipped"),
+            ("fail", 1, "succeeded"), ("any", 0, "succeeded"), ("any", 1, "succeeded"),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_a_need_is_met_or_the_task_is_skipped(self, queue, need, code, state, when):
+        queue.codes["parent"] = code
+        (parent,) = queue.add("parent")
+        if when == "after":
+            queue.run(parent)
+        (child,) = queue.add("child", after=[f"{parent}:{need}"])
+        queue.run(parent, child)
+        assert queue.state(child) == state
+        assert (child in queue.ran) == (state == "succeeded")
+
+    def test_a_task_waits_for_all_of_its_parents(self, queue):
+        parents = queue.add("x", "x", "x")
+        (child,) = queue.add("x", after=[f"{parents[0]}-{parents[1]}:ok", f"{parents[2]}:any"], priority=99)
+        assert queue.states(child) == ["waiting"]
+        assert queue.run(child) == [*parents, child]
+
+    def test_a_parent_named_twice_counts_once(self, queue):
+        (parent,) = queue.add("x")
+        (child,) = queue.add("x", after=[str(parent), str(parent)])
+        (other,) = queue.add("x", after=f"{parent},{parent}-{parent}")
+        queue.run(parent)
+        queue.run(*queue.add("x"))
+        assert queue.states(child, other) == ["succeeded", "succeeded"]
+
+    def test_a_skip_goes_down_the_graph_and_any_survives_it(self, queue):
+        queue.codes["parent"] = 1
+        (a,) = queue.add("parent")
+        (b,) = queue.add("x", after=str(a))
+        (c,) = queue.add("x", after=str(b))
+        (d,) = queue.add("x", after=f"{c}:any")
+        (e,) = queue.add("x", after=f"{c}:fail")
+        queue.run(a, b, c, d, e)
+        assert queue.states(a, b, c, d, e) == ["failed", "skipped", "skipped", "succeeded", "skipped"]
+
+    def test_retry_of_the_parent_reopens_what_was_skipped(self, queue):
+        queue.codes["parent"] = 1
+        (a,) = queue.add("parent")
+        (b,) = queue.add("x", after=str(a))
+        (c,) = queue.add("x", after=str(b))
+        queue.run(a, b, c)
+        queue.codes["parent"] = 0
+        assert queue.store.change("retry", [a]) == ([a], [])
+        assert queue.states(a, b, c) == ["queued", "waiting", "waiting"]
+        queue.run(a, b, c)
+        assert queue.states(a, b, c) == ["succeeded"] * 3 and queue.ran == [a, a, b, c]
+
+    def test_retry_leaves_skipped_what_another_parent_keeps_so(self, queue):
+        queue.codes["bad"] = 1
+        a, b = queue.add("bad", "bad")
+        (c,) = queue.add("x", after=f"{a},{b}")
+        queue.run(a, b, c)
+        queue.store.change("retry", [a])
+        assert queue.states(a, b, c) == ["queued", "failed", "skipped"]
+        queue.store.change("retry", [b])
+        assert queue.states(a, b, c) == ["queued", "queued", "waiting"]
+        queue.codes["bad"] = 0
+        queue.run(a, b, c)
+        assert queue.states(a, b, c) == ["succeeded"] * 3
+
+    def test_cancel_and_removal_of_a_parent_skip_its_children(self, queue):
+        a, b = queue.add("x", "x")
+        (c,), (d,) = queue.add("x", after=str(a)), queue.add("x", after=str(b))
+        (e,) = queue.add("x", after=f"{b}:any")
+        assert queue.store.change("cancel", [a]) == ([a], [])
+        assert queue.store.change("remove", [b]) == ([b], [])
+        assert queue.states(a, c, d) == ["cancelled", "skipped", "skipped"]
+        refused("UNKNOWN_TASK", queue.store.get, b)
+        queue.run(e)
+        assert queue.ran == [e]
+
+    def test_a_delay_holds_after_the_parents_too(self, queue):
+        (parent,) = queue.add("x")
+        (child,) = queue.add("x", after=str(parent), delay=0.5)
+        assert queue.state(child) == "waiting"
+        due = queue.store.get(child).due_at
+        queue.run(parent, child)
+        assert queue.store.get(child).started_at >= due
+
+    def test_a_parent_that_is_missing_or_the_task_itself_is_refused(self, queue, box):
+        (task,) = queue.add("x")
+        for missing in (task + 1, task + 2, 0, 10**17):
+            refused("UNKNOWN_TASK", queue.add, "x", after=str(missing))
+        assert queue.add("x") == [task + 1], "nothing was added in between"
+        assert box.error("add", "--after", "1", "true", rc=2)["code"] == "unknown_task"
+        assert box.json("list") == []
+
+    def test_a_chain_of_thousands_settles(self, queue):
+        queue.codes["parent"] = 1
+        (first,) = queue.add("parent")
+        ids = queue.store.add([{"command": "x", "after": str(first + n)} for n in range(2000)])
+        queue.run(first, ids[-1])
+        assert {queue.state(i) for i in ids} == {"skipped"}
+        queue.store.change("retry", [first])
+        assert {queue.state(i) for i in ids} == {"waiting"}
+        assert queue.store.get_counts()["waiting"] == {"default": 2000}
+
+    def test_a_wide_and_deep_graph_is_reopened_in_good_time(self, queue):
+        """Layers that all depend on the whole layer above: paths double with each one."""
+        queue.codes["parent"] = 1
+        (first,) = queue.add("parent")
+        layer = [first]
+        for _ in range(10):
+            layer = queue.add("x", "x", "x", after=[str(i) for i in layer])
+        queue.run(first, *layer)
+        began = time.monotonic()
+        queue.store.change("retry", [first])
+        assert time.monotonic() - began < 2
+        assert queue.states(*layer) == ["waiting"] * 3
+
+
+class TestStore:
+    def test_a_key_is_held_by_one_unfinished_task(self, queue):
+        (task,) = queue.add("x", key="nightly")
+        assert queue.add("other", key="nightly") == [task]
+        assert queue.add("x", key="weekly") == [task + 1]
+        assert queue.store.add([{"command": "x", "key": "nightly"}, "y"]) == [task, task + 2]
+        queue.run(task)
+        (again,) = queue.add("x", key="nightly")
+        assert again > task + 2
+        assert len(queue.store.find(state="queued")) >= 1
+
+    def test_retry_of_a_task_whose_key_is_taken_is_refused_clearly(self, queue):
+        (task,) = queue.add("x", key="nightly")
+        queue.run(task)
+        (again,) = queue.add("x", key="nightly")
+        with contextlib.suppress(apexd.DaemonError):
+            assert queue.store.change("retry", [task]) == ([], [task])
+        with pytest.raises(apexd.DaemonError) as caught:
+            if queue.store.change("retry", [task]) == ([], [task]):
+                raise apexd.DaemonError("ILLEGAL_STATE", "")
+        assert caught.value.code == "ILLEGAL_STATE"
+        assert queue.states(task, again) == ["succeeded", "queued"]
+
+    def test_the_same_token_acts_once(self, queue):
+        ids = queue.store.add(["a", "b"], {}, token="t1")
+        assert queue.store.add(["a", "b"], {}, token="t1") == ids
+        assert queue.store.add(["c"], {}, token="t2") == [ids[-1] + 1]
+        assert queue.store.add(["a"], {}) != queue.store.add(["a"], {}), "no token, no memory"
+        assert len(queue.store.find()) == 5
+
+    def test_a_token_outlives_a_restart_and_its_task(self, box):
+        first = box.add("true", token="abc")
+        assert box.add("true", token="abc") == first
+        box.start()
+        assert box.add("true", token="abc") == first
+        box.until(first)
+        box.run("remove", first)
+        box.kill9()
+        box.start()
+        assert box.add("true", token="abc") == first
+        assert box.json("list") == []
+
+    BROKEN = (
+        ('{"command": ["true"], "priority": 1e30}', "bad_request"),
+        ('{"command": ["true"], "group": "nope"}', "unknown_group"),
+        ('{"command": ["true"], "after": "999999"}', "unknown_task"),
+        ('{"command": ["true"], "after": "5000"}', "unknown_task"),
+        ('{"command": ["true"], "colour": 1}', "bad_request"),
+        ('["tr\\u0000ue"]', "bad_request"),
+        ('["true"', "bad_request"),
+        ("[" * 100_000, "bad_request"),
+    )
+
+    def test_a_batch_with_a_broken_line_adds_nothing_and_names_the_line(self, box):
+        for item, code in self.BROKEN:
+            lines = ['["true"]'] * 4999 + [item] + ['["true"]'] * 10
+            error = box.error("add", "--batch", rc=2, input="\n".join(lines))
+            assert error["code"] == code and "line 5000" in error["message"], (item[:50], error)
+        assert box.json("list") == []
+
+    @pytest.mark.parametrize("live", [False, True], ids=["daemon down", "daemon up"])
+    def test_an_empty_batch_adds_nothing(self, box, live):
+        if live:
+            box.start()
+        for text in ("", "\n\n", "  \n"):
+            assert box.batch([text]) == []
+
+    def test_a_batch_of_shell_lines_keeps_its_lines(self, box):
+        ids = box.batch(["echo one && echo two", "", "echo three"])
+        assert ids == [1, 2] and box.task(2)["command"] == "echo three"
+        assert "line 2" in box.error("add", "--batch", "--priority", "1", rc=2, input="true\n\0\n")["message"]
+
+    def test_a_large_batch_is_whole_and_in_order(self, box):
+        ids = box.batch([["echo", str(n)] for n in range(3000)])
+        assert ids == list(range(1, 3001))
+        assert [task["command"][1] for task in box.json("list")] == [str(n) for n in range(3000)]
+
+    def test_more_than_max_queue_is_refused_whole(self, box):
+        box.config({"retention": {"max_queue": 10}})
+        box.batch(["true"] * 9)
+        assert box.error("add", "--batch", rc=75, input="true\n" * 2)["code"] == "queue_full"
+        box.add("true")
+        assert box.error("add", "true", rc=75)["code"] == "queue_full"
+        assert len(box.json("list")) == 10
+
+    def test_retention_forgets_the_oldest_and_their_logs(self, box):
+        ids = box.batch(["echo x"] * 30)
+        box.start()
+        for task_id in ids:
+            box.until(task_id)
+        keep = box.add("sleep", "60", after=f"{ids[0]}")
+        box.stop("--force")
+        box.config({"retention": {"tasks": 5}})
+        box.start()
+        eventually(lambda: len(box.json("list", "--state", "succeeded")) <= 6, 5, "pruned")
+        left = [task["id"] for task in box.json("list")]
+        assert 6 <= len(left) <= 7 and {ids[0], keep} < set(left), "a task needs the first"
+        assert set(left[1:-1]) <= set(ids[20:]), "the newest are kept"
+        logs = {int(re.match(r"task-(\d+)", name)[1]) for name in os.listdir(box.file("logs"))}
+        assert logs <= set(left)
+        assert box.json("status")["counts"]["succeeded"] == {"default": len(left) - 1}
+        box.run("cancel", keep)
+
+    def test_counts_stay_true_whatever_is_done(self, tmp_path):
+        queue = Queue(tmp_path, daemon={**FAST["daemon"], "max_concurrent": 8}, group={"a": {}, "b": {}})
+        queue.codes["bad"] = 1
+        rng = random.Random(3)
+        queue.runner = apexd.DaemonRunner(queue.store, execute=queue.execute)
+        queue.runner.start()
+        ids = []
+        for _ in range(150):
+            options = {"group": rng.choice(["a", "b", "default"])}
+            if ids and rng.random() < 0.5:
+                parent = rng.choice(ids)
+                options["after"] = f"{parent}:{rng.choice(['ok', 'fail', 'any'])}"
+            if rng.random() < 0.2:
+                options["delay"] = rng.random() / 10
+            with contextlib.suppress(apexd.DaemonError):  # a parent that was removed
+                ids += queue.add(rng.choice(["x", "bad"]), **options)
+            verb = rng.choice(["cancel", "retry", "remove", None])
+            if verb and ids:
+                with contextlib.suppress(apexd.DaemonError):
+                    queue.store.change(verb, [rng.choice(ids)])
+        queue.runner.stop(0)
+        assert queue.store.get_counts() == queue.real_counts()
+        assert sum(sum(g.values()) for g in queue.real_counts().values()) > 50
+        queue.close()
+
+    def test_status_counts_what_is_in_the_database(self, box):
+        box.config({"group": {"a": {}}})
+        box.start()
+        ids = [box.add("true"), box.add("false", group="a"), box.add("true", delay="1h")]
+        box.until(ids[0])
+        box.until(ids[1])
+        counts = box.json("status")["counts"]
+        box.stop()
+        with box.database() as db:
+            rows = db.execute("SELECT state, grp, count(*) FROM tasks GROUP BY 1, 2").fetchall()
+        real = {}
+        for state, group, n in rows:
+            real.setdefault(state, {})[group] = n
+        assert counts == real == {
+            "succeeded": {"default": 1}, "failed": {"a": 1}, "scheduled": {"default": 1}
+        }  # fmt: skip
+
+    ODD = [
+        ({"priority": 2**63}, "priority"),
+        ({"priority": -(2**63) - 1}, "priority"),
+        ({"priority": 10**30}, "priority"),
+        ({"priority": 1.5}, "priority"),
+        ({"priority": True}, "priority"),
+        ({"priority": [1]}, "priority"),
+        ({"max_tokens": 2**64}, "max_tokens"),
+        ({"retries": -1}, "retries"),
+        ({"retries": 10**9}, "retries"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"timeout": float("inf")}, "timeout"),
+        ({"timeout": -1}, "timeout"),
+        ({"delay": -5}, "delay"),
+        ({"delay": 10**400}, "delay"),
+        ({"max_cost": float("nan")}, "max_cost"),
+        ({"max_cost": -1}, "max_cost"),
+        ({"label": "\ud800"}, "label"),
+        ({"label": "a\nb"}, "label"),
+        ({"label": "x" * 5000}, "label"),
+        ({"label": 5}, "label"),
+        ({"key": "\udfff\ud800"}, "key"),
+        ({"group": "\ud800"}, "group"),
+        ({"on_lost": "ignore"}, "on_lost"),
+        ({"after": {"1": 2}}, "after"),
+    ]
+
+    def test_values_that_do_not_fit_are_refused_and_nothing_is_stored(self, queue):
+        for options, name in self.ODD:
+            for call in (
+                lambda: queue.store.add([["true"]], options),
+                lambda: queue.store.add([{"command": ["true"], **options}], {}),
+            ):
+                message = refused("BAD_REQUEST", call)
+                assert name in message and "Traceback" not in message
+        for command in (["\ud800"], "\ud800", ["a\0"], [], "", None, 5, {}, ["a", None], [[]]):
+            if command is not None:
+                refused("BAD_REQUEST", queue.store.add, [command], {})
+        refused("BAD_REQUEST", queue.store.add, [{"command": None}], {})
+        assert queue.store.find() == []
+
+    def test_values_that_do_not_fit_are_refused_over_the_socket(self, box):
+        box.start()
+        for options, name in self.ODD:
+            answer = box.request({"type": "add", "commands": [["true"]], "options": options})
+            assert answer["type"] == "error", (options, answer)
+            assert answer["code"] in ("bad_request", "unknown_group"), (options, answer)
+        for fields in (
+            {"commands": "x"}, {"commands": [["\ud800"]]}, {"commands": None}, {},
+            {"commands": [["true"]], "cwd": "/\0"}, {"commands": [["true"]], "cwd": "/\ud800"},
+            {"commands": [["true"]], "cwd": ["/"]}, {"commands": [["true"]], "cwd": 5},
+            {"commands": [["true"]], "env": {"A": 1}}, {"commands": [["true"]], "env": ["A"]},
+            {"commands": [["true"]], "env": {"A": "\0"}}, {"commands": [["true"]], "env": {"A=B": "x"}},
+            {"commands": [["true"]], "env": {"A": "\ud800"}},
+            {"commands": [["true"]], "umask": 512}, {"commands": [["true"]], "umask": "0x"},
+            {"commands": [["true"]], "token": 5}, {"commands": [["true"]], "token": "x\n"},
+            {"commands": [["true"]], "token": "\ud800"}, {"commands": [["true"]], "options": [1]},
+        ):  # fmt: skip
+            answer = box.request({"type": "add", **fields})
+            assert answer["type"] == "error" and answer["code"] == "bad_request", (fields, answer)
+        for verb in ("get", "cancel", "retry", "remove", "why", "logs", "report", "wait", "list"):
+            for odd in (2**63, 2**64, -1, 1.5, True, "\ud800", [], {}, [[2**70]], "9" * 30):
+                answer = box.request({"type": verb, "id": odd, "ids": odd, "before": odd, "limit": odd})
+                assert answer.get("code") != "internal", (verb, odd, answer)
+        assert box.json("list") == [] and "Traceback" not in box.log()
+
+    @posix
+    def test_arguments_that_are_no_utf8_reach_the_process_byte_for_byte(self, box):
+        odd = b"\xff\xfe \xc3( \x80"
+        script = b'printf "%s|" "$1" "$ODD"; pwd'
+        folder = os.path.join(os.fsencode(box.path), b"d\xff")
+        os.mkdir(folder)
+        box.start()
+        args = [b"add", b"-p", b"--dir", folder, b"--env", b"ODD=" + odd, b"--", b"sh", b"-c", script, b"x", odd]
+        task = int(box.run(*args).stdout)
+        batch = json.dumps(["printf", "%s|", os.fsdecode(odd)])
+        (other,) = box.batch([batch])
+        assert box.until(task)["exit_code"] == 0
+        printed = os.fsencode(box.output(task))
+        assert printed == odd + b"|" + odd + b"|" + folder + b"\n"
+        box.until(other)
+        assert os.fsencode(box.output(other)) == odd + b"|"
+        box.run("list")
+        box.run("show", task)
+        assert os.fsencode(box.json("show", task)["command"][-1]) == odd
+
+    @posix
+    def test_a_label_and_a_note_that_are_no_utf8_are_kept_or_refused(self, box):
+        done = box.run("add", "-p", "--label", b"\xff\xfe", "true", rc=None)
+        assert done.returncode in (0, 2)
+        box.run("list")
+
+    def test_a_command_of_two_mib_is_kept(self, box):
+        task = box.batch([["true", "x" * (2 << 20)]])[0]
+        assert len(box.task(task)["command"][1]) == 2 << 20
+
+    def test_one_owner_at_a_time(self, queue, box):
+        refused("BUSY", apexd.TaskStore, queue.path)
+        box.start()
+        refused("BUSY", apexd.TaskStore, box.file("apex.db"))
+
+    def test_paging_shows_every_task_once(self, box):
+        box.batch(["true"] * 2500)
+        assert [task["id"] for task in box.json("list")] == list(range(1, 2501))
+        assert [task["id"] for task in box.json("list", "-n", "3")] == [2498, 2499, 2500]
+        box.start()
+        client = apexd.Client(box.path)
+        assert [task["id"] for task in client.list(limit=1500)] == list(range(1001, 2501))
+        assert client.list(ids=[5, 7, 99999])[1]["id"] == 7
+        client.close()
+
+    def test_a_list_of_ids_as_long_as_the_queue_is_no_problem(self, box):
+        box.batch(["true"] * 1500)
+        assert len(box.json("cancel", "1-1500")["done"]) == 1500
+        assert len(box.json("wait", "1-1500", rc=1)) == 1500
+
+
+class TestDatabase:
+    def make(self, box):
+        """Make a database of some hundred tasks, closed cleanly; return its path."""
+        box.batch([["echo", "x" * 500]] * 300)
+        return box.file("apex.db")
+
+    @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+    def test_a_newer_schema_is_refused_and_not_touched(self, box, mode):
+        path = self.make(box)
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute(f"PRAGMA journal_mode = {mode}")
+            db.execute("PRAGMA user_version = 999")
+        before = sha256(path)
+        for args in (["start"], ["add", "true"], ["list"]):
+            assert box.error(*args, rc=78)["code"] == "database_newer"
+        assert sha256(path) == before and not box.processes()
+
+    @pytest.mark.parametrize("how", ["magic", "page", "truncated", "text", "zeros"])
+    def test_a_corrupt_database_is_refused_and_kept(self, box, how):
+        path = self.make(box)
+        size = os.path.getsize(path)
+        with open(path, "r+b") as file:
+            if how == "magic":
+                file.write(b"not a database at all")
+            elif how == "page":
+                file.seek(4096 * 3)
+                file.write(os.urandom(4096 * 6))
+            elif how == "truncated":
+                file.truncate(size // 2 // 4096 * 4096)
+            elif how == "text":
+                file.truncate(0)
+                file.write(b"hello\n" * 1000)
+            else:
+                file.seek(100)
+                file.write(bytes(8000))
+        before = sha256(path)
+        error = box.error("start", rc=65)
+        assert error["code"] == "database_corrupt" and path in error["message"] and error["hint"]
+        assert sha256(path) == before and not box.processes()
+        assert not os.path.exists(box.file("daemon.pid"))
+
+    @posix
+    def test_links_are_refused(self, box):
+        path = self.make(box)
+        os.rename(path, os.path.join(box.root, "real.db"))
+        before = sha256(os.path.join(box.root, "real.db"))
+        for link in (os.symlink, os.link):
+            link(os.path.join(box.root, "real.db"), path)
+            for args in (["start"], ["add", "true"]):
+                assert box.error(*args, rc=73)["code"] == "cannot_create"
+            os.unlink(path)
+        assert sha256(os.path.join(box.root, "real.db")) == before
+
+    def test_a_folder_in_its_place_is_refused(self, box):
+        os.mkdir(box.file("apex.db"))
+        assert box.error("start", rc=73)["code"] == "cannot_create"
+
+    def test_every_older_schema_is_brought_up(self, tmp_path):
+        for version in range(len(apexd.MIGRATIONS)):
+            path = write(str(tmp_path / f"{version}.db"), "")
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                for number, script in enumerate(apexd.MIGRATIONS[:version], 1):
+                    db.executescript(f"{script} PRAGMA user_version = {number};")
+            apexd.Database(path).close()
+            with contextlib.closing(sqlite3.connect(path)) as db:
+                assert db.execute("PRAGMA user_version").fetchone() == (len(apexd.MIGRATIONS),)
+                assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+    @posix
+    def test_a_migration_that_was_killed_is_done_by_the_next_start(self, box):
+        fail = {"APEXD_FAILPOINT": "migration"}
+        for args in (["start"], ["add", "true"]):
+            done = box.run(*args, rc=None, env=fail)
+            assert done.returncode not in (0, 70), done
+            with box.database() as db:
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            assert (version, tables) == (0, 0), "all or nothing"
+        assert not box.processes()
+        assert box.add("true") == 1
+        box.start()
+        assert box.until(1)["state"] == "succeeded"
+
+    @posix
+    def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(self, tmp_path):
+        """20 rounds: a process adds and prints ids until it is SIGKILLed at a random moment."""
+        path = str(tmp_path / ".apex" / "apex.db")
+        code = (
+            "import sys; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1])\n"
+            "import apexd; store = apexd.TaskStore(sys.argv[2]); n = 0\n"
+            "while True:\n"
+            "    n += 1; ids = store.add([['echo', str(n)]] * (n % 3 + 1), token=sys.argv[3] + str(n))\n"
+            "    sys.stdout.write(' '.join(map(str, ids)) + '\\n'); sys.stdout.flush()\n"
+        )
+        rng, told = random.Random(), []
+        for number in range(60 if SLOW else 20):
+            argv = [sys.executable, "-S", "-c", code, HERE, path, f"{number}."]
+            with subprocess.Popen(argv, stdout=subprocess.PIPE) as writer:
+                lines = [writer.stdout.readline() for _ in range(rng.randrange(1, 60))]
+                writer.kill()
+                lines += writer.stdout.read().split(b"\n")
+            told += [int(word) for line in lines if line for word in line.split()]
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            kept = [row[0] for row in db.execute("SELECT id FROM tasks ORDER BY id")]
+            requests = db.execute("SELECT answer FROM requests").fetchall()
+            counted = db.execute("SELECT sum(n) FROM counts").fetchone()[0]
+        assert len(told) > 100 and len(set(told)) == len(told)
+        assert set(told) <= set(kept) and kept == list(range(1, len(kept) + 1))
+        assert counted == len(kept) == sum(len(json.loads(answer)) for (answer,) in requests)
+        store = apexd.TaskStore(path)
+        store.database.check()
+        store.close()
+
+    @posix
+    def test_a_database_that_is_removed_or_replaced_stops_the_daemon_with_65(self, box):
+        child = box.popen("start", "--foreground")
+        eventually(lambda: "ready" in box.log())
+        box.add("true")
+        os.rename(box.file("apex.db"), box.file("apex.db.away"))
+        child.communicate(timeout=20)
+        assert child.returncode == 65 and "removed or replaced" in box.log()
+
+    @root
+    @linux
+    def test_a_full_disk_loses_no_result_and_ends_by_itself(self, box):
+        """State on a small tmpfs that is filled while tasks run, then freed."""
+        state = os.path.join(box.root, "s")
+        os.mkdir(state)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", state], stderr=subprocess.PIPE)
+        if mounted.returncode:
+            pytest.skip(f"cannot mount: {mounted.stderr}")
+        args = ("--state", state)
+        try:
+            write(os.path.join(state, "config.json"), json.dumps(FAST))
+            box.run(*args, "start")
+            go = os.path.join(box.root, "go")
+            script = f"while [ ! -e {go} ]; do sleep 0.05; done; exit 3"
+            task = int(box.run(*args, "add", "-p", "--", "sh", "-c", script).stdout)
+
+            def state_of():
+                return json.loads(box.run(*args, "--json", "show", task).stdout)
+
+            eventually(lambda: state_of()["state"] == "running")
+            with contextlib.suppress(OSError), open(os.path.join(state, "filler"), "wb", 0) as filler:
+                while True:
+                    filler.write(b"x" * 4096)
+            write(go, "")
+            done = box.run(*args, "--json", "add", "-p", "--", "true", "x" * 100_000, rc=None)
+            assert done.returncode in (73, 75), done
+            os.unlink(os.path.join(state, "filler"))
+            eventually(lambda: state_of()["exit_code"] == 3)
+            assert state_of()["attempts"] == 1 and state_of()["state"] == "failed"
+            box.run(*args, "stop")
+        finally:
+            box.run(*args, "kill", "--all", rc=None)
+            subprocess.run(["umount", "-l", state])
+
+# ----- what the second half of the sections needs of its own -----
+
+
+def pause(seconds):
+    """Let time pass where there is nothing to wait for."""
+    threading.Event().wait(seconds)
+
+
+def needs(*programs):
+    """Skip a test when the system lacks one of these programs."""
+    missing = [name for name in programs if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+@contextlib.contextmanager
+def project(**config):
+    """Give a Box for a whole class of tests; nothing of it may be left alive."""
+    made, failed_before = Box(), len(FAILED)
+    made.config(config)
+    try:
+        yield made
+        if lives_in(made.file("daemon.pid")):
+            cancel_all(made)
+    finally:
+        complaints = made.close()
+        if complaints or len(FAILED) > failed_before:
+            print(f"--- kept: {made.root}; daemon.log:\n{made.log()[-20000:]}")
+        else:
+            shutil.rmtree(made.root, ignore_errors=True)
+    assert not complaints, "\n".join(complaints)
+
+
+def within(box, *words, input=b"", cwd=None):
+    """Run a command in this process: (status, stdout, stderr); a tenth of the time."""
+    import io
+
+    streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (input, b"", b"")]
+    kept = sys.stdin, sys.stdout, sys.stderr
+    before = os.getcwd()
+    os.chdir(cwd or box.path)
+    try:
+        sys.stdin, sys.stdout, sys.stderr = streams
+        status = apexd.main([str(word) for word in words])
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = kept
+        os.chdir(before)
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode("utf-8", "replace") for stream in streams[1:])
+    return status, out, err
+
+
+def ask(box, *words, rc=0, input=b""):
+    """Run a command in this process; check its status; return what it printed."""
+    status, out, err = within(box, *words, input=input)
+    assert status == rc and "Traceback" not in err, (words, status, out, err)
+    return out
+
+
+def ask_json(box, *words, rc=0):
+    """Run a command in this process with --json; return what it printed."""
+    return json.loads(ask(box, "--json", *words, rc=rc))
+
+
+def cancel_all(box):
+    """End what runs, so that the daemon need not wait for it."""
+    running = box.request({"type": "list", "state": "running", "limit": 1000})["tasks"]
+    box.request({"type": "cancel", "ids": [task["id"] for task in running]})
+    settle(box, [task["id"] for task in running])
+
+
+def enqueue(box, *commands, **options):
+    """Add tasks through the socket, as the CLI would; return their ids."""
+    request = {"type": "add", "commands": list(commands), "options": options}
+    answer = box.request({**request, "cwd": box.path, "env": box.env, "umask": 0o022})
+    assert answer["type"] == "ok", answer
+    return answer["ids"]
+
+
+def settle(box, ids, within_s=30.0):
+    """Wait until all these tasks are done; return them in their order."""
+    answer = box.request({"type": "wait", "ids": ids, "within": within_s}, within_s + 10)
+    assert answer.get("pending") == 0, (answer, tasks_of(box, ids))
+    return tasks_of(box, ids)
+
+
+def tasks_of(box, ids):
+    """Return tasks as the daemon lists them."""
+    return box.request({"type": "list", "ids": ids, "limit": 1000})["tasks"]
+
+
+def history_of(box, task_id):
+    """Return the outcomes of a task's attempts, in their order."""
+    history = box.request({"type": "get", "id": task_id})["history"]
+    return [attempt["outcome"] for attempt in history]
+
+
+def parent_of(pid):
+    """Return the PID of a process's parent (Linux)."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
+
+
+def shell_of(box, task_id):
+    """Return (PID of the shell, PID of the command) of a running task."""
+
+    def look():
+        command = box.request({"type": "get", "id": task_id})["task"]["pid"]
+        shell = parent_of(command) if command else 0
+        return (shell, command) if shell not in (0, 1, box.pid()) else None
+
+    return eventually(look, why=f"task {task_id} has its command")
+
+
+def worker(box):
+    """Write the script `work NAME SECONDS CODE [closed]` that tells on whoever runs it twice.
+
+    It holds a lock while it runs, and so does its `sleep`: a second one at once says so in
+    the file `overlaps`. Each start is a line in `begun`, each end one in `ended`.
+    """
+    lines = (
+        '[ "$4" = closed ] && exec >&- 2>&-',
+        'exec 9>>"lock.$1"',
+        'flock -n 9 || echo "$1" >>overlaps',
+        'echo "$1" >>begun',
+        'sleep "$2"',
+        'echo "$1" >>ended',
+        'exit "$3"',
+    )
+    write(os.path.join(box.path, "work.sh"), "\n".join(lines) + "\n")
+    return ["sh", "work.sh"]
+
+
+def lines_of(box, name):
+    """Return the lines of a file in the project's folder, sorted."""
+    return sorted(read(os.path.join(box.path, name)).split())
+
+
+# ============================================================================
+# 10. CHILD - the attempt protocol: start, adopt, wait, stop
+# ============================================================================
+
+
+@linux
+@needs("flock")
+class TestChild:
+    CALLER = {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "9", "LISTEN_FDS": "1"}
+
+    @pytest.fixture(scope="class")
+    def shared(self):
+        """Give a project with a daemon, for the tests that do not end it."""
+        options = {"max_concurrent": 8, "stop_timeout": 0.4, "env_keep": ["KEPT"]}
+        limits = {"memory_mb": 300, "cpu_seconds": 1, "open_files": 40}
+        groups = {"cluster": {"launcher": ["env", "LAUNCHED=1"]}}
+        with project(daemon=options, limits=limits, group=groups) as box:
+            box.start(env={**self.CALLER, "DAEMONS_OWN": "1"})
+            yield box
+
+    # Every place in a start where the program can be told to die: claim, spawn, note, go, ...
+    POINTS = sorted(set(re.findall(r'failpoint\("(\w+)"\)', read(PROGRAM))) - {"migration"})
+
+    @pytest.mark.parametrize("point", POINTS)
+    def test_a_crash_within_a_start_neither_loses_nor_doubles_the_task(self, box, point):
+        task_id = int(ask(box, "add", "-p", "--", *worker(box), "a", "0.4", "7"))
+        box.run("start", env={"APEXD_FAILPOINT": point}, rc=None)
+        eventually(lambda: not lives_in(box.file("daemon.pid")), why="it killed itself")
+        with box.database() as db:
+            row = db.execute("SELECT state, attempts FROM tasks").fetchone()
+            assert tuple(row) in (("queued", 0), ("running", 1))
+            assert point not in ("claim", "go") or row[1] == (point == "go")
+        box.start()
+        task = settle(box, [task_id])[0]
+        assert (task["exit_code"], task["attempts"], task["losses"]) == (7, 1, 0)
+        assert lines_of(box, "begun") == lines_of(box, "ended") == ["a"]
+        assert lines_of(box, "overlaps") == []
+        assert point != "go" or "Adopting task 1" in box.log()
+
+    def test_the_places_to_crash_at_are_those_of_the_protocol(self):
+        assert {"claim", "spawn", "note", "go"} <= set(self.POINTS)
+
+    @pytest.mark.parametrize("daemon", ["alive", "dead"])
+    def test_a_killed_shell_is_noticed_and_its_command_ended_before_the_rerun(self, box, daemon):
+        start = f"[ $APEX_ATTEMPT = 1 ] && s=60; exec {' '.join(worker(box))}"
+        box.start()
+        ids = enqueue(box, *(f"{start} {c} ${{s:-0}} 3 {c}" for c in ("open", "closed")))
+        pids = [shell_of(box, task_id) for task_id in ids]
+        eventually(lambda: lines_of(box, "begun") == ["closed", "open"])
+        if daemon == "dead":
+            box.kill9()
+        for shell, command in pids:
+            assert lives(command)
+            kill(shell)
+        if daemon == "dead":
+            box.start()
+        for task in settle(box, ids):
+            assert (task["exit_code"], task["attempts"], task["losses"]) == (3, 2, 1)
+            assert history_of(box, task["id"]) == ["lost", "failed"]
+        assert not any(lives(command) for _, command in pids)
+        assert lines_of(box, "overlaps") == []
+        assert lines_of(box, "ended") == ["closed", "open"]
+
+    def test_what_was_cancelled_or_timed_out_as_the_daemon_died_does_not_run_again(self, box):
+        box.config({"daemon": {"max_concurrent": 8}})
+        work = worker(box)
+        box.start()
+        for number in range(ROUNDS):
+            names = [f"{number}.{n}" for n in range(8)]
+            cancelled = enqueue(box, *([*work, name, "60", "0"] for name in names[:4]))
+            late = enqueue(box, *([*work, name, "60", "0"] for name in names[4:]), timeout=0.3)
+            eventually(lambda: set(names) <= set(lines_of(box, "begun")), why="all run")
+            moment = random.uniform(0.0, 0.3)
+            with box.connect() as connection:
+                request = json.dumps({"type": "cancel", "ids": cancelled}).encode()
+                pause(moment)
+                connection.sendall(struct.pack(">I", len(request)) + request)
+                pause(random.choice([0, 0.001, 0.003, 0.01, 0.03]))
+                box.kill9()
+            box.start()
+            box.request({"type": "cancel", "ids": cancelled})
+            outcomes = [task["outcome"] for task in settle(box, cancelled + late)]
+            assert outcomes == ["cancelled"] * 4 + ["timeout"] * 4, (number, moment)
+            eventually(lambda: not [c for c in box.processes().values() if "sleep" in c])
+        assert len(lines_of(box, "begun")) == len(set(lines_of(box, "begun"))) == 8 * ROUNDS
+        assert lines_of(box, "ended") == lines_of(box, "overlaps") == []
+
+    def rewrite_note(self, box, task_id, **changes):
+        """Change what the daemon noted about an attempt; no daemon runs."""
+        with sqlite3.connect(box.file("apex.db")) as db:
+            where = "task_id = ? AND outcome IS NULL"
+            sql = f"SELECT slot FROM attempts WHERE {where}"
+            (slot,) = db.execute(sql, (task_id,)).fetchone()
+            if "boot" in changes:
+                sql = f"UPDATE attempts SET boot_id = ? WHERE {where}"
+                db.execute(sql, (changes["boot"], task_id))
+        db.close()
+        with open(box.file("run", f"slot-{slot}"), "r+b") as record:
+            record.seek(64)
+            note = {**json.loads(record.read()), **changes}
+            record.seek(64)
+            record.write(json.dumps(note).encode() + b"\n" + b" " * 80)
+
+    def test_after_a_reboot_a_status_counts_and_a_pid_means_nothing(self, box):
+        box.config({"daemon": {"max_concurrent": 4}})
+        command = f"[ $APEX_ATTEMPT = 1 ] || exit 0; exec {' '.join(worker(box))}"
+        daemon = box.start()
+        other_boot, reused, finished, same_boot = enqueue(
+            box,
+            f"{command} a 60 9",
+            f"{command} b 60 9",
+            f"until [ -e go ]; do sleep 0.05; done; {command} c 0 9",
+            f"until [ -e go ]; do sleep 0.05; done; {command} d 0 8",
+        )
+        ends = [pid for task_id in (other_boot, reused) for pid in shell_of(box, task_id)]
+        watched = [shell_of(box, task_id)[0] for task_id in (finished, same_boot)]
+        eventually(lambda: lines_of(box, "begun") == ["a", "b"])
+        os.kill(daemon, signal.SIGSTOP)
+        write(os.path.join(box.path, "go"), "")
+        eventually(lambda: not any(map(lives, watched)), why="both wrote their status")
+        for pid in [daemon, *ends]:
+            kill(pid)
+        for pid, words in box.processes().items():
+            if words.startswith("sleep 60"):
+                kill(pid)
+        eventually(lambda: not box.processes())
+        stranger = subprocess.Popen(["sleep", "66"], start_new_session=True)
+        try:
+            self.rewrite_note(box, other_boot, boot="an-earlier-boot", pid=stranger.pid)
+            self.rewrite_note(box, reused, pid=stranger.pid)
+            self.rewrite_note(box, finished, boot="an-earlier-boot")
+            box.start()
+            ids = [other_boot, reused, finished, same_boot]
+            codes = [(t["exit_code"], t["attempts"], t["losses"]) for t in settle(box, ids)]
+            assert codes == [(0, 2, 1), (0, 2, 1), (9, 1, 0), (8, 1, 0)]
+            assert stranger.poll() is None, "somebody else's process was signalled"
+        finally:
+            stranger.kill()
+            stranger.wait()
+
+    def test_every_exit_code_and_signal_is_read_right(self, shared):
+        box = shared
+        codes = enqueue(box, *(f"exit {n}" for n in range(256)))
+        numbers = [n for n in (1, 2, 3, 6, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 31)]
+        signals = enqueue(box, *(["sh", "-c", f"ulimit -c 0; kill -{n} $$"] for n in numbers))
+        settle(box, [task_id for n, task_id in enumerate(codes) if n != 75])
+        deferred = codes.pop(75)
+        for task_id, task in zip(codes, tasks_of(box, codes)):
+            code = task_id - codes[0]
+            assert (task["exit_code"], task["attempts"]) == (code, 1)
+            assert task["state"] == ("failed" if code else "succeeded")
+            assert task["signal"] == (code - 128 if 128 < code < 193 else None)
+        assert [t["signal"] for t in settle(box, signals)] == numbers
+        assert [t["exit_code"] for t in tasks_of(box, signals)] == [128 + n for n in numbers]
+        assert box.look(deferred)["outcome"] == "deferred"
+
+    def test_a_command_that_ignores_term_is_killed_and_the_wish_is_its_outcome(self, shared):
+        box = shared
+        stubborn = "trap '' TERM; echo up; while :; do sleep 0.1; done"
+        cancelled, late = enqueue(box, stubborn) + enqueue(box, stubborn, timeout=0.3)
+        eventually(lambda: ask(box, "logs", cancelled) == "up\n")
+        ask(box, "cancel", cancelled)
+        for task_id, outcome in ((cancelled, "cancelled"), (late, "timeout")):
+            task = box.until(task_id, within_s=5)
+            assert (task["outcome"], task["signal"]) == (outcome, 9)
+            assert task["finished_at"] - task["started_at"] >= 0.4
+        assert box.look(cancelled)["state"] == "cancelled"
+        assert box.look(late)["state"] == "failed"
+
+    def test_a_task_is_done_when_its_command_is_whatever_that_left_behind(self, shared):
+        box = shared
+        task = settle(box, enqueue(box, "sleep 60 & echo hi"), 3)[0]
+        assert task["exit_code"] == 0
+        assert ask(box, "logs", task["id"]) == "hi\n"
+        (left,) = [pid for pid, words in box.processes().items() if words == "sleep 60 "]
+        kill(left)
+
+    @needs("setsid")
+    @pytest.mark.parametrize("daemon", ["alive", "dead", "killed meanwhile"])
+    def test_a_cancelled_task_takes_along_what_left_its_session(self, box, daemon):
+        box.start()
+        (task_id,) = enqueue(box, "setsid sleep 61 & sleep 62")
+        sleeps = lambda: [w for w in box.processes().values() if w.startswith("sleep 6")]
+        eventually(lambda: len(sleeps()) == 2)
+        if daemon == "dead":
+            box.kill9()
+        if daemon == "killed meanwhile":
+            os.kill(box.pid(), signal.SIGSTOP)
+            sent = box.popen("cancel", task_id)
+            os.kill(box.pid(), signal.SIGCONT)
+            sent.communicate()
+            box.kill9()
+        else:
+            ask(box, "cancel", task_id)
+        if daemon != "alive":
+            box.start()
+        assert box.until(task_id)["state"] == "cancelled"
+        eventually(lambda: sleeps() == [], 5, "all that it started is gone")
+
+    def test_the_published_pid_is_the_commands_own_whatever_its_name(self, shared):
+        box = shared
+        odd = os.path.join(box.path, "a) R 1 (x")
+        shutil.copy(shutil.which("sleep"), odd)
+        hup, named = enqueue(
+            box, "trap 'exit 9' HUP; echo up; while :; do sleep 0.05; done", [odd, "60"]
+        )
+        eventually(lambda: ask(box, "logs", hup) == "up\n")
+        os.kill(box.look(hup)["pid"], signal.SIGHUP)
+        assert box.until(hup)["exit_code"] == 9
+        pid = shell_of(box, named)[1]
+        assert read(f"/proc/{pid}/comm") == "a) R 1 (x\n"
+        ask(box, "cancel", named)
+        assert box.until(named)["signal"] == signal.SIGTERM
+        assert not lives(pid)
+
+    def test_what_cannot_be_started_fails_at_once_and_says_why(self, shared):
+        box = shared
+        write(os.path.join(box.path, "plain.txt"), "x")
+        folder = os.path.join(box.path, "gone")
+        os.mkdir(folder)
+        missing, plain, directory = enqueue(
+            box, ["no-such-command"], ["./plain.txt"], ["/tmp"], retries=3
+        )
+        client = apexd.Client(box.path)
+        assert client.pause()["paused"] == ["*"]
+        nowhere = client.add(["true"], cwd=folder, retries=3)
+        os.rmdir(folder)
+        long = client.add(["echo", "x" * (2 << 20)], retries=3)
+        client.resume()
+        client.close()
+        expected = (
+            (missing, 127, "spawn:ENOENT no-such-command"),
+            (plain, 126, "spawn:EACCES ./plain.txt"),
+            (directory, 126, "spawn:EACCES /tmp"),
+            (nowhere, 126, "spawn:ENOENT"),
+            (long, 126, "spawn:E2BIG"),
+        )
+        settle(box, [row[0] for row in expected])
+        for task_id, code, reason in expected:
+            task = box.look(task_id)
+            assert (task["state"], task["outcome"]) == ("failed", "not_started")
+            assert (task["exit_code"], task["attempts"]) == (code, 1)
+            assert task["reason"].startswith(reason), task["reason"]
+        assert folder in box.look(nowhere)["reason"]
+        done = box.run("add", "--wait", "--", "no-such-command", rc=127)
+        assert "no-such-command" in done.stderr
+        assert ask(box, "why", missing).count("not found") == 1
+
+    def test_limits_hold_for_the_command_and_show_as_its_signal(self, shared):
+        box = shared
+        shown, busy, greedy, large = enqueue(
+            box,
+            "ulimit -v; ulimit -t; ulimit -n",
+            "while :; do :; done",
+            [sys.executable, "-S", "-c", "bytearray(400 << 20)"],
+            "ulimit -f 1; exec dd if=/dev/zero of=big bs=1k count=100",
+        )
+        settle(box, [shown, busy, greedy, large])
+        assert ask(box, "logs", shown).split() == [str(300 * 1024), "1", "40"]
+        assert "MemoryError" in ask(box, "logs", greedy)
+        assert box.look(large)["signal"] == signal.SIGXFSZ
+        assert box.look(busy)["signal"] == signal.SIGXCPU
+
+    def test_a_task_gets_the_callers_folder_umask_and_allowed_environment_only(self, shared):
+        box = shared
+        secrets = {"AWS_SECRET": "s", "APEX_RUN_ID": "forged", "APEXD_FAILPOINT": "x"}
+        kept = {"LC_TIME": "C", "HTTP_PROXY": "p", "PYTHONPATH": "lib", "TZ": "UTC"}
+        folder = os.path.join(box.path, "sub")
+        os.mkdir(folder)
+        more = {**self.CALLER, **secrets, **kept, "KEPT": "k", "EXTRA": "e"}
+        child = box.popen(
+            "--project", box.path, "add", "-p", "--env", "EXTRA", "--env", "SET=1=2", "--shell",
+            "pwd; umask; env", cwd=folder, env=more, umask=0o027,
+        )
+        task_id = int(child.communicate()[0])
+        settle(box, [task_id])
+        child_folder, mask, *lines = ask(box, "logs", task_id).splitlines()
+        assert (child_folder, int(mask, 8)) == (folder, 0o027)
+        got = dict(line.split("=", 1) for line in lines)
+        run_id = got.pop("APEX_RUN_ID")
+        assert run_id == box.look(task_id)["run_id"]
+        own = {"APEX_TASK_ID": str(task_id), "APEX_ATTEMPT": "1", "APEX_PROJECT_PATH": box.path}
+        wanted = {**box.env, **kept, **own, "KEPT": "k", "EXTRA": "e", "SET": "1=2"}
+        assert wanted.items() <= got.items()
+        extra = got.keys() - wanted.keys() - {"PWD", "OLDPWD", "SHLVL", "_", "APEX_STATE_DIR"}
+        assert extra == set(), "only what is on the list"
+
+    def test_a_task_starts_with_default_signals_no_input_and_no_descriptors(self, box):
+        ignoring = ["sh", "-c", 'trap "" CHLD HUP PIPE USR1; exec "$@"', "sh"]
+        subprocess.run(
+            [*ignoring, *box.command("start")], cwd=box.path, env=box.env, check=True,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        text = "grep -E 'Sig(Blk|Ign)' /proc/self/status; readlink /proc/self/fd/0; "
+        text += "ls /proc/self/fd"
+        shown, failing = enqueue(box, ["sh", "-c", text], ["false"])
+        tasks = settle(box, [shown, failing])
+        assert tasks[1]["exit_code"] == 1, "an inherited SIGCHLD ignored makes it 0"
+        lines = ask(box, "logs", shown).split()
+        assert [int(lines[i], 16) for i in (1, 3)] == [0, 0]
+        assert lines[4:] == ["/dev/null", "0", "1", "2", "3"]  # 3 is the folder that ls reads
+
+    def test_odd_arguments_arrive_as_they_are_and_a_leading_dash_is_refused(self, shared):
+        box = shared
+        words = [b"\xff\xfe", "", " a  b ", "$HOME;`id`", "'\"\\", "\n", "\u20ac", "-n"]
+        task_id = int(box.run("add", "-p", "--", "printf", "[%s]", *words).stdout)
+        settle(box, [task_id])
+        expected = [w if isinstance(w, bytes) else w.encode() for w in words]
+        path = box.file("logs", f"task-{task_id}.1.log")
+        with open(path, "rb") as file:
+            assert file.read() == b"".join(b"[%s]" % word for word in expected)
+        for words in (["list"], ["show", task_id], ["--json", "show", task_id]):
+            assert "printf" in ask(box, *words)
+        status, out, err = within(box, "add", "--", "-a", "x")
+        assert (status, out, "./-a" in err) == (2, "", True)
+        assert box.request({"type": "add", "commands": [["-a"]]})["code"] == "bad_request"
+
+    def test_a_daemon_started_by_a_task_is_not_ended_with_it(self, boxes):
+        outer, inner = boxes(), boxes()
+        outer.start()
+        words = " ".join(inner.command("--project", inner.path, "start"))
+        (task_id,) = enqueue(outer, f"env HOME={inner.home} {words}; sleep 60")
+        eventually(lambda: "PID" in ask(outer, "logs", task_id), why="a daemon was started")
+        pid = inner.pid()
+        ask(outer, "cancel", task_id)
+        assert outer.until(task_id)["state"] == "cancelled"
+        assert inner.json("status")["pid"] == pid
+
+    def test_a_logs_folder_removed_while_the_daemon_runs_costs_no_task(self, shared):
+        shutil.rmtree(shared.file("logs"))
+        (task_id,) = enqueue(shared, "echo hi")
+        assert settle(shared, [task_id])[0]["exit_code"] == 0
+        assert ask(shared, "logs", task_id) == "hi\n"
+
+    def test_a_launcher_stands_before_each_command_of_its_group(self, shared):
+        (task_id,) = enqueue(shared, 'echo "$LAUNCHED"', group="cluster")
+        settle(shared, [task_id])
+        assert ask(shared, "logs", task_id) == "1\n"
+
+
+# ============================================================================
+# 13. RUNNER - the polling loop over the store
+# ============================================================================
+
+
+def most_at_once(box, ids):
+    """Return how many of these tasks ran at the same time, by their attempts' times."""
+    moments = []
+    for task in tasks_of(box, ids):
+        moments += [(task["started_at"], 1), (task["finished_at"], -1)]
+    running = most = 0
+    for _, change in sorted(moments):
+        running += change
+        most = max(most, running)
+    return most
+
+
+def crash_rounds(box, ids, rounds, also_shells):
+    """Kill the daemon at random moments, and shells of its tasks with it; start it again."""
+    killed = {}
+    for _ in range(rounds):
+        pause(random.uniform(0.0, 0.3))
+        running = [t for t in tasks_of(box, ids) if t["state"] == "running" and t["pid"]]
+        random.shuffle(running)
+        shells = []
+        for task in running if also_shells else ():
+            with contextlib.suppress(OSError):
+                shell = parent_of(task["pid"])
+                if shell not in (1, box.pid()) and killed.get(task["id"], 0) < 2:
+                    killed[task["id"]] = killed.get(task["id"], 0) + 1
+                    shells.append(shell)
+        if random.random() < 0.5:
+            for shell in shells[:1]:
+                kill(shell)
+            box.kill9()
+        else:
+            box.kill9()
+            for shell in shells[:1]:
+                kill(shell)
+        box.start()
+
+
+@posix
+class TestRunner:
+    @pytest.fixture(scope="class")
+    def ran(self):
+        """Give (box, {name: id}) of tasks that end in all kinds of ways, added at once."""
+        with project(daemon={"max_concurrent": 12, "stop_timeout": 1}) as box:
+            report = " ".join([sys.executable, os.path.join(box.path, "apexd.py"), "report"])
+            poison = ["sh", "-c", "kill -9 $PPID; sleep 60"]
+            spends = f"{report} --tokens 60; {report} --tokens 60; sleep 60"
+            tells = f"{report} --progress 40 --note half --tokens 7; sleep 60"
+            tasks = {
+                "flaky": {"command": "[ $APEX_ATTEMPT = 3 ] || exit 5", "retries": 2},
+                "hopeless": {"command": "exit 6", "retries": 1},
+                "late": {"command": "sleep 60", "timeout": 0.3},
+                "busy": {"command": "exit 75"},
+                "poison": {"command": poison},
+                "fragile": {"command": poison, "on_lost": "fail"},
+                "tokens": {"command": spends, "max_tokens": 100},
+                "cost": {"command": f"{report} --cost 2.5; sleep 60", "max_cost": 2},
+                "progress": {"command": tells},
+                "swift": {"command": "exit 0", "timeout": 30},
+            }
+            box.start()
+            yield box, dict(zip(tasks, enqueue(box, *tasks.values())))
+
+    def test_a_failed_task_is_retried_after_a_backoff_until_it_succeeds(self, ran):
+        box, ids = ran
+        task = box.until(ids["flaky"])
+        assert (task["state"], task["attempts"], task["failures"]) == ("succeeded", 3, 2)
+        history = box.request({"type": "get", "id": ids["flaky"]})["history"]
+        assert [a["outcome"] for a in history] == ["failed", "failed", "ok"]
+        gaps = [b["started_at"] - a["finished_at"] for a, b in zip(history, history[1:])]
+        assert all(0 <= gap < 2.0 ** n + 0.7 for n, gap in enumerate(gaps)), gaps
+
+    def test_a_task_out_of_retries_is_failed_with_its_own_code(self, ran):
+        box, ids = ran
+        task = box.until(ids["hopeless"])
+        assert (task["state"], task["attempts"], task["exit_code"]) == ("failed", 2, 6)
+        assert ids["hopeless"] in [t["id"] for t in ask_json(box, "dlq")]
+
+    def test_a_timeout_ends_a_task_in_time(self, ran):
+        box, ids = ran
+        task = box.until(ids["late"])
+        assert (task["state"], task["outcome"]) == ("failed", "timeout")
+        assert 0.3 <= task["finished_at"] - task["started_at"] < 1.3
+
+    def test_exit_75_means_later_and_uses_up_no_retry(self, ran):
+        box, ids = ran
+        task = box.until(ids["busy"], "scheduled")
+        assert (task["outcome"], task["failures"], task["deferrals"]) == ("deferred", 0, 1)
+        assert 55 < task["due_at"] - time.time() <= 60
+        assert "due in" in ask(box, "why", ids["busy"])
+
+    def test_a_task_that_takes_its_shell_along_is_given_up_after_three_losses(self, ran):
+        box, ids = ran
+        task = box.until(ids["poison"])
+        assert (task["state"], task["losses"], task["attempts"]) == ("failed", 3, 3)
+        assert history_of(box, ids["poison"]) == ["lost"] * 3
+
+    def test_on_lost_fail_runs_a_task_at_most_once(self, ran):
+        box, ids = ran
+        task = box.until(ids["fragile"])
+        assert (task["state"], task["outcome"], task["attempts"]) == ("failed", "lost", 1)
+
+    @pytest.mark.parametrize("name, used", [("tokens", 120), ("cost", 2.5)])
+    def test_a_task_that_reports_more_than_its_budget_is_ended(self, ran, name, used):
+        box, ids = ran
+        task = box.until(ids[name])
+        assert (task["state"], task["outcome"]) == ("failed", "over_budget")
+        assert task[name] == used
+        assert task["finished_at"] - task["started_at"] < 20
+
+    def test_reported_progress_and_usage_show_while_it_runs(self, ran):
+        box, ids = ran
+        eventually(lambda: box.look(ids["progress"])["progress"] == 40)
+        task = box.look(ids["progress"])
+        assert (task["note"], task["tokens"], task["state"]) == ("half", 7, "running")
+        assert "running 40%" in ask(box, "list")
+        answer = box.request({"type": "wait", "ids": [ids["progress"]]})
+        assert (answer["progress"], answer["pending"]) == (40, 1)
+        stale = {"type": "report", "id": ids["progress"], "run_id": "of-an-earlier-attempt"}
+        assert box.request({**stale, "tokens": 1})["code"] == "illegal_state"
+
+    def test_the_metrics_have_their_names_and_add_up(self, ran):
+        box, ids = ran
+        for name in ids.keys() - {"busy", "progress"}:
+            box.until(ids[name])
+        box.until(ids["busy"], "scheduled")
+        eventually(lambda: box.look(ids["progress"])["pid"])
+        status = ask_json(box, "status")
+        assert status["active_task_ids"] == [ids["progress"]]
+        assert status["active_task_count"] == 1
+        attempts = sum(task["attempts"] for task in tasks_of(box, list(ids.values())))
+        assert status["tasks_processed"] == attempts - 1
+        assert status["tasks_succeeded"] == 2
+        assert status["tasks_failed"] == status["tasks_processed"] - 2
+        assert 0 < status["started_at"] <= status["last_poll_at"] <= time.time()
+        assert 0 < status["uptime"] < 300
+        polls = status["poll_count"]
+        eventually(lambda: ask_json(box, "status")["poll_count"] > polls)
+
+    def test_no_more_run_at_once_than_the_limits_allow(self, box):
+        box.config({"daemon": {"max_concurrent": 4}, "group": {"one": {"max_concurrent": 1}}})
+        box.start()
+        single = enqueue(box, *["sleep 0.1"] * 4, group="one")
+        plain = enqueue(box, *["sleep 0.1"] * 12)
+        settle(box, single + plain)
+        assert most_at_once(box, single) == 1
+        assert most_at_once(box, single + plain) == 4
+
+    @linux
+    def test_a_timeout_that_passes_while_no_daemon_runs_is_enforced_at_its_start(self, box):
+        box.start()
+        (task_id,) = enqueue(box, "echo up; sleep 60", timeout=1)
+        command = shell_of(box, task_id)[1]
+        box.kill9()
+        pause(1.0)
+        assert lives(command)
+        began = time.monotonic()
+        box.start()
+        task = box.until(task_id)
+        assert (task["outcome"], task["attempts"]) == ("timeout", 1)
+        assert time.monotonic() - began < 1.5 and not lives(command)
+        assert "turn failed" not in box.log()
+
+    @linux
+    def test_a_daemon_that_was_stopped_for_a_while_times_nothing_out_by_mistake(self, box):
+        daemon = box.start()
+        ended, runs = enqueue(box, "sleep 0.1; exit 4", timeout=0.6), enqueue(box, "sleep 1.2")
+        shell = shell_of(box, ended[0])[0]
+        os.kill(daemon, signal.SIGSTOP)
+        eventually(lambda: not lives(shell))
+        pause(0.7)
+        os.kill(daemon, signal.SIGCONT)
+        ended, runs = settle(box, [*ended, *runs])
+        assert (ended["outcome"], ended["exit_code"], ended["attempts"]) == ("failed", 4, 1)
+        assert (runs["outcome"], runs["attempts"]) == ("ok", 1)
+
+    def test_a_function_of_the_embedding_program_carries_tasks_out(self, box):
+        store = apexd.TaskStore(box.file("apex.db"))
+        before = set(threading.enumerate())
+        results = {"three": 3, "none": None, "zero": 0}
+        seen = []
+
+        def execute(task):
+            seen.append((task.command, threading.current_thread()))
+            return results[task.command]
+
+        try:
+            ids = store.add([*results, "raises"])
+            runner = apexd.DaemonRunner(store, execute=execute)
+            runner.start()
+            done = lambda: all(store.get(task_id).state in apexd.DONE for task_id in ids)
+            eventually(done, 10)
+            codes = [store.get(task_id).exit_code for task_id in ids]
+            assert codes == [3, 0, 0, 1]
+            assert [store.get(i).state.value for i in ids] == [
+                "failed", "succeeded", "succeeded", "failed",
+            ]  # fmt: skip
+            late = store.add(["zero"])[0]
+            runner.wake()
+            eventually(lambda: store.get(late).state == apexd.State.SUCCEEDED)
+            metrics = runner.get_metrics()
+            assert (metrics.tasks_processed, metrics.tasks_succeeded) == (5, 3)
+            assert metrics.active_task_ids == []
+            assert sorted(command for command, _ in seen) == sorted([*results, "raises", "zero"])
+            assert all(thread not in before for _, thread in seen)
+            runner.stop(0)
+            eventually(lambda: set(threading.enumerate()) <= before, 3, "its threads have ended")
+            assert store.add(["after"]), "the store goes on without it"
+        finally:
+            store.close()
+
+    def test_stopping_a_runner_waits_for_the_function_that_runs(self, box):
+        store = apexd.TaskStore(box.file("apex.db"))
+        began, finish = threading.Event(), threading.Event()
+
+        def execute(task):
+            began.set()
+            finish.wait(10)
+
+        try:
+            first, second = store.add(["first", "second"])
+            store.config.daemon.max_concurrent = 1
+            runner = apexd.DaemonRunner(store, execute=execute)
+            runner.start()
+            assert began.wait(10)
+            threading.Timer(0.3, finish.set).start()
+            runner.stop(10)
+            assert store.get(first).state == apexd.State.SUCCEEDED
+            assert store.get(second).state == apexd.State.QUEUED
+        finally:
+            store.close()
+
+    @linux
+    @needs("flock")
+    @pytest.mark.parametrize("victims", ["daemon", "daemon and shells"])
+    def test_through_all_crashes_each_task_ends_once_with_its_own_code(self, box, victims):
+        count, rounds = (200, 30) if SLOW else (40, 5)
+        box.config({"daemon": {"max_concurrent": 4}})
+        work = worker(box)
+        box.start()
+        codes = [n % 50 for n in range(count)]
+        ids = enqueue(
+            box,
+            *(
+                [*work, str(n), f"{random.uniform(0.0, 0.4):.2f}", str(code), ("", "closed")[n % 2]]
+                for n, code in enumerate(codes)
+            ),
+        )
+        crash_rounds(box, ids, rounds, also_shells=victims != "daemon")
+        tasks = settle(box, ids, 120)
+        assert [task["exit_code"] for task in tasks] == codes
+        assert lines_of(box, "overlaps") == []
+        lost = sum(task["losses"] for task in tasks)
+        assert sum(task["attempts"] for task in tasks) == count + lost
+        names = sorted(map(str, range(count)))
+        if victims == "daemon":
+            assert lost == 0
+            assert lines_of(box, "begun") == lines_of(box, "ended") == names
+        else:
+            assert set(lines_of(box, "ended")) == set(names)
+
+
+# ============================================================================
+# 16. CONTROL - frames, verbs, server, Client
+# ============================================================================
+
+
+class Later(threading.Thread):
+    """Runs a command in the background: `result()` gives it when it has ended."""
+
+    def __init__(self, box, *args, **options):
+        super().__init__()
+        self._call = lambda: box.run(*args, rc=None, **options)
+        self.start()
+
+    def run(self):
+        began = time.monotonic()
+        try:
+            self._done = self._call()
+        except BaseException as error:
+            self._done = error
+        self.seconds = time.monotonic() - began
+
+    def result(self):
+        """Return the finished command; its attribute `seconds` says how long it took."""
+        self.join()
+        if isinstance(self._done, BaseException):
+            raise self._done
+        self._done.seconds = self.seconds
+        return self._done
+
+
+def frame(data):
+    """Return the bytes of a frame."""
+    data = data if isinstance(data, bytes) else json.dumps(data).encode()
+    return struct.pack(">I", len(data)) + data
+
+
+def as_nobody(*words, **options):
+    """Run a command as a user who owns nothing; python is the system's own."""
+    python = "/usr/bin/python3"  # a private one may be out of his reach
+    words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, *words]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, **options)
+
+
+other_user = pytest.mark.skipif(
+    not IS_LINUX
+    or os.geteuid() != 0
+    or shutil.which("setpriv") is None
+    or not os.path.exists("/usr/bin/python3"),
+    reason="needs root, setpriv and /usr/bin/python3",
+)
+
+ADDING_LOOP = """
+import os, subprocess, sys, threading
+import apexd
+me, how = sys.argv[1:]
+number = 0
+while not os.path.exists("enough"):
+    number += 1
+    threading.Event().wait(0.02)
+    label = token = f"{me}.{number}"
+    while True:
+        if how == "cli":
+            words = [sys.executable, "apexd.py", "add", "-p", "--label", label, "--token", token]
+            done = subprocess.run([*words, "--", "true"], capture_output=True, text=True)
+            status, answer = done.returncode, done.stdout.strip() or done.stderr
+        else:
+            client = apexd.Client(".")
+            try:
+                status, answer = 0, client.add(["true"], label=label, token=token)
+            except apexd.DaemonError as error:
+                status, answer = error.exit_status, error.message
+            client.close()
+        if status != 75:
+            break
+    print(status, label, answer, flush=True)
+"""
+
+
+@posix
+class TestControl:
+    @pytest.fixture(scope="class", autouse=True)
+    def patience(self):
+        """Let what must wait out its limits do so while the other tests run."""
+        with project() as hung, project() as restarted, project() as held, project() as dripped:
+            pids = {box: box.start() for box in (hung, restarted)}
+            dripped.start()
+            waits = {"task": enqueue(restarted, "sleep 13; exit 5")[0]}
+            waits["command"] = eventually(lambda: restarted.look(waits["task"])["pid"])
+            for pid in pids.values():
+                os.kill(pid, signal.SIGSTOP)
+            held.add("true")
+            lock = open(held.file("daemon.lock"), "w")
+            assert apexd.Platform.lock(lock.fileno())
+            waits.update(hung=hung, restarted=restarted, held=held)
+            waits["add"] = Later(hung, "add", "-p", "--token", "T1", "--", "true")
+            waits["list"] = Later(hung, "list")
+            waits["wait"] = Later(hung, "wait", "1")
+            waits["status"] = Later(hung, "status")
+            waits["start"] = Later(hung, "start")
+            waits["restart"] = Later(restarted, "restart")
+            waits["held start"] = Later(held, "start")
+            waits["held add"] = Later(held, "add", "--", "true")
+            waits["held list"] = Later(held, "list")
+            waits["drip"] = threading.Thread(target=self.drip, args=(dripped, waits))
+            waits["drip"].start()
+            yield waits
+            for value in list(waits.values()):
+                if isinstance(value, threading.Thread):
+                    value.join()
+            lock.close()
+            with contextlib.suppress(OSError):
+                os.kill(pids[hung], signal.SIGCONT)
+
+    @pytest.fixture(scope="class")
+    def server(self):
+        """Give a project with a daemon, for the tests that do not end it."""
+        with project() as box:
+            box.start()
+            yield box
+
+    @staticmethod
+    def drip(box, waits):
+        """Send one byte a second until the daemon hangs up."""
+        began = time.monotonic()
+        with box.connect() as connection:
+            data = frame({"type": "ping"})
+            with contextlib.suppress(OSError):
+                for at in range(len(data)):
+                    connection.sendall(data[at : at + 1])
+                    connection.settimeout(1.0)
+                    try:
+                        waits["drip answer"] = connection.recv(4096)
+                        break
+                    except socket.timeout:
+                        pass
+        waits["drip seconds"] = time.monotonic() - began
+
+    def test_every_verb_answers_on_one_connection(self, box):
+        box.start()
+        with box.connect() as connection:
+
+            def ask(verb, **fields):
+                connection.sendall(frame({"type": verb, **fields}))
+                answer = read_frame(connection)
+                assert answer.pop("type") in ("ok", verb, "pong"), answer
+                return answer
+
+            pong = ask("ping")
+            assert pong["version"] == apexd.__version__ and pong["uptime_secs"] >= 0
+            status = ask("status")
+            assert status["pid"] == box.pid()
+            assert {"version", "uptime_secs", "process_count", "running_instances"} <= set(status)
+            assert ask("pause")["paused"] == ["*"]
+            first, second = ask("add", commands=["exit 3", ["true"]], cwd=box.path)["ids"]
+            assert ask("why", id=first)["reasons"] == ["everything is paused"]
+            assert ask("queue")["counts"] == {"queued": {"default": 2}}
+            assert [task["id"] for task in ask("list", state="queued")["tasks"]] == [first, second]
+            assert ask("cancel", ids=[second]) == {"done": [second], "not_done": []}
+            assert ask("retry", ids=[second, first]) == {"done": [second], "not_done": [first]}
+            assert ask("remove", ids=[second])["done"] == [second]
+            assert ask("resume")["paused"] == []
+            answer = ask("wait", ids=[first], within=10)
+            assert (answer["pending"], answer["status"]) == (0, 3)
+            assert ask("get", id=first)["task"]["exit_code"] == 3
+            assert ask("get", id=first)["history"][0]["outcome"] == "failed"
+            assert ask("logs", id=first)["data"] == ""
+            (long,) = ask("add", commands=["sleep 60"], cwd=box.path)["ids"]
+            eventually(lambda: ask("get", id=long)["task"]["state"] == "running")
+            assert ask("report", id=long, progress=5) == {"over_budget": False}
+            assert ask("reload") == {"plan": []}
+            ask("cancel", ids=[long])
+            connection.sendall(frame({"type": "no-such-verb"}))
+            assert read_frame(connection)["code"] == "unknown_command"
+            ask("shutdown")
+        eventually(lambda: not os.path.exists(box.file("daemon.pid")), why="shut down")
+
+    def test_a_broken_frame_gets_one_error_and_the_daemon_lives(self, server):
+        box = server
+        deep = b'{"type": "ping", "x": ' + b"[" * 100000 + b"]" * 100000 + b"}"
+        broken = {
+            "oversized": struct.pack(">I", (16 << 20) + 1) + b"x",
+            "empty": struct.pack(">I", 0),
+            "a huge length": b"\xff\xff\xff\xff",
+            "garbage": b"GET / HTTP/1.1\r\nHost: evil\r\n\r\n",
+            "no JSON": frame(b"hello"),
+            "deep": frame(deep),
+            "digits": frame(b'{"type": "get", "id": ' + b"1" * 1000000 + b"}"),
+            "NaN": frame(b'{"type": "ping", "x": NaN}'),
+            "infinity": frame(b'{"type": "ping", "x": [-Infinity]}'),
+            "a list": frame([{"type": "ping"}]),
+            "no type": frame({"verb": "ping"}),
+            "a type that is no string": frame({"type": ["ping"]}),
+            "bad UTF-8": frame(b'{"type": "pi\xffng"}'),
+            "cut in a string": frame(b'{"type": "ping'),
+        }
+        for name, data in broken.items():
+            with box.connect() as connection:
+                connection.sendall(data)
+                answer = read_frame(connection)
+                assert (answer["type"], answer["code"]) == ("error", "bad_request"), name
+                with contextlib.suppress(ConnectionResetError):  # of what it did not read
+                    assert connection.recv(1) == b"", f"{name}: hung up"
+        for half in (b"\0", b"\0\0\0\x20", b"\0\0\0\x20{"):
+            with box.connect() as connection:
+                connection.sendall(half)
+                connection.shutdown(socket.SHUT_WR)
+                assert read_frame(connection) is None
+        assert box.request({"type": "ping"})["type"] == "pong"
+        assert "Traceback" not in box.log()
+
+    def test_a_wrong_value_is_a_bad_request_and_no_traceback(self, server):
+        box = server
+        (task_id,) = enqueue(box, "sleep 60")
+        lone = "\ud800"
+        wrong = (
+            ("add", {}),
+            ("add", {"commands": "true"}),
+            ("add", {"commands": [5]}),
+            ("add", {"commands": [[]]}),
+            ("add", {"commands": [["a\0b"]]}),
+            ("add", {"commands": [[lone]]}),
+            ("add", {"commands": [{"command": "true", "priority": 10**30}]}),
+            ("add", {"commands": [{"command": "true", "delay": -1}]}),
+            ("add", {"commands": [{"command": "true", "colour": "red"}]}),
+            ("add", {"commands": ["true"], "options": {"retries": True}}),
+            ("add", {"commands": ["true"], "options": {"label": lone}}),
+            ("add", {"commands": ["true"], "options": {"key": "a\nb"}}),
+            ("add", {"commands": ["true"], "env": {"A": 1}}),
+            ("add", {"commands": ["true"], "cwd": ["a", "b"]}),
+            ("add", {"commands": ["true"], "cwd": "a\0b"}),
+            ("add", {"commands": ["true"], "token": {}}),
+            ("add", {"commands": ["true"], "umask": 512}),
+            ("list", {"state": "odd"}),
+            ("list", {"limit": 0}),
+            ("list", {"before": "x"}),
+            ("get", {"id": -1}),
+            ("get", {"id": 2**64}),
+            ("wait", {"ids": ["x"]}),
+            ("wait", {"ids": [task_id], "within": -1}),
+            ("cancel", {"ids": "1-99999999"}),
+            ("cancel", {"ids": [True]}),
+            ("logs", {"id": task_id, "offset": "x"}),
+            ("report", {"id": task_id, "progress": "x"}),
+            ("report", {"id": task_id, "tokens": -1}),
+            ("report", {"id": task_id, "note": lone}),
+            ("report", {"id": task_id, "token": 2**70}),
+            ("report", {"id": task_id, "token": {"a": 1}}),
+            ("pause", {"group": 5}),
+        )
+        got = [(box.request({"type": verb, **fields}), verb, fields) for verb, fields in wrong]
+        others = [row for row in got if row[0].get("code") != "bad_request"]
+        assert others == []
+        newest = box.request({"type": "list", "limit": 1})["tasks"]
+        assert [task["id"] for task in newest] == [task_id], "nothing was added"
+        assert "Traceback" not in box.log()
+        cancel_all(box)
+
+    def test_an_empty_batch_adds_nothing_and_is_no_error(self, box, server):
+        assert box.run("add", "-p", "--batch").stdout == ""
+        assert ask(server, "add", "-p", "--batch") == ""
+        assert server.request({"type": "add", "commands": []})["ids"] == []
+
+    def test_two_hundred_connections_at_once_are_all_served(self, server):
+        box = server
+        pongs, gate = [], threading.Barrier(200)
+
+        def ask():
+            gate.wait()
+            connection = eventually(box.connect, 10)
+            with connection:
+                connection.sendall(frame({"type": "ping"}))
+                pongs.append(read_frame(connection)["type"])
+
+        threads = [threading.Thread(target=ask) for _ in range(200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert pongs == ["pong"] * 200
+
+    @linux
+    def test_idle_connections_cost_no_processor_and_served_ones_go_on(self, server):
+        box = server
+        daemon = box.pid()
+        used = lambda: sum(map(int, read(f"/proc/{daemon}/stat").rpartition(")")[2].split()[11:13]))
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(box.connect()) for _ in range(64)]
+            idle[0].sendall(frame({"type": "ping"}))
+            assert read_frame(idle[0])["type"] == "pong"
+            waiting = [stack.enter_context(box.connect()) for _ in range(10)]
+            before = used()
+            pause(1.0)
+            assert used() - before <= 20, "hundredths of a second"
+            idle[0].sendall(frame({"type": "ping"}))
+            assert read_frame(idle[0])["type"] == "pong"
+            idle[1].close()
+            waiting[0].sendall(frame({"type": "ping"}))
+            assert read_frame(waiting[0])["type"] == "pong"
+
+    def test_announced_memory_is_limited_and_comes_back(self, server):
+        box = server
+        with contextlib.ExitStack() as stack:
+            greedy = [stack.enter_context(box.connect()) for _ in range(8)]
+            for connection in greedy:
+                connection.sendall(struct.pack(">I", 16 << 20) + b"{")
+            codes = []
+            for connection in greedy:
+                connection.settimeout(0.2)
+                with contextlib.suppress(socket.timeout):
+                    codes.append(read_frame(connection)["code"])
+            assert codes == ["busy"] * 4
+            assert box.request({"type": "ping"})["type"] == "pong"
+        large = {"type": "list", "group": "x" * (1 << 20)}
+        eventually(lambda: box.request(large)["code"] == "bad_request", why="not busy any more")
+
+    def test_clients_that_leave_before_the_answer_do_no_harm(self, server):
+        box = server
+        (task_id,) = enqueue(box, "sleep 0.5")
+        for message in ({"type": "wait", "ids": [task_id], "within": 1}, {"type": "list"}) * 10:
+            with box.connect() as connection:
+                connection.sendall(frame(message))
+        settle(box, [task_id])
+        assert box.request({"type": "ping"})["type"] == "pong"
+        assert "Traceback" not in box.log()
+
+    def test_a_removed_socket_is_bound_again(self, server):
+        box = server
+        os.unlink(box.file("control.sock"))
+        began = time.monotonic()
+        assert int(ask(box, "add", "-p", "--", "true")) > 0
+        assert time.monotonic() - began < 5
+        assert stat.S_IMODE(os.stat(box.file("control.sock")).st_mode) & 0o077 == 0
+
+    def test_a_path_too_long_for_a_socket_works_all_the_same(self, box):
+        deep = os.path.join(box.path, "d" * 100, "e" * 100)
+        os.makedirs(deep)
+        temporary = os.path.join(box.root, "t")
+        os.mkdir(temporary)
+        where, env = ("--project", deep), {"TMPDIR": temporary}
+        box.run(*where, "start", env=env)
+        done = box.run(*where, "add", "--wait", "--", "sh", "-c", "pwd; exit 3", rc=3)
+        assert done.stdout == box.path + "\n"
+        box.run(*where, "stop")
+        assert os.listdir(temporary) == []
+
+    def test_the_same_token_gives_the_same_ids(self, box):
+        words = ("add", "-p", "--token", "A", "--", "true")
+        one = [int(ask(box, *words)) for _ in range(2)]
+        box.start()
+        one.append(int(ask(box, *words)))
+        many = [enqueue(box, "true", "true")]
+        token = {"type": "add", "commands": ["true", "true"], "token": "B"}
+        many = [box.request(token)["ids"] for _ in range(2)]
+        box.kill9()
+        box.start()
+        many.append(box.request(token)["ids"])
+        assert one == [1, 1, 1]
+        assert many == [many[0]] * 3 and len(set(many[0])) == 2
+        assert len(box.request({"type": "list"})["tasks"]) == 5
+
+    def test_adds_from_eight_processes_neither_vanish_nor_double_while_daemons_die(self, box):
+        box.run("pause")
+        path = write(os.path.join(box.path, "adding.py"), ADDING_LOOP)
+        files = [open(os.path.join(box.path, f"out{n}"), "wb") for n in range(8)]
+        for number, file in enumerate(files):
+            how = "cli" if number < 1 else "api"
+            words = [sys.executable, path, str(number), how]
+            child = subprocess.Popen(
+                words, cwd=box.path, env=box.env, stdout=file, stderr=subprocess.STDOUT
+            )
+            box.children.append(child)
+        for _ in range(20 if SLOW else 4):
+            box.start()
+            pause(random.uniform(0.0, 0.2))
+            box.kill9()
+            pause(random.uniform(0.0, 0.1))
+        box.start()
+        write(os.path.join(box.path, "enough"), "")
+        for child, file in zip(box.children, files):
+            child.wait(30)
+            file.close()
+        lines = [read(file.name).splitlines() for file in files]
+        assert all(lines), "each of them has added something"
+        told = [line.split(" ", 2) for line in sum(lines, [])]
+        assert [line for line in told if line[0] != "0"] == []
+        queued = [(task["label"], str(task["id"])) for task in box.json("list")]
+        assert len(queued) == len({label for label, _ in queued})
+        assert sorted((label, answer) for _, label, answer in told) == sorted(queued)
+
+    def test_the_client_has_a_method_for_each_verb_with_and_without_a_daemon(self, box):
+        for live in (False, True):
+            if live:
+                box.start()
+            client = apexd.Client(box.path)
+            client.pause()
+            first = client.add(["sh", "-c", "exit 4"], label="x", priority=3, cwd=box.path)
+            second, third = client.add_all(["true", {"command": "true", "after": [first]}])
+            assert client.get(first)["task"]["priority"] == 3
+            assert [t["id"] for t in client.list(limit=2)] == [second, third]
+            assert client.is_live == live
+            assert client.why(third)["reasons"][0] == f"waits for task {first}, which is queued"
+            assert client.cancel(second)["done"] == [second]
+            assert client.retry(second)["done"] == [second]
+            assert client.remove(second)["done"] == [second]
+            with pytest.raises(apexd.DaemonError) as caught:
+                client.get(second)
+            assert (caught.value.code, caught.value.exit_status) == ("UNKNOWN_TASK", 2)
+            with pytest.raises(apexd.DaemonError) as caught:
+                client.report(first, progress=1)
+            assert caught.value.code == "ILLEGAL_STATE"
+            assert client.queue()["paused"] == ["*"]
+            assert client.resume() == {"paused": []}
+            if live:
+                assert client.wait([first, third], timeout=10) == 4
+                assert client.get(third)["task"]["state"] == "skipped"
+                assert b"".join(client.follow(first)) == b""
+            else:
+                with pytest.raises(apexd.DaemonError) as caught:
+                    client.wait([first])
+                assert caught.value.code == "NOT_RUNNING"
+            client.close()
+
+    @other_user
+    def test_another_user_is_refused(self, box):
+        box.start()
+        for folder in (box.root, box.path):
+            os.chmod(folder, 0o755)
+        program = os.path.join(box.path, "apexd.py")
+        os.chmod(program, 0o644)
+        env = {**box.env, "HOME": "/"}
+        for words in ("list", "add -- true", "stop", "kill", "start", "cancel 1"):
+            done = as_nobody("-B", program, *words.split(), cwd=box.path, env=env)
+            assert done.returncode == 77, (words, done)
+            assert "Traceback" not in done.stderr and done.stdout == ""
+        assert as_nobody("-B", program, "status", cwd=box.path, env=env).returncode == 4
+        os.chmod(box.state, 0o711)
+        os.chmod(box.file("control.sock"), 0o666)
+        text = (
+            "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
+            "s.sendall(b'\\0\\0\\0\\x10{\"type\": \"ping\"}'); print(s.recv(4096)[4:].decode())"
+        )
+        answer = json.loads(as_nobody("-c", text, box.file("control.sock"), env=env).stdout)
+        assert (answer["type"], answer["code"]) == ("error", "permission_denied")
+        assert box.json("status")["running"] and box.json("list") == []
+
+    def test_one_byte_a_second_is_hung_up_on_after_ten(self, patience):
+        patience["drip"].join()
+        assert 9 <= patience["drip seconds"] < 14
+        assert patience.get("drip answer", b"")[:4] == b"" or b"error" in patience["drip answer"]
+
+    def test_a_hung_daemon_is_reported_and_an_unconfirmed_add_cannot_double(self, patience):
+        hung = patience["hung"]
+        add = patience["add"].result()
+        assert (add.returncode, add.stdout) == (75, "")
+        assert "--token T1" in add.stderr and 8 < add.seconds < 14
+        assert [patience[name].result().returncode for name in ("list", "wait")] == [69, 69]
+        assert patience["list"].result().seconds < 8
+        assert patience["status"].result().returncode == 4
+        start = patience["start"].result()
+        assert (start.returncode, start.seconds < 14) == (69, True)
+        os.kill(hung.pid(), signal.SIGCONT)
+        repeated = [hung.run("add", "-p", "--token", "T1", "--", "true").stdout for _ in range(2)]
+        assert repeated == ["1\n", "1\n"]
+        assert [task["id"] for task in hung.json("list")] == [1]
+
+    @linux
+    def test_restart_replaces_a_hung_daemon_and_costs_no_task(self, patience):
+        done, box = patience["restart"].result(), patience["restarted"]
+        assert done.returncode == 0, done
+        task = box.look(patience["task"])
+        assert (task["state"], task["attempts"]) in (("running", 1), ("failed", 1))
+        assert box.until(patience["task"])["exit_code"] == 5
+
+    def test_a_lock_held_by_another_program_is_said_so(self, patience):
+        for name in ("held start", "held add", "held list"):
+            done = patience[name].result()
+            assert (done.returncode, done.stdout) == (75, ""), name
+            assert done.seconds < 14
+        assert "held by" in patience["held list"].result().stderr
+
+
+# ============================================================================
+# 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
+# ============================================================================
+
+
+def times_logged(box, text):
+    """Return how often a text is in daemon.log."""
+    return box.log().count(text)
+
+
+@contextlib.contextmanager
+def mounted(folder, options):
+    """Mount a tmpfs on a folder; skip the test where that is not allowed."""
+    words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@posix
+class TestDaemon:
+    @pytest.fixture(scope="class")
+    def shared(self):
+        """Give a project with a daemon, for the tests that do not end it."""
+        with project() as box:
+            box.start()
+            yield box
+
+    @pytest.mark.parametrize("mode", ["fork", "spawn"])
+    def test_start_answers_soon_prints_its_pid_and_stop_leaves_only_the_folder(self, box, mode):
+        os.unlink(box.file("config.json"))
+        os.rmdir(box.state)
+        before = set(os.listdir(box.root))
+        began = time.monotonic()
+        shown = box.run("start", "--mode", mode).stdout
+        assert time.monotonic() - began < 5, "far less on an idle machine"
+        assert shown == f"started, PID {box.pid()}\n"
+        again = box.run("start", "--mode", mode).stdout
+        assert again == f"already running, PID {box.pid()}\n"
+        done = box.run("add", "--wait", "--", "sh", "-c", "echo hello; exit 3", rc=3)
+        assert done.stdout == "hello\n"
+        daemon = box.pid()
+        box.stop()
+        assert not lives(daemon) and not box.processes()
+        assert sorted(os.listdir(box.path)) == [".apex", "apexd.py"]
+        assert set(os.listdir(box.root)) == before and os.listdir(box.home) == []
+        left = set(os.listdir(box.state))
+        assert not left & {"daemon.pid", "control.sock", "endpoint"}
+        assert box.run("stop").stdout == "not running\n"
+
+    @linux
+    @pytest.mark.parametrize("mode", ["fork", "spawn"])
+    def test_a_daemon_keeps_nothing_of_its_caller(self, box, mode):
+        reader, writer = os.pipe()
+        closed = ["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh"]
+        words = [*closed, *box.command("start", "--mode", mode)]
+        child = subprocess.Popen(
+            words, cwd=box.home, pass_fds=[writer], env={**box.env, "APEX_PROJECT_PATH": box.path}
+        )
+        os.close(writer)
+        assert child.wait(20) == 0
+        with open(reader, "rb") as pipe:
+            assert pipe.read() == b"", "nobody holds the caller's pipe any more"
+        daemon = box.pid()
+        targets = {n: os.readlink(f"/proc/{daemon}/fd/{n}") for n in range(3)}
+        assert set(targets.values()) == {"/dev/null"}
+        assert os.readlink(f"/proc/{daemon}/cwd") == box.state
+        assert "Umask:\t0077" in read(f"/proc/{daemon}/status")
+        assert os.getsid(daemon) != os.getsid(0)
+        assert "SigBlk:\t0000000000000000" in read(f"/proc/{daemon}/status")
+
+    def test_every_file_is_the_owners_alone(self, box):
+        previous = os.umask(0)
+        try:
+            shutil.rmtree(box.state)
+            box.start()
+            box.run("add", "--wait", "--", "true")
+            eventually(lambda: os.path.exists(box.file("state.json")))
+            box.kill9()
+            modes = {}
+            for folder, names, files in os.walk(box.state):
+                for name in [*names, *files]:
+                    path = os.path.join(folder, name)
+                    modes[os.path.relpath(path, box.state)] = os.lstat(path).st_mode
+            assert {"apex.db", "apex.db-wal", "control.sock", "heartbeat"} <= set(modes)
+            loose = {n: oct(m) for n, m in modes.items() if m & 0o077 and "cache" not in n}
+            assert loose == {}
+            assert stat.S_IMODE(os.stat(box.state).st_mode) == 0o700
+        finally:
+            os.umask(previous)
+
+    @linux
+    @pytest.mark.parametrize("mode", ["fork", "spawn"])
+    def test_restart_leaves_a_running_task_its_pid_its_attempt_and_its_code(self, box, mode):
+        daemon = box.start("--mode", mode)
+        (task_id,) = enqueue(box, "until [ -e go ]; do sleep 0.05; done; exit 6")
+        pid = shell_of(box, task_id)[1]
+        box.run("restart", "--mode", mode)
+        assert eventually(lambda: box.look(task_id)["pid"]) == pid
+        write(os.path.join(box.path, "go"), "")
+        assert box.pid() != daemon and not lives(daemon)
+        task = box.until(task_id)
+        assert (task["exit_code"], task["attempts"]) == (6, 1)
+
+    def test_restart_drain_lets_tasks_finish_first(self, box):
+        assert "started" in box.run("restart").stdout, "also when none runs"
+        daemon = box.pid()
+        (task_id,) = enqueue(box, "sleep 0.5; exit 6")
+        box.until(task_id, "running")
+        box.run("restart", "--drain")
+        task = box.look(task_id)
+        assert (task["state"], task["exit_code"]) == ("failed", 6)
+        assert box.pid() != daemon
+
+    def test_stop_lets_short_tasks_finish_and_interrupts_long_ones(self, box):
+        box.config({"daemon": {"graceful_timeout": 0.8, "max_concurrent": 2}})
+        box.start()
+        short, long, next_one = enqueue(
+            box, "sleep 0.4; exit 3", "[ $APEX_ATTEMPT = 2 ] || exec sleep 60", "exit 0"
+        )
+        box.until(long, "running")
+        box.stop()
+        tasks = {task["id"]: task for task in ask_json(box, "list")}
+        assert (tasks[short]["state"], tasks[short]["exit_code"]) == ("failed", 3)
+        assert (tasks[long]["state"], tasks[long]["outcome"]) == ("queued", "interrupted")
+        assert (tasks[next_one]["state"], tasks[next_one]["attempts"]) == ("queued", 0)
+        box.start()
+        settle(box, [long, next_one])
+        assert history_of(box, long) == ["interrupted", "ok"]
+        assert box.look(long)["losses"] == 0
+
+    @linux
+    def test_a_stopped_child_does_not_hold_up_the_stop(self, box):
+        box.config({"daemon": {"graceful_timeout": 0.1, "stop_timeout": 5}})
+        box.start()
+        (task_id,) = enqueue(box, ["sleep", "60"])
+        command = shell_of(box, task_id)[1]
+        os.kill(command, signal.SIGSTOP)
+        began = time.monotonic()
+        box.stop()
+        assert time.monotonic() - began < 3
+        assert not lives(command)
+        assert box.task(task_id)["exit_code"] == 128 + signal.SIGTERM
+
+    def test_five_terms_at_once_are_one_graceful_stop(self, box):
+        child = box.popen("start", "--foreground")
+        eventually(lambda: os.path.exists(box.file("endpoint")))
+        (task_id,) = eventually(lambda: enqueue(box, "sleep 0.5; exit 3"))
+        box.until(task_id, "running")
+        for _ in range(5):
+            child.terminate()
+        assert child.wait(10) == 0
+        assert box.task(task_id)["exit_code"] == 3
+        assert times_logged(box, "SIGTERM: stopping") == 1
+
+    def test_a_second_term_after_a_second_stops_at_once(self, box):
+        box.config({"daemon": {"graceful_timeout": 60}})
+        child = box.popen("start", "--foreground")
+        eventually(lambda: os.path.exists(box.file("endpoint")))
+        (task_id,) = eventually(lambda: enqueue(box, "sleep 60"))
+        box.until(task_id, "running")
+        child.terminate()
+        pause(1.1)
+        assert child.poll() is None
+        child.terminate()
+        assert child.wait(4) == 0
+        task = box.task(task_id)
+        assert (task["state"], task["outcome"]) == ("queued", "interrupted")
+
+    def test_of_a_burst_of_hups_the_last_file_counts_and_a_broken_one_changes_nothing(self, shared):
+        box = shared
+        daemon = box.pid()
+        groups = lambda: box.request({"type": "queue"})["groups"]
+        for number in range(1, 101):
+            if number % 10 == 0:
+                write(box.file("config.json"), '{"group": {"g": {"max_con')
+                os.kill(daemon, signal.SIGHUP)
+            box.config({"group": {"g": {"max_concurrent": number}}})
+            os.kill(daemon, signal.SIGHUP)
+        eventually(lambda: groups()["g"]["max_concurrent"] == 100)
+        write(box.file("config.json"), '{"group": {"g": {"max_concurrent": 0}}}')
+        refused = times_logged(box, "reload refused")
+        os.kill(daemon, signal.SIGHUP)
+        eventually(lambda: times_logged(box, "reload refused") > refused)
+        assert within(box, "reload")[0] == 78
+        assert groups()["g"]["max_concurrent"] == 100
+        box.config({"log": {"level": "debug"}})
+        plan = ask_json(box, "reload")["plan"]
+        assert "changed log.level: info -> debug" in plan
+        assert any(line.startswith("removed group.g") for line in plan)
+        assert ask(box, "reload") == "nothing changed\n"
+        assert box.pid() == daemon and lives(daemon)
+
+    def test_usr1_dumps_the_state_and_usr2_reopens_the_log(self, shared):
+        box = shared
+        daemon = box.pid()
+        os.kill(daemon, signal.SIGUSR1)
+        eventually(lambda: "thread runner" in box.log() and '"poll_count"' in box.log())
+        state = eventually(lambda: json.loads(read(box.file("state.json")) or "null"))
+        assert state["pid"] == daemon
+        assert stat.S_IMODE(os.stat(box.file("state.json")).st_mode) == 0o600
+        os.rename(box.file("daemon.log"), box.file("moved.log"))
+        os.kill(daemon, signal.SIGUSR2)
+        eventually(lambda: "reopened" in box.log())
+        size = os.path.getsize(box.file("moved.log"))
+        for _ in range(200):
+            os.kill(daemon, signal.SIGUSR1)
+        assert box.request({"type": "ping"})["type"] == "pong"
+        ask(box, "reload")
+        assert os.path.getsize(box.file("moved.log")) == size
+
+    def test_heartbeat_and_state_are_rewritten_while_it_lives(self, shared):
+        box = shared
+        daemon = box.pid()
+        first = eventually(lambda: read(box.file("heartbeat")))
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z\n", first)
+        eventually(lambda: read(box.file("heartbeat")) != first, 5)
+        state = json.loads(read(box.file("state.json")))
+        assert state["pid"] == daemon and state["version"] == apexd.__version__
+        endpoint = json.loads(read(box.file("endpoint")))
+        assert endpoint.get("socket", endpoint.get("port"))
+        pid_file = json.loads(read(box.file("daemon.pid")))
+        assert set(pid_file) == {"pid", "startedAt", "version", "projectPath"}
+        assert pid_file["projectPath"] == box.path
+
+    BROKEN = {
+        "a config that is no JSON": ("config.json", b'{"daemon": ', 78, "config_invalid"),
+        "a misspelt option": ("config.json", b'{"daemon": {"pol": 1}}', 78, "config_invalid"),
+        "a database that is none": ("apex.db", b"not a database" * 1000, 65, "database_corrupt"),
+        "a database cut off": ("apex.db", "cut", 65, "database_corrupt"),
+        "a database with a bad page": ("apex.db", "page", 65, "database_corrupt"),
+        "a newer database": ("apex.db", "newer", 78, "database_newer"),
+    }
+
+    @pytest.mark.parametrize("what", BROKEN)
+    def test_start_says_why_it_fails_and_leaves_everything_as_it_was(self, box, what):
+        name, content, status, code = self.BROKEN[what]
+        ask(box, "add", "--batch", input=b"true\n" * 200)
+        path = box.file(name)
+        if isinstance(content, bytes):
+            write(path, content)
+        elif content == "newer":
+            db = sqlite3.connect(path)
+            db.execute("PRAGMA user_version = 999")
+            db.close()
+        else:
+            with open(path, "r+b") as file:
+                if content == "cut":
+                    file.truncate(os.path.getsize(path) // 2)
+                else:
+                    file.seek(8192)
+                    file.write(b"\xa5" * 4096)
+        digest = sha256(path)
+        done = box.run("start", rc=status)
+        assert done.stdout == "" and path in done.stderr
+        assert len(done.stderr.splitlines()) == 2, done.stderr
+        with pytest.raises(apexd.DaemonError) as caught:
+            apexd.Client(box.path).list() and apexd.Client(box.path).add(["true"])
+        assert caught.value.code.lower() == code
+        assert sha256(path) == digest, "kept as it is"
+        assert not os.path.exists(box.file("daemon.pid")) and not box.processes()
+
+    @linux
+    @root
+    def test_start_in_a_read_only_folder_names_it_and_exits_with_73(self, box):
+        os.unlink(box.file("config.json"))
+        os.rmdir(box.state)
+        with mounted(box.path, "ro"):
+            words = [sys.executable, "-B", PROGRAM, "--project", box.path, "start"]
+            done = subprocess.run(words, env=box.env, capture_output=True, text=True)
+            assert (done.returncode, done.stdout) == (73, ""), done
+            assert box.path in done.stderr and len(done.stderr.splitlines()) == 2
+        assert not box.processes()
+
+    def test_in_the_foreground_it_logs_to_stderr_and_ends_with_0(self, box):
+        child = box.popen("start", "--foreground")
+        eventually(lambda: os.path.exists(box.file("endpoint")))
+        eventually(lambda: box.request({"type": "ping"}))
+        assert box.pid() == child.pid
+        second = box.run("start", "--no-daemon", rc=75)
+        assert str(child.pid) in second.stderr and "Traceback" not in second.stderr
+        assert box.run("start").stdout == f"already running, PID {child.pid}\n"
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=10)
+        assert child.returncode == 0
+        line = rb"\[\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\] \[(INFO|WARNING)\] .+"
+        assert out == b"" and all(re.fullmatch(line, text) for text in err.splitlines()), err
+        assert b"ready" in err and b"stopped" in err
+
+    @linux
+    @root
+    @needs("unshare", "nsenter")
+    def test_as_pid_1_it_reaps_orphans_gets_codes_right_and_can_be_stopped(self, box):
+        words = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        child = subprocess.Popen(
+            [*words, *box.command("start", "--foreground")],
+            cwd=box.path, env=box.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        box.children.append(child)
+        eventually(lambda: os.path.exists(box.file("endpoint")) or child.poll() is not None)
+        if not os.path.exists(box.file("endpoint")):
+            pytest.skip("unshare does not work here")
+        assert eventually(lambda: box.pid()) == 1
+        orphan = "(sh -c 'sleep 0.2; exit 3' &); exit 7"
+        ids = enqueue(box, *[orphan] * 20)
+        assert [task["exit_code"] for task in settle(box, ids)] == [7] * 20
+        daemon = int(read(f"/proc/{child.pid}/task/{child.pid}/children").split()[0])
+
+        def zombies():
+            pids = read(f"/proc/{daemon}/task/{daemon}/children").split()
+            return [pid for pid in pids if not lives(int(pid))]
+
+        eventually(lambda: not box.processes().keys() - {daemon, child.pid}, 5)
+        eventually(lambda: not zombies(), 5, "orphans are reaped")
+        def inside(verb):
+            words = ["nsenter", f"--target={daemon}", "--pid", "--mount"]
+            words += box.command("--project", box.path, verb)
+            return subprocess.run(words, env=box.env, capture_output=True, text=True)
+
+        assert "running, PID 1," in inside("status").stdout
+        stopped = inside("stop")
+        assert stopped.returncode in (0, -9), stopped  # the kernel ends all when PID 1 ends
+        assert child.wait(10) == 0
+
+    @linux
+    def test_kill_ends_the_daemon_alone_and_kill_all_its_tasks_too(self, box):
+        daemon = box.start()
+        (task_id,) = enqueue(box, "[ $APEX_ATTEMPT = 3 ] && exit 4; sleep 60")
+        command = shell_of(box, task_id)[1]
+        assert box.json("kill")["pid"] == daemon
+        assert not lives(daemon) and lives(command)
+        assert box.run("kill").stdout == "not running\n"
+        assert box.run("status", rc=1).stdout.count(str(daemon)) == 1
+        box.run("kill", "--all")
+        eventually(lambda: not lives(command))
+        box.start()
+        command = shell_of(box, task_id)[1]
+        box.run("kill", "--all")
+        eventually(lambda: not box.processes())
+        box.start()
+        task = settle(box, [task_id])[0]
+        assert (task["exit_code"], task["losses"]) == (4, 0)
+        assert history_of(box, task_id) == ["interrupted", "interrupted", "failed"]
+
+    @pytest.mark.parametrize("how", ["removed", "replaced"])
+    def test_a_database_that_goes_away_ends_the_daemon_with_65(self, box, how):
+        child = box.popen("start", "--foreground")
+        eventually(lambda: os.path.exists(box.file("endpoint")))
+        (task_id,) = eventually(lambda: enqueue(box, "sleep 0.3"))
+        box.until(task_id, "running")
+        if how == "removed":
+            os.unlink(box.file("apex.db"))
+        else:
+            write(box.file("other"), b"a backup")
+            os.replace(box.file("other"), box.file("apex.db"))
+        assert child.wait(10) == 65
+        assert b"apex.db was removed or replaced" in child.stderr.read()
+
+    @linux
+    @root
+    def test_a_full_disk_loses_nothing_and_work_goes_on_when_space_returns(self, box):
+        shutil.rmtree(box.state)
+        os.mkdir(box.state)
+        go = os.path.join(box.path, "go")
+        with mounted(box.state, "size=4m,mode=0700"):
+            try:
+                box.config({"daemon": {"max_concurrent": 2}})
+                box.start()
+                wait = f"until [ -e {go} ]; do sleep 0.05; done"
+                ids = enqueue(box, f"{wait}; exit 3", f"{wait}; exit 4")
+                queued = enqueue(box, "exit 5", "exit 6")
+                commands = [shell_of(box, task_id)[0] for task_id in ids]
+                with open(box.file("filler"), "wb", buffering=0) as filler:
+                    for size in (1 << 16, 4096, 1):
+                        with contextlib.suppress(OSError):
+                            while filler.write(b"x" * size):
+                                pass
+                refused = box.run("add", "--", "true", rc=73)
+                assert len(refused.stderr.splitlines()) == 2
+                write(go, "")
+                eventually(lambda: not any(map(lives, commands)))
+                pause(0.5)
+                assert box.request({"type": "ping"})["type"] == "pong"
+                assert "Traceback" not in box.log()
+                os.unlink(box.file("filler"))
+                tasks = settle(box, ids + queued)
+                assert [(t["exit_code"], t["attempts"]) for t in tasks] == [
+                    (3, 1), (4, 1), (5, 1), (6, 1)
+                ]  # fmt: skip
+                assert len(box.json("list")) == 4
+            finally:
+                write(go, "")
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(box.file("filler"))
+                box.run("stop", rc=None)
+
+    def test_status_says_by_its_exit_code_how_things_are(self, box):
+        assert ask(box, "status", rc=3) == "not running\n"
+        assert not os.path.exists(box.file("apex.db")), "it changes nothing"
+        daemon = box.start()
+        assert f"PID {daemon}" in ask(box, "status")
+        status = ask_json(box, "status")
+        assert (status["running"], status["pid"], status["exit_status"]) == (True, daemon, 0)
+        assert status["version"] == apexd.__version__ and status["project"] == box.path
+        box.kill9()
+        assert str(daemon) in ask(box, "status", rc=1)
+        assert ask_json(box, "status", rc=1)["running"] is False
+        write(box.file("daemon.pid"), "abc")
+        assert "holds no PID" in ask(box, "status", rc=4)
+        box.start()
+        assert "PID" in ask(box, "status")
+
+    def test_the_manager_does_in_python_what_the_commands_do(self, box):
+        manager = apexd.DaemonManager(box.path)
+        assert not manager.is_daemon_running()
+        assert manager.get_status().exit_status == 3
+        pid, was_running = manager.start_daemon()
+        assert (pid, was_running) == (box.pid(), False)
+        assert manager.start_daemon() == (pid, True)
+        status = manager.get_status()
+        assert (status.running, status.pid, status.exit_status) == (True, pid, 0)
+        assert status.details["version"] == apexd.__version__
+        assert manager.is_daemon_running()
+        assert manager.stop_daemon() == pid
+        assert manager.stop_daemon() is None and not lives(pid)
+        pid, _ = manager.start_daemon()
+        assert manager.kill_daemon() == pid and not lives(pid)
+        assert manager.kill_daemon() is None
+
+
+# ============================================================================
+# 20. CLI - registry and handlers
+# ============================================================================
+
+
+def on_terminal(box, *args, env=None):
+    """Run apexd.py on a terminal of its own; return (status, all that it showed)."""
+    import pty
+
+    main, other = pty.openpty()
+    words = box.command(*args)
+    with open(main, "rb", buffering=0) as screen:
+        child = subprocess.Popen(
+            words, cwd=box.path, env={**box.env, **(env or {})},
+            stdin=subprocess.DEVNULL, stdout=other, stderr=other,
+        )  # fmt: skip
+        os.close(other)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while True:
+                data = screen.read(4096)
+                if not data:
+                    break
+                shown += data
+        return child.wait(30), shown.decode("utf-8", "replace")
+
+
+@posix
+class TestCli:
+    # Words after apexd.py, the exit status, what its message or hint must hold.
+    BAD = (
+        ("frobnicate", 2, "frobnicate"),
+        ("lst", 2, "list"),
+        ("show 999", 2, "no task 999"),
+        ("wait 999", 2, "no task 999"),
+        ("wait 999 1", 2, "no task 999"),
+        ("cancel 999", 2, "no task 999"),
+        ("cancel 1 999", 2, "no task 999"),
+        ("retry 999", 2, "no task 999"),
+        ("remove 999", 2, "no task 999"),
+        ("why 999", 2, "no task 999"),
+        ("logs 999", 2, "no task 999"),
+        ("logs 1.99", 2, "attempt"),
+        ("logs x.y", 2, "x.y"),
+        ("logs -n x", 2, "-n"),
+        ("report --task 999 --tokens 1", 2, "no task 999"),
+        ("report --tokens 1", 2, "task"),
+        ("dlq show 999", 2, "no task 999"),
+        ("dlq frob", 2, "frob"),
+        ("show x", 2, "x"),
+        ("wait 5-3", 2, "5-3"),
+        ("wait 99999999999999999999999", 2, "task ids"),
+        ("wait", 2, "ID"),
+        ("wait 1 --timeout=-1", 2, "duration"),
+        ("add --group nope -- true", 2, "nope"),
+        ("list --group nope", 2, "nope"),
+        ("pause --group nope", 2, "nope"),
+        ("list --state odd", 2, "odd"),
+        ("add --after 2 -- true", 2, "no task 2"),  # on itself: it would be task 2
+        ("add --after 999 -- true", 2, "no task 999"),
+        ("add --after x -- true", 2, "x"),
+        ("add --after 1:never -- true", 2, "never"),
+        ("add --delay=-5 -- true", 2, "duration"),
+        ("add --delay soon -- true", 2, "soon"),
+        ("add --timeout=-1 -- true", 2, "duration"),
+        ("add --priority 1" + "0" * 30 + " -- true", 2, "priority"),
+        ("add --priority high -- true", 2, "high"),
+        ("add --retries=-1 -- true", 2, "retries"),
+        ("add --max-cost nan -- true", 2, "max_cost"),
+        ("add --max-tokens 0 -- true", 2, "max_tokens"),
+        ("add --on-lost perhaps -- true", 2, "perhaps"),
+        ("add --env 1X=2 -- true", 2, "1X"),
+        ("add", 2, "no command"),
+        ("add --", 2, "no command"),
+        ("add --shell x -- true", 2, "--shell"),
+        ("add -- -x", 2, "./-x"),
+        ("add --batch true", 2, "--batch"),
+        ("add --frob -- true", 2, "--frob"),
+        ("kill 12", 2, "cancel 12"),
+        ("stop 12", 2, "cancel 12"),
+        ("stop --timeout=x", 2, "duration"),
+        ("start --mode x", 2, "x"),
+        ("--project /nonexistent list", 2, "/nonexistent"),
+        ("--config /nonexistent list", 78, "/nonexistent"),
+        ("--config /nonexistent start", 78, "/nonexistent"),
+    )
+    NEEDS_DAEMON = ("wait 1", "run -- true", "add --wait -- true", "reload")
+
+    @pytest.fixture(scope="class")
+    def used(self):
+        """Give (box, ids by name) of a project with a daemon and tasks in every state."""
+        groups = {"one": {"max_concurrent": 1}, "held": {}}
+        with project(daemon={"max_concurrent": 6, "stop_timeout": 1}, group=groups) as box:
+            box.start()
+            ids = {}
+            box.request({"type": "pause", "group": "held"})
+
+            def add(name, command, **options):
+                (ids[name],) = enqueue(box, command, **options)
+
+            add("ok", "echo out; echo err >&2")
+            add("three", "exit 3")
+            add("five", "exit 5", label="a label")
+            add("missing", ["no-such-command"])
+            add("skipped", "true", after=[ids["three"]])
+            settle(box, list(ids.values()))
+            add("running", "echo up; exec sleep 600", priority=7)
+            add("holder", "exec sleep 600", group="one")
+            box.until(ids["holder"], "running")
+            box.until(ids["running"], "running")
+            add("full", "true", group="one")
+            add("scheduled", "true", delay=3600)
+            add("waiting", "true", after=[ids["running"], f"{ids['scheduled']}:any"])
+            add("paused", "true", group="held")
+            add("cancelled", "true", delay=3600)
+            box.request({"type": "cancel", "ids": [ids["cancelled"]]})
+            yield box, ids
+
+    @pytest.mark.parametrize("daemon", ["up", "down"])
+    def test_bad_input_gets_two_lines_and_its_status(self, box, daemon):
+        ask(box, "add", "--shell", "sleep 600")
+        if daemon == "up":
+            box.start()
+        wrong = []
+        for text, status, hint in self.BAD:
+            got, out, err = within(box, *text.split(" "))
+            lines = err.splitlines()
+            good = got == status and hint in err and out == "" and len(lines) in (1, 2)
+            if not good or not lines[0].startswith("apexd: ") or "Traceback" in err:
+                wrong.append((text, got, out, err))
+        for text in self.NEEDS_DAEMON if daemon == "down" else ():
+            got, out, err = within(box, *text.split(" "))
+            if (got, out) != (69, "") or "`start`" not in err or len(err.splitlines()) != 2:
+                wrong.append((text, got, out, err))
+        assert wrong == []
+        assert len(ask_json(box, "list")) == 1, "nothing was added"
+        if daemon == "up":
+            assert box.request({"type": "ping"})["type"] == "pong"
+            assert "Traceback" not in box.log()
+            cancel_all(box)
+
+    @pytest.mark.parametrize("daemon", ["up", "down"])
+    def test_a_batch_with_a_broken_line_adds_nothing_and_names_the_line(self, box, daemon):
+        if daemon == "up":
+            box.start()
+        good = [json.dumps({"command": ["true", str(n)]}) for n in range(4999)]
+        broken_lines = (
+            '{"command": ["true"]',
+            '{"command": []}',
+            '{"command": "x", "delay": -1}',
+            '{"command": "x", "group": "nope"}',
+            "[1]",
+            "{}",
+            '"a\\u0000b"',
+        )
+        for broken in broken_lines:
+            text = "\n".join([*good, broken, '["true"]']).encode()
+            status, out, err = within(box, "add", "--batch", input=text)
+            assert (status, out) == (2, ""), broken
+            assert "line 5000" in err and len(err.splitlines()) <= 2, err
+        assert ask_json(box, "list") == []
+        status, out, err = within(box, "add", "-p", "--batch", input=b"true\n\nexit 3 # \xff\n")
+        assert (status, out.split()) == (0, ["1", "2"])
+
+    def test_one_word_that_is_a_command_line_is_pointed_out(self, box):
+        for words in ("a b", "make&&make test"):
+            status, out, err = within(box, "add", "--", words)
+            assert (status, out) == (2, "") and f"--shell '{words}'" in err
+        assert ask(box, "add", "-p", "--shell", "exit 3; a b") == "1\n"
+        spaced = os.path.join(box.path, "a b")
+        write(spaced, "#!/bin/sh\necho spaced\n")
+        os.chmod(spaced, 0o755)
+        box.start()
+        assert box.run("add", "--wait", "--", "./a b").stdout == "spaced\n"
+
+    def test_names_that_are_no_utf_8_are_kept_or_refused_never_a_bug(self, box):
+        folder = os.path.join(os.fsencode(box.path), b"d\xff")
+        os.mkdir(folder)
+        for daemon in ("down", "up"):
+            if daemon == "up":
+                box.start()
+            assert "UTF-8" in box.run("add", "--label", b"\xff", "--", "true", rc=2).stderr
+            done = box.run("--project", box.path, "add", "-p", "--", "pwd", cwd=folder)
+        task_id = int(done.stdout)
+        settle(box, [task_id])
+        assert box.output(task_id).encode("utf-8", "surrogateescape") == folder + b"\n"
+
+    def test_a_current_folder_that_is_gone_is_said_so(self, box):
+        gone = os.path.join(box.path, "gone")
+        for words in (("--project", box.path, "add", "--", "true"), ("list",), ("start",)):
+            os.mkdir(gone)
+            go = ["sh", "-c", 'cd gone && rmdir ../gone && exec "$@"', "sh", *box.command(*words)]
+            done = subprocess.run(go, cwd=box.path, env=box.env, capture_output=True, text=True)
+            lines = [line for line in done.stderr.splitlines() if "getcwd" not in line]
+            assert done.returncode == 2, (words, done)
+            assert lines[0].startswith("apexd: ") and len(lines) <= 2, done
+            assert "bug" not in done.stderr and "gone" in done.stderr
+        assert not os.path.exists(box.file("daemon.pid"))
+
+    def test_wait_exits_with_the_tasks_own_status(self, used):
+        box, ids = used
+        wait = lambda *names: within(box, "wait", *[ids[name] for name in names])[0]
+        assert wait("ok") == 0
+        assert wait("five") == 5
+        assert wait("three", "five", "ok") == 3, "the first that is not 0, in the order given"
+        assert wait("five", "ok", "three") == 5
+        assert wait("ok", "skipped") == 1
+        assert wait("missing") == 127
+        assert box.run("wait", ids["five"], rc=5).stdout == ""
+        began = time.monotonic()
+        assert ask(box, "wait", "--timeout", "0.3", ids["running"], rc=124) == ""
+        assert 0.3 <= time.monotonic() - began < 5
+
+    def test_wait_and_follow_outlive_a_killed_daemon(self, box):
+        box.start()
+        lines = "echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 3"
+        (task_id,) = enqueue(box, lines)
+        eventually(lambda: box.output(task_id) == "one\n")
+        waits = [box.popen("wait", task_id), box.popen("logs", "-f", task_id)]
+        waits.append(box.popen("run", "--", "sh", "-c", lines))
+        eventually(lambda: len(box.request({"type": "list", "state": "running"})["tasks"]) == 2)
+        pause(0.2)
+        box.kill9()
+        pause(0.1)
+        box.start()
+        write(os.path.join(box.path, "go"), "")
+        ended = [(child.communicate(timeout=20), child.returncode) for child in waits]
+        assert [code for _, code in ended] == [3, 0, 3]
+        assert [out for (out, _), _ in ended] == [b"", b"one\ntwo\n", b"one\ntwo\n"]
+
+    def test_follow_goes_on_from_attempt_to_attempt_without_a_lost_line(self, box):
+        text = "echo attempt $APEX_ATTEMPT; sleep 0.4; echo end $APEX_ATTEMPT"
+        box.start()
+        (lost,) = enqueue(box, f"{text}; [ $APEX_ATTEMPT = 3 ] || kill -9 $PPID; sleep 0.2")
+        (failing,) = enqueue(box, f"{text}; [ $APEX_ATTEMPT = 2 ]", retries=1)
+        children = [(box.popen("logs", "-f", lost), 3), (box.popen("logs", "-f", failing), 2)]
+        for child, attempts in children:
+            expected = "".join(f"attempt {n}\nend {n}\n" for n in range(1, attempts + 1))
+            assert child.communicate(timeout=20)[0].decode() == expected
+        assert ask(box, "logs", f"{lost}.2") == "attempt 2\nend 2\n"
+        assert ask(box, "logs", "-n", "1", lost) == "end 3\n"
+
+    def test_ctrl_c_leaves_wait_and_cancels_run(self, box):
+        box.start()
+        (task_id,) = enqueue(box, "sleep 600")
+        waiting = box.popen("wait", task_id)
+        running = box.popen("run", "--", "sh", "-c", "echo up; sleep 600", bufsize=0)
+        assert running.stdout.read(3) == b"up\n"
+        other = ask_json(box, "list")[-1]["id"]
+        pause(0.2)
+        waiting.send_signal(signal.SIGINT)
+        running.send_signal(signal.SIGINT)
+        assert (waiting.wait(10), running.wait(10)) == (130, 130)
+        assert box.look(task_id)["state"] == "running"
+        assert box.until(other)["state"] == "cancelled"
+        assert b"Traceback" not in waiting.stderr.read() + running.stderr.read()
+        cancel_all(box)
+
+    def test_run_shows_the_output_and_exits_with_the_code(self, used):
+        box, ids = used
+        done = box.run("run", "--", "sh", "-c", "echo out; echo err >&2; exit 9", rc=9)
+        assert done.stdout == "out\nerr\n"
+        done = box.run("run", "--timeout", "0.2", "--", "sleep", "600", rc=None)
+        assert done.returncode not in (0, 124) and "timeout" in done.stderr
+        assert box.run("run", "--", "no-such-command", rc=127).stderr.count("\n") == 1
+
+    def test_json_is_all_there_is_on_stdout(self, used):
+        box, ids = used
+        ok, running = str(ids["ok"]), str(ids["running"])
+        commands = (
+            "start", "status", "reload", "list", f"show {ok}", f"why {ok}", f"wait {ok}",
+            f"wait {ids['five']}", f"cancel {ok}", f"retry {running}", f"remove {running}",
+            "pause --group held", "resume --group one", f"report --task {running} --progress 3",
+            "dlq", "dlq list", f"dlq show {ids['three']}", "config", "doctor", "version",
+            "add --group held -- true", "run -- true", "add --wait -- true",
+            f"wait {running} --timeout 0",
+        )  # fmt: skip
+        for text in commands:
+            for words in (["--json", *text.split()], [text.split()[0], "-j", *text.split()[1:]]):
+                status, out, err = within(box, *words)
+                assert json.loads(out) is not None, (words, out, err)
+                assert "Traceback" not in err
+        status, out, err = within(box, "--json", "logs", ok)
+        data = [json.loads(line)["data"] for line in out.splitlines()]
+        assert "".join(data) == "out\nerr\n"
+        assert [json.loads(line) for line in within(box, "--json", "logs")[1].splitlines()]
+        assert json.loads(within(box, "--json", "kill", "12")[2])["error"]["code"] == "bad_request"
+
+    def test_stop_and_restart_and_kill_speak_json_too(self, box):
+        for words in ("start", "restart", "stop", "kill"):
+            assert "pid" in box.json(words), words
+        assert ask_json(box, "status", rc=3)["running"] is False
+
+    def test_list_json_has_the_promised_fields(self, used):
+        box, ids = used
+        tasks = {task["id"]: task for task in ask_json(box, "ls")}
+        assert set(ids.values()) <= set(tasks)
+        task = tasks[ids["running"]]
+        assert (task["state"], task["priority"], task["group"]) == ("running", 7, "default")
+        assert (task["attempts"], task["exit_code"]) == (1, None)
+        assert task["command"] == "echo up; exec sleep 600" and task["pid"] > 1
+        task = tasks[ids["missing"]]
+        assert (task["command"], task["exit_code"]) == (["no-such-command"], 127)
+        assert [t["id"] for t in ask_json(box, "list", "-n", "2")] == sorted(tasks)[-2:]
+        assert {t["state"] for t in ask_json(box, "list", "--state", "failed")} == {"failed"}
+        assert {t["group"] for t in ask_json(box, "list", "-g", "one")} == {"one"}
+        shown = ask(box, "list").splitlines()
+        assert shown[0].split() == "ID STATE GROUP PRIO TRIES EXIT TIME COMMAND".split()
+        (line,) = [line for line in shown if line.split()[0] == str(ids["five"])]
+        assert "a label" in line and "failed" in line
+
+    def test_why_names_what_a_task_waits_for(self, used):
+        box, ids = used
+        why = lambda name: ask(box, "why", ids[name])
+        assert f"group one is full (1): tasks {ids['holder']}" in why("full")
+        assert f"waits for task {ids['running']}, which is running" in why("waiting")
+        assert f"waits for task {ids['scheduled']}, which is scheduled" in why("waiting")
+        assert "due in 59m" in why("scheduled")
+        assert "group held is paused" in why("paused")
+        assert "runs since" in why("running")
+        assert "ended as ok" in why("ok")
+        assert "failed (exit 3)" in why("three")
+        assert "no-such-command" in why("missing")
+        assert f"task {ids['three']} is failed, needed: ok" in why("skipped")
+        assert "cancelled" in why("cancelled")
+
+    def test_show_tells_a_task_and_its_attempts(self, used):
+        box, ids = used
+        shown = ask(box, "show", ids["five"])
+        assert re.search(r"^exit_code +5$", shown, re.M)
+        assert re.search(r"^label +a label$", shown, re.M)
+        assert re.search(r"^attempt 1\b.*failed.*\b5\b", shown, re.M)
+        assert box.task(ids["five"])["history"][0]["exit_code"] == 5
+
+    def test_aliases_and_short_options_mean_the_same(self, box):
+        ask(box, "pause")
+        words = ("-p", "-g", "default", "-l", "x", "-o", "4", "-w", box.home)
+        first = box.run("add", *words, "--", "true")
+        second = box.run("add", "-p", "-a", "1:any", "-d", "5m", "--", "true")
+        assert (first.stdout, second.stdout) == ("1\n", "2\n")
+        one, two = ask_json(box, "ls")
+        assert (one["label"], one["priority"], one["cwd"]) == ("x", 4, box.home)
+        assert (two["after"], two["state"]) == (["1:any"], "waiting")
+        assert ask(box, "log", "1") == ""
+        assert ask_json(box, "rm", "2") == {"done": [2], "not_done": []}
+        assert ask(box, "version") == apexd.__version__ + "\n"
+        assert box.run("--help").stdout.startswith("usage: apexd.py")
+        assert "--on-lost" in box.run("add", "--help").stdout
+
+    def test_dead_letters_are_listed_shown_retried_and_dropped(self, box):
+        box.start()
+        ids = enqueue(box, *["[ -e mended ] || exit 3"] * 3, "true")
+        settle(box, ids)
+        assert [task["id"] for task in ask_json(box, "dlq")] == ids[:3]
+        assert f"\n{ids[0]} " in ask(box, "dlq", "list")
+        assert ask_json(box, "dlq", "show", ids[1])["exit_code"] == 3
+        assert ask_json(box, "dlq", "drop", ids[1])["done"] == [ids[1]]
+        write(os.path.join(box.path, "mended"), "")
+        assert ask_json(box, "dlq", "retry", ids[0])["done"] == [ids[0]]
+        assert settle(box, [ids[0]])[0]["state"] == "succeeded"
+        assert ask_json(box, "dlq", "retry")["done"] == [ids[2]]
+        settle(box, [ids[2]])
+        assert ask_json(box, "dlq") == [] and ask_json(box, "dlq", "drop")["done"] == []
+        assert len(ask_json(box, "list")) == 3
+
+    def test_with_no_daemon_every_task_command_works_all_the_same(self, box):
+        assert ask_json(box, "list") == [] and not os.path.exists(box.file("apex.db"))
+        first, second = box.add("true"), box.add("true", after="1")
+        assert "no daemon runs" in ask(box, "why", first)
+        assert ask_json(box, "cancel", first)["done"] == [first]
+        assert ask_json(box, "list", "--state", "skipped")[0]["id"] == second
+        assert ask(box, "wait", second, rc=1) == ""
+        assert ask_json(box, "retry", first)["done"] == [first]
+        assert [task["state"] for task in ask_json(box, "list")] == ["queued", "waiting"]
+        assert ask_json(box, "pause")["paused"] == ["*"]
+        assert ask(box, "resume") == "resumed\n"
+        assert ask_json(box, "remove", f"{first}-{second}")["done"] == [first, second]
+        assert ask(box, "cancel", first, rc=2) == ""
+        assert ask(box, "logs") == ""
+        assert not box.processes()
+
+    def test_config_doctor_and_version_tell_the_truth(self, box):
+        box.config({"limits": {"timeout": "5m"}})
+        shown = ask(box, "config")
+        assert "limits.timeout = 300.0" in shown and box.file("config.json") in shown
+        assert ask_json(box, "config")["daemon"]["poll_interval"] == 0.2
+        checks = {check["check"]: check for check in ask_json(box, "doctor")}
+        assert checks["sqlite"]["ok"] and checks["python"]["ok"]
+        assert "not running" in checks["daemon"]["text"]
+        write(box.file("config.json"), "{")
+        wrong = [check["text"] for check in ask_json(box, "doctor", rc=1) if not check["ok"]]
+        assert "config.json" in "".join(wrong)
+        assert box.error("config", rc=78)["code"] == "config_invalid"
+        assert ask_json(box, "version") == {"version": apexd.__version__}
+
+    def test_state_and_project_may_lie_elsewhere(self, box):
+        state = os.path.join(box.root, "elsewhere")
+        box.run("--state", state, "start")
+        assert box.run("add", "--wait", "--state", state, "--", "pwd").stdout == box.path + "\n"
+        done = box.run("list", "--json", env={"APEX_STATE_DIR": state}, cwd=box.home, timeout=20)
+        assert len(json.loads(done.stdout)) == 1
+        box.run("stop", "--state", state)
+        assert not os.path.exists(box.file("apex.db"))
+        inner = os.path.join(box.path, "a", "b")
+        os.makedirs(os.path.join(box.path, ".git"))
+        os.makedirs(inner)
+        assert box.run("add", "-p", "--", "true", cwd=inner).stdout == "1\n"
+        assert os.path.exists(box.file("apex.db")), "the nearest .apex above"
+
+    def test_a_reader_that_leaves_is_no_error_to_talk_about(self, box):
+        box.batch(["true"] * 5000)
+        for words in ("list --json", "list -n 4000"):
+            line = " ".join(box.command(*words.split())) + " | head -1"
+            done = subprocess.run(
+                line, shell=True, cwd=box.path, env=box.env, capture_output=True, text=True
+            )
+            assert (done.returncode, done.stderr) == (0, ""), words
+            assert len(done.stdout.splitlines()) == 1
+
+    def test_on_a_terminal_it_names_the_timeout_draws_a_bar_and_escapes_output(self, box):
+        box.start()
+        escape = "sleep 0.6; printf '\\033]0;x\\007'"
+        status, shown = on_terminal(box, "add", "--", "sh", "-c", escape)
+        assert (status, "task 1 added" in shown, "timeout 2h" in shown) == (0, True, True)
+        status, shown = on_terminal(box, "wait", "1")
+        assert status == 0
+        assert "[" + "." * 30 + "] 0/1" in shown and "[" + "#" * 30 + "] 1/1" in shown
+        status, shown = on_terminal(box, "logs", "1")
+        assert "\x1b" not in shown and "\\x1b]0;x\\x07" in shown
+        assert "\x1b]0;x\x07" in on_terminal(box, "logs", "--raw", "1")[1]
+        assert "\x1b" not in on_terminal(box, "list")[1]
+if __name__ == "__main__":  # without pytest the head of this file has brought it already
+    sys.exit(pytest.main([os.path.abspath(__file__), *sys.argv[1:]]))
