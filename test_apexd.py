@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import errno
 import functools
 import hashlib
-import inspect
 import json
 import os
 import random
@@ -31,10 +29,8 @@ import struct
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
-import traceback
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -491,7 +487,7 @@ def banner_faults(source):
     lines = [""] + source.split("\n")
     found = find_sections(source)
     faults = []
-    for at, number, name in found:
+    for at, _number, name in found:
         end = next((n for n in range(at, at + 8) if lines[n] == RULE), None)
         if lines[at - 1] != RULE or end is None or " - " not in lines[at]:
             faults.append(f"line {at}: the banner of {name} has another form")
@@ -709,7 +705,7 @@ class TestShape:
     )
 
     @staticmethod
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def faults(check):
         return check(TestShape.SEEDED)
 
@@ -1501,7 +1497,7 @@ class TestConfig:
     )
     def test_a_wrong_value_is_named_by_its_key(self, tmp_path, key, text):
         for part in reversed(key.split(".")):
-            text = '{"%s": %s}' % (part, text)
+            text = f'{{"{part}": {text}}}'
         message = self.refuse(write(str(tmp_path / "config.json"), text))
         assert key in message and " must be " in message
 
@@ -2663,7 +2659,7 @@ class TestStore:
 
     def test_values_that_do_not_fit_are_refused_over_the_socket(self, box):
         box.start()
-        for options, name in self.ODD:
+        for options, _name in self.ODD:
             answer = box.request({"type": "add", "commands": [["true"]], "options": options})
             assert answer["type"] == "error", (options, answer)
             assert answer["code"] in ("bad_request", "unknown_group"), (options, answer)
@@ -3043,6 +3039,23 @@ def lines_of(box, name):
 class TestChild:
     CALLER = {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "9", "LISTEN_FDS": "1"}
 
+    @linux
+    def test_a_slot_is_used_again_only_when_its_former_shell_is_gone(self, box):
+        fcntl = pytest.importorskip("fcntl")
+        box.config({"daemon": {"max_concurrent": 1}})
+        box.start()
+        box.until(box.add("true"))
+        with open(os.path.join(box.path, ".apex", "run", "slot-0"), "r+b") as record:
+            fcntl.flock(record, fcntl.LOCK_EX)  # as a shell that has not noticed yet
+            task_id = box.add("sh", "-c", "echo begun; sleep 1; exit 7")
+            eventually(lambda: box.task(task_id)["state"] == "running")
+            assert box.run("logs", task_id).stdout == ""
+        eventually(lambda: box.run("logs", task_id).stdout == "begun\n")
+        box.kill9()
+        box.start()
+        task = box.until(task_id)
+        assert (task["exit_code"], task["attempts"], task["losses"]) == (7, 1, 0)
+
     @pytest.fixture(scope="class")
     def shared(self):
         """Give a project with a daemon, for the tests that do not end it."""
@@ -3176,7 +3189,7 @@ class TestChild:
     def test_every_exit_code_and_signal_is_read_right(self, shared):
         box = shared
         codes = enqueue(box, *(f"exit {n}" for n in range(256)))
-        numbers = [n for n in (1, 2, 3, 6, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 31)]
+        numbers = [1, 2, 3, 6, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 31]
         signals = enqueue(box, *(["sh", "-c", f"ulimit -c 0; kill -{n} $$"] for n in numbers))
         settle(box, [task_id for n, task_id in enumerate(codes) if n != 75])
         deferred = codes.pop(75)
