@@ -880,12 +880,13 @@ else:
 
             A child taken by mistake would cost nothing: its status is in its record.
             """
-            with contextlib.suppress(ChildProcessError):
-                while True:
-                    peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-                    if peek is None or known(peek.si_pid):
-                        return
-                    os.waitpid(peek.si_pid, os.WNOHANG)
+            if sys.platform == "linux":
+                with contextlib.suppress(ChildProcessError):
+                    while True:
+                        peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+                        if peek is None or known(peek.si_pid):
+                            return
+                        os.waitpid(peek.si_pid, os.WNOHANG)
 
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
@@ -2397,31 +2398,33 @@ class ShellChild(Child):
         import subprocess
 
         job = self.job
-        self._record = os.open(job.record_path, os.O_RDWR | os.O_CREAT | _O_SAFE, 0o600)
+        record = os.open(job.record_path, os.O_RDWR | os.O_CREAT | _O_SAFE, 0o600)
         go_reader = -1
         try:
-            for fd in (log_fd, self._record):  # a dead daemon's shell may have to notice yet
+            for fd in (log_fd, record):  # a dead daemon's shell may have to notice yet
                 if not lock_within(fd, job.stop_timeout_s):
                     raise OSError(errno.EAGAIN, "an earlier attempt still has the slot")
-            os.pwrite(self._record, b" " * SLOT_RECORD_BYTES, 0)
+            os.pwrite(record, b" " * SLOT_RECORD_BYTES, 0)
             go_reader, self._go_writer = os.pipe()
             failpoint("spawn")
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", _SCRIPT % _limit_lines(job), "apexd", *job.argv],
-                stdin=go_reader, stdout=log_fd, stderr=self._record,
+                stdin=go_reader, stdout=log_fd, stderr=record,
                 cwd=job.cwd, env=job.env, **Platform.CHILD,
             )  # fmt: skip
             pid = self._process.pid
             note = {"run": job.run_id, "pid": pid, "boot": Platform.boot_id()}
-            os.pwrite(self._record, json.dumps(note).encode() + b"\n", SLOT_NOTE_AT)
+            os.pwrite(record, json.dumps(note).encode() + b"\n", SLOT_NOTE_AT)
             failpoint("note")
+            self._record = os.open(job.record_path, os.O_RDWR | _O_SAFE)  # without the lock
             self.shell_pid = pid
         except BaseException:
             self._close_record()
             raise
         finally:
-            if go_reader >= 0:
-                os.close(go_reader)
+            for fd in (record, go_reader):
+                if fd >= 0:
+                    os.close(fd)
 
     def go(self) -> None:
         """Let the command run, now that its claim is on disk, unless it was ended before."""
@@ -2456,7 +2459,7 @@ class ShellChild(Child):
         if note.get("run") != job.run_id:
             result: Result | None = Result(never_ran=True)
         elif self._read_status() is not None:
-            self.shell_pid = int(note["pid"])
+            self.shell_pid = int(note["pid"]) if note.get("boot") == Platform.boot_id() else 0
             result = self._conclude()
         elif note.get("boot") != Platform.boot_id():
             result = Result()
@@ -2480,12 +2483,8 @@ class ShellChild(Child):
         return Result(never_ran=True) if match[1] == b"x" else Result(exit_code=int(match[1]))
 
     def wait(self) -> Result:
-        """Wait for the shell in waitid, an adopted one by its lock on the record."""
-        if self._process is not None:
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PID, self.shell_pid, os.WEXITED | os.WNOWAIT)
-        else:
-            Platform.lock(self._record, shared=True, wait=True)
+        """Wait until the shell, own or adopted, lets go of its lock on the record."""
+        Platform.lock(self._record, shared=True, wait=True)
         with self._lock:
             self._is_ended = True
         if self._process is not None:
@@ -2513,7 +2512,8 @@ class ShellChild(Child):
                 break
             for pid in found:
                 Platform.send(pid, signal.SIGKILL)
-        if Platform.start_time(self.shell_pid) is None:  # a PID is not reused while a group has it
+        if self.shell_pid and Platform.start_time(self.shell_pid) is None:
+            # The shell is gone, and its PID not reused, or its group would be gone as well.
             Platform.signal_group(self.shell_pid, signal.SIGKILL)
         fd = open_file(self.job.log_path, os.O_RDWR | os.O_CREAT)
         try:
