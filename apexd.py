@@ -2350,7 +2350,9 @@ class Child:
                     return self.start()
             number = error.errno if isinstance(error, OSError) else errno.EINVAL
             name = errno.errorcode.get(number or 0, "EINVAL")
-            return Result(exit_code=126, reason=f"spawn:{name} {error}")
+            text = getattr(error, "strerror", None) or str(error)
+            what = getattr(error, "filename", None) or self.job.argv[0]
+            return Result(exit_code=126, reason=f"spawn:{name} {what:.200}: {text}")
         return None
 
     def _spawn(self, log_fd: int) -> None:
@@ -4371,10 +4373,14 @@ def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
             if not args.json:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-    status = client.wait(ids)
-    tasks = client.list(ids=ids)
-    for task in tasks:
-        if task["state"] != "succeeded" and task["outcome"] != "failed":
+    return tell_end(client, ids, client.wait(ids), args)
+
+
+def tell_end(client: Client, ids: Sequence[int], status: int, args: Args) -> int:
+    """Say how tasks ended that did not end by themselves; return `status`."""
+    tasks = client.list(ids=ids) if args.json or status else []
+    for task in () if args.json else tasks:
+        if State(task["state"]) in DONE and task["outcome"] not in ("ok", "failed"):
             notice(f"task {task['id']}: {task['reason'] or task['outcome'] or task['state']}")
     if args.json:
         emit(tasks, args, "")
@@ -4474,9 +4480,7 @@ def cmd_wait(args: Args) -> int:
     finally:
         if is_drawn:
             print(file=sys.stderr)
-    if args.json:
-        emit(client.list(ids=ids), args, "")
-    return status
+    return tell_end(client, ids, status, args)
 
 
 def change(verb: str, word: str, problem: str, args: Args) -> int:
