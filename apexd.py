@@ -4202,6 +4202,11 @@ def notice(text: str) -> None:
     print(f"apexd: {printable(text)}", file=sys.stderr, flush=True)
 
 
+def width() -> int:
+    """Return the columns of the terminal; some say 0, which Python 3.9 believes."""
+    return shutil.get_terminal_size().columns or 80
+
+
 def client_of(args: Args) -> Client:
     """Make the client of the project that the arguments name."""
     return Client(args.project, args.state, args.config)
@@ -4438,7 +4443,7 @@ def task_table(tasks: Sequence[Fields]) -> str:
         cells = (task["id"], state, task["group"], task["priority"], task["attempts"], code, took)
         rows.append((*map(str, cells), text.replace("\n", " ")))  # type: ignore[arg-type]
     widths = [max(len(row[column]) for row in rows) for column in range(7)]
-    most = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10000
+    most = width() if sys.stdout.isatty() else 10000
     lines = ("  ".join([*map(str.ljust, row, widths), row[7]]) for row in rows)
     return "\n".join(printable(line)[:most].rstrip() for line in lines)
 
@@ -4472,7 +4477,7 @@ def cmd_wait(args: Args) -> int:
         running = ", ".join(map(str, answer["running"]))
         text = f"[{'#' * filled:.<30}] {answer['total'] - answer['pending']}/{answer['total']}"
         text = f"{text}  running: {running}" if running else text
-        most = shutil.get_terminal_size().columns - 1
+        most = width() - 1
         print("\r" + text[:most].ljust(most), end="", file=sys.stderr, flush=True)
 
     try:

@@ -1281,7 +1281,7 @@ class TestFiles:
         finally:
             stop.set()
             reader.join()
-        assert caps >= 2 and reads[0] > 10
+        assert caps >= 1 and reads[0] > 10
         assert not wrong, f"{len(wrong)} of {reads[0]} reads; the first: {wrong[0]}"
 
     def test_offsets_are_logical_and_negative_ones_count_lines(self, tmp_path):
