@@ -580,6 +580,7 @@ if sys.platform == "win32":
         SURVIVES = False
         SHELL = ("cmd.exe", "/d", "/s", "/c")
         SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
         CHILD: Mapping[str, Any] = {"creationflags": 0x200 | 0x08000000 | 0x4}
         # CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW | CREATE_SUSPENDED; below: DETACHED_PROCESS
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
@@ -682,6 +683,7 @@ else:
 
         SURVIVES = True  # children outlive the daemon and are adopted by the next one
         SHELL = ("/bin/sh", "-c")
+        REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
         CHILD: Mapping[str, Any] = {"start_new_session": True}
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
@@ -902,10 +904,16 @@ def is_alive(pid: int, start_time: str | None, boot_id: str | None) -> bool:
     return is_known and Platform.start_time(pid) == start_time
 
 
+_PASSED: list[str] = []
+
+
 def failpoint(name: str) -> None:
-    """Kill this process here when APEXD_FAILPOINT names the place; for crash tests."""
-    if os.environ.get("APEXD_FAILPOINT") == name:
-        Platform.send(os.getpid(), Platform.kill)
+    """Kill this process here when APEXD_FAILPOINT says "NAME" or "NAME:N", the Nth time."""
+    wanted, _, count = os.environ.get("APEXD_FAILPOINT", "").partition(":")
+    if wanted == name:
+        _PASSED.append(name)
+        if len(_PASSED) >= int(count or 1):
+            Platform.send(os.getpid(), Platform.kill)
 
 
 # ============================================================================
@@ -947,6 +955,18 @@ def here() -> str:
         raise bad("the current folder is gone", hint) from None
 
 
+def insist(act: Callable[..., Any], *args: Any) -> Any:
+    """Open, replace or remove a file, even one that others use for a moment (on Windows)."""
+    deadline = Clock.mono() + Platform.REPLACE_S
+    while True:
+        try:
+            return act(*args)
+        except PermissionError:
+            if Clock.mono() >= deadline:
+                raise
+        threading.Event().wait(0.001)
+
+
 def write_atomically(path: str, text: str) -> None:
     """Replace a file's content: readers see the old or the new one, never a part."""
     temporary = f"{path}.{os.getpid()}.new"
@@ -956,7 +976,7 @@ def write_atomically(path: str, text: str) -> None:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _O_SAFE, 0o600)
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(temporary, path)
+        insist(os.replace, temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -966,8 +986,8 @@ def write_atomically(path: str, text: str) -> None:
 def read_text(path: str) -> str | None:
     """Return a small file's text, None when it is not there; bad bytes become U+FFFD."""
     try:
-        with open(path, "rb") as file:
-            return file.read(65536).decode("utf-8", "replace")
+        with insist(open, path, "rb") as file:
+            return str(file.read(65536), "utf-8", "replace")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -1270,9 +1290,18 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
             return "\n".join([line, *("    " + printable(more) for more in rest)])
 
     class Handler(logging.handlers.RotatingFileHandler):
+        next_mono = 0.0  # while somebody has the file open, Windows cannot rename it: write on
+
         def shouldRollover(self, record: logging.LogRecord) -> bool:
             size = 30 + len(record.getMessage().encode(errors="replace"))  # no stat for each line
-            return self.stream is not None and self.stream.tell() + size > self.maxBytes
+            is_full = self.stream is not None and self.stream.tell() + size > self.maxBytes
+            return is_full and Clock.mono() >= self.next_mono
+
+        def rotate(self, source: str, dest: str) -> None:
+            try:
+                super().rotate(source, dest)
+            except OSError:
+                self.next_mono = Clock.mono() + 60.0
 
     logging.raiseExceptions = False  # a full disk costs lines, never the daemon
     os.close(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
@@ -1370,7 +1399,7 @@ class PidFile:
         if self._fd is not None:
             with contextlib.suppress(DaemonError, OSError):
                 if self.read().get("pid") == os.getpid():
-                    os.unlink(self.path)
+                    insist(os.unlink, self.path)
             os.close(self._fd)
             self._fd = None
 
@@ -2083,7 +2112,7 @@ class AttemptStore:
             claimed = [self._claim(db, task_id, slot) for task_id, slot in zip(ready, slots)]
             for task in claimed:
                 on_claim(task)
-            failpoint("claim")
+                failpoint("claim")
         return claimed
 
     def _find_ready(
@@ -2776,8 +2805,9 @@ class DaemonRunner:
             for task in active:
                 busy[task.group] = busy.get(task.group, 0) + 1
             most = 0 if self.is_draining() else self.store.config.daemon.max_concurrent
-            used = {task.slot for task in active}
-            slots = [n for n in range(most) if n not in used][: max(most - len(active), 0)]
+            # A record is used again only when the result in it is on disk: hence twice as many.
+            used = {task.slot for task in active} | {task.slot for task, _ in results}
+            slots = [n for n in range(2 * most) if n not in used][: max(most - len(active), 0)]
             launched: list[_Run] = []
             gate = threading.Event()
             try:  # the shells start while the claims go to the disk
@@ -2810,6 +2840,7 @@ class DaemonRunner:
         self._metrics.tasks_succeeded += result.exit_code == 0
         self._metrics.tasks_failed += result.exit_code != 0
         how = result.reason or ("lost" if result.exit_code is None else f"exit {result.exit_code}")
+        how = "it never ran" if result.never_ran else how
         log.info("Finished task %d: %s, %s", task.id, how, span(Clock.now() - task.started_at))
 
     def _launch(self, task: Task, gate: threading.Event | None) -> _Run:
@@ -3224,15 +3255,17 @@ class ControlServer:
         threading.Thread(target=self._accept_all, name="control", daemon=True).start()
 
     def listen(self) -> None:
-        """Open the socket, or open it again when somebody removed its file."""
-        path = self._endpoint.get("socket")
-        if self._endpoint and (path is None or os.path.exists(path)):
+        """Open the socket, or open it again when somebody removed its file; write `endpoint`."""
+        path = os.path.join(self._folder, "endpoint")
+        if self._endpoint and os.path.exists(self._endpoint.get("socket", self._folder)):
+            if not os.path.exists(path):
+                write_atomically(path, json.dumps(self._endpoint))
             return
         try:
             listener, self._endpoint = Platform.listen(self._folder)
         except OSError as error:
             raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
-        write_atomically(os.path.join(self._folder, "endpoint"), json.dumps(self._endpoint))
+        write_atomically(path, json.dumps(self._endpoint))
         self._selector.register(listener, selectors.EVENT_READ)
         self._waker.send(b"x")
 
@@ -3242,8 +3275,8 @@ class ControlServer:
         self._waker.send(b"x")
         path = self._endpoint.get("socket", "")
         for name in (path, os.path.join(self._folder, "endpoint")):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+            with contextlib.suppress(OSError):
+                insist(os.unlink, name)
         if os.path.dirname(path) != self._folder:  # the short path's own folder
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.dirname(path))
@@ -3463,7 +3496,7 @@ class Client:
 
     def _connect(self) -> socket.socket:
         try:
-            with open(os.path.join(self.project.folder, "endpoint"), encoding="utf-8") as file:
+            with insist(open, os.path.join(self.project.folder, "endpoint"), "rb") as file:
                 endpoint = json.load(file)
             self._connection = Platform.connect(endpoint, ANSWER_TIMEOUT_S)
         except (ValueError, KeyError, TypeError):
@@ -3856,7 +3889,6 @@ class Daemon:
 
     def _look_after(self) -> None:
         """Do what recurs at each poll: the socket's and the database's presence, heartbeat."""
-        self._control.listen()
         try:
             is_there = os.stat(self._store.path).st_ino == self._inode
         except OSError:
@@ -3864,6 +3896,9 @@ class Daemon:
         if not is_there and not self._exit_status:
             log.error("%s was removed or replaced while in use: stopping", self._store.path)
             self._post("failed", CODES["DATABASE_CORRUPT"][0])
+        if not is_there:
+            return  # nothing here is ours to write any more
+        self._control.listen()
         if Clock.mono() >= self._next_heartbeat:
             self._next_heartbeat = Clock.mono() + self._config.daemon.heartbeat_interval
             write_atomically(self._path("heartbeat"), timestamp(Clock.now()) + "\n")

@@ -3040,6 +3040,23 @@ class TestChild:
     CALLER = {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "9", "LISTEN_FDS": "1"}
 
     @linux
+    def test_a_result_outlives_the_claim_that_follows_it(self, box):
+        box.config({"daemon": {"max_concurrent": 1}})
+        for _ in range(20 if SLOW else 6):  # killed while the next shell starts, result unsaved
+            box.run("start", env={"APEXD_FAILPOINT": "spawn:2"})
+            lines = ["echo ran >>first; exit 7", "echo ran >>second; exit 8"]
+            first, second = enqueue(box, *lines)
+            eventually(lambda: box.run("status", rc=None).returncode == 1)
+            box.start()
+            assert [box.until(i)["exit_code"] for i in (first, second)] == [7, 8]
+            box.run("stop")
+            for name in ("first", "second"):
+                path = os.path.join(box.path, name)
+                with open(path) as file:
+                    assert file.read() == "ran\n"
+                os.unlink(path)
+
+    @linux
     def test_a_slot_is_used_again_only_when_its_former_shell_is_gone(self, box):
         fcntl = pytest.importorskip("fcntl")
         box.config({"daemon": {"max_concurrent": 1}})
@@ -4998,5 +5015,313 @@ class TestCli:
         assert "\x1b" not in shown and "\\x1b]0;x\\x07" in shown
         assert "\x1b]0;x\x07" in on_terminal(box, "logs", "--raw", "1")[1]
         assert "\x1b" not in on_terminal(box, "list")[1]
+
+
+# ============================================================================
+# WINDOWS - the same program under a Python for Windows, such as wine runs
+# ============================================================================
+
+# APEXD_WINDOWS_PYTHON names a program that is called like `PROGRAM 3.11 script.py args`.
+WINDOWS_PYTHON = os.environ.get("APEXD_WINDOWS_PYTHON")
+PING = ["--", "ping", "-n", "60", "127.0.0.1"]  # runs for a minute
+SHELL_PING = ["--", "cmd.exe", "/c", "ping -n 60 127.0.0.1 & echo x"]  # the same in a tree
+
+
+@functools.cache
+def windows_python(version):
+    """Return the path, as Windows names it, of a Python of this version, None without one."""
+    words = [WINDOWS_PYTHON, version, "-c", "import sys; print(sys.executable, sys.version)"]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    path, _, found = done.stdout.decode("utf-8", "replace").strip().partition(" ")
+    return path if done.returncode == 0 and found.startswith(version + ".") else None
+
+
+class WindowsBox:
+    """A project whose commands run under a Python for Windows."""
+
+    def __init__(self, version):
+        self.version = version
+        self.python = windows_python(version)
+        self.path = tempfile.mkdtemp(prefix="axw-", dir="/tmp")
+        self.state = os.path.join(self.path, ".apex")
+        self.children = []
+        shutil.copy(PROGRAM, self.path)
+        self.config(graceful_timeout=0.5, stop_timeout=1, poll_interval=0.2)
+
+    def file(self, *names):
+        """Return a path within the state folder."""
+        return os.path.join(self.state, *names)
+
+    def config(self, log=None, **daemon):
+        """Write .apex/config.json."""
+        data = {"daemon": daemon, "log": log or {}}
+        write(self.file("config.json"), json.dumps(data))
+
+    def script(self, name, text):
+        """Write a program into the project's folder; return its name."""
+        write(os.path.join(self.path, name), textwrap.dedent(text))
+        return name
+
+    def popen(self, *args, program="apexd.py"):
+        """Start a program of the folder; its output is a pipe of text."""
+        child = subprocess.Popen(
+            [WINDOWS_PYTHON, self.version, program, *map(str, args)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=self.path, env={**os.environ, "APEXD_TEST_BOX": self.path},
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self.children.append(child)
+        return child
+
+    def run(self, *args, rc=0, timeout=40):
+        """Run apexd.py to its end; check its status (None: any); return what it printed."""
+        child = self.popen(*args)
+        out = child.communicate(timeout=timeout)[0]
+        assert "Traceback" not in out and "a bug:" not in out, out
+        assert rc is None or child.returncode == rc, (args, child.returncode, out, self.log())
+        return out
+
+    def start(self, word="started", verb="start"):
+        """Start the daemon; return its PID.
+
+        Not to the end of the output: wine gives the pipe to the daemon as well.
+        """
+        line = self.popen(verb).stdout.readline()
+        match = re.fullmatch(rf"{word}, PID (\d+)\n", line)
+        assert match, (line, self.log())
+        return int(match[1])
+
+    def add(self, *words):
+        """Add a task by the words behind `add`; return its id."""
+        return int(self.run("add", "--print-id", *words))
+
+    def tasks(self):
+        """Return {id: task} as `list --json` gives it."""
+        return {task["id"]: task for task in json.loads(self.run("list", "--json"))}
+
+    def until(self, task_id, **wanted):
+        """Wait until a task has these values; return it."""
+
+        def check():
+            task = self.tasks()[task_id]
+            assert {name: task[name] for name in wanted} == wanted, task
+            return task
+
+        return eventually(check, why=f"task {task_id} is {wanted}")
+
+    def log(self):
+        """Return the text of daemon.log."""
+        return read(self.file("daemon.log"))
+
+    def request(self, message):
+        """Make one request of the daemon, as it is given; return the response."""
+        port = json.loads(read(self.file("endpoint")))["port"]
+        data = json.dumps(message).encode()
+        with socket.create_connection(("127.0.0.1", port), 10.0) as connection:
+            connection.sendall(struct.pack(">I", len(data)) + data)
+            return read_frame(connection)
+
+    def processes(self, needle=""):
+        """Return the command lines of what this box has started and still lives."""
+        mark = b"\0APEXD_TEST_BOX=" + self.path.encode() + b"\0"
+        found = []
+        for name in os.listdir("/proc"):
+            with contextlib.suppress(OSError):
+                if not name.isdigit() or not lives(name):
+                    continue
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    if mark not in b"\0" + file.read() + b"\0":
+                        continue
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    line = file.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+                is_system = re.match(r"C:\\windows\\|\S*wine(server|64|)\d* ", line, re.I)
+                if needle in line and line and not is_system:
+                    found.append(line)
+        return found
+
+    def close(self):
+        """Kill the daemon, see that all is gone; return what was left."""
+        if os.path.exists(self.file("daemon.pid")):
+            self.popen("kill").communicate(timeout=40)
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: not self.processes(), 5.0)
+        left = self.processes()
+        for child in self.children:
+            if child.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            child.stdout.close()
+        return left
+
+
+@pytest.fixture(scope="module")
+def windows_system():
+    """Keep one program running, so that wine does not start and end with each command."""
+    with tempfile.TemporaryDirectory(prefix="axw-", dir="/tmp") as folder:
+        code = "print('up', flush=True)\nwhile os.path.exists(sys.argv[1]): time.sleep(0.1)"
+        words = [WINDOWS_PYTHON, "3.11", "-c", "import os, sys, time; " + code, folder]
+        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        child.stdout.readline()  # the first one starts wine's own servers, which keep its pipe
+        yield
+    child.wait(30)
+    child.stdout.close()
+
+
+@pytest.fixture
+def windows(request, windows_system):
+    """Give a project under a Python for Windows, 3.11 unless a parameter says another."""
+    version = getattr(request, "param", "3.11")
+    if windows_python(version) is None:
+        pytest.skip(f"{WINDOWS_PYTHON} has no Python {version}")
+    box = WindowsBox(version)
+    yield box
+    left = box.close()
+    if left or request.node.nodeid in FAILED:
+        print(f"--- kept: {box.path}; daemon.log:\n{box.log()[-20000:]}")
+    else:
+        shutil.rmtree(box.path, ignore_errors=True)
+    assert not left
+
+
+@pytest.mark.skipif(
+    not WINDOWS_PYTHON or not IS_LINUX,
+    reason="set APEXD_WINDOWS_PYTHON to a program that runs a Python for Windows",
+)
+class TestWindows:
+    @pytest.mark.parametrize("windows", ["3.9", "3.11", "3.12", "3.13"], indirect=True)
+    def test_the_short_path(self, windows):
+        assert windows.add("--", "cmd.exe", "/c", "echo early") == 1, "with the daemon down"
+        pid = windows.start()
+        assert windows.start("already running") == pid
+        assert windows.run("wait", 1) == ""
+        assert windows.run("logs", 1).split() == ["early"]
+        out = windows.run("add", "--wait", "--shell", "echo hello& exit 7", rc=7)
+        assert out.split() == ["hello"]
+        tasks = windows.tasks()
+        assert [task["state"] for task in tasks.values()] == ["succeeded", "failed"]
+        assert (tasks[1]["exit_code"], tasks[2]["exit_code"]) == (0, 7)
+        assert windows.run("stop") == f"stopped, PID {pid}\n"
+        assert windows.run("status", rc=3) == "not running\n"
+        assert not {"endpoint", "daemon.pid"}.intersection(os.listdir(windows.state))
+        eventually(lambda: not windows.processes("_daemon"), 3.0)
+
+    def test_a_task_reports_times_out_and_is_told_from_what_cannot_start(self, windows):
+        windows.start()
+        report = ["--", windows.python, "apexd.py", "report"]
+        assert windows.run("add", "--wait", *report, "--note", "half", "--tokens", 5) == "ok\n"
+        out = windows.run("add", "--wait", "--timeout", 0.5, *PING, rc=1)
+        assert "task 2: timeout" in out
+        out = windows.run("add", "--wait", "--", "no-such-program", rc=None)
+        assert "spawn:ENOENT" in out
+        tasks = windows.tasks()
+        assert (tasks[1]["note"], tasks[1]["tokens"]) == ("half", 5)
+        assert [task["outcome"] for task in tasks.values()] == ["ok", "timeout", "not_started"]
+        eventually(lambda: not windows.processes("ping"), 3.0)
+
+    def test_cancel_ends_the_whole_tree(self, windows):
+        windows.start()
+        task_id = windows.add(*SHELL_PING)
+        eventually(lambda: len(windows.processes("ping -n 60")) == 2, why="cmd.exe and ping")
+        windows.run("cancel", task_id)
+        windows.run("wait", task_id, rc=1)
+        eventually(lambda: not windows.processes("ping"), 3.0)
+        assert windows.tasks()[task_id]["state"] == "cancelled"
+
+    def test_stop_interrupts_what_runs_and_restart_is_stop_and_start(self, windows):
+        first = windows.start()
+        task_id = windows.add(*PING)
+        windows.until(task_id, state="running")
+        windows.run("stop")
+        eventually(lambda: not windows.processes("ping"), 3.0)
+        task = windows.tasks()[task_id]
+        assert (task["state"], task["outcome"], task["losses"]) == ("queued", "interrupted", 0)
+        second = windows.start()
+        windows.until(task_id, state="running", attempts=2)
+        third = windows.start(verb="restart")
+        windows.until(task_id, state="running", attempts=3)
+        assert len({first, second, third}) == 3
+        assert len(windows.processes("ping")) == 1
+
+    def test_a_killed_daemons_task_is_lost_and_runs_again(self, windows):
+        pid = windows.start()
+        again = windows.add(*SHELL_PING)
+        never = windows.add("--on-lost", "fail", *PING)
+        eventually(lambda: len(windows.processes("ping")) == 3, why="cmd.exe and two pings")
+        port = json.loads(read(windows.file("endpoint")))["port"]
+        assert windows.run("kill") == f"killed, PID {pid}\n"
+        eventually(lambda: not windows.processes("ping"), 2.0, "they die with the daemon's job")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 5.0)
+        assert windows.run("status", rc=1).startswith("not running")
+        windows.start()
+        task = windows.until(again, state="running", attempts=2)
+        assert task["losses"] == 1
+        assert windows.tasks()[never]["outcome"] == "lost"
+
+    def test_ten_starts_at_once_give_one_daemon(self, windows):
+        starts = [windows.popen("start") for _ in range(10)]
+        lines = [start.stdout.readline() for start in starts]
+        pid = json.loads(read(windows.file("daemon.pid")))["pid"]
+        expected = [f"already running, PID {pid}\n"] * 9 + [f"started, PID {pid}\n"]
+        assert sorted(lines) == expected
+        eventually(lambda: len(windows.processes("_daemon")) == 1, why="one daemon")
+
+    def test_foreground_runs_until_stop_and_refuses_beside_another(self, windows):
+        child = windows.popen("start", "--foreground")
+        assert " starts, PID " in child.stdout.readline()
+        eventually(lambda: os.path.exists(windows.file("endpoint")))
+        assert "already running" in windows.run("start", "--foreground", rc=75)
+        assert windows.run("add", "--wait", "--", "cmd.exe", "/c", "echo x").split() == ["x"]
+        windows.run("stop")
+        assert "stopped" in child.communicate(timeout=20)[0]
+        assert child.returncode == 0
+
+    def test_only_the_token_opens_the_port(self, windows):
+        windows.start()
+        token = json.loads(read(windows.file("endpoint")))["token"]
+        for wrong in ({}, {"auth": ""}, {"auth": token[:-1] + "x"}):
+            answer = windows.request({"type": "shutdown", **wrong})
+            assert (answer["type"], answer["code"]) == ("error", "permission_denied")
+        assert len(token) == 64
+        assert windows.request({"type": "ping", "auth": token})["type"] == "pong"
+
+    def test_a_removed_endpoint_comes_back(self, windows):
+        pid = windows.start()
+        os.unlink(windows.file("endpoint"))
+        eventually(lambda: os.path.exists(windows.file("endpoint")))
+        assert f"PID {pid}" in windows.run("status")
+
+    def test_readers_keep_no_file_from_being_replaced_or_the_log_from_growing(self, windows):
+        log = {"max_size_mb": 0.0005, "max_files": 1}
+        windows.config(log, poll_interval=0.1, heartbeat_interval=0.05)
+        script = """
+            import os, time
+            names = ("endpoint", "daemon.pid", "heartbeat", "state.json")
+            held = None
+            while not os.path.exists("enough"):
+                for name in names:
+                    try:
+                        with open(os.path.join(".apex", name)) as file:
+                            file.read()
+                    except OSError:
+                        pass
+                if held is None and os.path.exists(".apex/daemon.log"):
+                    held = open(".apex/daemon.log")
+        """
+        reader = windows.popen(program=windows.script("reader.py", script))
+        try:
+            for _ in range(4):
+                windows.start()
+                windows.run("add", "--wait", "--", "cmd.exe", "/c", "exit 0")
+                windows.run("stop")
+        finally:
+            write(os.path.join(windows.path, "enough"), "")
+            out = reader.communicate(timeout=20)[0]
+        assert out == ""
+        assert "turn failed" not in windows.log()
+        assert re.findall(r"Finished task (\d)", windows.log()) == ["1", "2", "3", "4"]
+
+
 if __name__ == "__main__":  # without pytest the head of this file has brought it already
     sys.exit(pytest.main([os.path.abspath(__file__), *sys.argv[1:]]))
