@@ -1534,6 +1534,7 @@ END;
 MIGRATIONS = (SCHEMA,)  # script i brings `PRAGMA user_version` i to i + 1
 PRAGMAS = (
     "busy_timeout = 5000",
+    "cache_size = -1000",  # KiB; the system caches the rest
     "journal_mode = WAL",
     "synchronous = FULL",  # on disk when a commit returns
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
@@ -1723,6 +1724,9 @@ def _insert_tasks(
             if is_plain and not isinstance(item, dict):
                 rows.append((next_id, json.dumps(command_line(item)), *plain))
                 ids.append(next_id)
+                if len(rows) == 1000:
+                    db.executemany(_INSERT_SQL, rows)
+                    rows.clear()
             else:
                 own = {**given, **item} if isinstance(item, dict) else {**given, "command": item}
                 command = json.dumps(command_line(own.pop("command", None)))
@@ -1981,22 +1985,19 @@ class TaskStore:
             raise unknown_task(task_id)
         return found[0]
 
-    def get_progress(self, ids: Sequence[int]) -> list[Task]:
-        """Return tasks of which only id, state, exit_code and progress are known, in order."""
+    def get_progress(self, task_id: int) -> tuple[State, float, int]:
+        """Return (state, percent, exit status so far) of a task, at little cost."""
         sql = """
-            SELECT t.id, t.state, t.progress, a.exit_code FROM tasks t
+            SELECT t.state, t.progress, a.exit_code FROM tasks t
             LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
             WHERE t.id = ?
         """
-        tasks = []
         with self.database.read() as db:
-            for task_id in ids:
-                row = db.execute(sql, (task_id,)).fetchone()
-                if row is None:
-                    raise unknown_task(task_id)
-                state, progress, code = State(row[1]), row[2], row[3]
-                tasks.append(Task(id=row[0], state=state, progress=progress, exit_code=code))
-        return tasks
+            row = db.execute(sql, (task_id,)).fetchone()
+        if row is None:
+            raise unknown_task(task_id)
+        task = Task(state=State(row[0]), exit_code=row[2])
+        return task.state, 100.0 if task.state in DONE else row[1] or 0.0, task.status
 
     def get_attempts(self, task_id: int) -> list[dict[str, Any]]:
         """Return the attempts of a task, first to last, one dict a row of `attempts`."""
@@ -2677,6 +2678,7 @@ class DaemonRunner:
         self._awaited: dict[int, int] = {}  # task id: how many wait for it
         self._lock = threading.RLock()  # guards _running and _drain_at; taken before the store's
         self._running: dict[int, _Run] = {}
+        self.is_draining = False  # nothing more is claimed
         self._drain_at = float("inf")  # monotonic; from then on tasks are interrupted
         self._results: list[tuple[Task, Result]] = []  # appended by slots, taken by the runner
         self._inboxes: dict[int, queue.SimpleQueue[_Run | None]] = {}
@@ -2698,7 +2700,7 @@ class DaemonRunner:
     def drain(self, timeout_s: float) -> None:
         """Claim nothing more; interrupt what still runs after `timeout_s`."""
         with self._lock:
-            self._drain_at = Clock.mono() + timeout_s
+            self.is_draining, self._drain_at = True, Clock.mono() + timeout_s
         self.wake()
 
     def stop(self, timeout_s: float | None = None) -> None:
@@ -2761,6 +2763,7 @@ class DaemonRunner:
 
     def _loop(self) -> None:
         next_poll = next_upkeep = 0.0
+        is_woken = True
         while not self.halted.is_set():
             self._wake.clear()
             try:
@@ -2773,15 +2776,16 @@ class DaemonRunner:
                     if now >= next_upkeep:
                         next_upkeep = now + MAINTENANCE_S
                         prune_all(self.store, self._running)
-                self._turn()
-                wait_s = self._next_wake_s(next_poll)
+                if is_woken or self._running or self._attempts.next_due is not None:
+                    self._turn()
+                wait_s, is_woken = self._next_wake_s(next_poll), False
             except DaemonError as error:  # a full disk: the results stay, and are tried again
                 log.error("turn failed: %s", error)
-                wait_s = 1.0
+                wait_s, is_woken = 1.0, True
             except Exception:  # this thread's top frame
                 log.exception("turn failed")
-                wait_s = 1.0
-            self._wake.wait(wait_s)
+                wait_s, is_woken = 1.0, True
+            is_woken = self._wake.wait(wait_s) or is_woken
 
     def _next_wake_s(self, next_poll: float) -> float:
         """Return how long nothing can be due."""
@@ -2790,7 +2794,7 @@ class DaemonRunner:
             for run in self._running.values():
                 times += [run.deadline_mono, run.kill_at_mono, now + LOG_CHECK_S]
             times += [self._drain_at] if self._running else []
-        if self._attempts.next_due is not None and not self.is_draining():
+        if self._attempts.next_due is not None and not self.is_draining:
             times.append(now + self._attempts.next_due - Clock.now())
         return max(min(times) - now, 0.0)
 
@@ -2804,7 +2808,7 @@ class DaemonRunner:
             busy: dict[str, int] = {}
             for task in active:
                 busy[task.group] = busy.get(task.group, 0) + 1
-            most = 0 if self.is_draining() else self.store.config.daemon.max_concurrent
+            most = 0 if self.is_draining else self.store.config.daemon.max_concurrent
             # A record is used again only when the result in it is on disk: hence twice as many.
             used = {task.slot for task in active} | {task.slot for task, _ in results}
             slots = [n for n in range(2 * most) if n not in used][: max(most - len(active), 0)]
@@ -2824,7 +2828,7 @@ class DaemonRunner:
             self._running = {run.task.id: run for run in self._running.values()
                              if run.task.run_id not in gone}  # fmt: skip
             self._running.update((run.task.id, run) for run in launched)
-            is_drained = self.is_draining() and not self._running
+            is_drained = self.is_draining and not self._running
         for task, result in results:
             self._count(task, result)
         for run in launched:
@@ -3072,7 +3076,7 @@ class TaskVerbs:
         return answer
 
     def _is_done(self, task_id: int) -> bool:
-        return self._store.get_progress([task_id])[0].state in DONE
+        return self._store.get_progress(task_id)[0] in DONE
 
     def _pause(self, task_id: int, deadline: float, most_s: float) -> bool:
         """Wait for a task to move; False when there is nothing more to wait for."""
@@ -3110,16 +3114,18 @@ class TaskVerbs:
                 left.pop()
             elif not self._pause(left[-1], deadline, 1.0):
                 break
-        tasks = self._store.get_progress(ids)
-        pending = [task for task in tasks if task.state not in DONE]
-        percent = 100.0 * (len(tasks) - len(pending)) + sum(t.progress or 0.0 for t in pending)
-        return {
-            "total": len(tasks),
-            "pending": len(pending),
-            "status": next((t.status for t in tasks if t.state in DONE and t.status), 0),
-            "progress": percent / max(len(tasks), 1),
-            "running": [task.id for task in pending if task.state == State.RUNNING][:10],
-        }
+        pending, first_status, percent = 0, 0, 0.0
+        running: list[int] = []
+        for task_id in ids:
+            state, progress, status = self._store.get_progress(task_id)
+            percent += progress / len(ids)
+            pending += state not in DONE
+            if state in DONE:
+                first_status = first_status or status
+            elif state == State.RUNNING:
+                running.append(task_id)
+        answer = {"total": len(ids), "pending": pending, "status": first_status}
+        return {**answer, "progress": percent, "running": running[:10]}
 
     def _change(self, verb: str, ids: Sequence[int]) -> Fields:
         done, not_done = self._store.change(verb, ids)
@@ -3762,7 +3768,7 @@ class Daemon:
                 self._store.database.check()
                 self._inode = os.stat(path).st_ino
                 self._serve()
-            log.info("stopped")
+            log.info("stopped; metrics %s", json.dumps(self._runner.get_metrics().to_dict()))
             return self._exit_status
         except DaemonError as error:
             log.error("%s (%s)", error, error.hint)
@@ -3933,7 +3939,7 @@ class Daemon:
             "project": self._project.path,
             "counts": self._store.get_counts(),
             "paused": self._store.get_paused(),
-            "draining": self._runner.is_draining(),
+            "draining": self._runner.is_draining,
             **self._runner.get_metrics().to_dict(),
         }
 
@@ -3975,9 +3981,11 @@ class DaemonManager:
         load_config(self.project.config_path)
         make_state_folder(self.project.folder)
         cache = os.path.join(self.project.folder, "cache")
-        kept, sys.pycache_prefix, umask = sys.pycache_prefix, cache, os.umask(0o077)
+        kept, umask = (sys.pycache_prefix, sys.dont_write_bytecode), os.umask(0o077)
+        sys.pycache_prefix, sys.dont_write_bytecode = cache, False
         SourceFileLoader("apexd", os.path.abspath(__file__)).get_code("apexd")  # 10 MB to compile
-        sys.pycache_prefix, _ = kept, os.umask(umask)
+        sys.pycache_prefix, sys.dont_write_bytecode = kept
+        os.umask(umask)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
         argv = [sys.executable, "-I", "-S", "-c", _BOOT, cache, os.path.abspath(__file__)]
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
