@@ -2752,10 +2752,6 @@ class DaemonRunner:
         metrics.uptime = Clock.now() - metrics.started_at if metrics.started_at else 0.0
         return metrics
 
-    def is_draining(self) -> bool:
-        """Tell whether nothing more is claimed."""
-        return self._drain_at < float("inf") or self.halted.is_set()
-
     def find_children(self) -> dict[int, Child]:
         """Return the children that run now by their tasks' ids."""
         with self._lock:
