@@ -2772,7 +2772,8 @@ class DaemonRunner:
                     if now >= next_upkeep:
                         next_upkeep = now + MAINTENANCE_S
                         prune_all(self.store, self._running)
-                if is_woken or self._running or self._attempts.next_due is not None:
+                is_due = self._running or self._attempts.next_due is not None
+                if is_woken or is_due or "queued" in self.store.get_counts():
                     self._turn()
                 wait_s, is_woken = self._next_wake_s(next_poll), False
             except DaemonError as error:  # a full disk: the results stay, and are tried again
@@ -2821,8 +2822,7 @@ class DaemonRunner:
             finally:
                 gate.set()
             del self._results[: len(results)]
-            self._running = {run.task.id: run for run in self._running.values()
-                             if run.task.run_id not in gone}  # fmt: skip
+            self._running = {i: r for i, r in self._running.items() if r.task.run_id not in gone}
             self._running.update((run.task.id, run) for run in launched)
             is_drained = self.is_draining and not self._running
         for task, result in results:
@@ -2831,6 +2831,7 @@ class DaemonRunner:
             log.info("Starting task %d", run.task.id)
         if results:
             self.tell([task.id for task, _ in results])
+            self._wake.set()  # their slots are free now
         if is_drained:
             self.halt()
             self._on_drained()

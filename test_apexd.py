@@ -246,8 +246,9 @@ class Box:
         return json.loads(done.stderr.strip().split("\n")[-1])["error"]
 
     def start(self, *args, **options):
-        """Start the daemon; return its PID."""
-        self.run("start", *args, **options)
+        """Start the daemon, as APEXD_TEST_MODE says (fork, spawn) if it does; return its PID."""
+        mode = os.environ.get("APEXD_TEST_MODE")
+        self.run("start", *(("--mode", mode) if mode else ()), *args, **options)
         return self.pid()
 
     def stop(self, *args, **options):
