@@ -2041,7 +2041,8 @@ class TaskStore:
             if on:
                 db.execute("INSERT OR IGNORE INTO paused VALUES (?)", (group or "*",))
             else:
-                db.execute("DELETE FROM paused WHERE grp = ?1 OR ?1 IS NULL", (group,))
+                sql = "DELETE FROM paused WHERE grp = :grp OR :grp IS NULL"
+                db.execute(sql, {"grp": group})
         return self.get_paused()
 
     def get_paused(self) -> list[str]:
