@@ -1518,10 +1518,7 @@ CREATE INDEX deps_child ON deps (child);
 CREATE TABLE paused (grp TEXT PRIMARY KEY) WITHOUT ROWID;  -- '*': everything
 CREATE TABLE counts (state TEXT, grp TEXT, n INTEGER NOT NULL, PRIMARY KEY (state, grp))
   WITHOUT ROWID;
-CREATE TRIGGER tasks_added AFTER INSERT ON tasks BEGIN
-  INSERT OR IGNORE INTO counts VALUES (new.state, new.grp, 0);
-  UPDATE counts SET n = n + 1 WHERE state = new.state AND grp = new.grp;
-END;
+-- Insertions are counted where they are made: a trigger costs a third of a large batch.
 CREATE TRIGGER tasks_moved AFTER UPDATE OF state ON tasks BEGIN
   INSERT OR IGNORE INTO counts VALUES (new.state, new.grp, 0);
   UPDATE counts SET n = n + 1 WHERE state = new.state AND grp = new.grp;
@@ -1639,6 +1636,10 @@ INSERT INTO tasks (id, command, request_id, state, open_deps, grp, priority, lab
                    retries, timeout, on_lost, max_tokens, max_cost, created_at, finished_at)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
+_COUNT_SQL = """
+INSERT INTO counts VALUES (?, ?, ?)
+ON CONFLICT (state, grp) DO UPDATE SET n = n + excluded.n
+"""
 TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "group": line_of_text,
     "priority": integer(-PRIORITY_MAX, PRIORITY_MAX),
@@ -1717,11 +1718,13 @@ def _insert_tasks(
     next_id = (seq[0] if seq else 0) + 1
     rows: list[tuple[object, ...]] = []
     ids: list[int] = []
+    plain_count = 0
     for line, item in enumerate(commands, 1):
         try:
             if item is None:
                 continue
             if is_plain and not isinstance(item, dict):
+                plain_count += 1
                 rows.append((next_id, json.dumps(command_line(item)), *plain))
                 ids.append(next_id)
                 if len(rows) == 1000:
@@ -1740,6 +1743,7 @@ def _insert_tasks(
                 raise bad(f"{place}must be {error}") from None
             raise DaemonError(error.code, place + error.message, error.hint) from None
     db.executemany(_INSERT_SQL, rows)
+    db.execute(_COUNT_SQL, (common.state.value, common.group, plain_count))
     return ids
 
 
@@ -1764,6 +1768,7 @@ def _insert_one(
     finished_at = Clock.now() if state == State.SKIPPED else None
     row = (task_id, command, request, state.value, open_deps, *options.row, finished_at)
     db.execute(_INSERT_SQL, row)
+    db.execute(_COUNT_SQL, (state.value, options.group, 1))
     edges = [(parent, task_id, need) for parent, need in options.after or ()]
     db.executemany("INSERT OR IGNORE INTO deps VALUES (?, ?, ?)", edges)
     return task_id
