@@ -4783,8 +4783,10 @@ def parse(words: list[str]) -> Args:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status. The only place that reports errors."""
     words = list(sys.argv[1:] if argv is None else argv)
-    while os.open(os.devnull, os.O_RDWR) <= 2:  # no file of ours may become 0, 1 or 2
-        pass
+    null = 0
+    while null <= 2:  # no file of ours may become standard input, output or error
+        null = os.open(os.devnull, os.O_RDWR)
+    os.close(null)
     if words[:1] == ["_daemon"]:  # what `start` makes; its slots' threads wait for ever
         os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), False))
     for stream in (sys.stdout, sys.stderr):
