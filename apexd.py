@@ -3724,8 +3724,8 @@ def _end_orphan(child: Child) -> None:
 #     Uses 1-16. Main thread. Lock order: runner, then store; nothing else nests.
 # ============================================================================
 
-# Bytecode from a cache in the state folder and no site-packages: half the time to start, and
-# no module that lies beside apexd.py can stand in for one of the standard library.
+# Bytecode from a cache in the state folder and no site-packages: a quicker start, and no module
+# that lies beside apexd.py can stand in for one of the standard library.
 _BOOT = (
     "import sys;from importlib.machinery import SourceFileLoader as L;"
     "sys.pycache_prefix,__file__=sys.argv[1:3];del sys.argv[1:3];"
@@ -3992,7 +3992,7 @@ class DaemonManager:
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
         argv = [sys.executable, "-I", "-S", "-c", _BOOT, cache, os.path.abspath(__file__)]
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
-        env.update(APEX_DAEMON_MODE="1", MALLOC_ARENA_MAX="2")  # 2: a third less memory
+        env.update(APEX_DAEMON_MODE="1", MALLOC_ARENA_MAX="2")  # else an arena a thread
         return [*argv, "_daemon", options], env
 
     def start_daemon(self, mode: str = "auto") -> tuple[int, bool]:
