@@ -116,7 +116,6 @@ SOCKET_PATH_MAX_BYTES = 103  # sun_path of macOS; Linux allows 107 (unix(7))
 SLOT_RECORD_BYTES = 512  # one sector: status and note reach the disk together
 SLOT_NOTE_AT = 64  # the shell writes at 0, the daemon here
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
-LOG_LINE_MAX_BYTES = 64 * 1024  # longer lines are cut on reading, never on disk
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
 SWEEP_ROUNDS = 100  # passes over /proc before a fork bomb counts as unkillable
 FIRST_TERM_S = 1.0  # a second TERM counts only so long after the first
@@ -2586,7 +2585,11 @@ class JobChild(Child):
 
     def go(self) -> None:
         """Let the suspended process run, unless it was ended before."""
-        Platform.resume(self._process)
+        with self._lock:
+            if self._is_unwanted:
+                self._signal(force=True)
+            else:
+                Platform.resume(self._process)
 
     def wait(self) -> Result:
         """Wait for the process, then let go of its job: what is left of it dies."""
@@ -2690,9 +2693,8 @@ class DaemonRunner:
         self._inboxes: dict[int, queue.SimpleQueue[_Run | None]] = {}
         self._wake, self.halted = threading.Event(), threading.Event()
         self._next_log_check = 0.0  # monotonic
-        self._metrics = DaemonMetrics(
-            tasks_processed=0, tasks_succeeded=0, tasks_failed=0, poll_count=0
-        )
+        names = ("tasks_processed", "tasks_succeeded", "tasks_failed", "poll_count")
+        self._metrics = DaemonMetrics(**dict.fromkeys(names, 0))
 
     def start(self) -> None:
         """Take over what a former daemon left, then poll."""
@@ -2755,7 +2757,7 @@ class DaemonRunner:
             metrics = DaemonMetrics(**self._metrics.to_dict())
             metrics.active_task_ids = sorted(self._running)
         metrics.active_task_count = len(metrics.active_task_ids)
-        metrics.uptime = Clock.now() - metrics.started_at if metrics.started_at else 0.0
+        metrics.uptime = Clock.now() - (metrics.started_at or Clock.now())
         return metrics
 
     def find_children(self) -> dict[int, Child]:
@@ -2764,8 +2766,7 @@ class DaemonRunner:
             return {task_id: run.child for task_id, run in self._running.items()}
 
     def _loop(self) -> None:
-        next_poll = next_upkeep = 0.0
-        is_woken = True
+        next_poll, next_upkeep, is_woken = 0.0, 0.0, True
         while not self.halted.is_set():
             self._wake.clear()
             try:
@@ -2846,8 +2847,8 @@ class DaemonRunner:
         self._metrics.tasks_processed += 1
         self._metrics.tasks_succeeded += result.exit_code == 0
         self._metrics.tasks_failed += result.exit_code != 0
-        how = result.reason or ("lost" if result.exit_code is None else f"exit {result.exit_code}")
-        how = "it never ran" if result.never_ran else how
+        ended = "lost" if result.exit_code is None else f"exit {result.exit_code}"
+        how = "it never ran" if result.never_ran else result.reason or ended
         log.info("Finished task %d: %s, %s", task.id, how, span(Clock.now() - task.started_at))
 
     def _launch(self, task: Task, gate: threading.Event | None) -> _Run:
@@ -2876,6 +2877,8 @@ class DaemonRunner:
                 result = run.child.start() if run.gate else run.child.recover()
                 if result is None and run.gate:
                     run.gate.wait()
+                    if self.halted.is_set():
+                        run.child.end()  # the next daemon decides: do not start it now
                     run.child.go()
                 result = run.child.wait() if result is None else result
             except Exception as error:  # this thread's top frame
