@@ -164,6 +164,10 @@ CODES: dict[str, tuple[int, str]] = {
     "NOT_SUPPORTED": (1, "this system cannot do that"),
     "PERMISSION_DENIED": (77, "the project belongs to somebody else"),
     "PID_FILE_CORRUPTED": (65, "the PID file holds no PID"),
+    "PROCESS_ALREADY_RUNNING": (1, "all instances of the process run"),
+    "PROCESS_FAILED": (1, "the process did not come up"),
+    "PROCESS_NOT_FOUND": (2, "the configuration names no such process"),
+    "PROCESS_NOT_RUNNING": (1, "no instance of the process runs"),
     "QUEUE_FULL": (75, "retention.max_queue unfinished tasks are in the queue"),
     "START_FAILED": (1, "the daemon did not come up"),
     "STOP_FAILED": (1, "the daemon did not go away"),
@@ -482,6 +486,88 @@ def dependencies(value: object) -> list[tuple[int, str]]:
     return list(found.items())
 
 
+def mapping(value: object) -> dict[str, Any]:
+    """Read an object; where its values matter they are checked later."""
+    if not isinstance(value, dict):
+        raise ValueError("an object")
+    return value
+
+
+def environment(value: object) -> dict[str, str]:
+    """Read an object of strings."""
+    try:
+        for name, text in mapping(value).items():
+            if not name or "=" in name or b"\0" in os.fsencode(name + text):
+                raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError("an object of names and strings that can be encoded") from None
+    return mapping(value)
+
+
+def truth(value: object) -> bool:
+    """Read true or false."""
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def matching(pattern: str, form: str) -> Callable[[object], str]:
+    """Make a reader of strings that match a regular expression, described by `form`."""
+
+    def read(value: object) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(form)
+        return value
+
+    return read
+
+
+def octal(value: object) -> int:
+    """Read a umask: a string of octal digits. A number would hide which base it was in."""
+    return int(matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"')(value), 8)
+
+
+class Probe(Value):
+    """How to learn whether a process is ready, or still lives; times are seconds."""
+
+    kind: str  # tcp, http, command: it is asked; notify: it says so itself (sd_notify(3))
+    target: Any  # "HOST:PORT", a URL, a command; of notify: True
+    interval: float  # between two questions
+    timeout: float  # for an answer; of a live notify: between two WATCHDOG=1
+    within: float  # ready: the longest start
+    failures: int  # live: so many in a row are taken as hung
+
+
+PROBES: dict[str, Callable[[Any], Any]] = {
+    "tcp": matching(r"[^\s/]+:[^\s:/]+", '"HOST:PORT"'),
+    "http": matching(r"http://[^\s/]+(/\S*)?", '"http://HOST:PORT/PATH"'),
+    "command": command_line,
+    "notify": truth,
+}
+def probe(interval_s: float) -> Callable[[object], Probe]:
+    """Make a reader of {tcp = "HOST:PORT"} and the like, asked every `interval_s`."""
+    times: dict[str, Callable[[Any], Any]]
+    times = {**dict.fromkeys(("interval", "timeout", "within"), interval)}
+    times["failures"] = integer(1, 1000)
+    form = "a table with one of " + ", ".join(PROBES) + "; and perhaps " + ", ".join(times)
+
+    def read(value: object) -> Probe:
+        given = dict(value) if isinstance(value, dict) else {}
+        named = [kind for kind in PROBES if given.get(kind)]
+        if len(named) != 1 or not given.keys() <= {*named, *times}:
+            raise ValueError(form)
+        found = Probe(kind=named[0], interval=interval_s, timeout=5.0, within=60.0, failures=3)
+        try:
+            found.target = PROBES[found.kind](given.pop(found.kind))
+            for name, item in given.items():
+                setattr(found, name, times[name](item))
+        except ValueError as error:
+            raise ValueError(f"{form}; there: {error}") from None
+        return found
+
+    return read
+
+
 def timestamp(epoch: float) -> str:
     """Write a time as 2025-01-15T10:30:00.000Z."""
     milliseconds = int(epoch * 1000)
@@ -664,9 +750,19 @@ if sys.platform == "win32":
         close_inherited = staticmethod(lambda: None)
         reap_orphans = staticmethod(lambda known: None)
 
+        usage = staticmethod(lambda sessions: {})
+
         @staticmethod
         def fork(argv: list[str], env: dict[str, str]) -> Any:
             raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
+
+        @staticmethod
+        def identity(user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
+            raise ValueError("left out: on Windows all run as the daemon's own user")
+
+        @staticmethod
+        def bind(path: str | None, kind: int, owner: int | None = None) -> Any:
+            raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
 
         @staticmethod
         def network_file_system(path: str) -> str | None:
@@ -755,11 +851,60 @@ else:
 
         @staticmethod
         def command_pid(shell: int) -> int:
-            """Return the PID of the command that a shell of ours runs, else the shell's."""
-            path = f"/proc/{shell}/task/{shell}/children"
-            with contextlib.suppress(OSError, IndexError), open(path, "rb") as file:
-                return int(file.read().split()[0])
-            return shell
+            """Return the PID of the command that a shell runs, below all its `sh -c`.
+
+            A shell that has no child, or several, is itself the answer. (Linux)
+            """
+            pid = shell
+            with contextlib.suppress(OSError, ValueError):
+                while True:
+                    with open(f"/proc/{pid}/cmdline", "rb") as file:
+                        if file.read(11) != b"/bin/sh\0-c\0":
+                            return pid
+                    with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+                        (pid,) = map(int, file.read().split())
+            return pid
+
+        @staticmethod
+        def usage(sessions: Container[int]) -> dict[int, tuple[float, int]]:
+            """Return {session: (processor seconds, resident bytes)}, leaders excepted (Linux).
+
+            The leaders are our shells. Processor time includes what waited-for children used.
+            """
+            found: dict[int, tuple[float, int]] = {}
+            tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+            for name in filter(str.isdigit, os.listdir("/proc") if _HAS_PROC else ()):
+                with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
+                    session = int(fields[3])
+                    if session in sessions and session != int(name):
+                        cpu_s, memory = found.get(session, (0.0, 0))
+                        cpu_s += sum(map(int, fields[11:15])) / tick
+                        found[session] = (cpu_s, memory + int(fields[21]) * page)
+            return found
+
+        @staticmethod
+        def identity(user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
+            """Return what Popen and the environment need for a child to act as user and group.
+
+            Raises ValueError: there is no such, or only root may become it.
+            """
+            import grp
+            import pwd
+
+            try:
+                account = pwd.getpwnam(user) if user else pwd.getpwuid(os.geteuid())
+                gid = grp.getgrnam(group).gr_gid if group else account.pw_gid
+            except KeyError:
+                raise ValueError("one that this system knows") from None
+            if os.geteuid() == 0:
+                groups = os.getgrouplist(account.pw_name, gid)
+                names = dict.fromkeys(("USER", "LOGNAME"), account.pw_name)
+                env = {**names, "HOME": account.pw_dir, "SHELL": account.pw_shell}
+                return {"user": account.pw_uid, "group": gid, "extra_groups": groups}, env
+            if (account.pw_uid, gid) != (os.geteuid(), os.getegid()):
+                raise ValueError("our own: only root can become another")
+            return {}, {}
 
         @staticmethod
         def can_fork() -> bool:
@@ -790,21 +935,30 @@ else:
             return os.fdopen(reader, "rb")
 
         @staticmethod
-        def listen(folder: str) -> tuple[socket.socket, dict[str, Any]]:
-            """Open the control socket; return it and what `endpoint` says of it.
+        def bind(path: str | None, kind: int, owner: int | None = None) -> Any:
+            """Bind a Unix socket; return it and its path.
 
-            In `folder`, or where the path is short enough. The umask is 077: there is no
-            moment in which others could connect.
+            At `path`, or in a new folder when that is None or too long. The umask is 077: there
+            is no moment in which others than `owner` could connect.
             """
-            path = os.path.join(folder, "control.sock")
-            if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+            if path is None or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
                 import tempfile
 
                 path = os.path.join(tempfile.mkdtemp(prefix="apexd-"), "control.sock")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)  # we hold the lock: it is a dead daemon's
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(path)
+            bound = socket.socket(socket.AF_UNIX, kind)
+            bound.bind(path)
+            if owner is not None:
+                os.chown(path, owner, -1)
+                os.chmod(os.path.dirname(path), 0o711)
+            return bound, path
+
+        @staticmethod
+        def listen(folder: str) -> tuple[socket.socket, dict[str, Any]]:
+            """Open the control socket; return it and what `endpoint` says of it."""
+            path = os.path.join(folder, "control.sock")
+            listener, path = Platform.bind(path, socket.SOCK_STREAM)
             listener.listen(128)
             return listener, {"socket": path}
 
@@ -1066,6 +1220,30 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
 #    Uses 1-5. Read once at start and at each reload; a Config is never changed.
 # ============================================================================
 
+STOP_SIGNALS = ("TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL")
+
+
+def niceness(value: object) -> int:
+    """Read a niceness; below 0 is for root alone."""
+    return integer(-20 if Platform.is_root() else 0, 19)(value)
+
+
+def account(kind: str) -> Callable[[object], str]:
+    """Make a reader of a "user" or a "group" that children can be started as."""
+
+    def read(value: object) -> str:
+        name = line_of_text(value)
+        Platform.identity(**{"user": None, "group": None, kind: name})
+        return name
+
+    return read
+
+
+def paths(value: object) -> list[str]:
+    """Read a path or a list of them."""
+    return [line_of_text(path) for path in text_list([value] if isinstance(value, str) else value)]
+
+
 # One row an option: its reader, its default, its meaning. README and `config` follow it.
 OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "daemon": {
@@ -1095,12 +1273,44 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "cpu_seconds": (integer(1), None, "processor time of a task"),
         "open_files": (integer(3), None, "descriptors of a task"),
         "processes": (integer(1), None, "processes of the task's user (not for root)"),
+        "nice": (niceness, 0, "added to the niceness of a task"),
         "max_tokens": (integer(1), None, "reported tokens that end a task"),
         "max_cost": (number, None, "reported cost that ends a task"),
     },
     "group": {
         "max_concurrent": (integer(1, 1000), None, "tasks of this group at once"),
         "launcher": (text_list, [], 'words put before each command: ["srun", "-n1"]'),
+    },
+    "process": {
+        "command": (command_line, None, "a string for sh, or a list of arguments"),
+        "instances": (integer(0, 1000), 1, "copies; {instance} and APEX_INSTANCE count from 0"),
+        "autostart": (truth, True, "come up with the daemon"),
+        "restart": (choice("always", "on-failure", "never"), "always", "after it has ended"),
+        "max_restarts": (integer(0), 5, "within restart_window; more: it has failed"),
+        "restart_window": (interval, 60.0, "seconds in which restarts are counted"),
+        "min_uptime": (interval, 30.0, "after that an end is answered at once, and counts anew"),
+        "backoff": (interval, 1.0, "before the restart after a quick end; doubles"),
+        "backoff_max": (interval, 60.0, "the longest backoff"),
+        "retry_failed": (interval, 300.0, "between two tries of one that has failed"),
+        "stop_signal": (choice(*STOP_SIGNALS), "TERM", "asks it to end"),
+        "stop_timeout": (duration, 10.0, "from that to its KILL"),
+        "needs": (text_list, [], "processes that must be ready before it starts"),
+        "critical": (truth, False, "the daemon ends, failed, when it has failed"),
+        "ready": (probe(0.2), None, '{tcp | http | command = ...} or {notify = true}'),
+        "live": (probe(5.0), None, "the same; one that gives no sign of life is restarted"),
+        "env": (environment, {}, "variables on top of the daemon's own that are kept"),
+        "env_file": (paths, [], "files of NAME=VALUE lines, read at each start"),
+        "cwd": (line_of_text, ".", "seen from the project"),
+        "user": (account("user"), None, "to run as (the daemon is root)"),
+        "group": (account("group"), None, "to run as (the daemon is root)"),
+        "umask": (octal, 0o022, 'a string: "027"'),
+        "memory_mb": (integer(1), None, "address space of a process"),
+        "cpu_seconds": (integer(1), None, "processor time of a process"),
+        "open_files": (integer(3), None, "descriptors of a process"),
+        "processes": (integer(1), None, "processes of its user (not for root)"),
+        "nice": (niceness, 0, "added to its niceness"),
+        "memory_restart_mb": (number, None, "restarted when all of it uses more (Linux)"),
+        "log_mb": (number, 50.0, "an instance's log; its head goes to .1"),
     },
 }
 FORMER_NAMES = {
@@ -1119,7 +1329,8 @@ FORMER_NAMES = {
 class Config:
     """The effective configuration: config.daemon.poll_interval, config.groups["build"].
 
-    data: the file's tables; [group.NAME] comes with names of users. Raises CONFIG_INVALID.
+    data: the file's tables; [group.NAME] and [process.NAME] come with names of users'.
+    Raises CONFIG_INVALID.
     """
 
     daemon: Any
@@ -1131,21 +1342,49 @@ class Config:
         for key in data:
             if key not in OPTIONS:
                 raise _unknown(path, key, key, OPTIONS)
-        for name in OPTIONS.keys() - {"group"}:
+        for name in OPTIONS.keys() - {"group", "process"}:
             setattr(self, name, _read_section(path, name, name, data.get(name, {})))
-        groups = data.get("group", {})
-        if not isinstance(groups, dict):
-            raise _broken(path, "[group] must be a table of tables")
-        self.groups = {
-            name: _read_section(path, "group", f"group.{name}", groups.get(name, {}))
-            for name in ["default", *groups]
-        }
+        data = {**data, "group": {"default": {}, **_table(path, data, "group")}}
+        self.groups, self.processes = (
+            {name: _read_section(path, kind, f"{kind}.{name}", one) for name, one in table.items()}
+            for kind, table in ((kind, _table(path, data, kind)) for kind in ("group", "process"))
+        )
+        for name, process in self.processes.items():
+            if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
+                hint = "letters, digits, - and _, at most 64, a letter first"
+                raise _broken(path, f"process.{name}: is no name of a process", hint)
+            if process.command is None:
+                raise _broken(path, f"process.{name}.command is missing", "say what to run")
+        self._stop_s: dict[str, float] = {}  # by process, with all that it needs
+        for name in self.processes:
+            self._follow_needs(path, [name])
+        self.stop_timeout_s = max(self._stop_s.values(), default=0.0)  # of all, one by one
+
+    def _follow_needs(self, path: str | None, chain: list[str]) -> None:
+        """Check and measure what the last of a chain needs. Raises CONFIG_INVALID for a ring."""
+        process = self.processes[chain[-1]]
+        for need in process.needs:
+            if need not in self.processes:
+                what = f"process.{chain[-1]}.needs: there is no process {need!r}"
+                raise _broken(path, what, "processes: " + ", ".join(self.processes))
+            if need in chain:
+                ring = " -> ".join([*chain[chain.index(need) :], need])
+                raise _broken(path, f"process.{chain[-1]}.needs: a ring: {ring}", "break it")
+            if need not in self._stop_s:
+                self._follow_needs(path, [*chain, need])
+        below_s = max((self._stop_s[need] for need in process.needs), default=0.0)
+        self._stop_s[chain[-1]] = process.stop_timeout + below_s
 
     def to_dict(self) -> dict[str, Any]:
         """Return the effective values: {"daemon.poll_interval": 5.0, ...}."""
-        sections = {name: getattr(self, name) for name in OPTIONS if name != "group"}
-        sections.update({f"group.{name}": group for name, group in self.groups.items()})
-        return {f"{s}.{key}": x for s, one in sections.items() for key, x in vars(one).items()}
+        sections = {name: vars(getattr(self, name)) for name in OPTIONS if hasattr(self, name)}
+        for kind, table in (("group", self.groups), ("process", self.processes)):
+            sections.update({f"{kind}.{name}": vars(one) for name, one in table.items()})
+        return {
+            f"{section}.{key}": x.to_dict() if isinstance(x, Value) else x
+            for section, one in sections.items()
+            for key, x in one.items()
+        }
 
     def plan(self, new: Config) -> list[str]:
         """Say what a reload to `new` changes: ["changed log.level: info -> debug", ...]."""
@@ -1169,6 +1408,12 @@ def _unknown(path: str | None, where: str, key: str, known: Iterable[str]) -> Da
         return _broken(path, f"{where} is called {FORMER_NAMES[key]} here", "rename it")
     near = difflib.get_close_matches(key, list(known), 1, 0.0)
     return _broken(path, f"{where} is not an option", f"did you mean {near[0]}?")
+
+
+def _table(path: str | None, data: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    if not isinstance(data.get(kind, {}), dict):
+        raise _broken(path, f"[{kind}] must be a table of tables")
+    return dict(data.get(kind, {}))
 
 
 def _read_section(path: str | None, kind: str, where: str, given: object) -> SimpleNamespace:
@@ -1515,6 +1760,11 @@ CREATE TABLE deps (                    -- child comes after parent
 ) WITHOUT ROWID;
 CREATE INDEX deps_child ON deps (child);
 CREATE TABLE paused (grp TEXT PRIMARY KEY) WITHOUT ROWID;  -- '*': everything
+CREATE TABLE processes (               -- what users decided, over the configuration
+  name      TEXT PRIMARY KEY,
+  is_up     INTEGER,                   -- NULL: as autostart says
+  instances INTEGER                    -- NULL: as configured
+) WITHOUT ROWID;
 CREATE TABLE counts (state TEXT, grp TEXT, n INTEGER NOT NULL, PRIMARY KEY (state, grp))
   WITHOUT ROWID;
 -- Insertions are counted where they are made: a trigger costs a third of a large batch.
@@ -2054,6 +2304,19 @@ class TaskStore:
         with self.database.read() as db:
             return [row[0] for row in db.execute("SELECT grp FROM paused ORDER BY grp")]
 
+    def decide_process(self, name: str, what: str, decision: int | None) -> None:
+        """Keep what a user decided of a process: "is_up" or "instances"; None: undecided."""
+        column = {"is_up": "is_up", "instances": "instances"}[what]
+        with self.database.write() as db:
+            db.execute("INSERT OR IGNORE INTO processes (name) VALUES (?)", (name,))
+            db.execute(f"UPDATE processes SET {column} = ? WHERE name = ?", (decision, name))
+
+    def get_decisions(self) -> dict[str, tuple[bool | None, int | None]]:
+        """Return {process: (whether it is to be up, how many instances)}; None: undecided."""
+        with self.database.read() as db:
+            rows = db.execute("SELECT name, is_up, instances FROM processes").fetchall()
+        return {name: (None if up is None else bool(up), count) for name, up, count in rows}
+
     def report(
         self, task_id: int, token: str | None = None, run_id: str | None = None,
         tokens: int = 0, cost: float = 0.0, progress: float | None = None, note: str | None = None,
@@ -2275,7 +2538,7 @@ exec 3>&2 4>&1 >/dev/null 2>&1
 trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2 XCPU XFSZ VTALRM PROF
 trap 'echo "${r-e$?}" >&3' EXIT
 read -r go || { r=x; exit 0; }
-( trap - EXIT; exec 3>&- </dev/null >&4 2>&4 4>&-; %s exec "$@" )
+( trap - EXIT; exec 3>&- </dev/null >&4 2>&4 4>&-; %s "$@" )
 r=$?; exit "$r"
 """
 _STATUS = re.compile(rb"(\d+|e\d*|x)\n")
@@ -2289,10 +2552,14 @@ class Job(Value):
     cwd: str
     env: dict[str, str]
     umask: int | None
-    limits: Any  # memory_mb, cpu_seconds, open_files, processes
+    limits: Any  # memory_mb, cpu_seconds, open_files, processes, nice
+    identity: Any  # of Platform.identity: None: our own user
     record_path: str
     log_path: str
+    stop_signal: str  # "TERM"
     stop_timeout_s: float
+    is_process: bool | None  # nothing of it may outlive its command
+    note: dict[str, Any] | None  # what the record is to say on top
 
 
 def log_path(folder: str, task_id: int, number: int) -> str:
@@ -2315,12 +2582,30 @@ def make_job(task: Task, env: Mapping[str, str], umask: int | None, store: TaskS
         limits=store.config.limits,
         record_path=os.path.join(store.folder, "run", f"slot-{task.slot}"),
         log_path=log_path(store.folder, task.id, task.attempts),
+        stop_signal="TERM",
         stop_timeout_s=store.config.daemon.stop_timeout,
     )
 
 
+def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[str, str]:
+    """Return what a task gets of this process's environment, and NAME[=VALUE] on top."""
+    names = {*ENVIRONMENT_KEPT, *keep}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if (not names.isdisjoint((name, name.upper(), "*")) or name.startswith("LC_"))
+        and not ENVIRONMENT_DROPPED.match(name)
+    }
+    for item in extra:
+        name, has_value, value = item.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise bad(f"{name!r} is no name of a variable", "write --env NAME or NAME=VALUE")
+        env[name] = value if has_value else os.environ.get(name, "")
+    return env
+
+
 def _limit_lines(job: Job) -> str:
-    """Return the shell's lines that limit the command; a limit that cannot be set ends it."""
+    """Return what stands before the command: its limits; one that cannot be set ends it."""
     limits = job.limits
     lines = [f"umask {0o022 if job.umask is None else job.umask:04o};"]
     if limits.memory_mb:
@@ -2333,6 +2618,7 @@ def _limit_lines(job: Job) -> str:
     if limits.processes:  # -u in bash and ksh, -p in dash
         n = limits.processes
         lines.append(f"ulimit -u {n} 2>/dev/null || ulimit -p {n} || exit 126;")
+    lines.append(f"exec nice -n {limits.nice}" if limits.nice else "exec")
     return " ".join(lines)
 
 
@@ -2346,6 +2632,28 @@ def find_obstacle(job: Job) -> Result | None:
     if os.path.isdir(place) or not os.access(place, os.X_OK):
         return Result(exit_code=126, reason=f"spawn:EACCES {name}: not executable")
     return None
+
+
+def describe_end(result: Result) -> str:
+    """Say in a few words how a child ended."""
+    ended = "lost" if result.exit_code is None else f"exit {result.exit_code}"
+    return "it never ran" if result.never_ran else result.reason or ended
+
+
+def log_reason(job: Job, reason: str) -> None:
+    """Write why a child could not start to where its output would be."""
+    with contextlib.suppress(OSError, DaemonError):
+        fd = open_file(job.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(fd, "w", errors="replace") as file:
+            file.write(f"apexd: {reason}\n")
+
+
+def read_note(record_path: str) -> dict[str, Any]:
+    """Return what a record says of its last run: "run", "pid", "boot" and more; {}: nothing."""
+    with contextlib.suppress(FileNotFoundError, ValueError), open(record_path, "rb") as file:
+        file.seek(SLOT_NOTE_AT)
+        return dict(json.loads(file.read(SLOT_RECORD_BYTES - SLOT_NOTE_AT)))
+    return {}
 
 
 def lock_within(fd: int, timeout_s: float) -> bool:
@@ -2418,6 +2726,9 @@ class Child:
     def _signal(self, force: bool) -> None:
         raise NotImplementedError
 
+    def write_note(self, **more: object) -> None:
+        """Write into the record, on top, what the next daemon is to know of this run."""
+
     @property
     def pid(self) -> int | None:
         """The command's own PID while it runs."""
@@ -2430,6 +2741,7 @@ class ShellChild(Child):
     """A command under its shell, in a session of its own; outlives this process."""
 
     _record = _go_writer = -1
+    _note: dict[str, Any]
 
     def _spawn(self, log_fd: int) -> None:
         import subprocess
@@ -2447,13 +2759,13 @@ class ShellChild(Child):
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", _SCRIPT % _limit_lines(job), "apexd", *job.argv],
                 stdin=go_reader, stdout=log_fd, stderr=record,
-                cwd=job.cwd, env=job.env, **Platform.CHILD,
+                cwd=job.cwd, env=job.env, **Platform.CHILD, **(job.identity or {}),
             )  # fmt: skip
             pid = self._process.pid
-            note = {"run": job.run_id, "pid": pid, "boot": Platform.boot_id()}
-            os.pwrite(record, json.dumps(note).encode() + b"\n", SLOT_NOTE_AT)
-            failpoint("note")
+            self._note = {"run": job.run_id, "pid": pid, "boot": Platform.boot_id()}
             self._record = os.open(job.record_path, os.O_RDWR | _O_SAFE)  # without the lock
+            self.write_note(**(job.note or {}))
+            failpoint("note")
             self.shell_pid = pid
         except BaseException:
             self._close_record()
@@ -2462,6 +2774,14 @@ class ShellChild(Child):
             for fd in (record, go_reader):
                 if fd >= 0:
                     os.close(fd)
+
+    def write_note(self, **more: object) -> None:
+        """Write into the record, on top, what the next daemon is to know of this run."""
+        self._note.update(more)
+        data = json.dumps(self._note).encode().ljust(SLOT_RECORD_BYTES - SLOT_NOTE_AT - 1) + b"\n"
+        with self._lock:
+            if self._record >= 0:
+                os.pwrite(self._record, data, SLOT_NOTE_AT)
 
     def go(self) -> None:
         """Let the command run, now that its claim is on disk, unless it was ended before."""
@@ -2489,10 +2809,7 @@ class ShellChild(Child):
         if not os.path.exists(job.record_path):
             return Result(never_ran=True)
         self._record = open_file(job.record_path, os.O_RDWR)
-        note: dict[str, Any] = {}
-        with contextlib.suppress(ValueError):
-            end = SLOT_RECORD_BYTES - SLOT_NOTE_AT
-            note.update(json.loads(os.pread(self._record, end, SLOT_NOTE_AT)))
+        note = self._note = read_note(job.record_path)
         if note.get("run") != job.run_id:
             result: Result | None = Result(never_ran=True)
         elif self._read_status() is not None:
@@ -2534,7 +2851,8 @@ class ShellChild(Child):
     def _conclude(self) -> Result:
         """Say how an attempt ended whose shell is gone; end what it left behind if need be."""
         result = self._read_status()
-        if result is None or (self._is_unwanted and not result.never_ran):
+        is_ended = self._is_unwanted or self.job.is_process
+        if result is None or (is_ended and not result.never_ran):
             while not self._end_leftovers():
                 log.warning("waiting for what is left of run %s", self.job.run_id)
         if result is not None and result.exit_code in (126, 127):
@@ -2564,7 +2882,8 @@ class ShellChild(Child):
             return self._is_ended or (self._record >= 0 and self._read_status() is not None)
 
     def _signal(self, force: bool) -> None:
-        Platform.signal_group(self.shell_pid, signal.SIGKILL if force else signal.SIGTERM)
+        name = "SIGKILL" if force else "SIG" + self.job.stop_signal
+        Platform.signal_group(self.shell_pid, getattr(signal, name))
 
 
 class JobChild(Child):
@@ -2847,9 +3166,8 @@ class DaemonRunner:
         self._metrics.tasks_processed += 1
         self._metrics.tasks_succeeded += result.exit_code == 0
         self._metrics.tasks_failed += result.exit_code != 0
-        ended = "lost" if result.exit_code is None else f"exit {result.exit_code}"
-        how = "it never ran" if result.never_ran else result.reason or ended
-        log.info("Finished task %d: %s, %s", task.id, how, span(Clock.now() - task.started_at))
+        took = span(Clock.now() - task.started_at)
+        log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
 
     def _launch(self, task: Task, gate: threading.Event | None) -> _Run:
         """Give an attempt to its slot's thread."""
@@ -2885,10 +3203,7 @@ class DaemonRunner:
                 log.exception("task %d could not be carried out", run.task.id)
                 result = Result(exit_code=126, reason=f"apexd: {error}")
             if result.reason is not None:
-                with contextlib.suppress(OSError, DaemonError):
-                    fd = open_file(run.child.job.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-                    with os.fdopen(fd, "w", errors="replace") as file:
-                        file.write(f"apexd: {result.reason}\n")
+                log_reason(run.child.job, result.reason)
             self._results.append((run.task, result))
             self._wake.set()
 
@@ -2917,6 +3232,734 @@ class DaemonRunner:
             self._attempts.set_wishes([run.task.id], wish)
             log.warning("Ending task %d: %s", run.task.id, wish.value)
             self._end(run)
+
+
+# ============================================================================
+# 14. SUPERVISOR - process state table, `decide` (pure), apply
+#     Uses 1-10. Threads: one decides; a run has one that waits, one that probes.
+#     Closed by: Daemon.
+# ============================================================================
+
+# A process is a command that should not end. Each of its instances is a child of the attempt
+# protocol (section 10) with a record of its own, `run/proc-NAME.INDEX`. The note in the record
+# holds all that the next daemon must know: the run id, when it began, what it had been through.
+# So a record whose shell lives is adopted, and no second copy is ever started beside it.
+#
+# What happens next is decided in one place, from what is known of an instance:
+#
+#   stopped --> starting --> running <--> unhealthy       starting: waits for what it needs,
+#      ^           |            |             |           then to be ready
+#      |           +------------+-------------+--> stopping --> stopped (crashed when it hung)
+#      |           +------------+-------------+--> crashed --> starting | backoff | failed
+#      `-- crashed, backoff, failed                backoff, failed --> starting
+
+
+class ProcessState(str, Enum):
+    """Where an instance stands; PROCESS_MOVES says where it can go from there."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    UNHEALTHY = "unhealthy"  # alive, but it did not answer when it was last asked
+    BACKOFF = "backoff"  # ended soon after its start; tried again after a while
+    STOPPING = "stopping"
+    CRASHED = "crashed"  # ended by itself; what follows is decided at once
+    FAILED = "failed"  # ended too often; tried again seldom
+
+
+_UP = {ProcessState.STARTING, ProcessState.RUNNING, ProcessState.UNHEALTHY}
+_READY = {ProcessState.RUNNING, ProcessState.UNHEALTHY}
+_ENDS = {ProcessState.STOPPING, ProcessState.CRASHED}
+PROCESS_MOVES: dict[ProcessState, set[ProcessState]] = {
+    ProcessState.STOPPED: {ProcessState.STARTING},
+    ProcessState.STARTING: {ProcessState.RUNNING, ProcessState.STOPPED, *_ENDS},
+    ProcessState.RUNNING: {ProcessState.UNHEALTHY, *_ENDS},
+    ProcessState.UNHEALTHY: {ProcessState.RUNNING, *_ENDS},
+    ProcessState.STOPPING: {ProcessState.STOPPED, ProcessState.CRASHED},
+    ProcessState.CRASHED: {ProcessState.STARTING, ProcessState.BACKOFF, ProcessState.FAILED,
+                           ProcessState.STOPPED},
+    ProcessState.BACKOFF: {ProcessState.STARTING, ProcessState.STOPPED},
+    ProcessState.FAILED: {ProcessState.STARTING, ProcessState.STOPPED},
+}  # fmt: skip
+
+
+class View(Value):
+    """All that `decide` knows of an instance; times are monotonic seconds."""
+
+    policy: Any  # its section of the configuration
+    state: ProcessState
+    is_wanted: bool
+    is_stale: bool  # is to be replaced: by a restart, other configuration, its memory
+    is_held: bool  # must wait: for what it needs; when it is to end, for what needs it
+    is_spawned: bool  # it has a child
+    is_ready: bool
+    started: float
+    last_sign: float  # of life
+    lapses: int  # probes without an answer, in a row
+    due: float  # the next try in backoff and failed, the KILL in stopping
+    result: Result | None  # of the last run that ended by itself
+    quick_ends: int  # in a row, before min_uptime
+    restarts: list[float]  # the latest, as many as can matter
+    has_given_up: bool
+    jitter: float  # from 0 to 1
+
+
+class Action(Value):
+    """What `decide` says: the state that follows, and what is to be done; None: as it was."""
+
+    state: ProcessState
+    act: str | None  # "start", "end" (stop_signal), "kill"
+    why: str | None
+    due: float | None
+    quick_ends: int | None
+    has_given_up: bool | None
+    is_wanted: bool | None
+
+
+def decide(now: float, view: View) -> Action:
+    """Say what an instance does next; asked again until nothing changes. Pure."""
+    if view.state == ProcessState.CRASHED:
+        return _after_end(now, view)
+    if view.state == ProcessState.STOPPING:  # until its child has ended
+        if now < view.due:
+            return Action(state=view.state)
+        return Action(state=view.state, act="kill", due=now + max(view.policy.stop_timeout, 1.0))
+    if view.is_spawned:
+        return _while_alive(now, view)
+    if not view.is_wanted:
+        return Action(state=ProcessState.STOPPED)
+    if view.state in (ProcessState.BACKOFF, ProcessState.FAILED) and now < view.due:
+        return Action(state=view.state)
+    can_start = view.state == ProcessState.STARTING and not view.is_held
+    return Action(state=ProcessState.STARTING, act="start" if can_start else None)
+
+
+def _while_alive(now: float, view: View) -> Action:
+    policy, state, why = view.policy, view.state, None
+    if not view.is_wanted or view.is_stale:
+        why = None if view.is_held else "it is to be replaced" if view.is_wanted else "as asked"
+    elif state == ProcessState.STARTING:
+        if view.is_ready:
+            return Action(state=ProcessState.RUNNING)
+        if policy.ready and now >= view.started + policy.ready.within:
+            why = f"not ready within {span(policy.ready.within)}"
+    elif policy.live:
+        if view.lapses >= policy.live.failures or now >= silence_ends(view):
+            why = f"no sign of life for {span(now - view.last_sign)}"
+        else:
+            state = ProcessState.UNHEALTHY if view.lapses else ProcessState.RUNNING
+    if why is None:
+        return Action(state=state)
+    due = now + policy.stop_timeout
+    return Action(state=ProcessState.STOPPING, act="end", why=why, due=due)
+
+
+def silence_ends(view: View) -> float:
+    """Return when an instance without a sign of life counts as hung."""
+    live = view.policy.live
+    if live is None:
+        return float("inf")
+    is_told = live.kind == "notify"
+    patience_s = live.timeout if is_told else (live.interval + live.timeout) * live.failures
+    return float(view.last_sign + patience_s)
+
+
+def when_due(view: View) -> float:
+    """Return when `decide` must be asked again though nothing happens."""
+    if view.state in (ProcessState.BACKOFF, ProcessState.FAILED, ProcessState.STOPPING):
+        return view.due
+    if view.state == ProcessState.STARTING and view.policy.ready and view.is_spawned:
+        return float(view.started + view.policy.ready.within)
+    return silence_ends(view) if view.state in _READY else float("inf")
+
+
+def _after_end(now: float, view: View) -> Action:
+    """Restart at once, after a backoff, seldom, or not: by how long it had been up."""
+    policy, result = view.policy, view.result or Result()
+    is_ok = result.exit_code == 0
+    if policy.restart == "never" or (policy.restart == "on-failure" and is_ok):
+        state = ProcessState.STOPPED if is_ok else ProcessState.CRASHED
+        return Action(state=state, is_wanted=False)
+    if not view.is_wanted:
+        return Action(state=ProcessState.STOPPED)
+    if result.never_ran:
+        return Action(state=ProcessState.STARTING)
+    if now - view.started >= policy.min_uptime:
+        return Action(state=ProcessState.STARTING, quick_ends=0, has_given_up=False)
+    count = view.quick_ends + 1
+    recent = sum(now - moment < policy.restart_window for moment in view.restarts)
+    if view.has_given_up or recent >= policy.max_restarts:
+        due, state = now + policy.retry_failed, ProcessState.FAILED
+        return Action(state=state, due=due, quick_ends=count, has_given_up=True)
+    delay_s = backoff(count, policy.backoff, policy.backoff_max, 1.0 + view.jitter / 10)
+    return Action(state=ProcessState.BACKOFF, due=now + delay_s, quick_ends=count)
+
+
+def fill(value: Any, index: int) -> Any:
+    """Replace {instance} and {instance+8000} in a string, or in each string of a list."""
+    if isinstance(value, list):
+        return [fill(item, index) for item in value]
+    pattern = r"\{instance(?:\+([0-9]{1,9}))?\}"
+    return re.sub(pattern, lambda match: str(index + int(match[1] or 0)), value)
+
+
+def read_environment(path: str) -> dict[str, str]:
+    """Read NAME=VALUE lines; quotes around a value, `export` and # lines are allowed.
+
+    Raises OSError, ValueError with the line.
+    """
+    found = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip()
+            if text and not text.startswith("#"):
+                match = re.fullmatch(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", text)
+                if match is None or "\0" in text:
+                    raise ValueError(f"{path}:{number} is not NAME=VALUE")
+                value = match[2].strip()
+                is_quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
+                found[match[1]] = value[1:-1] if is_quoted else value
+    return found
+
+
+def ask(probe: Probe, job: Job, index: int) -> bool:
+    """Ask a process once whether it is well."""
+    target = fill(probe.target, index)
+    try:
+        if probe.kind == "tcp":
+            host, _, port = target.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), probe.timeout).close()
+            return True
+        if probe.kind == "http":
+            return _ask_http(target, probe.timeout)
+        return _ask_command(target, probe.timeout, job)
+    except (OSError, ValueError):
+        return False
+
+
+def _ask_http(url: str, timeout_s: float) -> bool:
+    import http.client
+
+    host, _, path = url[len("http://") :].partition("/")
+    with contextlib.closing(http.client.HTTPConnection(host, timeout=timeout_s)) as connection:
+        try:
+            connection.request("GET", "/" + path)
+            return connection.getresponse().status < 400
+        except http.client.HTTPException:
+            return False
+
+
+def _ask_command(command: str | list[str], timeout_s: float, job: Job) -> bool:
+    import subprocess
+
+    argv = [*Platform.SHELL, command] if isinstance(command, str) else command
+    null = subprocess.DEVNULL
+    with subprocess.Popen(
+        argv, stdin=null, stdout=null, stderr=null, cwd=job.cwd, env=job.env,
+        **Platform.DETACHED, **(job.identity or {}),
+    ) as process:  # fmt: skip
+        try:
+            return process.wait(timeout_s) == 0
+        except subprocess.TimeoutExpired:
+            Platform.signal_group(process.pid, Platform.kill)
+            process.kill()
+            return False
+
+
+def find_records(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield (process, index, note) of the runs that a former daemon of this boot began."""
+    for entry in sorted(os.listdir(os.path.join(folder, "run"))):
+        match = re.fullmatch(r"proc-([A-Za-z][A-Za-z0-9_-]*)\.([0-9]+)", entry)
+        path = os.path.join(folder, "run", entry)
+        note = read_note(path) if match else {}
+        if match and note.get("boot") == Platform.boot_id():
+            yield match[1], int(match[2]), note
+        elif match:
+            os.unlink(path)
+
+
+class Instance:
+    """One copy of a process: what `decide` sees of it, its child, what it has been through.
+
+    Threads of a run: "proc-ID" starts the child and waits for it, "probe-ID" asks it,
+    "hear-ID" hears it. `moved` is the supervisor's condition: its lock guards all.
+    """
+
+    def __init__(
+        self, name: str, index: int, policy: Any, store: TaskStore, moved: threading.Condition
+    ) -> None:
+        self.name, self.index, self.id = name, index, f"{name}.{index}"
+        self._store, self._moved = store, moved
+        self.view = View(policy=policy, state=ProcessState.STOPPED, restarts=[], due=0.0)
+        self.view.quick_ends = self.view.jitter = 0
+        self.child: Child | None = None
+        self.note: dict[str, Any] = {}  # of the last run, as in its record
+        self.last_end = self.remark = ""  # "exit 137"; what it says of itself (STATUS=)
+        self.is_surplus = False  # neither configured nor asked for any more
+        self.is_rolling = False  # when it is replaced, only while its siblings are ready
+        self._sample = (0.0, 0.0)  # at the last look: monotonic, processor seconds
+
+    @property
+    def spec(self) -> str:
+        """A checksum of what a run cannot take on once it has begun."""
+        import zlib
+
+        names = "command env env_file cwd user group umask memory_mb cpu_seconds open_files nice"
+        values = [getattr(self.view.policy, name) for name in [*names.split(), "processes"]]
+        values += [str(one) for one in self._probes() if one.kind == "notify"]
+        return f"{zlib.crc32(json.dumps(values).encode()):08x}"
+
+    def _probes(self) -> list[Probe]:
+        return [one for one in (self.view.policy.ready, self.view.policy.live) if one is not None]
+
+    def want(self) -> None:
+        """Have it up from now on, as if for the first time; holds the lock."""
+        view = self.view
+        view.is_stale = view.is_stale or view.state == ProcessState.STOPPING
+        if self.child is None:
+            view.result, view.quick_ends, view.restarts, view.has_given_up = None, 0, [], False
+            view.state = ProcessState.STOPPED
+        view.is_wanted = True
+
+    def move(self, state: ProcessState, why: str | None = None) -> None:
+        """Go to another state: the only way but for `want` and `adopt`; holds the lock."""
+        if state not in PROCESS_MOVES[self.view.state]:
+            what = f"{self.id}: {self.view.state.value} cannot become {state.value}"
+            raise DaemonError("INTERNAL", what)
+        log.info("Process %s is %s%s", self.id, state.value, f": {why}" if why else "")
+        if state == ProcessState.RUNNING and self.child is not None:
+            self.view.last_sign, self.view.lapses = Clock.mono(), 0
+            self.child.write_note(ready=True)
+        is_given_up = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
+        self.view.state = state
+        if state == ProcessState.STOPPED and is_given_up:
+            self.forget()
+        self._moved.notify_all()
+
+    def forget(self) -> None:
+        """Let the next start be a first one; holds the lock, and has no child."""
+        self.note = {}
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._make_child("").job.record_path)
+
+    def begin(self) -> None:
+        """Start a run; holds the lock."""
+        view, note = self.view, self.note
+        is_again = view.result is not None
+        if is_again:
+            view.restarts = [*view.restarts, Clock.mono()][-view.policy.max_restarts - 1 :]
+        self.note = {
+            "started": Clock.now(),
+            "restarts": note.get("restarts", 0) + is_again,
+            "quick": view.quick_ends,
+            "given_up": view.has_given_up,
+            "spec": self.spec,
+        }
+        child = self._make_child(f"{self.id}-{os.urandom(8).hex()}")
+        self._launch(child, functools.partial(self._start, child))
+
+    def adopt(self, note: dict[str, Any]) -> None:
+        """Take over the run that a record tells of; holds the lock."""
+        view, self.note = self.view, note
+        view.quick_ends, view.has_given_up = note.get("quick", 0), note.get("given_up", False)
+        child = self._make_child(note["run"])
+        self._launch(child, functools.partial(self._take_over, child))
+        view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
+        view.started -= max(Clock.now() - note.get("started", Clock.now()), 0.0)
+
+    def _make_child(self, run_id: str) -> Child:
+        policy, folder = self.view.policy, self._store.folder
+        command = fill(policy.command, self.index)
+        job = Job(
+            run_id=run_id,
+            argv=[*Platform.SHELL, command] if isinstance(command, str) else command,
+            cwd=os.path.join(self._store.project, fill(policy.cwd, self.index)),
+            env={},
+            umask=policy.umask,
+            limits=policy,
+            record_path=os.path.join(folder, "run", "proc-" + self.id),
+            log_path=os.path.join(folder, "logs", f"proc-{self.id}.log"),
+            stop_signal=policy.stop_signal,
+            stop_timeout_s=policy.stop_timeout,
+            is_process=True,
+            note=self.note,
+        )
+        return make_child(job)
+
+    def _launch(self, child: Child, begin: Callable[[], Result | None]) -> None:
+        view, self.child, self.remark = self.view, child, ""
+        view.is_ready, view.lapses, view.is_stale = False, 0, False
+        view.started = view.last_sign = Clock.mono()
+        run = functools.partial(self._carry_out, child, begin)
+        threading.Thread(target=run, name="proc-" + self.id, daemon=True).start()
+
+    def _carry_out(self, child: Child, begin: Callable[[], Result | None]) -> None:
+        gone = threading.Event()
+        result = None
+        try:
+            result = begin()
+            if result is None:
+                with self._moved:
+                    is_told = self.note.get("ready", False)
+                    self.view.is_ready = is_told or self.view.policy.ready is None
+                    self._moved.notify_all()
+                if any(one.kind != "notify" for one in self._probes()):
+                    ask_it = functools.partial(self._ask, child, gone)
+                    threading.Thread(target=ask_it, name="probe-" + self.id, daemon=True).start()
+                result = child.wait()
+            else:  # it ended while there was no daemon, or could not start
+                up_s = os.path.getmtime(child.job.record_path) - self.note["started"]
+                self.view.started = Clock.mono() - max(up_s, 0.0)
+        except (OSError, ValueError, DaemonError) as error:
+            result = result or Result(exit_code=126, reason=f"spawn: {error}")
+        except Exception as error:  # this thread's top frame
+            log.exception("process %s could not be carried out", self.id)
+            result = Result(exit_code=126, reason=f"apexd: {error}")
+        gone.set()
+        self._end(child, result)
+
+    def _settle_in(self, child: Child) -> None:
+        """Give a run its user and its NOTIFY_SOCKET (sd_notify(3)), if it is to have them."""
+        policy, job = self.view.policy, child.job
+        if policy.user or policy.group:
+            job.identity, who = Platform.identity(policy.user, policy.group)
+            job.env.update(who)
+        if any(one.kind == "notify" for one in self._probes()):
+            owner = (job.identity or {}).get("user")
+            near = os.path.join(os.path.dirname(job.record_path), "notify-" + self.id)
+            path = self.note.get("notify") or (near if owner is None else None)
+            hearing, path = Platform.bind(path, socket.SOCK_DGRAM, owner)
+            self.note["notify"] = job.env["NOTIFY_SOCKET"] = path
+            if policy.live and policy.live.kind == "notify":
+                job.env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
+            hear_it = functools.partial(self._hear, hearing, child)
+            threading.Thread(target=hear_it, name="hear-" + self.id, daemon=True).start()
+
+    def _take_over(self, child: Child) -> Result | None:
+        """Recover a former daemon's child, in its thread."""
+        result = child.recover()
+        try:
+            if result is None:
+                self._settle_in(child)
+        except (OSError, ValueError, DaemonError) as error:  # it runs all the same
+            log.error("process %s is not heard: %s", self.id, error)
+        return result
+
+    def _start(self, child: Child) -> Result | None:
+        """Start a new child, in its thread. Raises OSError, ValueError, DaemonError."""
+        self._settle_in(child)
+        policy, job = self.view.policy, child.job
+        env = {**capture_environment(self._store.config.daemon.env_keep), **job.env}
+        for path in policy.env_file:
+            env.update(read_environment(os.path.join(self._store.project, path)))
+        env.update({name: fill(text, self.index) for name, text in policy.env.items()})
+        marks = {"PROCESS": self.name, "INSTANCE": self.index, "RUN_ID": job.run_id}
+        marks.update(PROJECT_PATH=self._store.project, STATE_DIR=self._store.folder)
+        env.update({f"APEX_{name}": str(value) for name, value in marks.items()})
+        job.env.update(env)
+        result = child.start()
+        if result is None:
+            child.go()
+        return result
+
+    def _end(self, child: Child, result: Result) -> None:
+        """Take note that a run has ended."""
+        if result.reason is not None:
+            log_reason(child.job, result.reason)
+        with self._moved:
+            view, self.child, self.last_end = self.view, None, describe_end(result)
+            is_meant = view.state == ProcessState.STOPPING and (view.is_stale or not view.is_wanted)
+            view.result, view.jitter = None if is_meant else result, random.random()
+            path = self.note.get("notify")
+            if is_meant and not view.is_wanted:
+                self.forget()
+            self.move(ProcessState.STOPPED if is_meant else ProcessState.CRASHED, self.last_end)
+        if path:  # wake the one that hears
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+                with contextlib.suppress(OSError):
+                    end.sendto(b"", path)
+
+    def _ask(self, child: Child, gone: threading.Event) -> None:
+        """Ask a run whether it is ready, then whether it lives, until it is gone."""
+        view, pause_s = self.view, 0.0
+        while not gone.wait(pause_s):
+            is_ready = view.is_ready
+            probe = view.policy.live if is_ready else view.policy.ready
+            if probe is None or (is_ready and probe.kind == "notify"):
+                return
+            pause_s = min(probe.interval, 1.0) if probe.kind == "notify" else probe.interval
+            if probe.kind != "notify":
+                is_well = ask(probe, child.job, self.index)
+                with self._moved:
+                    if self.child is child:
+                        self._take_sign(is_well)
+
+    def _take_sign(self, is_well: bool) -> None:
+        """Count a sign of life, or a lapse; the first one that is good is readiness."""
+        view = self.view
+        is_news = is_well != (view.is_ready and not view.lapses)
+        if is_well:
+            view.is_ready, view.lapses, view.last_sign = True, 0, Clock.mono()
+        elif view.is_ready:
+            view.lapses += 1
+        if is_news:
+            self._moved.notify_all()
+
+    def _hear(self, hearing: socket.socket, child: Child) -> None:
+        """Hear what a run says of itself until it is gone."""
+        path = hearing.getsockname()
+        with hearing:
+            while self.child is child:
+                words = hearing.recv(4096).decode("utf-8", "replace").split("\n")
+                with self._moved:
+                    if "WATCHDOG=trigger" in words and self.view.policy.live:
+                        self.view.lapses = self.view.policy.live.failures
+                        self._moved.notify_all()
+                    elif "READY=1" in words or ("WATCHDOG=1" in words and self.view.is_ready):
+                        self._take_sign(True)
+                    for word in words:
+                        if word.startswith("STATUS="):
+                            self.remark = word[len("STATUS=") :][:1000]
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))  # one of its own
+
+    def describe(self, usage: Mapping[int, tuple[float, int]]) -> dict[str, Any]:
+        """Return {"index", "pid", "state", "cpu_percent", "memory_bytes", "uptime_secs",
+        "restart_count"}; cpu_percent: since the last look; holds the lock."""
+        now, child = Clock.mono(), self.child
+        pid = child.pid if child is not None else None
+        cpu_s, memory = usage.get(child.shell_pid if child else 0, (None, None))
+        percent = None
+        if cpu_s is not None:
+            (last, last_s), self._sample = self._sample, (now, cpu_s)
+            if last < self.view.started:  # the first look: since it began
+                last, last_s = self.view.started, 0.0
+            percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+        return {
+            "index": self.index,
+            "pid": pid,
+            "state": self.view.state.value,
+            "cpu_percent": percent,
+            "memory_bytes": memory,
+            "uptime_secs": now - self.view.started if pid else None,
+            "restart_count": self.note.get("restarts", 0),
+        }
+
+    def explain(self) -> str:
+        """Say in a line what it does, and why."""
+        view, now, count = self.view, Clock.mono(), self.note.get("restarts", 0)
+        times = "1 time" if count == 1 else f"{count} times"
+        parts = [f"restarted {times}: {self.last_end}"] if self.last_end and count else []
+        if not parts and self.last_end:
+            parts = [self.last_end]
+        if view.state in (ProcessState.BACKOFF, ProcessState.FAILED):
+            parts.append(f"next try in {span(view.due - now)}")
+        elif view.state == ProcessState.STARTING and self.child is None:
+            parts = ["waits for " + ", ".join(view.policy.needs)]
+        elif view.state == ProcessState.STARTING:
+            parts.append(f"not ready yet, for {span(now - view.started)}")
+        elif view.state == ProcessState.UNHEALTHY:
+            parts.append(f"no sign of life for {span(now - view.last_sign)}")
+        elif view.state == ProcessState.RUNNING:
+            parts.insert(0, f"since {span(now - view.started)}")
+        parts += [f'it says "{self.remark}"'] if self.remark else []
+        return ": ".join(filter(None, (f"{self.id} {view.state.value}", "; ".join(parts))))
+
+
+class Supervisor:
+    """Keeps the processes of the configuration as they are wanted.
+
+    Thread: "supervisor" decides. Life: start -> stop, which ends them; or -> halt, which
+    leaves them to the next daemon. The verbs raise PROCESS_NOT_FOUND and what they name.
+    """
+
+    def __init__(
+        self, store: TaskStore, on_failure: Callable[[str], None] = lambda name: None,
+        on_stopped: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._on_failure, self._on_stopped = on_failure, on_stopped
+        self._moved = threading.Condition()  # guards all instances; taken before the store's lock
+        self._instances: dict[str, Instance] = {}
+        self._is_stopping = False
+        self.halted = threading.Event()
+        self._next_check = 0.0  # monotonic
+
+    def start(self) -> None:
+        """Adopt what a former daemon left, start what is wanted."""
+        with self._moved:
+            gone = Config({"process": {"gone": {"command": "gone"}}}).processes["gone"]
+            for name, index, note in find_records(self._store.folder):
+                policy = self._store.config.processes.get(name, gone)
+                instance = Instance(name, index, policy, self._store, self._moved)
+                self._instances[instance.id] = instance
+                is_up, _ = self._store.get_decisions().get(name, (None, None))
+                instance.view.is_wanted = is_up is not False
+                log.info("Adopting process %s", instance.id)
+                instance.adopt(note)
+            self._arrange()
+        threading.Thread(target=self._loop, name="supervisor", daemon=True).start()
+
+    def stop(self, force: bool = False) -> None:
+        """End all, each after what needs it; `on_stopped` is called when it is done."""
+        with self._moved:
+            self._is_stopping = True
+            for instance in self._instances.values():
+                instance.view.is_wanted = False
+                if instance.child is None:
+                    instance.forget()
+                elif force:
+                    instance.child.end(force=True)
+            self._moved.notify_all()
+
+    def halt(self) -> None:
+        """Decide nothing more, and leave the children to the next daemon."""
+        with self._moved:
+            self.halted.set()
+            self._moved.notify_all()
+
+    def reload(self, old: Config) -> None:
+        """Start, stop and replace what differs now from the configuration before."""
+        with self._moved:
+            for name, policy in self._store.config.processes.items():
+                before = old.processes.get(name)
+                if before is not None and before.instances != policy.instances:
+                    self._store.decide_process(name, "instances", None)
+            if not self._is_stopping:
+                self._arrange()
+
+    def status(self) -> dict[str, Any]:
+        """Return {"process_count", "running_instances", "failed": ids that were given up}."""
+        with self._moved:
+            everyone = self._instances.values()
+            failed = [one.id for one in everyone if one.view.state == ProcessState.FAILED]
+            count = len(self._store.config.processes)
+            running = sum(one.view.state in _READY for one in everyone)
+            return {"process_count": count, "running_instances": running, "failed": failed}
+
+    def _arrange(self) -> None:
+        """Have the instances that configuration and users' decisions ask for; holds the lock."""
+        decisions = self._store.get_decisions()
+        surplus = dict(self._instances)
+        for name, policy in self._store.config.processes.items():
+            is_up, count = decisions.get(name, (None, None))
+            siblings = [one for one in self._instances.values() if one.name == name]
+            is_wanted = policy.autostart or any(one.view.is_wanted for one in siblings)
+            for index in range(policy.instances if count is None else count):
+                instance = surplus.pop(f"{name}.{index}", None)
+                if instance is None or instance.is_surplus:
+                    if instance is None:
+                        instance = Instance(name, index, policy, self._store, self._moved)
+                        self._instances[instance.id] = instance
+                    if is_wanted if is_up is None else is_up:
+                        instance.want()
+                instance.is_surplus, instance.view.policy = False, policy
+                if instance.child is not None and instance.note.get("spec") != instance.spec:
+                    instance.view.is_stale = instance.is_rolling = True
+        for instance in surplus.values():
+            instance.view.is_wanted, instance.is_surplus = False, True
+        self._moved.notify_all()
+
+    def _loop(self) -> None:
+        while not self.halted.is_set():
+            try:
+                with self._moved:
+                    self._moved.wait(self._settle())
+                if Clock.mono() >= self._next_check:
+                    self._next_check = Clock.mono() + LOG_CHECK_S
+                    self._check()
+            except Exception:  # this thread's top frame
+                log.exception("the supervisor failed")
+                self.halted.wait(1.0)
+
+    def _settle(self) -> float | None:
+        """Decide for all until nothing changes; return how long nothing can be due."""
+        now, is_moving = Clock.mono(), not self.halted.is_set()
+        while is_moving:
+            is_moving = False
+            for instance in list(self._instances.values()):
+                instance.view.is_spawned = instance.child is not None
+                instance.view.is_held = self._is_held(instance)
+                is_moving |= self._apply(instance, decide(now, instance.view))
+                if instance.is_surplus and instance.child is None:
+                    instance.forget()
+                    del self._instances[instance.id]
+        everyone = self._instances.values()
+        if self._is_stopping and not any(one.child for one in everyone):
+            self.halted.set()
+            self._on_stopped()
+        times = [when_due(one.view) for one in everyone]
+        times += [self._next_check] if any(one.child for one in everyone) else []
+        first = min(times, default=float("inf"))
+        return None if first == float("inf") else max(first - now, 0.0)
+
+    def _apply(self, instance: Instance, action: Action) -> bool:
+        """Do what was decided; tell whether anything changed."""
+        view = instance.view
+        for name in ("due", "quick_ends", "has_given_up", "is_wanted"):
+            if getattr(action, name) is not None:
+                setattr(view, name, getattr(action, name))
+        if action.act == "start":
+            instance.begin()
+        elif action.act is not None and instance.child is not None:
+            instance.child.end(force=action.act == "kill")
+        if action.state == view.state:
+            return action.act == "start"
+        instance.move(action.state, action.why)
+        if action.state == ProcessState.FAILED and view.policy.critical:
+            self._on_failure(instance.id)
+        return True
+
+    def _is_held(self, instance: Instance) -> bool:
+        """Tell whether an instance must wait before it starts, or ends."""
+        view, everyone = instance.view, self._instances.values()
+        if not view.is_wanted:  # what needs it, and is to end too, ends first
+            return any(
+                instance.name in other.view.policy.needs
+                and not other.view.is_wanted and other.child is not None
+                for other in everyone
+            )  # fmt: skip
+        if instance.child is None:
+            return not all(map(self._is_ready, view.policy.needs))
+        siblings = [one for one in everyone if one.name == instance.name and one is not instance]
+        is_other_down = any(one.view.is_wanted and one.view.state not in _READY for one in siblings)
+        return instance.is_rolling and is_other_down
+
+    def _is_ready(self, name: str) -> bool:
+        """Tell whether all instances of a process are ready, or have done their work."""
+        views = [one.view for one in self._instances.values() if one.name == name]
+        return bool(views) and all(
+            view.state in _READY or (view.state == ProcessState.STOPPED and view.result is not None)
+            for view in views
+        )
+
+    def _check(self) -> None:
+        """Cap the logs; replace what uses too much memory."""
+        with self._moved:
+            running = [(one, one.child) for one in self._instances.values() if one.child]
+        for instance, child in running:
+            cap_log(child.job.log_path, int(instance.view.policy.log_mb * 1e6))
+        limited = [(one, child) for one, child in running if one.view.policy.memory_restart_mb]
+        usage = Platform.usage({child.shell_pid for _, child in limited}) if limited else {}
+        with self._moved:
+            for instance, child in limited:
+                most = instance.view.policy.memory_restart_mb * 1e6
+                _, used = usage.get(child.shell_pid, (0.0, 0))
+                if used > most and instance.child is child and not instance.view.is_stale:
+                    log.warning("process %s uses %d MB", instance.id, used / 1e6)
+                    instance.view.is_stale, instance.is_rolling = True, False
+                    self._moved.notify_all()
+
+    def find(self, name: str) -> list[Instance]:
+        """Return the instances of a process, or the one that is named; holds the lock."""
+        everyone = self._instances.values()
+        found = [one for one in everyone if name in (one.name, one.id) and not one.is_surplus]
+        if not found and name not in self._store.config.processes:
+            known = ", ".join(self._store.config.processes) or "none; write [process.NAME]"
+            hint = f"processes: {known}"
+            raise DaemonError("PROCESS_NOT_FOUND", f"there is no process {name!r}", hint)
+        return found
 
 
 # ============================================================================
@@ -2998,24 +4041,6 @@ def list_of_commands(value: object) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError("a list")
     return value
-
-
-def mapping(value: object) -> dict[str, Any]:
-    """Read an object; where its values matter they are checked later."""
-    if not isinstance(value, dict):
-        raise ValueError("an object")
-    return value
-
-
-def environment(value: object) -> dict[str, str]:
-    """Read an object of strings."""
-    try:
-        for name, text in mapping(value).items():
-            if not name or "=" in name or b"\0" in os.fsencode(name + text):
-                raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError("an object of names and strings that can be encoded") from None
-    return mapping(value)
 
 
 # Every field that a request can have, with its reader.
@@ -3414,23 +4439,6 @@ def _nearest_project() -> str:
         if folder == os.path.dirname(folder):
             return start  # no repository: only this folder counts
         folder = os.path.dirname(folder)
-
-
-def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[str, str]:
-    """Return what a task gets of this process's environment, and NAME[=VALUE] on top."""
-    names = {*ENVIRONMENT_KEPT, *keep}
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if (not names.isdisjoint((name, name.upper(), "*")) or name.startswith("LC_"))
-        and not ENVIRONMENT_DROPPED.match(name)
-    }
-    for item in extra:
-        name, has_value, value = item.partition("=")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise bad(f"{name!r} is no name of a variable", "write --env NAME or NAME=VALUE")
-        env[name] = value if has_value else os.environ.get(name, "")
-    return env
 
 
 class _Away(Exception):
