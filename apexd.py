@@ -573,7 +573,7 @@ if sys.platform == "win32":
     _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
     _KERNEL.OpenProcess.restype = _KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
 
-    class Platform:
+    class _Platform:
         """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
 
         SURVIVES = False
@@ -584,8 +584,7 @@ if sys.platform == "win32":
         # CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW | CREATE_SUSPENDED; below: DETACHED_PROCESS
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
 
-        @staticmethod
-        def lock(fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
             os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
             try:
@@ -598,8 +597,7 @@ if sys.platform == "win32":
 
         boot_id = staticmethod(lambda: "")
 
-        @staticmethod
-        def start_time(pid: int) -> str | None:
+        def start_time(self, pid: int) -> str | None:
             handle = wintypes.HANDLE(_KERNEL.OpenProcess(0x1000, False, pid))
             code, times = wintypes.DWORD(), (wintypes.FILETIME * 4)()
             try:  # 259: STILL_ACTIVE
@@ -612,8 +610,7 @@ if sys.platform == "win32":
             finally:
                 _KERNEL.CloseHandle(handle)
 
-        @staticmethod
-        def send(pid: int, signum: int) -> None:
+        def send(self, pid: int, signum: int) -> None:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
@@ -622,8 +619,7 @@ if sys.platform == "win32":
         signal_group = staticmethod(lambda group, signum: None)
         find_run = staticmethod(lambda run_id: [])
 
-        @staticmethod
-        def new_job(process: subprocess.Popen[bytes]) -> int:
+        def new_job(self, process: subprocess.Popen[bytes]) -> int:
             """Put a suspended process into a job that dies with this one."""
             job = _KERNEL.CreateJobObjectW(None, None)
             limits = ctypes.create_string_buffer(144)  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
@@ -633,27 +629,23 @@ if sys.platform == "win32":
             _KERNEL.AssignProcessToJobObject(wintypes.HANDLE(job), handle)
             return int(job)
 
-        @staticmethod
-        def resume(process: Any) -> None:
+        def resume(self, process: Any) -> None:
             """Let a suspended process run."""
             handle = wintypes.HANDLE(int(process._handle))
             ctypes.WinDLL("ntdll").NtResumeProcess(handle)
 
-        @staticmethod
-        def end_job(job: int, close: bool = False) -> None:
+        def end_job(self, job: int, close: bool = False) -> None:
             """End all processes of a job, or let go of it."""
             if close:
                 _KERNEL.CloseHandle(wintypes.HANDLE(job))
             else:
                 _KERNEL.TerminateJobObject(wintypes.HANDLE(job), 1)
 
-        @staticmethod
-        def listen(folder: str) -> tuple[socket.socket, dict[str, Any]]:
+        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
 
-        @staticmethod
-        def connect(endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
+        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
             return socket.create_connection(("127.0.0.1", int(endpoint["port"])), timeout_s)
 
         is_peer_allowed = staticmethod(lambda connection: True)  # the token decides
@@ -664,12 +656,10 @@ if sys.platform == "win32":
         close_inherited = staticmethod(lambda: None)
         reap_orphans = staticmethod(lambda known: None)
 
-        @staticmethod
-        def fork(argv: list[str], env: dict[str, str]) -> Any:
+        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
             raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
 
-        @staticmethod
-        def network_file_system(path: str) -> str | None:
+        def network_file_system(self, path: str) -> str | None:
             return "a network share" if path.startswith("\\\\") else None
 
 else:
@@ -677,7 +667,7 @@ else:
 
     _HAS_PROC = os.path.exists("/proc/self/stat")
 
-    class Platform:
+    class _Platform:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SURVIVES = True  # children outlive the daemon and are adopted by the next one
@@ -687,9 +677,9 @@ else:
         CHILD: Mapping[str, Any] = {"start_new_session": True}
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
         kill = signal.SIGKILL
+        is_root = staticmethod(lambda: os.geteuid() == 0)
 
-        @staticmethod
-        def lock(fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
             """Lock an open file; False when another has it. (flock(2), msvcrt.locking)
 
             The lock belongs to the open file description: a child that inherits the
@@ -712,8 +702,7 @@ else:
             except OSError:
                 return _output("sysctl", "-n", "kern.boottime") or ""
 
-        @staticmethod
-        def start_time(pid: int) -> str | None:
+        def start_time(self, pid: int) -> str | None:
             """Return when a process began, in the system's units; None: it is gone or a zombie.
 
             With PID and boot id it is an identity. (proc(5) stat field 22, GetProcessTimes)
@@ -727,22 +716,19 @@ else:
                 return None
             return None if fields[0] in b"ZX" else fields[19].decode()
 
-        @staticmethod
-        def send(pid: int, signum: int) -> None:
+        def send(self, pid: int, signum: int) -> None:
             """Signal one process, if it is there."""
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
-        @staticmethod
-        def signal_group(group: int, signum: int) -> None:
+        def signal_group(self, group: int, signum: int) -> None:
             """Signal a process group; CONT follows, or a stopped one would not hear it."""
             if group > 1:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(group, signum)
                     os.killpg(group, signal.SIGCONT)
 
-        @staticmethod
-        def find_run(run_id: str) -> list[int]:
+        def find_run(self, run_id: str) -> list[int]:
             """Return the PIDs of all that carry this APEX_RUN_ID (Linux; else none)."""
             needle = b"\0APEX_RUN_ID=" + run_id.encode() + b"\0"
             found = []
@@ -753,21 +739,18 @@ else:
                             found.append(int(name))
             return found
 
-        @staticmethod
-        def command_pid(shell: int) -> int:
+        def command_pid(self, shell: int) -> int:
             """Return the PID of the command that a shell of ours runs, else the shell's."""
             path = f"/proc/{shell}/task/{shell}/children"
             with contextlib.suppress(OSError, IndexError), open(path, "rb") as file:
                 return int(file.read().split()[0])
             return shell
 
-        @staticmethod
-        def can_fork() -> bool:
+        def can_fork(self) -> bool:
             """Tell whether forking is safe here: Linux, one thread."""
             return sys.platform == "linux" and threading.active_count() == 1
 
-        @staticmethod
-        def fork(argv: list[str], env: dict[str, str]) -> Any:
+        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
             """Start a daemon by two forks and a session between them (daemon(7)), then exec.
 
             Return the pipe of its standard output, a binary file.
@@ -789,8 +772,7 @@ else:
             os.close(writer)
             return os.fdopen(reader, "rb")
 
-        @staticmethod
-        def listen(folder: str) -> tuple[socket.socket, dict[str, Any]]:
+        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
             """Open the control socket; return it and what `endpoint` says of it.
 
             In `folder`, or where the path is short enough. The umask is 077: there is no
@@ -808,8 +790,7 @@ else:
             listener.listen(128)
             return listener, {"socket": path}
 
-        @staticmethod
-        def connect(endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
+        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
             """Connect to the daemon that `endpoint` describes."""
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.settimeout(timeout_s)
@@ -820,8 +801,7 @@ else:
                 raise
             return connection
 
-        @staticmethod
-        def is_peer_allowed(connection: socket.socket) -> bool:
+        def is_peer_allowed(self, connection: socket.socket) -> bool:
             """Tell whether the peer is root or our own user (SO_PEERCRED, unix(7))."""
             if sys.platform == "linux":
                 data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -830,18 +810,11 @@ else:
                 uid = struct.unpack_from("II", connection.getsockopt(0, 1, 76))[1]
             return uid in (0, os.geteuid())
 
-        @staticmethod
-        def is_foreign(info: os.stat_result) -> bool:
+        def is_foreign(self, info: os.stat_result) -> bool:
             """Tell whether somebody but us and root owns the file or may write it."""
             return info.st_uid not in (0, os.geteuid()) or bool(info.st_mode & 0o022)
 
-        @staticmethod
-        def is_root() -> bool:
-            """Tell whether this process may do anything."""
-            return os.geteuid() == 0
-
-        @staticmethod
-        def network_file_system(path: str, table: str = "/proc/self/mountinfo") -> str | None:
+        def network_file_system(self, path: str, table: str = "/proc/self/mountinfo") -> str | None:
             """Name the network file system `path` lies on: WAL is not safe there."""
             best, kind = "", ""
             with contextlib.suppress(OSError), open(table, encoding="utf-8") as file:
@@ -853,8 +826,7 @@ else:
                         best, kind = point, rest.split()[0]
             return kind if kind in NETWORK_FILE_SYSTEMS else None
 
-        @staticmethod
-        def collapse(fd: int, size: int) -> bool:
+        def collapse(self, fd: int, size: int) -> bool:
             """Cut `size` bytes, whole blocks, off a file's head in place; False: cannot.
 
             FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS, fallocate(2).
@@ -867,16 +839,14 @@ else:
 
         new_job = end_job = resume = staticmethod(lambda *args, **more: 0)  # of Windows alone
 
-        @staticmethod
-        def close_inherited() -> None:
+        def close_inherited(self) -> None:
             """Close every descriptor above 2 that came from the caller."""
             for name in os.listdir("/proc/self/fd" if _HAS_PROC else "/dev/fd"):
                 if int(name) > 2:
                     with contextlib.suppress(OSError):
                         os.close(int(name))
 
-        @staticmethod
-        def reap_orphans(known: Callable[[int], bool]) -> None:
+        def reap_orphans(self, known: Callable[[int], bool]) -> None:
             """Collect what a container's processes left to us as PID 1; never a child's.
 
             A child taken by mistake would cost nothing: its status is in its record.
@@ -897,11 +867,7 @@ else:
         return done.stdout.strip() or None
 
 
-def is_alive(pid: int, start_time: str | None, boot_id: str | None) -> bool:
-    """Tell whether exactly this process lives: PID, start time and boot must agree."""
-    is_known = pid > 0 and start_time is not None and boot_id == Platform.boot_id()
-    return is_known and Platform.start_time(pid) == start_time
-
+Platform = _Platform()
 
 _PASSED: list[str] = []
 
@@ -1348,8 +1314,9 @@ class Holder(Value):
     role: str  # "daemon" or "client VERB"
 
     def is_alive(self) -> bool:
-        """Tell whether exactly the process that wrote this lives."""
-        return is_alive(self.pid, self.start_time, self.boot_id)
+        """Tell whether exactly this process lives: PID, start time and boot must agree."""
+        is_known = self.pid > 0 and self.start_time and self.boot_id == Platform.boot_id()
+        return bool(is_known) and Platform.start_time(self.pid) == self.start_time
 
 
 class PidFile:
