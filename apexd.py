@@ -59,7 +59,6 @@ import os
 import queue
 import random
 import re
-import selectors
 import shutil
 import signal
 import socket
@@ -3222,19 +3221,14 @@ class ControlServer:
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._lock = threading.Lock()  # guards _reserved
         self._reserved = 0
-        self._selector = selectors.DefaultSelector()
         self._endpoint: Fields = {}
         self._is_stopping = False
-        self._waker, self._wakee = socket.socketpair()
 
     def start(self) -> None:
-        """Listen, say where in `endpoint`, accept. Raises CANNOT_CREATE."""
-        self._selector.register(self._wakee, selectors.EVENT_READ)
-        self.listen()
-        threading.Thread(target=self._accept_all, name="control", daemon=True).start()
+        """Listen, say where in `endpoint`, accept; again: if somebody removed these files.
 
-    def listen(self) -> None:
-        """Open the socket, or open it again when somebody removed its file; write `endpoint`."""
+        Raises CANNOT_CREATE.
+        """
         path = os.path.join(self._folder, "endpoint")
         if self._endpoint and os.path.exists(self._endpoint.get("socket", self._folder)):
             if not os.path.exists(path):
@@ -3245,13 +3239,14 @@ class ControlServer:
         except OSError as error:
             raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
         write_atomically(path, json.dumps(self._endpoint))
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._waker.send(b"x")
+        args = (listener,)
+        threading.Thread(target=self._accept_all, args=args, name="control", daemon=True).start()
+
+    listen = start
 
     def stop(self) -> None:
         """Accept nothing more and remove the socket; requests under way go on."""
         self._is_stopping = True
-        self._waker.send(b"x")
         path = self._endpoint.get("socket", "")
         for name in (path, os.path.join(self._folder, "endpoint")):
             with contextlib.suppress(OSError):
@@ -3260,22 +3255,20 @@ class ControlServer:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.dirname(path))
 
-    def _accept_all(self) -> None:
+    def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; wait for room rather than spin."""
-        while not self._is_stopping:
-            for key, _ in self._selector.select():
-                if key.fileobj is self._wakee:
-                    self._wakee.recv(64)
-                elif self._room.acquire(timeout=0.1):
-                    try:
-                        connection = key.fileobj.accept()[0]  # type: ignore[union-attr]
-                        threading.Thread(
-                            target=self._serve, args=(connection,), name="talk", daemon=True
-                        ).start()
-                    except (OSError, RuntimeError) as error:  # no descriptor, no thread
-                        log.warning("a connection was refused: %s", error)
-                        self._room.release()
-                        threading.Event().wait(0.1)
+        while True:
+            try:
+                peer = listener.accept()[0]
+                if self._is_stopping:
+                    return
+                self._room.acquire()
+                threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
+            except (OSError, RuntimeError) as error:  # no descriptor, no thread
+                log.warning("a connection was refused: %s", error)
+                if isinstance(error, RuntimeError):
+                    self._room.release()
+                threading.Event().wait(0.1)
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer requests until the peer leaves or sends what is none."""
