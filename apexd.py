@@ -2928,16 +2928,12 @@ def receive_frame(
     with reserve(length):
         data = _receive(connection, length, deadline)
         try:
-            message = json.loads(data, parse_constant=_refuse_constant)
+            message = json.loads(data, parse_constant=int)  # refuses NaN and Infinity
         except (ValueError, RecursionError):
             raise bad("a frame that is no JSON") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise bad('a frame must be an object with a "type"')
     return message
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
@@ -3393,10 +3389,6 @@ def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[
     return env
 
 
-class _Away(Exception):
-    """No daemon took the request, or it was cut off before its answer."""
-
-
 class Client:
     """Speaks to a project's daemon, or acts on its store when there is none.
 
@@ -3427,21 +3419,19 @@ class Client:
         """
         deadline = Clock.mono() + (CONFIRM_TIMEOUT_S if "token" in fields else answer_s)
         while True:
-            try:
-                self.is_live = True
-                return self._ask(verb, fields, max(deadline - Clock.mono(), 0.01))
-            except _Away:
-                self.close()
-            self.is_live = False
-            answer = self._act(verb, fields)
+            self.is_live = True
+            answer = self._ask(verb, fields, max(deadline - Clock.mono(), 0.01))
+            if answer is None:
+                self.is_live = False
+                answer = self._act(verb, fields)
             if answer is not None:
                 return answer
             if Clock.mono() > deadline:
                 raise self._explain_silence(fields)
             threading.Event().wait(0.02)
 
-    def _ask(self, verb: str, fields: Fields, answer_s: float) -> Fields:
-        """Ask the daemon. Raises _Away, or NOT_ANSWERING when it hangs."""
+    def _ask(self, verb: str, fields: Fields, answer_s: float) -> Fields | None:
+        """Ask the daemon; None: there is none, or it was cut off. Raises NOT_ANSWERING."""
         is_fresh = self._connection is None
         try:
             connection = self._connection or self._connect()
@@ -3458,10 +3448,8 @@ class Client:
         except OSError:
             answer = None
         if answer is None:
-            self.close()
-            if is_fresh:
-                raise _Away
-            return self._ask(verb, fields, answer_s)  # the daemon had closed an idle connection
+            self.close()  # an idle connection the daemon may have closed: once more
+            return None if is_fresh else self._ask(verb, fields, answer_s)
         if answer.pop("type") == "error":
             raise DaemonError.from_dict(answer)
         return answer
@@ -3574,7 +3562,7 @@ class Client:
         Raises NOT_RUNNING when there is no daemon to wait for.
         """
         deadline = float("inf") if timeout is None else Clock.mono() + timeout
-        patience, within = _Patience(self), 0.0
+        until, within = Clock.mono() + RETURN_TIMEOUT_S, 0.0
         while True:
             answer = self.call("wait", {"ids": ids, "within": within}, within + ANSWER_TIMEOUT_S)
             on_change(answer)
@@ -3582,7 +3570,7 @@ class Client:
                 return int(answer["status"])
             if Clock.mono() >= deadline:
                 return 124
-            patience.check()
+            until = self._outwait(until)
             within = min(1.0, max(deadline - Clock.mono(), 0.0))
 
     def follow(
@@ -3593,7 +3581,7 @@ class Client:
         attempt None: the last one. offset -n: from the last n lines on. to_end False: only
         what is there now. Outlives a restart of the daemon.
         """
-        patience = _Patience(self)
+        until = Clock.mono() + RETURN_TIMEOUT_S
         while True:
             fields = {"id": task_id, "attempt": attempt, "offset": offset, "within": float(to_end)}
             answer = self.call("logs", fields, 1.0 + ANSWER_TIMEOUT_S)
@@ -3606,7 +3594,17 @@ class Client:
             elif answer["done"] or (not data and not to_end):
                 return
             elif not data:
-                patience.check()
+                until = self._outwait(until)
+
+    def _outwait(self, until: float) -> float:
+        """Let a waiting call outlive a daemon that is away; return until when (monotonic)."""
+        if self.is_live:
+            return Clock.mono() + RETURN_TIMEOUT_S
+        if not self.was_live or Clock.mono() > until:
+            what = "no daemon runs, so nothing moves; the task is kept"
+            raise DaemonError("NOT_RUNNING", what, "start it with `start`")
+        threading.Event().wait(0.2)
+        return until
 
     def cancel(self, *ids: int) -> Fields:
         """Cancel tasks; return {"done": ids, "not_done": ids finished before}."""
@@ -3645,24 +3643,6 @@ def held_by(holder: Holder) -> DaemonError:
     """Make the error of a lock that is not a daemon's."""
     what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
     return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
-
-
-class _Patience:
-    """Lets a waiting client outlive a daemon that is away, for RETURN_TIMEOUT_S."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._until = Clock.mono() + RETURN_TIMEOUT_S
-
-    def check(self) -> None:
-        """Return soon. Raises NOT_RUNNING when no daemon came, or came back."""
-        if self._client.is_live:
-            self._until = Clock.mono() + RETURN_TIMEOUT_S
-        elif not self._client.was_live or Clock.mono() > self._until:
-            what = "no daemon runs, so nothing moves; the task is kept"
-            raise DaemonError("NOT_RUNNING", what, "start it with `start`")
-        else:
-            threading.Event().wait(0.2)
 
 
 def find_orphans(store: TaskStore, ids: Sequence[int]) -> list[Child]:
