@@ -59,7 +59,6 @@ import os
 import queue
 import random
 import re
-import selectors
 import shutil
 import signal
 import socket
@@ -659,7 +658,7 @@ if sys.platform == "win32":
     _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
     _KERNEL.OpenProcess.restype = _KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
 
-    class Platform:
+    class _Platform:
         """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
 
         SURVIVES = False
@@ -670,8 +669,7 @@ if sys.platform == "win32":
         # CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW | CREATE_SUSPENDED; below: DETACHED_PROCESS
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
 
-        @staticmethod
-        def lock(fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
             os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
             try:
@@ -684,8 +682,7 @@ if sys.platform == "win32":
 
         boot_id = staticmethod(lambda: "")
 
-        @staticmethod
-        def start_time(pid: int) -> str | None:
+        def start_time(self, pid: int) -> str | None:
             handle = wintypes.HANDLE(_KERNEL.OpenProcess(0x1000, False, pid))
             code, times = wintypes.DWORD(), (wintypes.FILETIME * 4)()
             try:  # 259: STILL_ACTIVE
@@ -698,8 +695,7 @@ if sys.platform == "win32":
             finally:
                 _KERNEL.CloseHandle(handle)
 
-        @staticmethod
-        def send(pid: int, signum: int) -> None:
+        def send(self, pid: int, signum: int) -> None:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
@@ -708,8 +704,7 @@ if sys.platform == "win32":
         signal_group = staticmethod(lambda group, signum: None)
         find_run = staticmethod(lambda run_id: [])
 
-        @staticmethod
-        def new_job(process: subprocess.Popen[bytes]) -> int:
+        def new_job(self, process: subprocess.Popen[bytes]) -> int:
             """Put a suspended process into a job that dies with this one."""
             job = _KERNEL.CreateJobObjectW(None, None)
             limits = ctypes.create_string_buffer(144)  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
@@ -719,27 +714,23 @@ if sys.platform == "win32":
             _KERNEL.AssignProcessToJobObject(wintypes.HANDLE(job), handle)
             return int(job)
 
-        @staticmethod
-        def resume(process: Any) -> None:
+        def resume(self, process: Any) -> None:
             """Let a suspended process run."""
             handle = wintypes.HANDLE(int(process._handle))
             ctypes.WinDLL("ntdll").NtResumeProcess(handle)
 
-        @staticmethod
-        def end_job(job: int, close: bool = False) -> None:
+        def end_job(self, job: int, close: bool = False) -> None:
             """End all processes of a job, or let go of it."""
             if close:
                 _KERNEL.CloseHandle(wintypes.HANDLE(job))
             else:
                 _KERNEL.TerminateJobObject(wintypes.HANDLE(job), 1)
 
-        @staticmethod
-        def listen(folder: str) -> tuple[socket.socket, dict[str, Any]]:
+        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
 
-        @staticmethod
-        def connect(endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
+        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
             return socket.create_connection(("127.0.0.1", int(endpoint["port"])), timeout_s)
 
         is_peer_allowed = staticmethod(lambda connection: True)  # the token decides
@@ -752,20 +743,16 @@ if sys.platform == "win32":
 
         usage = staticmethod(lambda sessions: {})
 
-        @staticmethod
-        def fork(argv: list[str], env: dict[str, str]) -> Any:
+        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
             raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
 
-        @staticmethod
-        def identity(user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
+        def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
 
-        @staticmethod
-        def bind(path: str | None, kind: int, owner: int | None = None) -> Any:
+        def bind(self, path: str | None, kind: int, owner: int | None = None) -> Any:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
 
-        @staticmethod
-        def network_file_system(path: str) -> str | None:
+        def network_file_system(self, path: str) -> str | None:
             return "a network share" if path.startswith("\\\\") else None
 
 else:
@@ -773,7 +760,7 @@ else:
 
     _HAS_PROC = os.path.exists("/proc/self/stat")
 
-    class Platform:
+    class _Platform:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SURVIVES = True  # children outlive the daemon and are adopted by the next one
@@ -783,9 +770,9 @@ else:
         CHILD: Mapping[str, Any] = {"start_new_session": True}
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
         kill = signal.SIGKILL
+        is_root = staticmethod(lambda: os.geteuid() == 0)
 
-        @staticmethod
-        def lock(fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
             """Lock an open file; False when another has it. (flock(2), msvcrt.locking)
 
             The lock belongs to the open file description: a child that inherits the
@@ -808,8 +795,7 @@ else:
             except OSError:
                 return _output("sysctl", "-n", "kern.boottime") or ""
 
-        @staticmethod
-        def start_time(pid: int) -> str | None:
+        def start_time(self, pid: int) -> str | None:
             """Return when a process began, in the system's units; None: it is gone or a zombie.
 
             With PID and boot id it is an identity. (proc(5) stat field 22, GetProcessTimes)
@@ -823,22 +809,19 @@ else:
                 return None
             return None if fields[0] in b"ZX" else fields[19].decode()
 
-        @staticmethod
-        def send(pid: int, signum: int) -> None:
+        def send(self, pid: int, signum: int) -> None:
             """Signal one process, if it is there."""
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
-        @staticmethod
-        def signal_group(group: int, signum: int) -> None:
+        def signal_group(self, group: int, signum: int) -> None:
             """Signal a process group; CONT follows, or a stopped one would not hear it."""
             if group > 1:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(group, signum)
                     os.killpg(group, signal.SIGCONT)
 
-        @staticmethod
-        def find_run(run_id: str) -> list[int]:
+        def find_run(self, run_id: str) -> list[int]:
             """Return the PIDs of all that carry this APEX_RUN_ID (Linux; else none)."""
             needle = b"\0APEX_RUN_ID=" + run_id.encode() + b"\0"
             found = []
@@ -849,8 +832,7 @@ else:
                             found.append(int(name))
             return found
 
-        @staticmethod
-        def command_pid(shell: int) -> int:
+        def command_pid(self, shell: int) -> int:
             """Return the PID of the command that a shell runs, below all its `sh -c`.
 
             A shell that has no child, or several, is itself the answer. (Linux)
@@ -865,8 +847,7 @@ else:
                         (pid,) = map(int, file.read().split())
             return pid
 
-        @staticmethod
-        def usage(sessions: Container[int]) -> dict[int, tuple[float, int]]:
+        def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
             """Return {session: (processor seconds, resident bytes)}, leaders excepted (Linux).
 
             The leaders are our shells. Processor time includes what waited-for children used.
@@ -883,8 +864,7 @@ else:
                         found[session] = (cpu_s, memory + int(fields[21]) * page)
             return found
 
-        @staticmethod
-        def identity(user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
+        def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             """Return what Popen and the environment need for a child to act as user and group.
 
             Raises ValueError: there is no such, or only root may become it.
@@ -906,13 +886,11 @@ else:
                 raise ValueError("our own: only root can become another")
             return {}, {}
 
-        @staticmethod
-        def can_fork() -> bool:
+        def can_fork(self) -> bool:
             """Tell whether forking is safe here: Linux, one thread."""
             return sys.platform == "linux" and threading.active_count() == 1
 
-        @staticmethod
-        def fork(argv: list[str], env: dict[str, str]) -> Any:
+        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
             """Start a daemon by two forks and a session between them (daemon(7)), then exec.
 
             Return the pipe of its standard output, a binary file.
@@ -934,8 +912,7 @@ else:
             os.close(writer)
             return os.fdopen(reader, "rb")
 
-        @staticmethod
-        def bind(path: str | None, kind: int, owner: int | None = None) -> Any:
+        def bind(self, path: str | None, kind: int, owner: int | None = None) -> Any:
             """Bind a Unix socket; return it and its path.
 
             At `path`, or in a new folder when that is None or too long. The umask is 077: there
@@ -954,16 +931,14 @@ else:
                 os.chmod(os.path.dirname(path), 0o711)
             return bound, path
 
-        @staticmethod
-        def listen(folder: str) -> tuple[socket.socket, dict[str, Any]]:
+        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
             """Open the control socket; return it and what `endpoint` says of it."""
             path = os.path.join(folder, "control.sock")
             listener, path = Platform.bind(path, socket.SOCK_STREAM)
             listener.listen(128)
             return listener, {"socket": path}
 
-        @staticmethod
-        def connect(endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
+        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
             """Connect to the daemon that `endpoint` describes."""
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.settimeout(timeout_s)
@@ -974,8 +949,7 @@ else:
                 raise
             return connection
 
-        @staticmethod
-        def is_peer_allowed(connection: socket.socket) -> bool:
+        def is_peer_allowed(self, connection: socket.socket) -> bool:
             """Tell whether the peer is root or our own user (SO_PEERCRED, unix(7))."""
             if sys.platform == "linux":
                 data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -984,18 +958,11 @@ else:
                 uid = struct.unpack_from("II", connection.getsockopt(0, 1, 76))[1]
             return uid in (0, os.geteuid())
 
-        @staticmethod
-        def is_foreign(info: os.stat_result) -> bool:
+        def is_foreign(self, info: os.stat_result) -> bool:
             """Tell whether somebody but us and root owns the file or may write it."""
             return info.st_uid not in (0, os.geteuid()) or bool(info.st_mode & 0o022)
 
-        @staticmethod
-        def is_root() -> bool:
-            """Tell whether this process may do anything."""
-            return os.geteuid() == 0
-
-        @staticmethod
-        def network_file_system(path: str, table: str = "/proc/self/mountinfo") -> str | None:
+        def network_file_system(self, path: str, table: str = "/proc/self/mountinfo") -> str | None:
             """Name the network file system `path` lies on: WAL is not safe there."""
             best, kind = "", ""
             with contextlib.suppress(OSError), open(table, encoding="utf-8") as file:
@@ -1007,8 +974,7 @@ else:
                         best, kind = point, rest.split()[0]
             return kind if kind in NETWORK_FILE_SYSTEMS else None
 
-        @staticmethod
-        def collapse(fd: int, size: int) -> bool:
+        def collapse(self, fd: int, size: int) -> bool:
             """Cut `size` bytes, whole blocks, off a file's head in place; False: cannot.
 
             FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS, fallocate(2).
@@ -1021,16 +987,14 @@ else:
 
         new_job = end_job = resume = staticmethod(lambda *args, **more: 0)  # of Windows alone
 
-        @staticmethod
-        def close_inherited() -> None:
+        def close_inherited(self) -> None:
             """Close every descriptor above 2 that came from the caller."""
             for name in os.listdir("/proc/self/fd" if _HAS_PROC else "/dev/fd"):
                 if int(name) > 2:
                     with contextlib.suppress(OSError):
                         os.close(int(name))
 
-        @staticmethod
-        def reap_orphans(known: Callable[[int], bool]) -> None:
+        def reap_orphans(self, known: Callable[[int], bool]) -> None:
             """Collect what a container's processes left to us as PID 1; never a child's.
 
             A child taken by mistake would cost nothing: its status is in its record.
@@ -1051,11 +1015,7 @@ else:
         return done.stdout.strip() or None
 
 
-def is_alive(pid: int, start_time: str | None, boot_id: str | None) -> bool:
-    """Tell whether exactly this process lives: PID, start time and boot must agree."""
-    is_known = pid > 0 and start_time is not None and boot_id == Platform.boot_id()
-    return is_known and Platform.start_time(pid) == start_time
-
+Platform = _Platform()
 
 _PASSED: list[str] = []
 
@@ -1593,8 +1553,9 @@ class Holder(Value):
     role: str  # "daemon" or "client VERB"
 
     def is_alive(self) -> bool:
-        """Tell whether exactly the process that wrote this lives."""
-        return is_alive(self.pid, self.start_time, self.boot_id)
+        """Tell whether exactly this process lives: PID, start time and boot must agree."""
+        is_known = self.pid > 0 and self.start_time and self.boot_id == Platform.boot_id()
+        return bool(is_known) and Platform.start_time(self.pid) == self.start_time
 
 
 class PidFile:
@@ -3675,9 +3636,9 @@ class Instance:
                 self.forget()
             self.move(ProcessState.STOPPED if is_meant else ProcessState.CRASHED, self.last_end)
         if path:  # wake the one that hears
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
-                with contextlib.suppress(OSError):
-                    end.sendto(b"", path)
+            end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with end, contextlib.suppress(OSError):
+                end.sendto(b"", path)
 
     def _ask(self, child: Child, gone: threading.Event) -> None:
         """Ask a run whether it is ready, then whether it lives, until it is gone."""
@@ -4005,16 +3966,12 @@ def receive_frame(
     with reserve(length):
         data = _receive(connection, length, deadline)
         try:
-            message = json.loads(data, parse_constant=_refuse_constant)
+            message = json.loads(data, parse_constant=int)  # refuses NaN and Infinity
         except (ValueError, RecursionError):
             raise bad("a frame that is no JSON") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise bad('a frame must be an object with a "type"')
     return message
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
@@ -4280,19 +4237,14 @@ class ControlServer:
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._lock = threading.Lock()  # guards _reserved
         self._reserved = 0
-        self._selector = selectors.DefaultSelector()
         self._endpoint: Fields = {}
         self._is_stopping = False
-        self._waker, self._wakee = socket.socketpair()
 
     def start(self) -> None:
-        """Listen, say where in `endpoint`, accept. Raises CANNOT_CREATE."""
-        self._selector.register(self._wakee, selectors.EVENT_READ)
-        self.listen()
-        threading.Thread(target=self._accept_all, name="control", daemon=True).start()
+        """Listen, say where in `endpoint`, accept; again: if somebody removed these files.
 
-    def listen(self) -> None:
-        """Open the socket, or open it again when somebody removed its file; write `endpoint`."""
+        Raises CANNOT_CREATE.
+        """
         path = os.path.join(self._folder, "endpoint")
         if self._endpoint and os.path.exists(self._endpoint.get("socket", self._folder)):
             if not os.path.exists(path):
@@ -4303,13 +4255,14 @@ class ControlServer:
         except OSError as error:
             raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
         write_atomically(path, json.dumps(self._endpoint))
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._waker.send(b"x")
+        args = (listener,)
+        threading.Thread(target=self._accept_all, args=args, name="control", daemon=True).start()
+
+    listen = start
 
     def stop(self) -> None:
         """Accept nothing more and remove the socket; requests under way go on."""
         self._is_stopping = True
-        self._waker.send(b"x")
         path = self._endpoint.get("socket", "")
         for name in (path, os.path.join(self._folder, "endpoint")):
             with contextlib.suppress(OSError):
@@ -4318,22 +4271,20 @@ class ControlServer:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.dirname(path))
 
-    def _accept_all(self) -> None:
+    def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; wait for room rather than spin."""
-        while not self._is_stopping:
-            for key, _ in self._selector.select():
-                if key.fileobj is self._wakee:
-                    self._wakee.recv(64)
-                elif self._room.acquire(timeout=0.1):
-                    try:
-                        connection = key.fileobj.accept()[0]  # type: ignore[union-attr]
-                        threading.Thread(
-                            target=self._serve, args=(connection,), name="talk", daemon=True
-                        ).start()
-                    except (OSError, RuntimeError) as error:  # no descriptor, no thread
-                        log.warning("a connection was refused: %s", error)
-                        self._room.release()
-                        threading.Event().wait(0.1)
+        while True:
+            try:
+                peer = listener.accept()[0]
+                if self._is_stopping:
+                    return
+                self._room.acquire()
+                threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
+            except (OSError, RuntimeError) as error:  # no descriptor, no thread
+                log.warning("a connection was refused: %s", error)
+                if isinstance(error, RuntimeError):
+                    self._room.release()
+                threading.Event().wait(0.1)
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer requests until the peer leaves or sends what is none."""
@@ -4441,8 +4392,6 @@ def _nearest_project() -> str:
         folder = os.path.dirname(folder)
 
 
-class _Away(Exception):
-    """No daemon took the request, or it was cut off before its answer."""
 
 
 class Client:
@@ -4475,21 +4424,19 @@ class Client:
         """
         deadline = Clock.mono() + (CONFIRM_TIMEOUT_S if "token" in fields else answer_s)
         while True:
-            try:
-                self.is_live = True
-                return self._ask(verb, fields, max(deadline - Clock.mono(), 0.01))
-            except _Away:
-                self.close()
-            self.is_live = False
-            answer = self._act(verb, fields)
+            self.is_live = True
+            answer = self._ask(verb, fields, max(deadline - Clock.mono(), 0.01))
+            if answer is None:
+                self.is_live = False
+                answer = self._act(verb, fields)
             if answer is not None:
                 return answer
             if Clock.mono() > deadline:
                 raise self._explain_silence(fields)
             threading.Event().wait(0.02)
 
-    def _ask(self, verb: str, fields: Fields, answer_s: float) -> Fields:
-        """Ask the daemon. Raises _Away, or NOT_ANSWERING when it hangs."""
+    def _ask(self, verb: str, fields: Fields, answer_s: float) -> Fields | None:
+        """Ask the daemon; None: there is none, or it was cut off. Raises NOT_ANSWERING."""
         is_fresh = self._connection is None
         try:
             connection = self._connection or self._connect()
@@ -4506,10 +4453,8 @@ class Client:
         except OSError:
             answer = None
         if answer is None:
-            self.close()
-            if is_fresh:
-                raise _Away
-            return self._ask(verb, fields, answer_s)  # the daemon had closed an idle connection
+            self.close()  # an idle connection the daemon may have closed: once more
+            return None if is_fresh else self._ask(verb, fields, answer_s)
         if answer.pop("type") == "error":
             raise DaemonError.from_dict(answer)
         return answer
@@ -4622,7 +4567,7 @@ class Client:
         Raises NOT_RUNNING when there is no daemon to wait for.
         """
         deadline = float("inf") if timeout is None else Clock.mono() + timeout
-        patience, within = _Patience(self), 0.0
+        until, within = Clock.mono() + RETURN_TIMEOUT_S, 0.0
         while True:
             answer = self.call("wait", {"ids": ids, "within": within}, within + ANSWER_TIMEOUT_S)
             on_change(answer)
@@ -4630,7 +4575,7 @@ class Client:
                 return int(answer["status"])
             if Clock.mono() >= deadline:
                 return 124
-            patience.check()
+            until = self._outwait(until)
             within = min(1.0, max(deadline - Clock.mono(), 0.0))
 
     def follow(
@@ -4641,7 +4586,7 @@ class Client:
         attempt None: the last one. offset -n: from the last n lines on. to_end False: only
         what is there now. Outlives a restart of the daemon.
         """
-        patience = _Patience(self)
+        until = Clock.mono() + RETURN_TIMEOUT_S
         while True:
             fields = {"id": task_id, "attempt": attempt, "offset": offset, "within": float(to_end)}
             answer = self.call("logs", fields, 1.0 + ANSWER_TIMEOUT_S)
@@ -4654,7 +4599,17 @@ class Client:
             elif answer["done"] or (not data and not to_end):
                 return
             elif not data:
-                patience.check()
+                until = self._outwait(until)
+
+    def _outwait(self, until: float) -> float:
+        """Let a waiting call outlive a daemon that is away; return until when (monotonic)."""
+        if self.is_live:
+            return Clock.mono() + RETURN_TIMEOUT_S
+        if not self.was_live or Clock.mono() > until:
+            what = "no daemon runs, so nothing moves; the task is kept"
+            raise DaemonError("NOT_RUNNING", what, "start it with `start`")
+        threading.Event().wait(0.2)
+        return until
 
     def cancel(self, *ids: int) -> Fields:
         """Cancel tasks; return {"done": ids, "not_done": ids finished before}."""
@@ -4693,24 +4648,6 @@ def held_by(holder: Holder) -> DaemonError:
     """Make the error of a lock that is not a daemon's."""
     what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
     return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
-
-
-class _Patience:
-    """Lets a waiting client outlive a daemon that is away, for RETURN_TIMEOUT_S."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._until = Clock.mono() + RETURN_TIMEOUT_S
-
-    def check(self) -> None:
-        """Return soon. Raises NOT_RUNNING when no daemon came, or came back."""
-        if self._client.is_live:
-            self._until = Clock.mono() + RETURN_TIMEOUT_S
-        elif not self._client.was_live or Clock.mono() > self._until:
-            what = "no daemon runs, so nothing moves; the task is kept"
-            raise DaemonError("NOT_RUNNING", what, "start it with `start`")
-        else:
-            threading.Event().wait(0.2)
 
 
 def find_orphans(store: TaskStore, ids: Sequence[int]) -> list[Child]:
