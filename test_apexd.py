@@ -1188,12 +1188,17 @@ class TestPlatform:
 # 5. FILES - atomic replacement, no symbolic links, logs that lose their head
 # ============================================================================
 
-# Appends numbered lines of 16 bytes, as fast as it can, to a log opened as tasks have it.
+# Appends numbered lines of 16 bytes, as fast as it can, to a log opened as tasks have it. Only
+# when four caps lie there does it wait for the capper: so many heads go whoever gets the processor.
 WRITER = """
-import os, sys
+import os, select, sys, time
 fd = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 for first in range(0, int(sys.argv[2]), 8):
     os.write(fd, b"".join(b"%015d\\n" % n for n in range(first, first + 8)))
+    patience = time.monotonic() + 60
+    while os.fstat(fd).st_size > int(sys.argv[3]):
+        select.select([], [], [], 0.001)
+        assert time.monotonic() < patience, "nobody caps"
 """
 LINE_BYTES = 16
 CAP_BYTES = 65536
@@ -1223,13 +1228,17 @@ class TestFiles:
 
     def write_and_cap(self, path, on_cap):
         """Cap a log at 64 KiB while a process writes to it; return how often."""
-        argv = [sys.executable, "-S", "-c", WRITER, path, str(self.LINES)]
+        argv = [sys.executable, "-S", "-c", WRITER, path, str(self.LINES), str(4 * CAP_BYTES)]
         caps = 0
         with subprocess.Popen(argv) as writer:
-            while writer.poll() is None:
-                if apexd.cap_log(path, CAP_BYTES):
-                    caps += 1
-                    on_cap()
+            try:
+                while writer.poll() is None:
+                    if apexd.cap_log(path, CAP_BYTES):
+                        caps += 1
+                        on_cap()
+            except BaseException:
+                writer.kill()
+                raise
         assert writer.returncode == 0
         return caps
 
@@ -1264,26 +1273,32 @@ class TestFiles:
         path = str(tmp_path / "task.log")
         if not can_collapse(str(tmp_path)):
             pytest.skip("offsets are exact only where a head can be collapsed away")
-        wrong, reads, stop = [], [0], threading.Event()
+        wrong, reads, stop, was_read = [], [0], threading.Event(), threading.Event()
 
         def follow():
             rng, at = random.Random(7), 0
             while not stop.is_set():
                 asked = at if rng.random() < 0.5 else max(0, at - rng.randrange(2 * CAP_BYTES))
                 data, following = apexd.read_log(path, asked)
-                reads[0] += bool(data)
+                if data:
+                    reads[0] += 1
+                    was_read.set()
                 if data != expected_lines(following - len(data), following):
                     wrong.append((asked, following, data[:48]))
                 at = max(at, following)
 
+        def let_it_read():
+            was_read.clear()
+            assert was_read.wait(20)
+
         reader = threading.Thread(target=follow)
         reader.start()
         try:
-            caps = self.write_and_cap(path, lambda: None)
+            caps = self.write_and_cap(path, let_it_read)
         finally:
             stop.set()
             reader.join()
-        assert caps >= 1 and reads[0] > 2
+        assert caps >= 3 and reads[0] >= caps
         assert not wrong, f"{len(wrong)} of {reads[0]} reads; the first: {wrong[0]}"
 
     def test_offsets_are_logical_and_negative_ones_count_lines(self, tmp_path):
