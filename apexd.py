@@ -26,6 +26,7 @@ Map (a section uses only sections above it):
      9. STORE       schema, migrations, all SQL
     10. CHILD       the attempt protocol: start, adopt, wait, stop
     13. RUNNER      the polling loop over the store
+    14. SUPERVISOR  processes: state table, what happens next, instances
     16. CONTROL     frames, verbs, server, Client
     18. DAEMON      wiring, start order, signals; DaemonManager
     20. CLI         registry and handlers
@@ -39,7 +40,8 @@ Files, all in `.apex/` (mode 0700):
     apex.db        the queue
     control.sock   the control socket; `endpoint` says how to reach the daemon
     heartbeat      rewritten while the loops turn; state.json: a readable snapshot
-    run/           one exit record a slot;  logs/: task-12.1.log is task 12, attempt 1
+    run/           one exit record a slot or instance
+    logs/          task-12.1.log: task 12, attempt 1; proc-web.0.log: instance 0 of web
 
 Exit statuses: 0 ok, 1 failed, 2 usage; `status` 0 running, 1 dead with a PID file,
 3 not running, 4 unknown; `wait` and `run` the task's own, 124 when waiting timed out;
@@ -86,6 +88,7 @@ __all__ = [
     "DaemonRunner",
     "DaemonStatus",
     "PidFile",
+    "Supervisor",
     "Task",
     "TaskStore",
     "main",
@@ -100,6 +103,7 @@ STATE_FOLDER = ".apex"
 START_TIMEOUT_S = 10.0  # for the daemon to answer; each `progress` line extends it
 STOP_MARGIN_S = 5.0  # what `stop` adds to the daemon's own two waits before it KILLs
 CONFIRM_TIMEOUT_S = 10.0  # how long a client tries to confirm a request that was cut off
+PROCESS_ANSWER_S = 600.0  # a rolling reload of many instances takes its time
 ANSWER_TIMEOUT_S = 5.0  # a daemon that says nothing for so long counts as hung
 RETURN_TIMEOUT_S = 30.0  # `wait`, `run`, `logs -f` outlive a daemon that is away so long
 CLIENT_HOLD_S = 5.0  # a client holds the lock for one call; longer means another program
@@ -115,6 +119,7 @@ SOCKET_PATH_MAX_BYTES = 103  # sun_path of macOS; Linux allows 107 (unix(7))
 SLOT_RECORD_BYTES = 512  # one sector: status and note reach the disk together
 SLOT_NOTE_AT = 64  # the shell writes at 0, the daemon here
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
+STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
 SWEEP_ROUNDS = 100  # passes over /proc before a fork bomb counts as unkillable
 FIRST_TERM_S = 1.0  # a second TERM counts only so long after the first
@@ -1188,7 +1193,7 @@ def niceness(value: object) -> int:
     return integer(-20 if Platform.is_root() else 0, 19)(value)
 
 
-def account(kind: str) -> Callable[[object], str]:
+def user_or_group(kind: str) -> Callable[[object], str]:
     """Make a reader of a "user" or a "group" that children can be started as."""
 
     def read(value: object) -> str:
@@ -1261,8 +1266,8 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "env": (environment, {}, "variables on top of the daemon's own that are kept"),
         "env_file": (paths, [], "files of NAME=VALUE lines, read at each start"),
         "cwd": (line_of_text, ".", "seen from the project"),
-        "user": (account("user"), None, "to run as (the daemon is root)"),
-        "group": (account("group"), None, "to run as (the daemon is root)"),
+        "user": (user_or_group("user"), None, "to run as (the daemon is root)"),
+        "group": (user_or_group("group"), None, "to run as (the daemon is root)"),
         "umask": (octal, 0o022, 'a string: "027"'),
         "memory_mb": (integer(1), None, "address space of a process"),
         "cpu_seconds": (integer(1), None, "processor time of a process"),
@@ -3229,6 +3234,7 @@ class ProcessState(str, Enum):
 
 
 _UP = {ProcessState.STARTING, ProcessState.RUNNING, ProcessState.UNHEALTHY}
+_DOWN = {ProcessState.BACKOFF, ProcessState.CRASHED, ProcessState.FAILED}
 _READY = {ProcessState.RUNNING, ProcessState.UNHEALTHY}
 _ENDS = {ProcessState.STOPPING, ProcessState.CRASHED}
 PROCESS_MOVES: dict[ProcessState, set[ProcessState]] = {
@@ -3482,6 +3488,19 @@ class Instance:
             view.state = ProcessState.STOPPED
         view.is_wanted = True
 
+    def is_up(self) -> bool:
+        """Tell whether it is wanted, and there or about to be."""
+        return bool(self.view.is_wanted) and self.view.state in _UP
+
+    def has_begun(self) -> bool:
+        """Tell whether, since it was wanted, it was started, or found that it must wait."""
+        view, child = self.view, self.child
+        if view.is_stale or view.state == ProcessState.STOPPING:
+            return False
+        if view.state == ProcessState.STARTING:
+            return bool(child.shell_pid if child is not None else view.is_held)
+        return view.state != ProcessState.STOPPED or view.result is not None
+
     def move(self, state: ProcessState, why: str | None = None) -> None:
         """Go to another state: the only way but for `want` and `adopt`; holds the lock."""
         if state not in PROCESS_MOVES[self.view.state]:
@@ -3501,7 +3520,7 @@ class Instance:
         """Let the next start be a first one; holds the lock, and has no child."""
         self.note = {}
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._make_child("").job.record_path)
+            os.unlink(self.make_child("").job.record_path)
 
     def begin(self) -> None:
         """Start a run; holds the lock."""
@@ -3516,19 +3535,20 @@ class Instance:
             "given_up": view.has_given_up,
             "spec": self.spec,
         }
-        child = self._make_child(f"{self.id}-{os.urandom(8).hex()}")
+        child = self.make_child(f"{self.id}-{os.urandom(8).hex()}")
         self._launch(child, functools.partial(self._start, child))
 
-    def adopt(self, note: dict[str, Any]) -> None:
-        """Take over the run that a record tells of; holds the lock."""
-        view, self.note = self.view, note
+    def adopt(self) -> None:
+        """Take over the run that its note tells of; holds the lock."""
+        view, note = self.view, self.note
         view.quick_ends, view.has_given_up = note.get("quick", 0), note.get("given_up", False)
-        child = self._make_child(note["run"])
+        child = self.make_child(note["run"])
         self._launch(child, functools.partial(self._take_over, child))
         view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
         view.started -= max(Clock.now() - note.get("started", Clock.now()), 0.0)
 
-    def _make_child(self, run_id: str) -> Child:
+    def make_child(self, run_id: str) -> Child:
+        """Make the child of a run; its environment comes later."""
         policy, folder = self.view.policy, self._store.folder
         command = fill(policy.command, self.index)
         job = Job(
@@ -3728,6 +3748,45 @@ class Instance:
         return ": ".join(filter(None, (f"{self.id} {view.state.value}", "; ".join(parts))))
 
 
+def get_process(config: Config, name: str) -> Any:
+    """Return the section of a process. Raises PROCESS_NOT_FOUND."""
+    if name not in config.processes:
+        hint = "processes: " + (", ".join(config.processes) or "none; write [process.NAME]")
+        raise DaemonError("PROCESS_NOT_FOUND", f"there is no process {name!r}", hint)
+    return config.processes[name]
+
+
+def read_process_logs(
+    folder: str, name: str, offsets: Mapping[str, int], lines: int
+) -> dict[str, tuple[bytes, int]]:
+    """Return {"web.0": (data, next offset)} of a process, or of one instance, from `offsets` on.
+
+    Of an instance that is not in `offsets`: the last `lines` lines; 0: all.
+    """
+    found = {}
+    for entry in sorted(os.listdir(os.path.join(folder, "logs"))):
+        match = re.fullmatch(rf"proc-({re.escape(name)}(?:\.[0-9]+)?)\.log", entry)
+        if match:
+            path = os.path.join(folder, "logs", entry)
+            found[match[1]] = read_log(path, offsets.get(match[1], -lines))
+    return found
+
+
+def make_instances(store: TaskStore, moved: threading.Condition) -> Iterator[Instance]:
+    """Yield an instance for each run that a former daemon of this boot began."""
+    gone = Config({"process": {"gone": {"command": "gone"}}}).processes["gone"]
+    for name, index, note in find_records(store.folder):
+        instance = Instance(name, index, store.config.processes.get(name, gone), store, moved)
+        instance.note = note
+        yield instance
+
+
+def find_lost_processes(store: TaskStore) -> list[Child]:
+    """Return the children of processes that run although there is no daemon."""
+    lost = make_instances(store, threading.Condition())
+    return [instance.make_child(instance.note["run"]) for instance in lost]
+
+
 class Supervisor:
     """Keeps the processes of the configuration as they are wanted.
 
@@ -3741,7 +3800,7 @@ class Supervisor:
     ) -> None:  # fmt: skip
         self._store = store
         self._on_failure, self._on_stopped = on_failure, on_stopped
-        self._moved = threading.Condition()  # guards all instances; taken before the store's lock
+        self.moved = threading.Condition()  # guards all instances; taken before the store's lock
         self._instances: dict[str, Instance] = {}
         self._is_stopping = False
         self.halted = threading.Event()
@@ -3749,22 +3808,19 @@ class Supervisor:
 
     def start(self) -> None:
         """Adopt what a former daemon left, start what is wanted."""
-        with self._moved:
-            gone = Config({"process": {"gone": {"command": "gone"}}}).processes["gone"]
-            for name, index, note in find_records(self._store.folder):
-                policy = self._store.config.processes.get(name, gone)
-                instance = Instance(name, index, policy, self._store, self._moved)
+        with self.moved:
+            decisions = self._store.get_decisions()
+            for instance in make_instances(self._store, self.moved):
                 self._instances[instance.id] = instance
-                is_up, _ = self._store.get_decisions().get(name, (None, None))
-                instance.view.is_wanted = is_up is not False
+                instance.view.is_wanted = decisions.get(instance.name, (None, None))[0] is not False
                 log.info("Adopting process %s", instance.id)
-                instance.adopt(note)
+                instance.adopt()
             self._arrange()
         threading.Thread(target=self._loop, name="supervisor", daemon=True).start()
 
     def stop(self, force: bool = False) -> None:
         """End all, each after what needs it; `on_stopped` is called when it is done."""
-        with self._moved:
+        with self.moved:
             self._is_stopping = True
             for instance in self._instances.values():
                 instance.view.is_wanted = False
@@ -3772,17 +3828,17 @@ class Supervisor:
                     instance.forget()
                 elif force:
                     instance.child.end(force=True)
-            self._moved.notify_all()
+            self.moved.notify_all()
 
     def halt(self) -> None:
         """Decide nothing more, and leave the children to the next daemon."""
-        with self._moved:
+        with self.moved:
             self.halted.set()
-            self._moved.notify_all()
+            self.moved.notify_all()
 
     def reload(self, old: Config) -> None:
         """Start, stop and replace what differs now from the configuration before."""
-        with self._moved:
+        with self.moved:
             for name, policy in self._store.config.processes.items():
                 before = old.processes.get(name)
                 if before is not None and before.instances != policy.instances:
@@ -3790,14 +3846,24 @@ class Supervisor:
             if not self._is_stopping:
                 self._arrange()
 
+    def find_children(self) -> list[Child]:
+        """Return the children that run now."""
+        with self.moved:
+            return [one.child for one in self._instances.values() if one.child is not None]
+
     def status(self) -> dict[str, Any]:
-        """Return {"process_count", "running_instances", "failed": ids that were given up}."""
-        with self._moved:
+        """Return {"process_count", "running_instances", "failed": [ids], "health"}.
+
+        health: "degraded" while an instance has failed, else "healthy".
+        """
+        with self.moved:
             everyone = self._instances.values()
             failed = [one.id for one in everyone if one.view.state == ProcessState.FAILED]
             count = len(self._store.config.processes)
             running = sum(one.view.state in _READY for one in everyone)
-            return {"process_count": count, "running_instances": running, "failed": failed}
+            health = "degraded" if failed else "healthy"
+            counts = {"process_count": count, "running_instances": running}
+            return {**counts, "failed": failed, "health": health}
 
     def _arrange(self) -> None:
         """Have the instances that configuration and users' decisions ask for; holds the lock."""
@@ -3811,7 +3877,7 @@ class Supervisor:
                 instance = surplus.pop(f"{name}.{index}", None)
                 if instance is None or instance.is_surplus:
                     if instance is None:
-                        instance = Instance(name, index, policy, self._store, self._moved)
+                        instance = Instance(name, index, policy, self._store, self.moved)
                         self._instances[instance.id] = instance
                     if is_wanted if is_up is None else is_up:
                         instance.want()
@@ -3820,13 +3886,13 @@ class Supervisor:
                     instance.view.is_stale = instance.is_rolling = True
         for instance in surplus.values():
             instance.view.is_wanted, instance.is_surplus = False, True
-        self._moved.notify_all()
+        self.moved.notify_all()
 
     def _loop(self) -> None:
         while not self.halted.is_set():
             try:
-                with self._moved:
-                    self._moved.wait(self._settle())
+                with self.moved:
+                    self.moved.wait(self._settle())
                 if Clock.mono() >= self._next_check:
                     self._next_check = Clock.mono() + LOG_CHECK_S
                     self._check()
@@ -3897,30 +3963,119 @@ class Supervisor:
 
     def _check(self) -> None:
         """Cap the logs; replace what uses too much memory."""
-        with self._moved:
+        with self.moved:
             running = [(one, one.child) for one in self._instances.values() if one.child]
         for instance, child in running:
             cap_log(child.job.log_path, int(instance.view.policy.log_mb * 1e6))
         limited = [(one, child) for one, child in running if one.view.policy.memory_restart_mb]
         usage = Platform.usage({child.shell_pid for _, child in limited}) if limited else {}
-        with self._moved:
+        with self.moved:
             for instance, child in limited:
                 most = instance.view.policy.memory_restart_mb * 1e6
                 _, used = usage.get(child.shell_pid, (0.0, 0))
                 if used > most and instance.child is child and not instance.view.is_stale:
                     log.warning("process %s uses %d MB", instance.id, used / 1e6)
                     instance.view.is_stale, instance.is_rolling = True, False
-                    self._moved.notify_all()
+                    self.moved.notify_all()
 
     def find(self, name: str) -> list[Instance]:
         """Return the instances of a process, or the one that is named; holds the lock."""
         everyone = self._instances.values()
         found = [one for one in everyone if name in (one.name, one.id) and not one.is_surplus]
-        if not found and name not in self._store.config.processes:
-            known = ", ".join(self._store.config.processes) or "none; write [process.NAME]"
-            hint = f"processes: {known}"
-            raise DaemonError("PROCESS_NOT_FOUND", f"there is no process {name!r}", hint)
+        if not found:
+            get_process(self._store.config, name)
         return found
+
+    def up(self, names: Sequence[str]) -> None:
+        """Have processes up, and what they need; returns when they have begun, or wait.
+
+        Raises PROCESS_ALREADY_RUNNING when all instances of all of them are up.
+        """
+        with self.moved:
+            todo = list(names)
+            for name in todo:
+                needs = get_process(self._store.config, name).needs
+                todo += [need for need in needs if need not in todo]
+            mine = [one for name in names for one in self.find(name)]
+            if mine and all(one.is_up() for one in mine):
+                what = f"{', '.join(names)} runs already"
+                raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
+            for name in todo:
+                self._store.decide_process(name, "is_up", True)
+                for one in self.find(name):
+                    if not one.is_up():
+                        one.want()
+            self._await(START_TIMEOUT_S, lambda: all(one.has_begun() for one in mine))
+
+    def down(self, names: Sequence[str]) -> None:
+        """Stop processes; returns when nothing of them is left.
+
+        Raises PROCESS_NOT_RUNNING when none of them ran, STOP_FAILED.
+        """
+        with self.moved:
+            for name in names:
+                get_process(self._store.config, name)
+            mine = [one for name in names for one in self.find(name)]
+            if not any(one.child or one.view.is_wanted for one in mine):
+                what = f"{', '.join(names)} does not run"
+                raise DaemonError("PROCESS_NOT_RUNNING", what, "see `ps`")
+            for name in names:
+                self._store.decide_process(name, "is_up", False)
+            for one in mine:
+                one.view.is_wanted = False
+            most_s = self._store.config.stop_timeout_s + 2 * STOP_MARGIN_S
+            if not self._await(most_s, lambda: not any(one.child for one in mine)):
+                raise DaemonError("STOP_FAILED", "something of it still runs", "see `why NAME`")
+
+    def replace(self, name: str, is_rolling: bool) -> None:
+        """Restart a process; rolling: the next instance only when the last one is ready.
+
+        Raises PROCESS_FAILED when an instance does not come up.
+        """
+        with self.moved:
+            policy, mine = get_process(self._store.config, name), self.find(name)
+            self._store.decide_process(name, "is_up", True)
+            for one in mine:
+                one.view.is_stale, one.is_rolling = one.child is not None, is_rolling
+                if not one.is_up():
+                    one.want()
+            within_s = policy.stop_timeout + (policy.ready.within if policy.ready else 0.0)
+            within_s = (within_s + STOP_MARGIN_S) * (len(mine) + 1)
+
+            def is_replaced(one: Instance) -> bool:
+                return one.view.state in _READY if is_rolling else one.has_begun()
+
+            def is_done() -> bool:
+                is_failing = is_rolling and any(one.view.state in _DOWN for one in mine)
+                return is_failing or all(is_replaced(one) and not one.view.is_stale for one in mine)
+
+            self._await(within_s, is_done)
+            for one in mine:
+                if one.view.state in _DOWN or not is_replaced(one):
+                    hint = "the others run on as they were; they follow when it is ready"
+                    raise DaemonError("PROCESS_FAILED", one.explain(), hint if is_rolling else "")
+
+    def scale(self, name: str, count: int) -> None:
+        """Have so many instances from now on; returns when they have begun, or are gone."""
+        with self.moved:
+            get_process(self._store.config, name)
+            self._store.decide_process(name, "instances", count)
+            before = self.find(name)
+            self._arrange()
+            most_s = self._store.config.stop_timeout_s + 2 * STOP_MARGIN_S
+            gone = [one for one in before if one.is_surplus]
+            self._await(most_s, lambda: not any(one.child for one in gone))
+
+    def _await(self, within_s: float, is_done: Callable[[], bool]) -> bool:
+        """Wait for the instances to come to something; holds the lock."""
+        deadline = Clock.mono() + within_s
+        self.moved.notify_all()
+        while not is_done():
+            left_s = deadline - Clock.mono()
+            if left_s <= 0 or self.halted.is_set():
+                return False
+            self.moved.wait(left_s)
+        return True
 
 
 # ============================================================================
@@ -4000,6 +4155,20 @@ def list_of_commands(value: object) -> list[Any]:
     return value
 
 
+def log_offsets(value: object) -> dict[str, int]:
+    """Read an object of offsets."""
+    return {name: integer(0)(offset) for name, offset in mapping(value).items()}
+
+
+def signal_number(value: object) -> int:
+    """Read a signal: HUP, SIGHUP or 1."""
+    name = str(value).upper()
+    found = getattr(signal, name if name.startswith("SIG") else "SIG" + name, None)
+    with contextlib.suppress(ValueError):
+        return int(signal.Signals(int(value) if found is None else found))  # type: ignore[call-overload]
+    raise ValueError("a signal, such as HUP or USR1")
+
+
 # Every field that a request can have, with its reader.
 FIELDS: dict[str, Callable[[Any], Any]] = {
     "id": integer(0), "ids": task_ids, "commands": list_of_commands, "options": mapping,
@@ -4008,6 +4177,9 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "limit": integer(1, 1000), "within": duration, "offset": integer(-INTEGER_MAX),
     "attempt": integer(1), "run_id": line_of_text, "tokens": integer(0, 10**15), "cost": number,
     "progress": number, "note": line_of_text, "keep": bool,
+    "name": matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX"),
+    "names": text_list, "instances": integer(0, 1000), "signal": signal_number,
+    "offsets": log_offsets, "lines": integer(1, 100_000), "follow": truth,
 }  # fmt: skip
 
 
@@ -4056,6 +4228,7 @@ class TaskVerbs:
             "why": ("id!", self._why),
             "logs": ("id! attempt offset within", self._logs),
             "queue": ("", self._queue),
+            "process_logs": ("name! offsets lines", self._process_logs),
         }
 
     def _wake(self, answer: Fields) -> Fields:
@@ -4166,6 +4339,23 @@ class TaskVerbs:
             "status": task.status if task.state in DONE else None,
         }
 
+    def _process_logs(
+        self, name: str, offsets: Mapping[str, int] | None = None, lines: int = 50
+    ) -> Fields:
+        """Return {"logs": {"web.0": {"data": base64, "next": offset}}} from `offsets` on.
+
+        Of an instance that is not in `offsets`: the last `lines` lines.
+        """
+        logs = read_process_logs(self._store.folder, name, offsets or {}, lines)
+        if not logs:
+            get_process(self._store.config, name.partition(".")[0])
+        return {
+            "logs": {
+                instance: {"data": base64.b64encode(data).decode(), "next": following}
+                for instance, (data, following) in logs.items()
+            }
+        }
+
     def _why(self, id: int) -> Fields:
         """Return {"id", "state", "reasons": [a line each]}: what it waits for, how it ended."""
         task = self._store.get(id)
@@ -4220,6 +4410,135 @@ class TaskVerbs:
             yield f"all {most} slots are taken: tasks {', '.join(names)}"
         elif not paused:
             yield "will be claimed at the next turn"
+
+
+# How the states of instances add up: the first of these that one of them is in.
+_WORST_FIRST = "failed crashed backoff unhealthy starting stopping running stopped".split()
+
+
+def sum_up(name: str, details: Sequence[Fields]) -> Fields:
+    """Return what `list_processes` says of a process, from the details of its instances."""
+
+    def known(field: str) -> list[Any]:
+        return [one[field] for one in details if one[field] is not None]
+
+    states = known("state")
+    return {
+        "name": name,
+        "instances": len(details),
+        "running": sum(state in ("running", "unhealthy") for state in states),
+        "status": next((state for state in _WORST_FIRST if state in states), "stopped"),
+        "cpu_percent": sum(known("cpu_percent")) if known("cpu_percent") else None,
+        "memory_bytes": sum(known("memory_bytes")) if known("memory_bytes") else None,
+        "uptime_secs": max(known("uptime_secs"), default=None),
+        "restart_count": sum(known("restart_count")),
+    }
+
+
+class ProcessVerbs:
+    """What can be done to processes: `table` maps each verb to its form and its function.
+
+    Other programs rely on the fields of list_processes, get_process, start_, stop_, restart_
+    and reload_process, and tail_logs.
+    """
+
+    def __init__(self, supervisor: Supervisor, store: TaskStore) -> None:
+        self._supervisor = supervisor
+        self._store = store
+        self.table: dict[str, tuple[str, Callable[..., Any]]] = {
+            "list_processes": ("", self._list),
+            "get_process": ("name!", self._get),
+            "start_process": ("name!", lambda name: self._up([name])),
+            "stop_process": ("name!", lambda name: self._down([name])),
+            "restart_process": ("name!", lambda name: self._replace(name, False)),
+            "reload_process": ("name!", lambda name: self._replace(name, True)),
+            "up": ("names!", self._up),
+            "down": ("names!", self._down),
+            "scale_process": ("name! instances!", self._scale),
+            "signal_process": ("name! signal!", self._signal),
+            "why_process": ("name!", self._why),
+            "tail_logs": ("name! lines follow", self._tail),
+        }
+
+    def _look(self, names: Iterable[str]) -> list[list[Fields]]:
+        """Return the details of each instance of each process."""
+        with self._supervisor.moved:
+            mine = [self._supervisor.find(name) for name in names]
+            children = [one.child for found in mine for one in found if one.child is not None]
+            usage = Platform.usage({child.shell_pid for child in children})
+            return [[one.describe(usage) for one in found] for found in mine]
+
+    def _list(self) -> Fields:
+        names = list(self._store.config.processes)
+        return {"type": "process_list", "processes": list(map(sum_up, names, self._look(names)))}
+
+    def _get(self, name: str) -> Fields:
+        policy = get_process(self._store.config, name)
+        (details,) = self._look([name])
+        command = policy.command
+        words = [command] if isinstance(command, str) else command
+        process = {"name": name, "id": name, "command": words[0], "args": words[1:]}
+        process["cwd"] = os.path.normpath(os.path.join(self._store.project, policy.cwd))
+        process.update(instances=len(details), instance_details=details)
+        return {"type": "process_details", "process": process}
+
+    def _up(self, names: list[str]) -> Fields:
+        self._supervisor.up(names)
+        return {"message": f"started: {', '.join(names)}"}
+
+    def _down(self, names: list[str]) -> Fields:
+        self._supervisor.down(names)
+        return {"message": f"stopped: {', '.join(names)}"}
+
+    def _replace(self, name: str, is_rolling: bool) -> Fields:
+        self._supervisor.replace(name, is_rolling)
+        return {"message": f"{'reloaded' if is_rolling else 'restarted'}: {name}"}
+
+    def _scale(self, name: str, instances: int) -> Fields:
+        self._supervisor.scale(name, instances)
+        return {"message": f"scaled: {name} has {instances}"}
+
+    def _signal(self, name: str, signal: int) -> Fields:
+        with self._supervisor.moved:
+            pids = [one.child.pid for one in self._supervisor.find(name) if one.child is not None]
+        for pid in filter(None, pids):
+            Platform.send(pid, signal)
+        if not any(pids):
+            raise DaemonError("PROCESS_NOT_RUNNING", f"{name} does not run", f"`up {name}`")
+        return {"message": f"sent to {', '.join(map(str, filter(None, pids)))}"}
+
+    def _why(self, name: str) -> Fields:
+        """Return {"name", "reasons": [a line for each instance, and for what it waits for]}."""
+        with self._supervisor.moved:
+            found = self._supervisor.find(name)
+            reasons = [one.explain() for one in found]
+            waits = {need for one in found if one.view.is_held for need in one.view.policy.needs}
+            for need in sorted(waits):
+                reasons += [one.explain() for one in self._supervisor.find(need)]
+        return {"name": name, "reasons": reasons or [f"{name} has no instances: `scale {name} 1`"]}
+
+    def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Any]:
+        logs = read_process_logs(self._store.folder, name, {}, lines)
+        if not logs:
+            get_process(self._store.config, name.partition(".")[0])
+        frames = self._follow(name, logs)
+        return frames if follow else {"type": "log_lines", **(next(frames) or {"lines": []})}
+
+    def _follow(self, name: str, logs: Mapping[str, tuple[bytes, int]]) -> Iterator[Any]:
+        """Yield {"lines": [...]} as lines come, None when there is none."""
+        rests: dict[str, bytes] = {}
+        offsets: dict[str, int] = {}
+        while True:
+            found = []
+            for instance, (data, offsets[instance]) in logs.items():
+                *whole, rests[instance] = (rests.get(instance, b"") + data).split(b"\n")
+                process, _, index = instance.partition(".")
+                about = {"process_name": process, "instance": int(index), "stream": "stdout"}
+                for line in whole:
+                    moment = {"timestamp": timestamp(Clock.now()), **about}
+                    found.append({**moment, "content": line.decode("utf-8", "replace")})
+            yield {"lines": found} if found else None
+            logs = read_process_logs(self._store.folder, name, offsets, 0)
 
 
 class ControlServer:
@@ -4298,9 +4617,12 @@ class ControlServer:
                         request = receive_frame(connection, IDLE_TIMEOUT_S, self._reserve)
                         if request is None:
                             return
-                        answer = self._answer(request)
+                        answer: Any = self._answer(request)
                     except DaemonError as error:  # the framing is lost: say so and hang up
                         answer, is_sound = {"type": "error", **error.to_dict()}, False
+                    if not isinstance(answer, dict):
+                        self._stream(connection, answer)
+                        continue
                     connection.settimeout(FRAME_TIMEOUT_S)
                     send_frame(connection, answer)
         except OSError as error:
@@ -4309,6 +4631,17 @@ class ControlServer:
             log.exception("a connection failed")
         finally:
             self._room.release()
+
+    def _stream(self, connection: socket.socket, answers: Iterable[Fields | None]) -> None:
+        """Send answers as they come until the peer leaves, or sends its next request."""
+        for answer in answers:
+            if answer is not None:
+                connection.settimeout(FRAME_TIMEOUT_S)
+                send_frame(connection, {"type": "log_lines", **answer})
+            connection.settimeout(0.001 if answer else STREAM_PAUSE_S)
+            with contextlib.suppress(socket.timeout):
+                connection.recv(1, socket.MSG_PEEK)
+                return
 
     @contextlib.contextmanager
     def _reserve(self, length: int) -> Iterator[None]:
@@ -4324,8 +4657,11 @@ class ControlServer:
             with self._lock:
                 self._reserved -= counted
 
-    def _answer(self, request: Fields) -> Fields:
-        """Carry out one request. Raises PERMISSION_DENIED for a wrong token."""
+    def _answer(self, request: Fields) -> Fields | Iterator[Fields | None]:
+        """Carry out one request; return its answer or several of them.
+
+        Raises PERMISSION_DENIED for a wrong token.
+        """
         name, shown = request.pop("type"), str(request.pop("auth", ""))
         token = self._endpoint.get("token")
         if token is not None:
@@ -4337,7 +4673,8 @@ class ControlServer:
             if name not in self._verbs:
                 raise DaemonError("UNKNOWN_COMMAND", f"there is no verb {name[:40]!r}")
             form, act = self._verbs[name]
-            return {"type": "ok", **act(**read_fields(form, request))}
+            answer = act(**read_fields(form, request))
+            return {"type": "ok", **answer} if isinstance(answer, dict) else answer
         except DaemonError as error:
             return {"type": "error", **error.to_dict()}
         except Exception as error:  # a request handler
@@ -4345,8 +4682,11 @@ class ControlServer:
             return {"type": "error", **DaemonError("INTERNAL", str(error)).to_dict()}
 
 
-DAEMON_VERBS = frozenset({"ping", "status", "reload", "shutdown"})  # of Daemon itself
-READING_VERBS = frozenset({"list", "get", "wait", "why", "logs", "queue"})
+READING_VERBS = frozenset("list get wait why logs queue process_logs".split())
+DAEMON_VERBS = frozenset(  # these mean nothing without one
+    "ping status reload shutdown list_processes get_process start_process stop_process "
+    "restart_process reload_process up down scale_process signal_process why_process".split()
+)
 
 
 class Project(Value):
@@ -4611,6 +4951,30 @@ class Client:
         threading.Event().wait(0.2)
         return until
 
+    def follow_process(self, name: str, lines: int, to_end: bool) -> Iterator[bytes]:
+        """Yield the last lines of a process, then, with to_end, what comes, through restarts.
+
+        Lines of several instances begin with "web.0 | ".
+        """
+        until, offsets = Clock.mono() + RETURN_TIMEOUT_S, dict[str, int]()
+        rests: dict[str, bytes] = {}
+        while True:
+            fields = {"name": name, "lines": lines, "offsets": offsets}
+            logs, is_news = self.call("process_logs", fields)["logs"], False
+            for instance, part in logs.items():
+                data, offsets[instance] = base64.b64decode(part["data"]), part["next"]
+                is_news = is_news or bool(data)
+                *whole, rest = (rests.get(instance, b"") + data).split(b"\n")
+                rests[instance] = rest if to_end else b""
+                whole += [rest] if rest and not to_end else []
+                mark = f"{instance} | ".encode() if len(logs) > 1 else b""
+                yield b"".join(mark + line + b"\n" for line in whole)
+            if not to_end:
+                return
+            if not is_news:
+                until = self._outwait(until)
+                threading.Event().wait(STREAM_PAUSE_S)
+
     def cancel(self, *ids: int) -> Fields:
         """Cancel tasks; return {"done": ids, "not_done": ids finished before}."""
         return self.call("cancel", {"ids": ids})
@@ -4703,6 +5067,7 @@ class Daemon:
         self._exit_status = self._inode = 0
         self._store: TaskStore
         self._runner: DaemonRunner
+        self._supervisor: Supervisor
         self._control: ControlServer
 
     def run(self) -> int:
@@ -4762,8 +5127,11 @@ class Daemon:
     def _serve(self) -> None:
         on_drained = functools.partial(self._post, "drained")
         self._runner = DaemonRunner(self._store, None, self._look_after, on_drained)
-        verbs = {
+        on_stopped = functools.partial(self._post, "stopped")
+        self._supervisor = Supervisor(self._store, self._give_up, on_stopped)
+        verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(self._store, self._runner).table,
+            **ProcessVerbs(self._supervisor, self._store).table,
             "ping": ("", lambda: {"type": "pong", **self._identity()}),
             "status": ("", lambda: {"type": "status", **self._status()}),
             "reload": ("", lambda: {"plan": self._reload()}),
@@ -4772,12 +5140,14 @@ class Daemon:
         self._control = ControlServer(self._project.folder, verbs)
         self._control.start()
         self._runner.start()
+        self._supervisor.start()
         self._report({"event": "ready", "pid": os.getpid()})
         log.info("ready")
         try:
             self._obey()
         finally:
             self._control.stop()
+            self._supervisor.halt()
             self._runner.halt()
             with contextlib.suppress(DaemonError):
                 self._write_state()
@@ -4798,15 +5168,19 @@ class Daemon:
                 self._wakee.recv(4096)
                 continue
             name = signal.Signals(value).name if kind == "signal" else kind
-            if name in ("drained", "leave"):
-                log.info("%s", "drained" if name == "drained" else "leaving the tasks running")
+            if name in ("stopped", "leave"):
+                log.info("%s", "all ended" if name == "stopped" else "leaving all that runs")
                 return
+            if name == "drained":
+                self._supervisor.stop()
             if name in ("stop", "failed", "SIGTERM", "SIGINT", "SIGBREAK"):
                 now = Clock.mono()
                 self._exit_status = value if name == "failed" else self._exit_status
                 if not first_term or now - first_term >= FIRST_TERM_S:
                     log.info("%s: stopping%s", name, " at once" if first_term else "")
                     self._runner.drain(0.0 if first_term else self._config.daemon.graceful_timeout)
+                    if first_term:
+                        self._supervisor.stop(force=True)
                 first_term = first_term or now
             elif name == "SIGHUP":
                 with contextlib.suppress(DaemonError):  # logged; nothing has changed
@@ -4820,7 +5194,12 @@ class Daemon:
                 Platform.reap_orphans(self._is_child)
 
     def _is_child(self, pid: int) -> bool:
-        return any(child.shell_pid == pid for child in self._runner.find_children().values())
+        children = [*self._runner.find_children().values(), *self._supervisor.find_children()]
+        return any(child.shell_pid == pid for child in children)
+
+    def _give_up(self, name: str) -> None:
+        log.error("process %s is critical and has failed: stopping", name)
+        self._post("failed", 1)
 
     def _shutdown(self, keep: bool = False) -> Fields:
         """Stop; `keep` leaves the tasks running for the next daemon."""
@@ -4839,7 +5218,8 @@ class Daemon:
             plan = self._config.plan(new)
             if new.log != self._config.log:
                 open_log(self._path("daemon.log"), new.log, self._foreground)
-            self._config = self._store.config = new
+            old, self._config, self._store.config = self._config, new, new
+            self._supervisor.reload(old)
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
             self._runner.wake()
             return plan
@@ -4885,8 +5265,7 @@ class Daemon:
         return {
             **self._identity(),
             "pid": os.getpid(),
-            "process_count": 0,
-            "running_instances": 0,
+            **self._supervisor.status(),
             "project": self._project.path,
             "counts": self._store.get_counts(),
             "paused": self._store.get_paused(),
@@ -5038,9 +5417,10 @@ class DaemonManager:
         holder = self.find_holder()
         if holder is None:
             return None
-        options = load_config(self.project.config_path).daemon
+        config = load_config(self.project.config_path)
         if timeout_s is None:
-            timeout_s = options.graceful_timeout + options.stop_timeout + STOP_MARGIN_S
+            timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + STOP_MARGIN_S
+            timeout_s += config.stop_timeout_s
         if Platform.SURVIVES:
             Platform.send(holder.pid, signal.SIGTERM)
             if force and not self._await_gone(holder, FIRST_TERM_S + 0.05):
@@ -5082,10 +5462,12 @@ class DaemonManager:
             with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
                 ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
                 AttemptStore(store).set_wishes(ids, Outcome.INTERRUPTED)
-                orphans = find_orphans(store, ids)
+                orphans = [*find_orphans(store, ids), *find_lost_processes(store)]
         for child in orphans:
             if child.recover() is None:
                 child.end(force=True)
+                if child.job.is_process:
+                    child.wait()
         return holder.pid if holder else None
 
     def leave_daemon(self) -> None:
@@ -5251,9 +5633,26 @@ def cmd_stop(args: Args) -> int:
     return 0
 
 
-@register("restart", MODE, arg("--drain", action="store_true", help="let tasks finish first"))
+def ask_for(verb: str, args: Args, **fields: object) -> int:
+    """Do something to processes that may take its time; the daemon must answer at once."""
+    client = client_of(args)
+    client.call("ping", {})
+    answer = client.call(verb, fields, PROCESS_ANSWER_S)
+    emit(answer, args, answer["message"])
+    return 0
+
+
+PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default: the daemon")
+
+
+@register(
+    "restart", PROCESS, MODE,
+    arg("--drain", action="store_true", help="let tasks finish first"),
+)  # fmt: skip
 def cmd_restart(args: Args) -> int:
-    """Replace the daemon; running tasks go on and are adopted."""
+    """Replace the daemon, all that runs is adopted; or restart a process."""
+    if args.name is not None:
+        return ask_for("restart_process", args, name=args.name)
     manager = manager_of(args)
     load_config(manager.project.config_path)
     if args.drain or not Platform.SURVIVES:
@@ -5264,9 +5663,11 @@ def cmd_restart(args: Args) -> int:
     return cmd_start(args)
 
 
-@register("reload")
+@register("reload", PROCESS)
 def cmd_reload(args: Args) -> int:
-    """Read the configuration again and say what that changed."""
+    """Read the configuration again; or restart a process, instance by instance."""
+    if args.name is not None:
+        return ask_for("reload_process", args, name=args.name)
     plan = client_of(args).call("reload", {})["plan"]
     emit({"plan": plan}, args, "\n".join(plan) or "nothing changed")
     return 0
@@ -5283,6 +5684,10 @@ def cmd_status(args: Args) -> int:
         tasks = ", ".join(f"{n} {state}" for state, n in counts.items()) or "none"
         since = span(details["uptime_secs"])
         text = f"running, PID {status.pid}, for {since}, {details['project']}\ntasks: {tasks}"
+        if details["process_count"]:
+            text += f"\nprocesses: {details['running_instances']} running"
+            failed = ", ".join(details["failed"])
+            text += f", failed: {failed}; see `why`" if failed else ""
         if details["paused"]:
             text += "\npaused: " + ", ".join(details["paused"]).replace("*", "everything")
         if details["draining"]:
@@ -5291,6 +5696,67 @@ def cmd_status(args: Args) -> int:
     del known["details"]
     emit({**known, **details}, args, text)
     return int(status.exit_status)
+
+
+@register("ps", arg("names", nargs="*", metavar="PROCESS", help="default: all"))
+def cmd_ps(args: Args) -> int:
+    """List the instances of processes."""
+    client = client_of(args)
+    known = [process["name"] for process in client.call("list_processes", {})["processes"]]
+    rows = [("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")]
+    found = []
+    for name in args.names or known:
+        process = client.call("get_process", {"name": name})["process"]
+        for one in process["instance_details"]:
+            found.append({"name": name, **one})
+            cells = (
+                f"{name}.{one['index']}",
+                one["state"],
+                one["pid"] or "-",
+                "-" if one["uptime_secs"] is None else span(one["uptime_secs"]),
+                "-" if one["cpu_percent"] is None else f"{one['cpu_percent']:.0f}%",
+                "-" if one["memory_bytes"] is None else f"{one['memory_bytes'] / 1e6:.0f}MB",
+                one["restart_count"],
+                " ".join([process["command"], *process["args"]]),
+            )
+            rows.append(tuple(map(str, cells)))  # type: ignore[arg-type]
+    emit(found, args, columns(rows))
+    return 0
+
+
+NAMES = arg("names", nargs="*", metavar="PROCESS", help="default: all")
+
+
+def find_names(args: Args) -> list[str]:
+    """Return the processes that are named, else all that are configured."""
+    return args.names or [*load_config(manager_of(args).project.config_path).processes]
+
+
+@register("up", NAMES)
+def cmd_up(args: Args) -> int:
+    """Start processes, and what they need."""
+    return ask_for("up", args, names=find_names(args))
+
+
+@register("down", NAMES)
+def cmd_down(args: Args) -> int:
+    """Stop processes; they stay down until `up`, also when the daemon starts again."""
+    return ask_for("down", args, names=find_names(args))
+
+
+ONE = arg("name", metavar="PROCESS", help="a process")
+
+
+@register("scale", ONE, arg("count", type=reads(integer(0, 1000)), help="instances"))
+def cmd_scale(args: Args) -> int:
+    """Have so many instances of a process, until the configuration says otherwise."""
+    return ask_for("scale_process", args, name=args.name, instances=args.count)
+
+
+@register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."))
+def cmd_signal(args: Args) -> int:
+    """Send a signal to the commands of a process, or of one instance: web.0."""
+    return ask_for("signal_process", args, name=args.name, signal=args.signal)
 
 
 @register("kill", EXTRA, arg("--all", action="store_true", help="its tasks too"))
@@ -5423,7 +5889,7 @@ def cmd_list(args: Args) -> int:
 
 
 def task_table(tasks: Sequence[Fields]) -> str:
-    """Lay tasks out in columns, cut at the terminal's width."""
+    """Lay tasks out in columns."""
     rows = [("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")]
     for task in tasks:
         end = task["finished_at"] or Clock.now()
@@ -5436,9 +5902,14 @@ def task_table(tasks: Sequence[Fields]) -> str:
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
         cells = (task["id"], state, task["group"], task["priority"], task["attempts"], code, took)
         rows.append((*map(str, cells), text.replace("\n", " ")))  # type: ignore[arg-type]
-    widths = [max(len(row[column]) for row in rows) for column in range(7)]
+    return columns(rows)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Lay rows out in columns, cut at the terminal's width."""
+    widths = [max(map(len, column)) for column in [*zip(*rows)][:-1]]
     most = width() if sys.stdout.isatty() else 10000
-    lines = ("  ".join([*map(str.ljust, row, widths), row[7]]) for row in rows)
+    lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows)
     return "\n".join(printable(line)[:most].rstrip() for line in lines)
 
 
@@ -5526,33 +5997,41 @@ def cmd_resume(args: Args) -> int:
     return 0
 
 
-@register("why", ID)
+@register("why", arg("id", metavar="ID|PROCESS", help="a task id, or a process"))
 def cmd_why(args: Args) -> int:
-    """Say what a task waits for, or how it ended."""
-    answer = client_of(args).why(args.id)
+    """Say what a task or a process waits for, or how it ended."""
+    client = client_of(args)
+    if not args.id.isdigit():
+        answer = client.call("why_process", {"name": args.id})
+        emit(answer, args, "\n".join(answer["reasons"]))
+        return 0
+    answer = client.why(reads(integer(0))(args.id))
     emit(answer, args, f"task {answer['id']} {answer['state']}: " + "; ".join(answer["reasons"]))
     return 0
 
 
 @register(
     "logs",
-    arg("task", nargs="?", metavar="TASK[.ATTEMPT]", help="default: the daemon's own log"),
+    arg("task", nargs="?", metavar="TASK|PROCESS", help="12, 12.2 (an attempt), web or web.0"),
     arg("-n", "--lines", type=reads(integer(1)), help="the last N lines"),
     arg("-f", "--follow", action="store_true", help="go on as it grows"),
     arg("--raw", action="store_true", help="do not escape control characters on a terminal"),
 )
 def cmd_logs(args: Args) -> int:
-    """Show a task's output, or the daemon's log."""
+    """Show the output of a task or a process; without a name the daemon's log."""
     client = client_of(args)
     if args.task is None:
         path = os.path.join(client.project.folder, "daemon.log")
         chunks = follow_file(path, args.lines or 50, args.follow)
     else:
         match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task)
-        if not match:
-            raise bad(f"{args.task!r}: must be a task id, or ID.ATTEMPT", "see `list`")
-        attempt = int(match[2]) if match[2] else None
-        chunks = client.follow(int(match[1]), attempt, -(args.lines or 0), args.follow)
+        if match:
+            attempt = int(match[2]) if match[2] else None
+            chunks = client.follow(int(match[1]), attempt, -(args.lines or 0), args.follow)
+        elif args.task[:1].isalpha():
+            chunks = client.follow_process(args.task, args.lines or 50, args.follow)
+        else:
+            raise bad(f"{args.task!r}: must be a task id, ID.ATTEMPT or a process", "see `list`")
     for data in chunks:
         text = data.decode("utf-8", "replace")
         if args.json:
