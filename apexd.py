@@ -3351,7 +3351,7 @@ def _after_end(now: float, view: View) -> Action:
         return Action(state=ProcessState.STOPPED)
     if result.never_ran:
         return Action(state=ProcessState.STARTING)
-    if now - view.started >= policy.min_uptime:
+    if view.is_ready and now - view.started >= policy.min_uptime:
         return Action(state=ProcessState.STARTING, quick_ends=0, has_given_up=False)
     count = view.quick_ends + 1
     recent = sum(now - moment < policy.restart_window for moment in view.restarts)
@@ -3446,25 +3446,29 @@ def find_records(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 class Instance:
-    """One copy of a process: what `decide` sees of it, its child, what it has been through.
+    """One copy of a process: what `decide` sees of it, its run, what it has been through.
 
-    Threads of a run: "proc-ID" starts the child and waits for it, "probe-ID" asks it,
-    "hear-ID" hears it. `moved` is the supervisor's condition: its lock guards all.
+    `moved` is the supervisor's condition; its lock guards all.
     """
 
     def __init__(
         self, name: str, index: int, policy: Any, store: TaskStore, moved: threading.Condition
     ) -> None:
         self.name, self.index, self.id = name, index, f"{name}.{index}"
-        self._store, self._moved = store, moved
+        self.store, self.moved = store, moved
         self.view = View(policy=policy, state=ProcessState.STOPPED, restarts=[], due=0.0)
         self.view.quick_ends = self.view.jitter = 0
-        self.child: Child | None = None
+        self.run: Run | None = None
         self.note: dict[str, Any] = {}  # of the last run, as in its record
         self.last_end = self.remark = ""  # "exit 137"; what it says of itself (STATUS=)
         self.is_surplus = False  # neither configured nor asked for any more
         self.is_rolling = False  # when it is replaced, only while its siblings are ready
         self._sample = (0.0, 0.0)  # at the last look: monotonic, processor seconds
+
+    @property
+    def child(self) -> Child | None:
+        """The child that runs now."""
+        return self.run.child if self.run is not None else None
 
     @property
     def spec(self) -> str:
@@ -3473,10 +3477,12 @@ class Instance:
 
         names = "command env env_file cwd user group umask memory_mb cpu_seconds open_files nice"
         values = [getattr(self.view.policy, name) for name in [*names.split(), "processes"]]
-        values += [str(one) for one in self._probes() if one.kind == "notify"]
+        values += [str(one) for one in self.probes if one.kind == "notify"]
         return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
-    def _probes(self) -> list[Probe]:
+    @property
+    def probes(self) -> list[Probe]:
+        """What there is to ask or to hear."""
         return [one for one in (self.view.policy.ready, self.view.policy.live) if one is not None]
 
     def want(self) -> None:
@@ -3491,6 +3497,14 @@ class Instance:
     def is_up(self) -> bool:
         """Tell whether it is wanted, and there or about to be."""
         return bool(self.view.is_wanted) and self.view.state in _UP
+
+    def is_ready(self) -> bool:
+        """Tell whether others that need it can start."""
+        return self.view.state in _READY
+
+    def is_failing(self) -> bool:
+        """Tell whether it was wanted, but ended."""
+        return self.view.state in _DOWN
 
     def has_begun(self) -> bool:
         """Tell whether, since it was wanted, it was started, or found that it must wait."""
@@ -3514,7 +3528,7 @@ class Instance:
         self.view.state = state
         if state == ProcessState.STOPPED and is_given_up:
             self.forget()
-        self._moved.notify_all()
+        self.moved.notify_all()
 
     def forget(self) -> None:
         """Let the next start be a first one; holds the lock, and has no child."""
@@ -3535,26 +3549,24 @@ class Instance:
             "given_up": view.has_given_up,
             "spec": self.spec,
         }
-        child = self.make_child(f"{self.id}-{os.urandom(8).hex()}")
-        self._launch(child, functools.partial(self._start, child))
+        self._launch(self.make_child(f"{self.id}-{os.urandom(8).hex()}"), True)
 
     def adopt(self) -> None:
         """Take over the run that its note tells of; holds the lock."""
         view, note = self.view, self.note
         view.quick_ends, view.has_given_up = note.get("quick", 0), note.get("given_up", False)
-        child = self.make_child(note["run"])
-        self._launch(child, functools.partial(self._take_over, child))
+        self._launch(self.make_child(note["run"]), False)
         view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
         view.started -= max(Clock.now() - note.get("started", Clock.now()), 0.0)
 
     def make_child(self, run_id: str) -> Child:
         """Make the child of a run; its environment comes later."""
-        policy, folder = self.view.policy, self._store.folder
+        policy, folder = self.view.policy, self.store.folder
         command = fill(policy.command, self.index)
         job = Job(
             run_id=run_id,
             argv=[*Platform.SHELL, command] if isinstance(command, str) else command,
-            cwd=os.path.join(self._store.project, fill(policy.cwd, self.index)),
+            cwd=os.path.join(self.store.project, fill(policy.cwd, self.index)),
             env={},
             umask=policy.umask,
             limits=policy,
@@ -3567,116 +3579,15 @@ class Instance:
         )
         return make_child(job)
 
-    def _launch(self, child: Child, begin: Callable[[], Result | None]) -> None:
-        view, self.child, self.remark = self.view, child, ""
+    def _launch(self, child: Child, is_new: bool) -> None:
+        view, self.remark = self.view, ""
         view.is_ready, view.lapses, view.is_stale = False, 0, False
         view.started = view.last_sign = Clock.mono()
-        run = functools.partial(self._carry_out, child, begin)
-        threading.Thread(target=run, name="proc-" + self.id, daemon=True).start()
+        self.run = Run(self, child)
+        self.run.spawn("proc", functools.partial(self.run.carry_out, is_new))
 
-    def _carry_out(self, child: Child, begin: Callable[[], Result | None]) -> None:
-        gone = threading.Event()
-        result = None
-        try:
-            result = begin()
-            if result is None:
-                with self._moved:
-                    is_told = self.note.get("ready", False)
-                    self.view.is_ready = is_told or self.view.policy.ready is None
-                    self._moved.notify_all()
-                if any(one.kind != "notify" for one in self._probes()):
-                    ask_it = functools.partial(self._ask, child, gone)
-                    threading.Thread(target=ask_it, name="probe-" + self.id, daemon=True).start()
-                result = child.wait()
-            else:  # it ended while there was no daemon, or could not start
-                up_s = os.path.getmtime(child.job.record_path) - self.note["started"]
-                self.view.started = Clock.mono() - max(up_s, 0.0)
-        except (OSError, ValueError, DaemonError) as error:
-            result = result or Result(exit_code=126, reason=f"spawn: {error}")
-        except Exception as error:  # this thread's top frame
-            log.exception("process %s could not be carried out", self.id)
-            result = Result(exit_code=126, reason=f"apexd: {error}")
-        gone.set()
-        self._end(child, result)
-
-    def _settle_in(self, child: Child) -> None:
-        """Give a run its user and its NOTIFY_SOCKET (sd_notify(3)), if it is to have them."""
-        policy, job = self.view.policy, child.job
-        if policy.user or policy.group:
-            job.identity, who = Platform.identity(policy.user, policy.group)
-            job.env.update(who)
-        if any(one.kind == "notify" for one in self._probes()):
-            owner = (job.identity or {}).get("user")
-            near = os.path.join(os.path.dirname(job.record_path), "notify-" + self.id)
-            path = self.note.get("notify") or (near if owner is None else None)
-            hearing, path = Platform.bind(path, socket.SOCK_DGRAM, owner)
-            self.note["notify"] = job.env["NOTIFY_SOCKET"] = path
-            if policy.live and policy.live.kind == "notify":
-                job.env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
-            hear_it = functools.partial(self._hear, hearing, child)
-            threading.Thread(target=hear_it, name="hear-" + self.id, daemon=True).start()
-
-    def _take_over(self, child: Child) -> Result | None:
-        """Recover a former daemon's child, in its thread."""
-        result = child.recover()
-        try:
-            if result is None:
-                self._settle_in(child)
-        except (OSError, ValueError, DaemonError) as error:  # it runs all the same
-            log.error("process %s is not heard: %s", self.id, error)
-        return result
-
-    def _start(self, child: Child) -> Result | None:
-        """Start a new child, in its thread. Raises OSError, ValueError, DaemonError."""
-        self._settle_in(child)
-        policy, job = self.view.policy, child.job
-        env = {**capture_environment(self._store.config.daemon.env_keep), **job.env}
-        for path in policy.env_file:
-            env.update(read_environment(os.path.join(self._store.project, path)))
-        env.update({name: fill(text, self.index) for name, text in policy.env.items()})
-        marks = {"PROCESS": self.name, "INSTANCE": self.index, "RUN_ID": job.run_id}
-        marks.update(PROJECT_PATH=self._store.project, STATE_DIR=self._store.folder)
-        env.update({f"APEX_{name}": str(value) for name, value in marks.items()})
-        job.env.update(env)
-        result = child.start()
-        if result is None:
-            child.go()
-        return result
-
-    def _end(self, child: Child, result: Result) -> None:
-        """Take note that a run has ended."""
-        if result.reason is not None:
-            log_reason(child.job, result.reason)
-        with self._moved:
-            view, self.child, self.last_end = self.view, None, describe_end(result)
-            is_meant = view.state == ProcessState.STOPPING and (view.is_stale or not view.is_wanted)
-            view.result, view.jitter = None if is_meant else result, random.random()
-            path = self.note.get("notify")
-            if is_meant and not view.is_wanted:
-                self.forget()
-            self.move(ProcessState.STOPPED if is_meant else ProcessState.CRASHED, self.last_end)
-        if path:  # wake the one that hears
-            end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            with end, contextlib.suppress(OSError):
-                end.sendto(b"", path)
-
-    def _ask(self, child: Child, gone: threading.Event) -> None:
-        """Ask a run whether it is ready, then whether it lives, until it is gone."""
-        view, pause_s = self.view, 0.0
-        while not gone.wait(pause_s):
-            is_ready = view.is_ready
-            probe = view.policy.live if is_ready else view.policy.ready
-            if probe is None or (is_ready and probe.kind == "notify"):
-                return
-            pause_s = min(probe.interval, 1.0) if probe.kind == "notify" else probe.interval
-            if probe.kind != "notify":
-                is_well = ask(probe, child.job, self.index)
-                with self._moved:
-                    if self.child is child:
-                        self._take_sign(is_well)
-
-    def _take_sign(self, is_well: bool) -> None:
-        """Count a sign of life, or a lapse; the first one that is good is readiness."""
+    def take_sign(self, is_well: bool) -> None:
+        """Count a sign of life, or a lapse; the first good one is readiness; holds the lock."""
         view = self.view
         is_news = is_well != (view.is_ready and not view.lapses)
         if is_well:
@@ -3684,26 +3595,16 @@ class Instance:
         elif view.is_ready:
             view.lapses += 1
         if is_news:
-            self._moved.notify_all()
+            self.moved.notify_all()
 
-    def _hear(self, hearing: socket.socket, child: Child) -> None:
-        """Hear what a run says of itself until it is gone."""
-        path = hearing.getsockname()
-        with hearing:
-            while self.child is child:
-                words = hearing.recv(4096).decode("utf-8", "replace").split("\n")
-                with self._moved:
-                    if "WATCHDOG=trigger" in words and self.view.policy.live:
-                        self.view.lapses = self.view.policy.live.failures
-                        self._moved.notify_all()
-                    elif "READY=1" in words or ("WATCHDOG=1" in words and self.view.is_ready):
-                        self._take_sign(True)
-                    for word in words:
-                        if word.startswith("STATUS="):
-                            self.remark = word[len("STATUS=") :][:1000]
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-            os.rmdir(os.path.dirname(path))  # one of its own
+    def take_end(self, result: Result) -> None:
+        """Note that the run has ended; holds the lock."""
+        view, self.run, self.last_end = self.view, None, describe_end(result)
+        is_meant = view.state == ProcessState.STOPPING and (view.is_stale or not view.is_wanted)
+        view.result, view.jitter = None if is_meant else result, random.random()
+        if is_meant and not view.is_wanted:
+            self.forget()
+        self.move(ProcessState.STOPPED if is_meant else ProcessState.CRASHED, self.last_end)
 
     def describe(self, usage: Mapping[int, tuple[float, int]]) -> dict[str, Any]:
         """Return {"index", "pid", "state", "cpu_percent", "memory_bytes", "uptime_secs",
@@ -3746,6 +3647,139 @@ class Instance:
             parts.insert(0, f"since {span(now - view.started)}")
         parts += [f'it says "{self.remark}"'] if self.remark else []
         return ": ".join(filter(None, (f"{self.id} {view.state.value}", "; ".join(parts))))
+
+
+class Run:
+    """One run of an instance: its child, from the start, or the adoption, to the end.
+
+    Threads: "proc-ID" starts the child and waits for it; "probe-ID" asks it, "hear-ID" hears
+    it, where that is configured.
+    """
+
+    def __init__(self, instance: Instance, child: Child) -> None:
+        self.child = child
+        self._instance = instance
+        self._gone = threading.Event()
+        self._hearing: socket.socket | None = None
+
+    def spawn(self, name: str, act: Callable[[], None]) -> None:
+        """Start a thread of this run."""
+        name = f"{name}-{self._instance.id}"
+        threading.Thread(target=act, name=name, daemon=True).start()
+
+    def carry_out(self, is_new: bool) -> None:
+        """Start the child, or recover a former daemon's; wait for its end."""
+        instance, view, result = self._instance, self._instance.view, None
+        try:
+            result = self._start() if is_new else self._take_over()
+            is_told = bool(instance.note.get("ready"))
+            if result is None:
+                with instance.moved:
+                    view.is_ready = is_told or view.policy.ready is None
+                    instance.moved.notify_all()
+                if any(one.kind != "notify" for one in instance.probes):
+                    self.spawn("probe", self._ask)
+                result = self.child.wait()
+            else:  # it ended while there was no daemon, or could not start
+                up_s = os.path.getmtime(self.child.job.record_path) - instance.note["started"]
+                view.is_ready, view.started = is_told, Clock.mono() - max(up_s, 0.0)
+        except (OSError, ValueError, DaemonError) as error:
+            result = result or Result(exit_code=126, reason=f"spawn: {error}")
+        except Exception as error:  # this thread's top frame
+            log.exception("process %s could not be carried out", instance.id)
+            result = Result(exit_code=126, reason=f"apexd: {error}")
+        self._gone.set()
+        if result.reason is not None:
+            log_reason(self.child.job, result.reason)
+        if self._hearing is not None:
+            self._stop_hearing(self._hearing.getsockname())
+        with instance.moved:
+            instance.take_end(result)
+
+    def _start(self) -> Result | None:
+        """Start a new child. Raises OSError, ValueError, DaemonError."""
+        self._settle_in()
+        instance, job, store = self._instance, self.child.job, self._instance.store
+        policy = instance.view.policy
+        env = {**capture_environment(store.config.daemon.env_keep), **job.env}
+        for path in policy.env_file:
+            env.update(read_environment(os.path.join(store.project, path)))
+        env.update({name: fill(text, instance.index) for name, text in policy.env.items()})
+        marks = {"PROCESS": instance.name, "INSTANCE": instance.index, "RUN_ID": job.run_id}
+        marks.update(PROJECT_PATH=store.project, STATE_DIR=store.folder)
+        env.update({f"APEX_{name}": str(value) for name, value in marks.items()})
+        job.env.update(env)
+        result = self.child.start()
+        if result is None:
+            self.child.go()
+        return result
+
+    def _take_over(self) -> Result | None:
+        """Recover a former daemon's child."""
+        result = self.child.recover()
+        try:
+            if result is None:
+                self._settle_in()
+        except (OSError, ValueError, DaemonError) as error:  # it runs all the same
+            log.error("process %s is not heard: %s", self._instance.id, error)
+        return result
+
+    def _settle_in(self) -> None:
+        """Find the child's user, and open its NOTIFY_SOCKET (sd_notify(3)), if there are."""
+        instance, job = self._instance, self.child.job
+        policy = instance.view.policy
+        if policy.user or policy.group:
+            job.identity, who = Platform.identity(policy.user, policy.group)
+            job.env.update(who)
+        if any(one.kind == "notify" for one in instance.probes):
+            owner = (job.identity or {}).get("user")
+            near = os.path.join(instance.store.folder, "run", "notify-" + instance.id)
+            path = instance.note.get("notify") or (near if owner is None else None)
+            self._hearing, path = Platform.bind(path, socket.SOCK_DGRAM, owner)
+            instance.note["notify"] = job.env["NOTIFY_SOCKET"] = path
+            if policy.live and policy.live.kind == "notify":
+                job.env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
+            self.spawn("hear", functools.partial(self._hear, self._hearing))
+
+    def _ask(self) -> None:
+        """Ask whether it is ready, then whether it lives, until it is gone."""
+        instance, view, pause_s = self._instance, self._instance.view, 0.0
+        while not self._gone.wait(pause_s):
+            is_ready = view.is_ready
+            probe = view.policy.live if is_ready else view.policy.ready
+            if probe is None or (is_ready and probe.kind == "notify"):
+                return
+            pause_s = min(probe.interval, 1.0) if probe.kind == "notify" else probe.interval
+            if probe.kind != "notify":
+                is_well = ask(probe, self.child.job, instance.index)
+                with instance.moved:
+                    if instance.run is self:
+                        instance.take_sign(is_well)
+
+    def _hear(self, hearing: socket.socket) -> None:
+        """Hear what it says of itself until it is gone."""
+        instance, view = self._instance, self._instance.view
+        with hearing:
+            while not self._gone.is_set():
+                words = hearing.recv(4096).decode("utf-8", "replace").split("\n")
+                with instance.moved:
+                    if "WATCHDOG=trigger" in words and view.policy.live:
+                        view.lapses = view.policy.live.failures
+                        instance.moved.notify_all()
+                    elif "READY=1" in words or ("WATCHDOG=1" in words and view.is_ready):
+                        instance.take_sign(True)
+                    for word in words:
+                        if word.startswith("STATUS="):
+                            instance.remark = word[len("STATUS=") :][:1000]
+
+    def _stop_hearing(self, path: str) -> None:
+        """Wake the thread that hears, and take the socket away before the next run has one."""
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with end, contextlib.suppress(OSError):
+            end.sendto(b"", path)
+            os.unlink(path)
+            if not os.path.basename(path).startswith("notify-"):
+                os.rmdir(os.path.dirname(path))  # a folder of its own
 
 
 def get_process(config: Config, name: str) -> Any:
@@ -3815,7 +3849,7 @@ class Supervisor:
                 instance.view.is_wanted = decisions.get(instance.name, (None, None))[0] is not False
                 log.info("Adopting process %s", instance.id)
                 instance.adopt()
-            self._arrange()
+            self.arrange()
         threading.Thread(target=self._loop, name="supervisor", daemon=True).start()
 
     def stop(self, force: bool = False) -> None:
@@ -3844,7 +3878,7 @@ class Supervisor:
                 if before is not None and before.instances != policy.instances:
                     self._store.decide_process(name, "instances", None)
             if not self._is_stopping:
-                self._arrange()
+                self.arrange()
 
     def find_children(self) -> list[Child]:
         """Return the children that run now."""
@@ -3865,7 +3899,7 @@ class Supervisor:
             counts = {"process_count": count, "running_instances": running}
             return {**counts, "failed": failed, "health": health}
 
-    def _arrange(self) -> None:
+    def arrange(self) -> None:
         """Have the instances that configuration and users' decisions ask for; holds the lock."""
         decisions = self._store.get_decisions()
         surplus = dict(self._instances)
@@ -3984,89 +4018,19 @@ class Supervisor:
         found = [one for one in everyone if name in (one.name, one.id) and not one.is_surplus]
         if not found:
             get_process(self._store.config, name)
-        return found
+        return sorted(found, key=lambda one: one.index)
 
-    def up(self, names: Sequence[str]) -> None:
-        """Have processes up, and what they need; returns when they have begun, or wait.
-
-        Raises PROCESS_ALREADY_RUNNING when all instances of all of them are up.
-        """
+    @contextlib.contextmanager
+    def acting(self, names: Iterable[str]) -> Iterator[list[Instance]]:
+        """Hold the lock, give all instances of processes. Raises PROCESS_NOT_FOUND, BUSY."""
         with self.moved:
-            todo = list(names)
-            for name in todo:
-                needs = get_process(self._store.config, name).needs
-                todo += [need for need in needs if need not in todo]
-            mine = [one for name in names for one in self.find(name)]
-            if mine and all(one.is_up() for one in mine):
-                what = f"{', '.join(names)} runs already"
-                raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
-            for name in todo:
-                self._store.decide_process(name, "is_up", True)
-                for one in self.find(name):
-                    if not one.is_up():
-                        one.want()
-            self._await(START_TIMEOUT_S, lambda: all(one.has_begun() for one in mine))
-
-    def down(self, names: Sequence[str]) -> None:
-        """Stop processes; returns when nothing of them is left.
-
-        Raises PROCESS_NOT_RUNNING when none of them ran, STOP_FAILED.
-        """
-        with self.moved:
+            if self._is_stopping:
+                raise DaemonError("BUSY", "the daemon is stopping", "`start` it again first")
             for name in names:
                 get_process(self._store.config, name)
-            mine = [one for name in names for one in self.find(name)]
-            if not any(one.child or one.view.is_wanted for one in mine):
-                what = f"{', '.join(names)} does not run"
-                raise DaemonError("PROCESS_NOT_RUNNING", what, "see `ps`")
-            for name in names:
-                self._store.decide_process(name, "is_up", False)
-            for one in mine:
-                one.view.is_wanted = False
-            most_s = self._store.config.stop_timeout_s + 2 * STOP_MARGIN_S
-            if not self._await(most_s, lambda: not any(one.child for one in mine)):
-                raise DaemonError("STOP_FAILED", "something of it still runs", "see `why NAME`")
+            yield [one for name in names for one in self.find(name)]
 
-    def replace(self, name: str, is_rolling: bool) -> None:
-        """Restart a process; rolling: the next instance only when the last one is ready.
-
-        Raises PROCESS_FAILED when an instance does not come up.
-        """
-        with self.moved:
-            policy, mine = get_process(self._store.config, name), self.find(name)
-            self._store.decide_process(name, "is_up", True)
-            for one in mine:
-                one.view.is_stale, one.is_rolling = one.child is not None, is_rolling
-                if not one.is_up():
-                    one.want()
-            within_s = policy.stop_timeout + (policy.ready.within if policy.ready else 0.0)
-            within_s = (within_s + STOP_MARGIN_S) * (len(mine) + 1)
-
-            def is_replaced(one: Instance) -> bool:
-                return one.view.state in _READY if is_rolling else one.has_begun()
-
-            def is_done() -> bool:
-                is_failing = is_rolling and any(one.view.state in _DOWN for one in mine)
-                return is_failing or all(is_replaced(one) and not one.view.is_stale for one in mine)
-
-            self._await(within_s, is_done)
-            for one in mine:
-                if one.view.state in _DOWN or not is_replaced(one):
-                    hint = "the others run on as they were; they follow when it is ready"
-                    raise DaemonError("PROCESS_FAILED", one.explain(), hint if is_rolling else "")
-
-    def scale(self, name: str, count: int) -> None:
-        """Have so many instances from now on; returns when they have begun, or are gone."""
-        with self.moved:
-            get_process(self._store.config, name)
-            self._store.decide_process(name, "instances", count)
-            before = self.find(name)
-            self._arrange()
-            most_s = self._store.config.stop_timeout_s + 2 * STOP_MARGIN_S
-            gone = [one for one in before if one.is_surplus]
-            self._await(most_s, lambda: not any(one.child for one in gone))
-
-    def _await(self, within_s: float, is_done: Callable[[], bool]) -> bool:
+    def wait_until(self, is_done: Callable[[], bool], within_s: float) -> bool:
         """Wait for the instances to come to something; holds the lock."""
         deadline = Clock.mono() + within_s
         self.moved.notify_all()
@@ -4483,19 +4447,76 @@ class ProcessVerbs:
         return {"type": "process_details", "process": process}
 
     def _up(self, names: list[str]) -> Fields:
-        self._supervisor.up(names)
+        """Have processes up, and what they need; answer when they have begun, or wait."""
+        with self._supervisor.acting(names) as mine:
+            if mine and all(one.is_up() for one in mine):
+                what = f"{', '.join(names)} runs already"
+                raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
+            todo = list(names)
+            for name in todo:
+                needs = self._store.config.processes[name].needs
+                todo += [need for need in needs if need not in todo]
+                self._store.decide_process(name, "is_up", True)
+                for one in self._supervisor.find(name):
+                    if not one.is_up():
+                        one.want()
+            self._supervisor.wait_until(
+                lambda: all(one.has_begun() for one in mine), START_TIMEOUT_S
+            )
         return {"message": f"started: {', '.join(names)}"}
 
     def _down(self, names: list[str]) -> Fields:
-        self._supervisor.down(names)
+        """Stop processes; answer when nothing of them is left."""
+        with self._supervisor.acting(names) as mine:
+            if not any(one.child or one.view.is_wanted for one in mine):
+                what = f"{', '.join(names)} does not run"
+                raise DaemonError("PROCESS_NOT_RUNNING", what, "see `ps`")
+            for name in names:
+                self._store.decide_process(name, "is_up", False)
+            for one in mine:
+                one.view.is_wanted = False
+            self._see_off(mine)
         return {"message": f"stopped: {', '.join(names)}"}
 
+    def _see_off(self, instances: Sequence[Instance]) -> None:
+        """Wait until these are gone. Raises STOP_FAILED."""
+        most_s = self._store.config.stop_timeout_s + 2 * STOP_MARGIN_S
+        if not self._supervisor.wait_until(
+            lambda: not any(one.child for one in instances), most_s
+        ):
+            raise DaemonError("STOP_FAILED", "something of it still runs", "see `why NAME`")
+
     def _replace(self, name: str, is_rolling: bool) -> Fields:
-        self._supervisor.replace(name, is_rolling)
+        """Restart a process; rolling: the next instance only when the last one is ready."""
+        with self._supervisor.acting([name]) as mine:
+            policy = self._store.config.processes[name]
+            self._store.decide_process(name, "is_up", True)
+            for one in mine:
+                one.view.is_stale, one.is_rolling = one.child is not None, is_rolling
+                if not one.is_up():
+                    one.want()
+
+            def is_replaced(one: Instance) -> bool:
+                return one.is_ready() if is_rolling else one.has_begun()
+
+            def is_done() -> bool:
+                is_failing = is_rolling and any(one.is_failing() for one in mine)
+                return is_failing or all(is_replaced(one) and not one.view.is_stale for one in mine)
+
+            within_s = policy.stop_timeout + (policy.ready.within if policy.ready else 0.0)
+            self._supervisor.wait_until(is_done, (within_s + STOP_MARGIN_S) * (len(mine) + 1))
+            for one in mine:
+                if one.is_failing() or not is_replaced(one):
+                    hint = "the others run on as they were; they follow when it is ready"
+                    raise DaemonError("PROCESS_FAILED", one.explain(), hint if is_rolling else "")
         return {"message": f"{'reloaded' if is_rolling else 'restarted'}: {name}"}
 
     def _scale(self, name: str, instances: int) -> Fields:
-        self._supervisor.scale(name, instances)
+        """Have so many instances; answer when those too many are gone."""
+        with self._supervisor.acting([name]) as before:
+            self._store.decide_process(name, "instances", instances)
+            self._supervisor.arrange()
+            self._see_off([one for one in before if one.is_surplus])
         return {"message": f"scaled: {name} has {instances}"}
 
     def _signal(self, name: str, signal: int) -> Fields:
@@ -5717,7 +5738,7 @@ def cmd_ps(args: Args) -> int:
                 "-" if one["cpu_percent"] is None else f"{one['cpu_percent']:.0f}%",
                 "-" if one["memory_bytes"] is None else f"{one['memory_bytes'] / 1e6:.0f}MB",
                 one["restart_count"],
-                " ".join([process["command"], *process["args"]]),
+                fill(" ".join([process["command"], *process["args"]]), one["index"]),
             )
             rows.append(tuple(map(str, cells)))  # type: ignore[arg-type]
     emit(found, args, columns(rows))
