@@ -4180,10 +4180,11 @@ ADD = (
 )
 
 
-def emit(data: object, args: Args, text: str) -> None:
-    """Print the result: `data` as JSON with --json, else `text`."""
+def emit(data: object, args: Args, text: str) -> int:
+    """Print the result, `data` as JSON with --json, else `text`; return the exit status 0."""
     if args.json or text:
         print(json.dumps(data, indent=1) if args.json else printable(text), flush=True)
+    return 0
 
 
 def notice(text: str) -> None:
@@ -4229,8 +4230,7 @@ def cmd_start(args: Args) -> int:
         return manager.run_foreground()
     pid, was_running = manager.start_daemon(args.mode)
     text = f"{'already running' if was_running else 'started'}, PID {pid}"
-    emit({"pid": pid, "already_running": was_running}, args, text)
-    return 0
+    return emit({"pid": pid, "already_running": was_running}, args, text)
 
 
 @register(
@@ -4242,8 +4242,7 @@ def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
     refuse_ids("stop", args)
     pid = manager_of(args).stop_daemon(args.timeout, args.force)
-    emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
-    return 0
+    return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
 
 
 @register("restart", MODE, arg("--drain", action="store_true", help="let tasks finish first"))
@@ -4293,8 +4292,7 @@ def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; its tasks run on, unless --all."""
     refuse_ids("kill", args)
     pid = manager_of(args).kill_daemon(args.all)
-    emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
-    return 0
+    return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
 
 
 def read_command(args: Args) -> Any:
@@ -4356,8 +4354,7 @@ def cmd_add(args: Args) -> int:
         default = f", timeout {span(limit)}" if limit and args.timeout is None else ""
         text = f"{len(ids)} tasks added" if args.batch else f"task {text} added{default}"
         text += "" if client.is_live else "; no daemon runs: `start` it"
-    emit({"ids": ids} if args.batch else {"id": ids[0], "ids": ids}, args, text)
-    return 0
+    return emit({"ids": ids} if args.batch else {"id": ids[0], "ids": ids}, args, text)
 
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
@@ -4451,8 +4448,7 @@ def cmd_show(args: Args) -> int:
         code = "" if attempt["exit_code"] is None else f", exit {attempt['exit_code']}"
         text = f"attempt {attempt['number']:<4} {how}{code} {attempt['reason'] or ''}"
         lines.append(text.rstrip())
-    emit({**task, "history": answer["history"]}, args, "\n".join(lines))
-    return 0
+    return emit({**task, "history": answer["history"]}, args, "\n".join(lines))
 
 
 @register("wait", IDS, arg("--timeout", type=reads(duration), metavar="TIME", help="then exit 124"))
@@ -4477,39 +4473,32 @@ def cmd_wait(args: Args) -> int:
     return tell_end(client, ids, status, args)
 
 
-def change(verb: str, word: str, problem: str, args: Args) -> int:
-    """Do one verb to tasks; 1 when the state of any did not allow it."""
-    answer = client_of(args).call(verb, {"ids": flat(args.ids)})
-    emit(answer, args, f"{word}: " + (", ".join(map(str, answer["done"])) or "none"))
-    if answer["not_done"]:
-        notice(f"{problem}: {', '.join(map(str, answer['not_done']))}")
-    return 1 if answer["not_done"] else 0
+def register_change(verb: str, done: str, problem: str, text: str) -> None:
+    """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
+
+    def change(args: Args) -> int:
+        answer = client_of(args).call(verb, {"ids": flat(args.ids)})
+        emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
+        if answer["not_done"]:
+            notice(f"{problem}: {', '.join(map(str, answer['not_done']))}")
+        return 1 if answer["not_done"] else 0
+
+    change.__doc__ = text
+    register(verb, IDS)(change)
 
 
-@register("cancel", IDS)
-def cmd_cancel(args: Args) -> int:
-    """Cancel tasks; running ones are ended with all they started."""
-    return change("cancel", "cancelled", "finished already", args)
-
-
-@register("retry", IDS)
-def cmd_retry(args: Args) -> int:
-    """Run finished tasks again; what was skipped because of them waits again."""
-    return change("retry", "queued", "not finished", args)
-
-
-@register("remove", IDS)
-def cmd_remove(args: Args) -> int:
-    """Forget tasks that do not run."""
-    return change("remove", "removed", "running, cancel first", args)
+ENDS = "Cancel tasks; running ones are ended with all they started."
+AGAIN = "Run finished tasks again; what was skipped because of them waits again."
+register_change("cancel", "cancelled", "finished already", ENDS)
+register_change("retry", "queued", "not finished", AGAIN)
+register_change("remove", "removed", "running, cancel first", "Forget tasks that do not run.")
 
 
 @register("pause", GROUP)
 def cmd_pause(args: Args) -> int:
     """Start nothing more; what runs goes on."""
     answer = client_of(args).pause(args.group)
-    emit(answer, args, "paused: " + ", ".join(answer["paused"]).replace("*", "everything"))
-    return 0
+    return emit(answer, args, "paused: " + ", ".join(answer["paused"]).replace("*", "everything"))
 
 
 @register("resume", GROUP)
@@ -4517,8 +4506,7 @@ def cmd_resume(args: Args) -> int:
     """Start tasks again."""
     answer = client_of(args).resume(args.group)
     left = ", ".join(answer["paused"]).replace("*", "everything")
-    emit(answer, args, f"still paused: {left}" if left else "resumed")
-    return 0
+    return emit(answer, args, f"still paused: {left}" if left else "resumed")
 
 
 @register("why", ID)
@@ -4591,8 +4579,8 @@ def cmd_report(args: Args) -> int:
     if args.task is None:
         usage["run_id"] = os.environ.get("APEX_RUN_ID")
     answer = client_of(args).report(int(inside) if args.task is None else args.task, **usage)
-    emit(answer, args, "over budget: the task is being ended" if answer["over_budget"] else "ok")
-    return 0
+    text = "over budget: the task is being ended" if answer["over_budget"] else "ok"
+    return emit(answer, args, text)
 
 
 @register(
@@ -4611,12 +4599,11 @@ def cmd_dlq(args: Args) -> int:
     if args.action != "show" and wrong:
         raise DaemonError("ILLEGAL_STATE", f"task {wrong[0]} is no dead letter", "see `dlq list`")
     if args.action != "show":
-        return cmd_retry(args) if args.action == "retry" else cmd_remove(args)
-    status = 0
+        return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
     for task_id in args.ids[0]:
         args.id = task_id
-        status = cmd_show(args)
-    return status
+        cmd_show(args)
+    return 0
 
 
 @register("config")
@@ -4629,8 +4616,7 @@ def cmd_config(args: Args) -> int:
     for key, setting in values.items():
         *sections, name = key.split(".")
         functools.reduce(lambda at, part: at.setdefault(part, {}), sections, data)[name] = setting
-    emit(data, args, "\n".join([f"# {path or 'no file: defaults'}", *lines]))
-    return 0
+    return emit(data, args, "\n".join([f"# {path or 'no file: defaults'}", *lines]))
 
 
 @register("doctor")
@@ -4674,8 +4660,7 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
 @register("version")
 def cmd_version(args: Args) -> int:
     """Print the version."""
-    emit({"version": __version__}, args, __version__)
-    return 0
+    return emit({"version": __version__}, args, __version__)
 
 
 class _Parser(argparse.ArgumentParser):
