@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     import sqlite3
     import subprocess
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, Callable, NoReturn
+    from typing import Any, BinaryIO, Callable, NoReturn
 
 __version__ = "0.4.0"
 __all__ = [
@@ -979,30 +979,24 @@ def cap_log(path: str, most_bytes: int) -> bool:
     """
     if not os.path.exists(path) or os.stat(path).st_size <= most_bytes:
         return False
-    fd = open_file(path, os.O_RDWR)
-    _LOG_LOCK.acquire()
-    try:
-        size, block = os.fstat(fd).st_size, 4096
-        cut = max((size - most_bytes // 2) // block * block, block)
-        _copy_head(fd, path + ".1", cut, most_bytes)
+    with os.fdopen(open_file(path, os.O_RDWR), "rb") as file, _LOG_LOCK:
+        fd, block = file.fileno(), 4096
+        cut = max((os.fstat(fd).st_size - most_bytes // 2) // block * block, block)
+        _copy_head(file, path + ".1", cut, most_bytes)
         if not Platform.collapse(fd, cut):
             cut = os.fstat(fd).st_size
-            _copy_head(fd, path + ".1", cut, most_bytes)
+            _copy_head(file, path + ".1", cut, most_bytes)
             os.ftruncate(fd, 0)
         write_atomically(path + ".base", str(log_base(path) + cut))
-    finally:
-        _LOG_LOCK.release()
-        os.close(fd)
     return True
 
 
-def _copy_head(fd: int, path: str, end: int, most_bytes: int) -> None:
+def _copy_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
     """Write a log's bytes up to `end`, the last `most_bytes` of them, to a file of their own."""
-    source = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    with os.fdopen(source, "wb") as copy, os.fdopen(os.dup(fd), "rb") as log_file:
-        log_file.seek(max(0, end - most_bytes))
-        while log_file.tell() < end:
-            copy.write(log_file.read(min(1 << 20, end - log_file.tell())))
+    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as copy:
+        file.seek(max(0, end - most_bytes))
+        while file.tell() < end:
+            copy.write(file.read(min(1 << 20, end - file.tell())))
 
 
 def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes, int]:
