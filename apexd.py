@@ -79,17 +79,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.4.0"
 __all__ = [
-    "Client",
-    "DaemonError",
-    "DaemonManager",
-    "DaemonMetrics",
-    "DaemonRunner",
-    "DaemonStatus",
-    "PidFile",
-    "Task",
-    "TaskStore",
-    "main",
-]
+    "Client", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
+    "PidFile", "Task", "TaskStore", "main",
+]  # fmt: skip
 
 # ============================================================================
 # 1. CONSTANTS - every default and limit, with its unit and its reason
@@ -1269,8 +1261,7 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
     )  # fmt: skip
     close_log()
     logger = logging.getLogger("apexd")
-    handlers: list[logging.Handler] = [file]
-    for handler in [*handlers, logging.StreamHandler()] if to_stderr else handlers:
+    for handler in (file, logging.StreamHandler()) if to_stderr else (file,):
         handler.setFormatter(Formatter())
         logger.addHandler(handler)
     logger.propagate = False
@@ -1820,12 +1811,10 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
 
 
 def _remove(db: sqlite3.Connection, task_id: int, state: State) -> bool:
-    if state == State.RUNNING:
-        return False
-    if state not in DONE:
-        set_state(db, task_id, state, State.CANCELLED)
-    delete_tasks(db, [task_id])
-    return True
+    if state != State.RUNNING:
+        _cancel(db, task_id, state)
+        delete_tasks(db, [task_id])
+    return state != State.RUNNING
 
 
 def set_wish(db: sqlite3.Connection, task_id: int, wish: Outcome) -> None:
@@ -3107,7 +3096,6 @@ class TaskVerbs:
         return {"over_budget": is_over}
 
     def _queue(self) -> Fields:
-        """Return {"counts": {state: {group: n}}, "paused": [...], "groups": {...}}."""
         groups = {name: vars(group) for name, group in self._store.config.groups.items()}
         paused = self._store.get_paused()
         return {"counts": self._store.get_counts(), "paused": paused, "groups": groups}
@@ -3141,14 +3129,9 @@ class TaskVerbs:
         }
 
     def _why(self, id: int) -> Fields:
-        """Return {"id", "state", "reasons": [a line each]}: what it waits for, how it ended."""
-        task = self._store.get(id)
-        if task.state in (State.WAITING, State.SKIPPED):
-            reasons = list(self._parent_reasons(task))
-        elif task.state == State.QUEUED:
-            reasons = list(self._queue_reasons(task))
-        else:
-            reasons = list(self._own_reasons(task))
+        task, parents = self._store.get(id), self._parent_reasons
+        kinds = {State.WAITING: parents, State.SKIPPED: parents, State.QUEUED: self._queue_reasons}
+        reasons = [*kinds.get(task.state, self._own_reasons)(task)]
         if self._runner is None and task.state not in DONE:
             reasons.append("no daemon runs: start it with `start`")
         return {"id": id, "state": task.state, "reasons": reasons}
@@ -4367,8 +4350,7 @@ def tell_end(client: Client, ids: Sequence[int], status: int, args: Args) -> int
     for task in () if args.json else tasks:
         if State(task["state"]) in DONE and task["outcome"] not in ("ok", "failed"):
             notice(f"task {task['id']}: {task['reason'] or task['outcome'] or task['state']}")
-    if args.json:
-        emit(tasks, args, "")
+    emit(tasks, args, "")
     return status
 
 
