@@ -77,22 +77,13 @@ if TYPE_CHECKING:
     import sqlite3
     import subprocess
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, Callable, NoReturn
+    from typing import Any, BinaryIO, Callable, NoReturn
 
 __version__ = "0.4.0"
 __all__ = [
-    "Client",
-    "DaemonError",
-    "DaemonManager",
-    "DaemonMetrics",
-    "DaemonRunner",
-    "DaemonStatus",
-    "PidFile",
-    "Supervisor",
-    "Task",
-    "TaskStore",
-    "main",
-]
+    "Client", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
+    "PidFile", "Supervisor", "Task", "TaskStore", "main",
+]  # fmt: skip
 
 # ============================================================================
 # 1. CONSTANTS - every default and limit, with its unit and its reason
@@ -1133,30 +1124,24 @@ def cap_log(path: str, most_bytes: int) -> bool:
     """
     if not os.path.exists(path) or os.stat(path).st_size <= most_bytes:
         return False
-    fd = open_file(path, os.O_RDWR)
-    _LOG_LOCK.acquire()
-    try:
-        size, block = os.fstat(fd).st_size, 4096
-        cut = max((size - most_bytes // 2) // block * block, block)
-        _copy_head(fd, path + ".1", cut, most_bytes)
+    with os.fdopen(open_file(path, os.O_RDWR), "rb") as file, _LOG_LOCK:
+        fd, block = file.fileno(), 4096
+        cut = max((os.fstat(fd).st_size - most_bytes // 2) // block * block, block)
+        _copy_head(file, path + ".1", cut, most_bytes)
         if not Platform.collapse(fd, cut):
             cut = os.fstat(fd).st_size
-            _copy_head(fd, path + ".1", cut, most_bytes)
+            _copy_head(file, path + ".1", cut, most_bytes)
             os.ftruncate(fd, 0)
         write_atomically(path + ".base", str(log_base(path) + cut))
-    finally:
-        _LOG_LOCK.release()
-        os.close(fd)
     return True
 
 
-def _copy_head(fd: int, path: str, end: int, most_bytes: int) -> None:
+def _copy_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
     """Write a log's bytes up to `end`, the last `most_bytes` of them, to a file of their own."""
-    source = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    with os.fdopen(source, "wb") as copy, os.fdopen(os.dup(fd), "rb") as log_file:
-        log_file.seek(max(0, end - most_bytes))
-        while log_file.tell() < end:
-            copy.write(log_file.read(min(1 << 20, end - log_file.tell())))
+    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as copy:
+        file.seek(max(0, end - most_bytes))
+        while file.tell() < end:
+            copy.write(file.read(min(1 << 20, end - file.tell())))
 
 
 def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes, int]:
@@ -1520,8 +1505,7 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
     )  # fmt: skip
     close_log()
     logger = logging.getLogger("apexd")
-    handlers: list[logging.Handler] = [file]
-    for handler in [*handlers, logging.StreamHandler()] if to_stderr else handlers:
+    for handler in (file, logging.StreamHandler()) if to_stderr else (file,):
         handler.setFormatter(Formatter())
         logger.addHandler(handler)
     logger.propagate = False
@@ -2076,12 +2060,10 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
 
 
 def _remove(db: sqlite3.Connection, task_id: int, state: State) -> bool:
-    if state == State.RUNNING:
-        return False
-    if state not in DONE:
-        set_state(db, task_id, state, State.CANCELLED)
-    delete_tasks(db, [task_id])
-    return True
+    if state != State.RUNNING:
+        _cancel(db, task_id, state)
+        delete_tasks(db, [task_id])
+    return state != State.RUNNING
 
 
 def set_wish(db: sqlite3.Connection, task_id: int, wish: Outcome) -> None:
@@ -4270,7 +4252,6 @@ class TaskVerbs:
         return {"over_budget": is_over}
 
     def _queue(self) -> Fields:
-        """Return {"counts": {state: {group: n}}, "paused": [...], "groups": {...}}."""
         groups = {name: vars(group) for name, group in self._store.config.groups.items()}
         paused = self._store.get_paused()
         return {"counts": self._store.get_counts(), "paused": paused, "groups": groups}
@@ -4321,14 +4302,9 @@ class TaskVerbs:
         }
 
     def _why(self, id: int) -> Fields:
-        """Return {"id", "state", "reasons": [a line each]}: what it waits for, how it ended."""
-        task = self._store.get(id)
-        if task.state in (State.WAITING, State.SKIPPED):
-            reasons = list(self._parent_reasons(task))
-        elif task.state == State.QUEUED:
-            reasons = list(self._queue_reasons(task))
-        else:
-            reasons = list(self._own_reasons(task))
+        task, parents = self._store.get(id), self._parent_reasons
+        kinds = {State.WAITING: parents, State.SKIPPED: parents, State.QUEUED: self._queue_reasons}
+        reasons = [*kinds.get(task.state, self._own_reasons)(task)]
         if self._runner is None and task.state not in DONE:
             reasons.append("no daemon runs: start it with `start`")
         return {"id": id, "state": task.state, "reasons": reasons}
@@ -5588,10 +5564,11 @@ ADD = (
 )
 
 
-def emit(data: object, args: Args, text: str) -> None:
-    """Print the result: `data` as JSON with --json, else `text`."""
+def emit(data: object, args: Args, text: str) -> int:
+    """Print the result, `data` as JSON with --json, else `text`; return the exit status 0."""
     if args.json or text:
         print(json.dumps(data, indent=1) if args.json else printable(text), flush=True)
+    return 0
 
 
 def notice(text: str) -> None:
@@ -5637,8 +5614,7 @@ def cmd_start(args: Args) -> int:
         return manager.run_foreground()
     pid, was_running = manager.start_daemon(args.mode)
     text = f"{'already running' if was_running else 'started'}, PID {pid}"
-    emit({"pid": pid, "already_running": was_running}, args, text)
-    return 0
+    return emit({"pid": pid, "already_running": was_running}, args, text)
 
 
 @register(
@@ -5650,8 +5626,7 @@ def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
     refuse_ids("stop", args)
     pid = manager_of(args).stop_daemon(args.timeout, args.force)
-    emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
-    return 0
+    return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
 
 
 def ask_for(verb: str, args: Args, **fields: object) -> int:
@@ -5659,8 +5634,7 @@ def ask_for(verb: str, args: Args, **fields: object) -> int:
     client = client_of(args)
     client.call("ping", {})
     answer = client.call(verb, fields, PROCESS_ANSWER_S)
-    emit(answer, args, answer["message"])
-    return 0
+    return emit(answer, args, answer["message"])
 
 
 PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default: the daemon")
@@ -5741,8 +5715,7 @@ def cmd_ps(args: Args) -> int:
                 fill(" ".join([process["command"], *process["args"]]), one["index"]),
             )
             rows.append(tuple(map(str, cells)))  # type: ignore[arg-type]
-    emit(found, args, columns(rows))
-    return 0
+    return emit(found, args, columns(rows))
 
 
 NAMES = arg("names", nargs="*", metavar="PROCESS", help="default: all")
@@ -5785,8 +5758,7 @@ def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; its tasks run on, unless --all."""
     refuse_ids("kill", args)
     pid = manager_of(args).kill_daemon(args.all)
-    emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
-    return 0
+    return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
 
 
 def read_command(args: Args) -> Any:
@@ -5848,8 +5820,7 @@ def cmd_add(args: Args) -> int:
         default = f", timeout {span(limit)}" if limit and args.timeout is None else ""
         text = f"{len(ids)} tasks added" if args.batch else f"task {text} added{default}"
         text += "" if client.is_live else "; no daemon runs: `start` it"
-    emit({"ids": ids} if args.batch else {"id": ids[0], "ids": ids}, args, text)
-    return 0
+    return emit({"ids": ids} if args.batch else {"id": ids[0], "ids": ids}, args, text)
 
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
@@ -5868,8 +5839,7 @@ def tell_end(client: Client, ids: Sequence[int], status: int, args: Args) -> int
     for task in () if args.json else tasks:
         if State(task["state"]) in DONE and task["outcome"] not in ("ok", "failed"):
             notice(f"task {task['id']}: {task['reason'] or task['outcome'] or task['state']}")
-    if args.json:
-        emit(tasks, args, "")
+    emit(tasks, args, "")
     return status
 
 
@@ -5948,8 +5918,7 @@ def cmd_show(args: Args) -> int:
         code = "" if attempt["exit_code"] is None else f", exit {attempt['exit_code']}"
         text = f"attempt {attempt['number']:<4} {how}{code} {attempt['reason'] or ''}"
         lines.append(text.rstrip())
-    emit({**task, "history": answer["history"]}, args, "\n".join(lines))
-    return 0
+    return emit({**task, "history": answer["history"]}, args, "\n".join(lines))
 
 
 @register("wait", IDS, arg("--timeout", type=reads(duration), metavar="TIME", help="then exit 124"))
@@ -5974,39 +5943,32 @@ def cmd_wait(args: Args) -> int:
     return tell_end(client, ids, status, args)
 
 
-def change(verb: str, word: str, problem: str, args: Args) -> int:
-    """Do one verb to tasks; 1 when the state of any did not allow it."""
-    answer = client_of(args).call(verb, {"ids": flat(args.ids)})
-    emit(answer, args, f"{word}: " + (", ".join(map(str, answer["done"])) or "none"))
-    if answer["not_done"]:
-        notice(f"{problem}: {', '.join(map(str, answer['not_done']))}")
-    return 1 if answer["not_done"] else 0
+def register_change(verb: str, done: str, problem: str, text: str) -> None:
+    """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
+
+    def change(args: Args) -> int:
+        answer = client_of(args).call(verb, {"ids": flat(args.ids)})
+        emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
+        if answer["not_done"]:
+            notice(f"{problem}: {', '.join(map(str, answer['not_done']))}")
+        return 1 if answer["not_done"] else 0
+
+    change.__doc__ = text
+    register(verb, IDS)(change)
 
 
-@register("cancel", IDS)
-def cmd_cancel(args: Args) -> int:
-    """Cancel tasks; running ones are ended with all they started."""
-    return change("cancel", "cancelled", "finished already", args)
-
-
-@register("retry", IDS)
-def cmd_retry(args: Args) -> int:
-    """Run finished tasks again; what was skipped because of them waits again."""
-    return change("retry", "queued", "not finished", args)
-
-
-@register("remove", IDS)
-def cmd_remove(args: Args) -> int:
-    """Forget tasks that do not run."""
-    return change("remove", "removed", "running, cancel first", args)
+ENDS = "Cancel tasks; running ones are ended with all they started."
+AGAIN = "Run finished tasks again; what was skipped because of them waits again."
+register_change("cancel", "cancelled", "finished already", ENDS)
+register_change("retry", "queued", "not finished", AGAIN)
+register_change("remove", "removed", "running, cancel first", "Forget tasks that do not run.")
 
 
 @register("pause", GROUP)
 def cmd_pause(args: Args) -> int:
     """Start nothing more; what runs goes on."""
     answer = client_of(args).pause(args.group)
-    emit(answer, args, "paused: " + ", ".join(answer["paused"]).replace("*", "everything"))
-    return 0
+    return emit(answer, args, "paused: " + ", ".join(answer["paused"]).replace("*", "everything"))
 
 
 @register("resume", GROUP)
@@ -6014,8 +5976,7 @@ def cmd_resume(args: Args) -> int:
     """Start tasks again."""
     answer = client_of(args).resume(args.group)
     left = ", ".join(answer["paused"]).replace("*", "everything")
-    emit(answer, args, f"still paused: {left}" if left else "resumed")
-    return 0
+    return emit(answer, args, f"still paused: {left}" if left else "resumed")
 
 
 @register("why", arg("id", metavar="ID|PROCESS", help="a task id, or a process"))
@@ -6024,11 +5985,9 @@ def cmd_why(args: Args) -> int:
     client = client_of(args)
     if not args.id.isdigit():
         answer = client.call("why_process", {"name": args.id})
-        emit(answer, args, "\n".join(answer["reasons"]))
-        return 0
+        return emit(answer, args, "\n".join(answer["reasons"]))
     answer = client.why(reads(integer(0))(args.id))
-    emit(answer, args, f"task {answer['id']} {answer['state']}: " + "; ".join(answer["reasons"]))
-    return 0
+    return emit(answer, args, f"task {answer['id']} {answer['state']}: " + "; ".join(answer["reasons"]))
 
 
 @register(
@@ -6096,8 +6055,8 @@ def cmd_report(args: Args) -> int:
     if args.task is None:
         usage["run_id"] = os.environ.get("APEX_RUN_ID")
     answer = client_of(args).report(int(inside) if args.task is None else args.task, **usage)
-    emit(answer, args, "over budget: the task is being ended" if answer["over_budget"] else "ok")
-    return 0
+    text = "over budget: the task is being ended" if answer["over_budget"] else "ok"
+    return emit(answer, args, text)
 
 
 @register(
@@ -6116,12 +6075,11 @@ def cmd_dlq(args: Args) -> int:
     if args.action != "show" and wrong:
         raise DaemonError("ILLEGAL_STATE", f"task {wrong[0]} is no dead letter", "see `dlq list`")
     if args.action != "show":
-        return cmd_retry(args) if args.action == "retry" else cmd_remove(args)
-    status = 0
+        return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
     for task_id in args.ids[0]:
         args.id = task_id
-        status = cmd_show(args)
-    return status
+        cmd_show(args)
+    return 0
 
 
 @register("config")
@@ -6134,8 +6092,7 @@ def cmd_config(args: Args) -> int:
     for key, setting in values.items():
         *sections, name = key.split(".")
         functools.reduce(lambda at, part: at.setdefault(part, {}), sections, data)[name] = setting
-    emit(data, args, "\n".join([f"# {path or 'no file: defaults'}", *lines]))
-    return 0
+    return emit(data, args, "\n".join([f"# {path or 'no file: defaults'}", *lines]))
 
 
 @register("doctor")
@@ -6179,8 +6136,7 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
 @register("version")
 def cmd_version(args: Args) -> int:
     """Print the version."""
-    emit({"version": __version__}, args, __version__)
-    return 0
+    return emit({"version": __version__}, args, __version__)
 
 
 class _Parser(argparse.ArgumentParser):
