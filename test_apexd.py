@@ -3112,13 +3112,14 @@ class TestChild:
         assert (task["exit_code"], task["attempts"], task["losses"]) == (7, 1, 0)
 
     @pytest.fixture(scope="class")
-    def shared(self):
+    @classmethod
+    def shared(cls):
         """Give a project with a daemon, for the tests that do not end it."""
         options = {"max_concurrent": 8, "stop_timeout": 0.4, "env_keep": ["KEPT"]}
         limits = {"memory_mb": 300, "cpu_seconds": 1, "open_files": 40}
         groups = {"cluster": {"launcher": ["env", "LAUNCHED=1"]}}
         with project(daemon=options, limits=limits, group=groups) as box:
-            box.start(env={**self.CALLER, "DAEMONS_OWN": "1"})
+            box.start(env={**cls.CALLER, "DAEMONS_OWN": "1"})
             yield box
 
     # Every place in a start where the program can be told to die: claim, spawn, note, go, ...
@@ -3494,7 +3495,8 @@ def crash_rounds(box, ids, rounds, also_shells):
 @posix
 class TestRunner:
     @pytest.fixture(scope="class")
-    def ran(self):
+    @classmethod
+    def ran(cls):
         """Give (box, {name: id}) of tasks that end in all kinds of ways, added at once."""
         with project(daemon={"max_concurrent": 12, "stop_timeout": 1}) as box:
             report = " ".join([sys.executable, os.path.join(box.path, "apexd.py"), "report"])
@@ -3808,7 +3810,8 @@ while not os.path.exists("enough"):
 @posix
 class TestControl:
     @pytest.fixture(scope="class", autouse=True)
-    def patience(self):
+    @classmethod
+    def patience(cls):
         """Let what must wait out its limits do so while the other tests run."""
         with project() as hung, project() as restarted, project() as held, project() as dripped:
             pids = {box: box.start() for box in (hung, restarted)}
@@ -3830,7 +3833,7 @@ class TestControl:
             waits["held start"] = Later(held, "start")
             waits["held add"] = Later(held, "add", "--", "true")
             waits["held list"] = Later(held, "list")
-            waits["drip"] = threading.Thread(target=self.drip, args=(dripped, waits))
+            waits["drip"] = threading.Thread(target=cls.drip, args=(dripped, waits))
             waits["drip"].start()
             yield waits
             for value in list(waits.values()):
@@ -3841,7 +3844,8 @@ class TestControl:
                 os.kill(pids[hung], signal.SIGCONT)
 
     @pytest.fixture(scope="class")
-    def server(self):
+    @classmethod
+    def server(cls):
         """Give a project with a daemon, for the tests that do not end it."""
         with project() as box:
             box.start()
@@ -4231,7 +4235,8 @@ def mounted(folder, options):
 @posix
 class TestDaemon:
     @pytest.fixture(scope="class")
-    def shared(self):
+    @classmethod
+    def shared(cls):
         """Give a project with a daemon, for the tests that do not end it."""
         with project() as box:
             box.start()
@@ -4744,7 +4749,8 @@ class TestCli:
     NEEDS_DAEMON = ("wait 1", "run -- true", "add --wait -- true", "reload")
 
     @pytest.fixture(scope="class")
-    def used(self):
+    @classmethod
+    def used(cls):
         """Give (box, ids by name) of a project with a daemon and tasks in every state."""
         groups = {"one": {"max_concurrent": 1}, "held": {}}
         with project(daemon={"max_concurrent": 6, "stop_timeout": 1}, group=groups) as box:
