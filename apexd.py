@@ -4912,7 +4912,7 @@ class Client:
                 return int(answer["status"])
             if Clock.mono() >= deadline:
                 return 124
-            until = self._outwait(until)
+            until = self.outwait(until)
             within = min(1.0, max(deadline - Clock.mono(), 0.0))
 
     def follow(
@@ -4936,9 +4936,9 @@ class Client:
             elif answer["done"] or (not data and not to_end):
                 return
             elif not data:
-                until = self._outwait(until)
+                until = self.outwait(until)
 
-    def _outwait(self, until: float) -> float:
+    def outwait(self, until: float) -> float:
         """Let a waiting call outlive a daemon that is away; return until when (monotonic)."""
         if self.is_live:
             return Clock.mono() + RETURN_TIMEOUT_S
@@ -4947,30 +4947,6 @@ class Client:
             raise DaemonError("NOT_RUNNING", what, "start it with `start`")
         threading.Event().wait(0.2)
         return until
-
-    def follow_process(self, name: str, lines: int, to_end: bool) -> Iterator[bytes]:
-        """Yield the last lines of a process, then, with to_end, what comes, through restarts.
-
-        Lines of several instances begin with "web.0 | ".
-        """
-        until, offsets = Clock.mono() + RETURN_TIMEOUT_S, dict[str, int]()
-        rests: dict[str, bytes] = {}
-        while True:
-            fields = {"name": name, "lines": lines, "offsets": offsets}
-            logs, is_news = self.call("process_logs", fields)["logs"], False
-            for instance, part in logs.items():
-                data, offsets[instance] = base64.b64decode(part["data"]), part["next"]
-                is_news = is_news or bool(data)
-                *whole, rest = (rests.get(instance, b"") + data).split(b"\n")
-                rests[instance] = rest if to_end else b""
-                whole += [rest] if rest and not to_end else []
-                mark = f"{instance} | ".encode() if len(logs) > 1 else b""
-                yield b"".join(mark + line + b"\n" for line in whole)
-            if not to_end:
-                return
-            if not is_news:
-                until = self._outwait(until)
-                threading.Event().wait(STREAM_PAUSE_S)
 
     def cancel(self, *ids: int) -> Fields:
         """Cancel tasks; return {"done": ids, "not_done": ids finished before}."""
@@ -5987,7 +5963,8 @@ def cmd_why(args: Args) -> int:
         answer = client.call("why_process", {"name": args.id})
         return emit(answer, args, "\n".join(answer["reasons"]))
     answer = client.why(reads(integer(0))(args.id))
-    return emit(answer, args, f"task {answer['id']} {answer['state']}: " + "; ".join(answer["reasons"]))
+    text = f"task {answer['id']} {answer['state']}: " + "; ".join(answer["reasons"])
+    return emit(answer, args, text)
 
 
 @register(
@@ -6009,7 +5986,7 @@ def cmd_logs(args: Args) -> int:
             attempt = int(match[2]) if match[2] else None
             chunks = client.follow(int(match[1]), attempt, -(args.lines or 0), args.follow)
         elif args.task[:1].isalpha():
-            chunks = client.follow_process(args.task, args.lines or 50, args.follow)
+            chunks = follow_process(client, args.task, args.lines or 50, args.follow)
         else:
             raise bad(f"{args.task!r}: must be a task id, ID.ATTEMPT or a process", "see `list`")
     for data in chunks:
@@ -6022,6 +5999,31 @@ def cmd_logs(args: Args) -> int:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
     return 0
+
+
+def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Iterator[bytes]:
+    """Yield the last lines of a process, then, with to_end, what comes, through restarts.
+
+    Lines of several instances begin with "web.0 | ".
+    """
+    until, offsets = Clock.mono() + RETURN_TIMEOUT_S, dict[str, int]()
+    rests: dict[str, bytes] = {}
+    while True:
+        fields = {"name": name, "lines": lines, "offsets": offsets}
+        logs, is_news = client.call("process_logs", fields)["logs"], False
+        for instance, part in logs.items():
+            data, offsets[instance] = base64.b64decode(part["data"]), part["next"]
+            is_news = is_news or bool(data)
+            *whole, rest = (rests.get(instance, b"") + data).split(b"\n")
+            rests[instance] = rest if to_end else b""
+            whole += [rest] if rest and not to_end else []
+            mark = f"{instance} | ".encode() if len(logs) > 1 else b""
+            yield b"".join(mark + line + b"\n" for line in whole)
+        if not to_end:
+            return
+        if not is_news:
+            until = client.outwait(until)
+            threading.Event().wait(STREAM_PAUSE_S)
 
 
 def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
