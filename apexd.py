@@ -517,11 +517,6 @@ def matching(pattern: str, form: str) -> Callable[[object], str]:
     return read
 
 
-def octal(value: object) -> int:
-    """Read a umask: a string of octal digits. A number would hide which base it was in."""
-    return int(matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"')(value), 8)
-
-
 class Probe(Value):
     """How to learn whether a process is ready, or still lives; times are seconds."""
 
@@ -829,18 +824,19 @@ else:
             return found
 
         def command_pid(self, shell: int) -> int:
-            """Return the PID of the command that a shell runs, below all its `sh -c`.
+            """Return the PID of the command that a shell of ours runs, else the shell's. (Linux)
 
-            A shell that has no child, or several, is itself the answer. (Linux)
+            Of a command that is itself a `sh -c` with one simple command it is that one's.
             """
-            pid = shell
+            pid, is_shell = shell, True
             with contextlib.suppress(OSError, ValueError):
-                while True:
-                    with open(f"/proc/{pid}/cmdline", "rb") as file:
-                        if file.read(11) != b"/bin/sh\0-c\0":
-                            return pid
+                while is_shell:
                     with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
                         (pid,) = map(int, file.read().split())
+                    with open(f"/proc/{pid}/cmdline", "rb") as file:
+                        words = file.read(4096).split(b"\0")
+                    is_simple = len(words) == 4 and not re.search(rb"[;&|\n]", words[2])
+                    is_shell = is_simple and words[:2] == [b"/bin/sh", b"-c"]
             return pid
 
         def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
@@ -1246,14 +1242,14 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "stop_timeout": (duration, 10.0, "from that to its KILL"),
         "needs": (text_list, [], "processes that must be ready before it starts"),
         "critical": (truth, False, "the daemon ends, failed, when it has failed"),
-        "ready": (probe(0.2), None, '{tcp | http | command = ...} or {notify = true}'),
+        "ready": (probe(0.2), None, '{tcp = "HOST:PORT"}, http, command or {notify = true}'),
         "live": (probe(5.0), None, "the same; one that gives no sign of life is restarted"),
         "env": (environment, {}, "variables on top of the daemon's own that are kept"),
         "env_file": (paths, [], "files of NAME=VALUE lines, read at each start"),
         "cwd": (line_of_text, ".", "seen from the project"),
         "user": (user_or_group("user"), None, "to run as (the daemon is root)"),
         "group": (user_or_group("group"), None, "to run as (the daemon is root)"),
-        "umask": (octal, 0o022, 'a string: "027"'),
+        "umask": (matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"'), "022", "a string of octal digits"),
         "memory_mb": (integer(1), None, "address space of a process"),
         "cpu_seconds": (integer(1), None, "processor time of a process"),
         "open_files": (integer(3), None, "descriptors of a process"),
@@ -3550,7 +3546,7 @@ class Instance:
             argv=[*Platform.SHELL, command] if isinstance(command, str) else command,
             cwd=os.path.join(self.store.project, fill(policy.cwd, self.index)),
             env={},
-            umask=policy.umask,
+            umask=int(policy.umask, 8),
             limits=policy,
             record_path=os.path.join(folder, "run", "proc-" + self.id),
             log_path=os.path.join(folder, "logs", f"proc-{self.id}.log"),
@@ -5079,6 +5075,9 @@ class Daemon:
         for name in Platform.SIGNALS:
             number = getattr(signal, name)
             signal.signal(number, lambda number, _: self._messages.put(("signal", number)))
+        for ignored in signal.valid_signals() - {getattr(signal, "SIGPIPE", 0)}:
+            if signal.getsignal(ignored) == signal.SIG_IGN:
+                signal.signal(ignored, signal.SIG_DFL)  # else tasks would inherit it
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.umask(0o077)
