@@ -1166,6 +1166,7 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
 #    Uses 1-5. Read once at start and at each reload; a Config is never changed.
 # ============================================================================
 
+octal = matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"')
 STOP_SIGNALS = ("TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL")
 
 
@@ -1249,7 +1250,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "cwd": (line_of_text, ".", "seen from the project"),
         "user": (user_or_group("user"), None, "to run as (the daemon is root)"),
         "group": (user_or_group("group"), None, "to run as (the daemon is root)"),
-        "umask": (matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"'), "022", "a string of octal digits"),
+        "umask": (octal, "022", "a string of octal digits"),
         "memory_mb": (integer(1), None, "address space of a process"),
         "cpu_seconds": (integer(1), None, "processor time of a process"),
         "open_files": (integer(3), None, "descriptors of a process"),
