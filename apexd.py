@@ -2840,6 +2840,7 @@ class JobChild(Child):
         import subprocess
 
         job = self.job
+        os.lseek(log_fd, 0, os.SEEK_END)  # the process knows nothing of O_APPEND
         self._process = subprocess.Popen(
             job.argv, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
             cwd=job.cwd, env=job.env, **Platform.CHILD,

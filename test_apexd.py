@@ -5364,6 +5364,29 @@ class TestWindows:
         assert "stopped" in child.communicate(timeout=20)[0]
         assert child.returncode == 0
 
+    def test_processes_are_kept_up_and_go_with_the_daemon(self, windows):
+        process = {"command": PING[1:], "instances": 2, "min_uptime": 0.1}
+        bad = {"command": "echo hi& exit 3", "max_restarts": 1, "backoff": 0.1}
+        table = {"process": {"web": process, "bad": bad}}
+        write(windows.file("config.json"), json.dumps(table))
+        windows.start()
+        eventually(lambda: len(windows.processes("ping")) == 2, why="both instances")
+        eventually(lambda: "failed: restarted 1 time: exit 3" in windows.run("why", "bad"))
+        assert windows.run("logs", "bad").split() == ["hi"] * 2
+        before = json.loads(windows.run("ps", "--json", "web"))
+        assert [one["state"] for one in before] == ["running"] * 2
+        windows.run("restart", "web")
+        after = json.loads(windows.run("ps", "--json", "web"))
+        assert not {one["pid"] for one in before} & {one["pid"] for one in after}
+        windows.run("scale", "web", 1)
+        eventually(lambda: len(windows.processes("ping")) == 1)
+        windows.run("kill")
+        eventually(lambda: not windows.processes("ping"), 2.0, "they die with the daemon's job")
+        windows.start()
+        eventually(lambda: len(windows.processes("ping")) == 1, why="started again, still scaled")
+        windows.run("down", "web")
+        assert not windows.processes("ping")
+
     def test_only_the_token_opens_the_port(self, windows):
         windows.start()
         token = json.loads(read(windows.file("endpoint")))["token"]
