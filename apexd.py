@@ -1532,8 +1532,8 @@ class Database:
 
     def check(self) -> None:
         """Read every page once. Raises DATABASE_CORRUPT."""
-        with self.read() as db:
-            (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        with self._translated():
+            ((verdict,),) = self.fetch("PRAGMA quick_check(1)")
             if verdict != "ok":
                 raise self._errors(f"malformed: {verdict}")
 
@@ -1549,11 +1549,10 @@ class Database:
             what = " ".join(str(error).split())
             raise DaemonError(code, f"{self.path}: {what}", hint) from None
 
-    @contextlib.contextmanager
-    def read(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection for statements that change nothing."""
+    def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
+        """Return the rows of a statement that changes nothing."""
         with self._lock, self._translated():
-            yield self._db
+            return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
@@ -1923,13 +1922,12 @@ class TaskStore:
             sql += f" AND t.id IN ({','.join(map(str, map(int, ids)))})"
         before = before or INTEGER_MAX
         values = {"state": state, "grp": group, "before": before, "most": limit}
-        with self.database.read() as db:
-            rows = db.execute(sql + " ORDER BY t.id DESC LIMIT :most", values).fetchall()
-            return [_row_to_task(row, self._after(db, row["id"])) for row in reversed(rows)]
+        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
+        return [_row_to_task(row, self._after(row["id"])) for row in reversed(rows)]
 
-    def _after(self, db: sqlite3.Connection, task_id: int) -> list[str]:
+    def _after(self, task_id: int) -> list[str]:
         sql = "SELECT parent, need FROM deps WHERE child = ? ORDER BY parent"
-        return [f"{parent}:{need}" for parent, need in db.execute(sql, (task_id,))]
+        return [f"{parent}:{need}" for parent, need in self.database.fetch(sql, (task_id,))]
 
     def get(self, task_id: int) -> Task:
         """Return one task. Raises UNKNOWN_TASK."""
@@ -1945,25 +1943,23 @@ class TaskStore:
             LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
             WHERE t.id = ?
         """
-        with self.database.read() as db:
-            row = db.execute(sql, (task_id,)).fetchone()
-        if row is None:
+        rows = self.database.fetch(sql, (task_id,))
+        if not rows:
             raise unknown_task(task_id)
-        task = Task(state=State(row[0]), exit_code=row[2])
-        return task.state, 100.0 if task.state in DONE else row[1] or 0.0, task.status
+        task = Task(state=State(rows[0][0]), exit_code=rows[0][2])
+        return task.state, 100.0 if task.state in DONE else rows[0][1] or 0.0, task.status
 
     def get_attempts(self, task_id: int) -> list[dict[str, Any]]:
         """Return the attempts of a task, first to last, one dict a row of `attempts`."""
-        with self.database.read() as db:
-            sql = "SELECT * FROM attempts WHERE task_id = ? ORDER BY number"
-            return [dict(zip(row.keys(), row)) for row in db.execute(sql, (task_id,))]
+        sql = "SELECT * FROM attempts WHERE task_id = ? ORDER BY number"
+        return [dict(zip(row.keys(), row)) for row in self.database.fetch(sql, (task_id,))]
 
     def get_counts(self) -> dict[str, dict[str, int]]:
         """Return {state: {group: number}}, without the zeros."""
         counts: dict[str, dict[str, int]] = {}
-        with self.database.read() as db:
-            for state, group, n in db.execute("SELECT state, grp, n FROM counts WHERE n > 0"):
-                counts.setdefault(state, {})[group] = n
+        rows = self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0")
+        for state, group, n in rows:
+            counts.setdefault(state, {})[group] = n
         return counts
 
     def change(self, verb: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -2000,8 +1996,7 @@ class TaskStore:
 
     def get_paused(self) -> list[str]:
         """Return the paused groups; "*" stands for everything."""
-        with self.database.read() as db:
-            return [row[0] for row in db.execute("SELECT grp FROM paused ORDER BY grp")]
+        return [row[0] for row in self.database.fetch("SELECT grp FROM paused ORDER BY grp")]
 
     def report(
         self, task_id: int, token: str | None = None, run_id: str | None = None,
@@ -2070,9 +2065,7 @@ class AttemptStore:
                 failpoint("claim")
         return claimed
 
-    def _find_ready(
-        self, db: sqlite3.Connection, room: int, busy: Mapping[str, int]
-    ) -> list[int]:
+    def _find_ready(self, db: sqlite3.Connection, room: int, busy: Mapping[str, int]) -> list[int]:
         """Return the ids to claim: one probe a group, then the best over the groups."""
         sql = """
             SELECT grp FROM counts
@@ -2145,8 +2138,7 @@ class AttemptStore:
         """Return (environment, umask) of the request that added a task."""
         if task.request_id not in self._contexts:
             sql = "SELECT env, umask FROM requests WHERE id = ?"
-            with self._database.read() as db:
-                env, umask = db.execute(sql, (task.request_id,)).fetchone()
+            ((env, umask),) = self._database.fetch(sql, (task.request_id,))
             if len(self._contexts) >= 64:
                 self._contexts.clear()
             self._contexts[task.request_id] = (json.loads(env), umask)
@@ -3186,9 +3178,7 @@ class ControlServer:
     Life: start -> stop.
     """
 
-    def __init__(
-        self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]]
-    ) -> None:
+    def __init__(self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]]) -> None:
         self._folder = folder
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
