@@ -742,10 +742,7 @@ else:
             return sys.platform == "linux" and threading.active_count() == 1
 
         def fork(self, argv: list[str], env: dict[str, str]) -> Any:
-            """Start a daemon by two forks and a session between them (daemon(7)), then exec.
-
-            Return the pipe of its standard output, a binary file.
-            """
+            """Start a daemon by fork, setsid, fork, exec (daemon(7)); return its output, a file."""
             reader, writer = os.pipe()
             child = os.fork()
             if child == 0:
@@ -1354,10 +1351,7 @@ class PidFile:
             self._fd = None
 
     def read(self) -> dict[str, Any]:
-        """Return the PID file's content, {} when there is none.
-
-        Raises PID_FILE_CORRUPTED when it holds no PID that could be a daemon's.
-        """
+        """Return the PID file's content, {} when there is none. Raises PID_FILE_CORRUPTED."""
         text = read_text(self.path)
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             fields = {} if text is None else json.loads(text)
@@ -1980,10 +1974,7 @@ class TaskStore:
         return done, not_done
 
     def pause(self, group: str | None, on: bool) -> list[str]:
-        """Stop or go on with claiming from a group, None: from all; what runs goes on.
-
-        Return the paused groups; "*" stands for everything.
-        """
+        """Stop or go on with claiming from a group, None: from all; return `get_paused`."""
         if group is not None and group not in self.config.groups:
             raise unknown_group(group, self.config)
         with self.database.write() as db:
@@ -2151,10 +2142,7 @@ class AttemptStore:
                 set_wish(db, task_id, wish)
 
     def prune(self) -> list[int]:
-        """Forget a bounded number of tasks past retention; return their ids.
-
-        A task that an unfinished one comes after stays.
-        """
+        """Forget some tasks past retention, none that others still wait for; return their ids."""
         keep, now = self._store.config.retention, Clock.now()
         with self._database.write() as db:
             sql = f"SELECT coalesce(sum(n), 0) - ? FROM counts WHERE state IN {_DONE}"
@@ -2967,10 +2955,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 
 def read_fields(form: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a request's fields against a verb's form: "id! within" (! must be given).
-
-    Return those given. Raises BAD_REQUEST.
-    """
+    """Read the fields given, by a verb's form: "id! within" (! must be). Raises BAD_REQUEST."""
     names = form.replace("!", "").split()
     found = {}
     for name, value in request.items():
@@ -3188,10 +3173,7 @@ class ControlServer:
         self._is_stopping = False
 
     def start(self) -> None:
-        """Listen, say where in `endpoint`, accept; again: if somebody removed these files.
-
-        Raises CANNOT_CREATE.
-        """
+        """Listen and say where; again: if these files were removed. Raises CANNOT_CREATE."""
         path = os.path.join(self._folder, "endpoint")
         if self._endpoint and os.path.exists(self._endpoint.get("socket", self._folder)):
             if not os.path.exists(path):
@@ -3326,7 +3308,6 @@ def find_project(
 
 
 def _nearest_project() -> str:
-    """Return the nearest folder with a state folder within this repository, else this one."""
     start = folder = here()
     found = None
     while True:
@@ -3499,10 +3480,7 @@ class Client:
         return list(self.call("add", request)["ids"])
 
     def list(self, limit: int | None = None, **where: Any) -> Sequence[Fields]:
-        """Return tasks as dicts (fields of Task), ascending; the newest `limit`, or all.
-
-        where: state, group, ids.
-        """
+        """Return tasks as dicts, ascending; the newest `limit` or all. where: state, group, ids."""
         if len(where.get("ids") or ()) > 1000:
             parts = [where["ids"][at : at + 1000] for at in range(0, len(where["ids"]), 1000)]
             return [task for ids in parts for task in self.list(**{**where, "ids": ids})]
@@ -4276,10 +4254,7 @@ def read_command(args: Args) -> Any:
 
 
 def read_batch() -> list[Any]:
-    """Read one command a line from standard input: all JSON if the first is, else for sh.
-
-    Raises BAD_REQUEST with the line's number.
-    """
+    """Read one command a line from standard input: all JSON if the first is, else for sh."""
     lines = [os.fsdecode(raw).strip() for raw in sys.stdin.buffer.read().split(b"\n")]
     if next(filter(None, lines), "")[:1] not in ("{", "[", '"'):
         return [line or None for line in lines]
