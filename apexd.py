@@ -3855,15 +3855,8 @@ def run_daemon(options: Fields) -> int:
         return error.exit_status
 
 
-class DaemonManager:
-    """Starts, stops and watches the daemon of one project, from outside."""
-
-    def __init__(
-        self, project_path: str | None = None, state: str | None = None, config: str | None = None
-    ) -> None:
-        self.project = find_project(project_path, state, config)
-        self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
-        self._client = Client(self.project.path, self.project.folder, config)
+class DaemonManager(Client):
+    """A client that starts, stops and watches the daemon, too."""
 
     def _command(self, foreground: bool) -> tuple[list[str], dict[str, str]]:
         """Return (argv, environment) that become the daemon."""
@@ -3892,7 +3885,7 @@ class DaemonManager:
         for _ in range(3):
             argv, env = self._command(foreground=False)
             try:
-                return int(self._client.call("status", {}, START_TIMEOUT_S)["pid"]), True
+                return int(self.call("status", {}, START_TIMEOUT_S)["pid"]), True
             except DaemonError as error:
                 if error.code != "NOT_RUNNING":
                     raise
@@ -3986,7 +3979,7 @@ class DaemonManager:
             if force and not self._await_gone(holder, FIRST_TERM_S + 0.05):
                 Platform.send(holder.pid, signal.SIGTERM)
         else:
-            self._client.call("shutdown", {})
+            self.call("shutdown", {})
         if not self._await_gone(holder, timeout_s):
             self._kill(holder)
         return holder.pid
@@ -4033,14 +4026,14 @@ class DaemonManager:
         holder = self.find_holder()
         if holder is not None:
             with contextlib.suppress(DaemonError):
-                self._client.call("shutdown", {"keep": True})
+                self.call("shutdown", {"keep": True})
             if not self._await_gone(holder, ANSWER_TIMEOUT_S):
                 self._kill(holder)
 
     def get_status(self) -> DaemonStatus:
         """Return what is known, without starting or changing anything."""
         try:
-            details = self._client.call("status", {})
+            details = self.call("status", {})
             return DaemonStatus(running=True, exit_status=0, pid=details["pid"], details=details)
         except DaemonError as error:
             status, reason, pid = 4, error.message, None
