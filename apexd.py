@@ -1329,7 +1329,6 @@ class PidFile:
         fields = {"pid": pid, "startedAt": timestamp(Clock.now()), "version": __version__}
         try:
             os.ftruncate(fd, 0)
-            os.lseek(fd, 0, os.SEEK_SET)
             os.write(fd, json.dumps({**me, "role": role}).encode())
             if role == "daemon":
                 write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
@@ -1379,7 +1378,6 @@ class PidFile:
                 raise DaemonError("PERMISSION_DENIED", f"{self.lock_path} is not ours", hint)
             if Platform.lock(fd):
                 return None
-            os.lseek(fd, 0, os.SEEK_SET)
             fields = json.loads(os.read(fd, 4096))
             return Holder(**{**fields, "pid": int(fields["pid"])})
         except (ValueError, TypeError, KeyError):
@@ -3196,9 +3194,8 @@ class ControlServer:
         for name in (path, os.path.join(self._folder, "endpoint")):
             with contextlib.suppress(OSError):
                 insist(os.unlink, name)
-        if os.path.dirname(path) != self._folder:  # the short path's own folder
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(path))
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(path))  # the short path's own folder; ours is not empty
 
     def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; wait for room rather than spin."""
