@@ -1214,9 +1214,7 @@ class _LazyLogger:
     def __getattr__(self, name: str) -> Any:
         import logging
 
-        method = getattr(logging.getLogger("apexd"), name)
-        setattr(self, name, method)
-        return method
+        return getattr(logging.getLogger("apexd"), name)
 
 
 log: Any = _LazyLogger()
@@ -1696,22 +1694,16 @@ def _insert_one(
     holder = db.execute(sql, (options.key,)).fetchone()
     if holder:
         return int(holder[0])
-    open_deps, state = 0, options.state
     for parent, need in options.after or ():
-        row = db.execute("SELECT state FROM tasks WHERE id = ?", (parent,)).fetchone()
-        if row is None:
+        if not db.execute("SELECT 1 FROM tasks WHERE id = ?", (parent,)).fetchone():
             raise unknown_task(parent)
-        open_deps += State(row[0]) not in DONE
-        if State(row[0]) in DONE - NEEDS[need]:
-            state = State.SKIPPED
-    if open_deps and state != State.SKIPPED:
-        state = State.WAITING
+        db.execute("INSERT INTO deps VALUES (?, ?, ?)", (parent, task_id, need))
+    open_deps, unmet = _count_open(db, task_id)
+    state = State.SKIPPED if unmet else State.WAITING if open_deps else options.state
     finished_at = Clock.now() if state == State.SKIPPED else None
     row = (task_id, command, request, state.value, open_deps, *options.row, finished_at)
     db.execute(_INSERT_SQL, row)
     db.execute(_COUNT_SQL, (state.value, options.group, 1))
-    edges = [(parent, task_id, need) for parent, need in options.after or ()]
-    db.executemany("INSERT OR IGNORE INTO deps VALUES (?, ?, ?)", edges)
     return task_id
 
 
