@@ -883,10 +883,7 @@ else:
             return sys.platform == "linux" and threading.active_count() == 1
 
         def fork(self, argv: list[str], env: dict[str, str]) -> Any:
-            """Start a daemon by two forks and a session between them (daemon(7)), then exec.
-
-            Return the pipe of its standard output, a binary file.
-            """
+            """Start a daemon by fork, setsid, fork, exec (daemon(7)); return its output, a file."""
             reader, writer = os.pipe()
             child = os.fork()
             if child == 0:
@@ -1458,9 +1455,7 @@ class _LazyLogger:
     def __getattr__(self, name: str) -> Any:
         import logging
 
-        method = getattr(logging.getLogger("apexd"), name)
-        setattr(self, name, method)
-        return method
+        return getattr(logging.getLogger("apexd"), name)
 
 
 log: Any = _LazyLogger()
@@ -1573,7 +1568,6 @@ class PidFile:
         fields = {"pid": pid, "startedAt": timestamp(Clock.now()), "version": __version__}
         try:
             os.ftruncate(fd, 0)
-            os.lseek(fd, 0, os.SEEK_SET)
             os.write(fd, json.dumps({**me, "role": role}).encode())
             if role == "daemon":
                 write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
@@ -1595,10 +1589,7 @@ class PidFile:
             self._fd = None
 
     def read(self) -> dict[str, Any]:
-        """Return the PID file's content, {} when there is none.
-
-        Raises PID_FILE_CORRUPTED when it holds no PID that could be a daemon's.
-        """
+        """Return the PID file's content, {} when there is none. Raises PID_FILE_CORRUPTED."""
         text = read_text(self.path)
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             fields = {} if text is None else json.loads(text)
@@ -1626,7 +1617,6 @@ class PidFile:
                 raise DaemonError("PERMISSION_DENIED", f"{self.lock_path} is not ours", hint)
             if Platform.lock(fd):
                 return None
-            os.lseek(fd, 0, os.SEEK_SET)
             fields = json.loads(os.read(fd, 4096))
             return Holder(**{**fields, "pid": int(fields["pid"])})
         except (ValueError, TypeError, KeyError):
@@ -1778,8 +1768,8 @@ class Database:
 
     def check(self) -> None:
         """Read every page once. Raises DATABASE_CORRUPT."""
-        with self.read() as db:
-            (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        with self._translated():
+            ((verdict,),) = self.fetch("PRAGMA quick_check(1)")
             if verdict != "ok":
                 raise self._errors(f"malformed: {verdict}")
 
@@ -1795,11 +1785,10 @@ class Database:
             what = " ".join(str(error).split())
             raise DaemonError(code, f"{self.path}: {what}", hint) from None
 
-    @contextlib.contextmanager
-    def read(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection for statements that change nothing."""
+    def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
+        """Return the rows of a statement that changes nothing."""
         with self._lock, self._translated():
-            yield self._db
+            return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
@@ -1951,22 +1940,16 @@ def _insert_one(
     holder = db.execute(sql, (options.key,)).fetchone()
     if holder:
         return int(holder[0])
-    open_deps, state = 0, options.state
     for parent, need in options.after or ():
-        row = db.execute("SELECT state FROM tasks WHERE id = ?", (parent,)).fetchone()
-        if row is None:
+        if not db.execute("SELECT 1 FROM tasks WHERE id = ?", (parent,)).fetchone():
             raise unknown_task(parent)
-        open_deps += State(row[0]) not in DONE
-        if State(row[0]) in DONE - NEEDS[need]:
-            state = State.SKIPPED
-    if open_deps and state != State.SKIPPED:
-        state = State.WAITING
+        db.execute("INSERT INTO deps VALUES (?, ?, ?)", (parent, task_id, need))
+    open_deps, unmet = _count_open(db, task_id)
+    state = State.SKIPPED if unmet else State.WAITING if open_deps else options.state
     finished_at = Clock.now() if state == State.SKIPPED else None
     row = (task_id, command, request, state.value, open_deps, *options.row, finished_at)
     db.execute(_INSERT_SQL, row)
     db.execute(_COUNT_SQL, (state.value, options.group, 1))
-    edges = [(parent, task_id, need) for parent, need in options.after or ()]
-    db.executemany("INSERT OR IGNORE INTO deps VALUES (?, ?, ?)", edges)
     return task_id
 
 
@@ -2169,13 +2152,12 @@ class TaskStore:
             sql += f" AND t.id IN ({','.join(map(str, map(int, ids)))})"
         before = before or INTEGER_MAX
         values = {"state": state, "grp": group, "before": before, "most": limit}
-        with self.database.read() as db:
-            rows = db.execute(sql + " ORDER BY t.id DESC LIMIT :most", values).fetchall()
-            return [_row_to_task(row, self._after(db, row["id"])) for row in reversed(rows)]
+        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
+        return [_row_to_task(row, self._after(row["id"])) for row in reversed(rows)]
 
-    def _after(self, db: sqlite3.Connection, task_id: int) -> list[str]:
+    def _after(self, task_id: int) -> list[str]:
         sql = "SELECT parent, need FROM deps WHERE child = ? ORDER BY parent"
-        return [f"{parent}:{need}" for parent, need in db.execute(sql, (task_id,))]
+        return [f"{parent}:{need}" for parent, need in self.database.fetch(sql, (task_id,))]
 
     def get(self, task_id: int) -> Task:
         """Return one task. Raises UNKNOWN_TASK."""
@@ -2191,25 +2173,23 @@ class TaskStore:
             LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
             WHERE t.id = ?
         """
-        with self.database.read() as db:
-            row = db.execute(sql, (task_id,)).fetchone()
-        if row is None:
+        rows = self.database.fetch(sql, (task_id,))
+        if not rows:
             raise unknown_task(task_id)
-        task = Task(state=State(row[0]), exit_code=row[2])
-        return task.state, 100.0 if task.state in DONE else row[1] or 0.0, task.status
+        task = Task(state=State(rows[0][0]), exit_code=rows[0][2])
+        return task.state, 100.0 if task.state in DONE else rows[0][1] or 0.0, task.status
 
     def get_attempts(self, task_id: int) -> list[dict[str, Any]]:
         """Return the attempts of a task, first to last, one dict a row of `attempts`."""
-        with self.database.read() as db:
-            sql = "SELECT * FROM attempts WHERE task_id = ? ORDER BY number"
-            return [dict(zip(row.keys(), row)) for row in db.execute(sql, (task_id,))]
+        sql = "SELECT * FROM attempts WHERE task_id = ? ORDER BY number"
+        return [dict(zip(row.keys(), row)) for row in self.database.fetch(sql, (task_id,))]
 
     def get_counts(self) -> dict[str, dict[str, int]]:
         """Return {state: {group: number}}, without the zeros."""
         counts: dict[str, dict[str, int]] = {}
-        with self.database.read() as db:
-            for state, group, n in db.execute("SELECT state, grp, n FROM counts WHERE n > 0"):
-                counts.setdefault(state, {})[group] = n
+        rows = self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0")
+        for state, group, n in rows:
+            counts.setdefault(state, {})[group] = n
         return counts
 
     def change(self, verb: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -2230,10 +2210,7 @@ class TaskStore:
         return done, not_done
 
     def pause(self, group: str | None, on: bool) -> list[str]:
-        """Stop or go on with claiming from a group, None: from all; what runs goes on.
-
-        Return the paused groups; "*" stands for everything.
-        """
+        """Stop or go on with claiming from a group, None: from all; return `get_paused`."""
         if group is not None and group not in self.config.groups:
             raise unknown_group(group, self.config)
         with self.database.write() as db:
@@ -2246,8 +2223,7 @@ class TaskStore:
 
     def get_paused(self) -> list[str]:
         """Return the paused groups; "*" stands for everything."""
-        with self.database.read() as db:
-            return [row[0] for row in db.execute("SELECT grp FROM paused ORDER BY grp")]
+        return [row[0] for row in self.database.fetch("SELECT grp FROM paused ORDER BY grp")]
 
     def decide_process(self, name: str, what: str, decision: int | None) -> None:
         """Keep what a user decided of a process: "is_up" or "instances"; None: undecided."""
@@ -2329,9 +2305,7 @@ class AttemptStore:
                 failpoint("claim")
         return claimed
 
-    def _find_ready(
-        self, db: sqlite3.Connection, room: int, busy: Mapping[str, int]
-    ) -> list[int]:
+    def _find_ready(self, db: sqlite3.Connection, room: int, busy: Mapping[str, int]) -> list[int]:
         """Return the ids to claim: one probe a group, then the best over the groups."""
         sql = """
             SELECT grp FROM counts
@@ -2404,8 +2378,7 @@ class AttemptStore:
         """Return (environment, umask) of the request that added a task."""
         if task.request_id not in self._contexts:
             sql = "SELECT env, umask FROM requests WHERE id = ?"
-            with self._database.read() as db:
-                env, umask = db.execute(sql, (task.request_id,)).fetchone()
+            ((env, umask),) = self._database.fetch(sql, (task.request_id,))
             if len(self._contexts) >= 64:
                 self._contexts.clear()
             self._contexts[task.request_id] = (json.loads(env), umask)
@@ -2418,10 +2391,7 @@ class AttemptStore:
                 set_wish(db, task_id, wish)
 
     def prune(self) -> list[int]:
-        """Forget a bounded number of tasks past retention; return their ids.
-
-        A task that an unfinished one comes after stays.
-        """
+        """Forget some tasks past retention, none that others still wait for; return their ids."""
         keep, now = self._store.config.retention, Clock.now()
         with self._database.write() as db:
             sql = f"SELECT coalesce(sum(n), 0) - ? FROM counts WHERE state IN {_DONE}"
@@ -4128,10 +4098,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 
 def read_fields(form: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a request's fields against a verb's form: "id! within" (! must be given).
-
-    Return those given. Raises BAD_REQUEST.
-    """
+    """Read the fields given, by a verb's form: "id! within" (! must be). Raises BAD_REQUEST."""
     names = form.replace("!", "").split()
     found = {}
     for name, value in request.items():
@@ -4543,9 +4510,7 @@ class ControlServer:
     Life: start -> stop.
     """
 
-    def __init__(
-        self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]]
-    ) -> None:
+    def __init__(self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]]) -> None:
         self._folder = folder
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
@@ -4555,10 +4520,7 @@ class ControlServer:
         self._is_stopping = False
 
     def start(self) -> None:
-        """Listen, say where in `endpoint`, accept; again: if somebody removed these files.
-
-        Raises CANNOT_CREATE.
-        """
+        """Listen and say where; again: if these files were removed. Raises CANNOT_CREATE."""
         path = os.path.join(self._folder, "endpoint")
         if self._endpoint and os.path.exists(self._endpoint.get("socket", self._folder)):
             if not os.path.exists(path):
@@ -4581,9 +4543,8 @@ class ControlServer:
         for name in (path, os.path.join(self._folder, "endpoint")):
             with contextlib.suppress(OSError):
                 insist(os.unlink, name)
-        if os.path.dirname(path) != self._folder:  # the short path's own folder
-            with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(path))
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(path))  # the short path's own folder; ours is not empty
 
     def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; wait for room rather than spin."""
@@ -4714,7 +4675,6 @@ def find_project(
 
 
 def _nearest_project() -> str:
-    """Return the nearest folder with a state folder within this repository, else this one."""
     start = folder = here()
     found = None
     while True:
@@ -4872,10 +4832,7 @@ class Client:
         return list(self.call("add", request)["ids"])
 
     def list(self, limit: int | None = None, **where: Any) -> Sequence[Fields]:
-        """Return tasks as dicts (fields of Task), ascending; the newest `limit`, or all.
-
-        where: state, group, ids.
-        """
+        """Return tasks as dicts, ascending; the newest `limit` or all. where: state, group, ids."""
         if len(where.get("ids") or ()) > 1000:
             parts = [where["ids"][at : at + 1000] for at in range(0, len(where["ids"]), 1000)]
             return [task for ids in parts for task in self.list(**{**where, "ids": ids})]
@@ -5268,15 +5225,8 @@ def run_daemon(options: Fields) -> int:
         return error.exit_status
 
 
-class DaemonManager:
-    """Starts, stops and watches the daemon of one project, from outside."""
-
-    def __init__(
-        self, project_path: str | None = None, state: str | None = None, config: str | None = None
-    ) -> None:
-        self.project = find_project(project_path, state, config)
-        self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
-        self._client = Client(self.project.path, self.project.folder, config)
+class DaemonManager(Client):
+    """A client that starts, stops and watches the daemon, too."""
 
     def _command(self, foreground: bool) -> tuple[list[str], dict[str, str]]:
         """Return (argv, environment) that become the daemon."""
@@ -5305,7 +5255,7 @@ class DaemonManager:
         for _ in range(3):
             argv, env = self._command(foreground=False)
             try:
-                return int(self._client.call("status", {}, START_TIMEOUT_S)["pid"]), True
+                return int(self.call("status", {}, START_TIMEOUT_S)["pid"]), True
             except DaemonError as error:
                 if error.code != "NOT_RUNNING":
                     raise
@@ -5400,7 +5350,7 @@ class DaemonManager:
             if force and not self._await_gone(holder, FIRST_TERM_S + 0.05):
                 Platform.send(holder.pid, signal.SIGTERM)
         else:
-            self._client.call("shutdown", {})
+            self.call("shutdown", {})
         if not self._await_gone(holder, timeout_s):
             self._kill(holder)
         return holder.pid
@@ -5449,14 +5399,14 @@ class DaemonManager:
         holder = self.find_holder()
         if holder is not None:
             with contextlib.suppress(DaemonError):
-                self._client.call("shutdown", {"keep": True})
+                self.call("shutdown", {"keep": True})
             if not self._await_gone(holder, ANSWER_TIMEOUT_S):
                 self._kill(holder)
 
     def get_status(self) -> DaemonStatus:
         """Return what is known, without starting or changing anything."""
         try:
-            details = self._client.call("status", {})
+            details = self.call("status", {})
             return DaemonStatus(running=True, exit_status=0, pid=details["pid"], details=details)
         except DaemonError as error:
             status, reason, pid = 4, error.message, None
@@ -5752,10 +5702,7 @@ def read_command(args: Args) -> Any:
 
 
 def read_batch() -> list[Any]:
-    """Read one command a line from standard input: all JSON if the first is, else for sh.
-
-    Raises BAD_REQUEST with the line's number.
-    """
+    """Read one command a line from standard input: all JSON if the first is, else for sh."""
     lines = [os.fsdecode(raw).strip() for raw in sys.stdin.buffer.read().split(b"\n")]
     if next(filter(None, lines), "")[:1] not in ("{", "[", '"'):
         return [line or None for line in lines]
