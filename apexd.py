@@ -2234,8 +2234,7 @@ class TaskStore:
 
     def get_decisions(self) -> dict[str, tuple[bool | None, int | None]]:
         """Return {process: (whether it is to be up, how many instances)}; None: undecided."""
-        with self.database.read() as db:
-            rows = db.execute("SELECT name, is_up, instances FROM processes").fetchall()
+        rows = self.database.fetch("SELECT name, is_up, instances FROM processes")
         return {name: (None if up is None else bool(up), count) for name, up, count in rows}
 
     def report(
