@@ -677,11 +677,10 @@ else:
             descriptor holds it too, and reading the file elsewhere does not drop it.
             """
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
+                return True
+            return False
 
         @staticmethod
         @functools.lru_cache(maxsize=1)
@@ -700,12 +699,10 @@ else:
             """
             if not _HAS_PROC:
                 return _output("ps", "-o", "lstart=", "-p", str(pid))
-            try:
-                with open(f"/proc/{pid}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:
-                return None
-            return None if fields[0] in b"ZX" else fields[19].decode()
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+                return None if fields[0] in b"ZX" else fields[19].decode()
+            return None
 
         def send(self, pid: int, signum: int) -> None:
             """Signal one process, if it is there."""
@@ -1922,11 +1919,7 @@ class TaskStore:
 
     def get_progress(self, task_id: int) -> tuple[State, float, int]:
         """Return (state, percent, exit status so far) of a task, at little cost."""
-        sql = """
-            SELECT t.state, t.progress, a.exit_code FROM tasks t
-            LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
-            WHERE t.id = ?
-        """
+        sql = f"SELECT state, progress, exit_code FROM ({_TASK_SQL} WHERE t.id = ?)"
         rows = self.database.fetch(sql, (task_id,))
         if not rows:
             raise unknown_task(task_id)
