@@ -67,6 +67,7 @@ import struct
 import sys
 import threading
 import time
+from collections import Counter
 from enum import Enum
 from types import SimpleNamespace
 
@@ -2596,7 +2597,7 @@ class DaemonRunner:
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
         self._moved = threading.Condition()  # guards _awaited
-        self._awaited: dict[int, int] = {}  # task id: how many wait for it
+        self._awaited: list[int] = []  # the task of each that waits
         self._lock = threading.RLock()  # guards _running and _drain_at; taken before the store's
         self._running: dict[int, _Run] = {}
         self.is_draining = False  # nothing more is claimed
@@ -2632,7 +2633,7 @@ class DaemonRunner:
         """End the polling and leave the children to the next daemon."""
         self.halted.set()
         self.wake()
-        self.tell(list(self._awaited))
+        self.tell(self._awaited)
         for inbox in self._inboxes.values():
             inbox.put(None)
 
@@ -2643,18 +2644,16 @@ class DaemonRunner:
     def tell(self, ids: Iterable[int]) -> None:
         """Wake those who wait for any of these tasks: they have moved."""
         with self._moved:
-            if not self._awaited.keys().isdisjoint(ids):
+            if not set(ids).isdisjoint(self._awaited):
                 self._moved.notify_all()
 
     def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
         """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
         with self._moved:
-            self._awaited[task_id] = self._awaited.get(task_id, 0) + 1
+            self._awaited.append(task_id)
             if not is_done() and not self.halted.is_set():
                 self._moved.wait(timeout_s)
-            self._awaited[task_id] -= 1
-            if not self._awaited[task_id]:
-                del self._awaited[task_id]
+            self._awaited.remove(task_id)
 
     def end(self, ids: Iterable[int]) -> None:
         """End running tasks whose wish is on disk."""
@@ -2708,8 +2707,7 @@ class DaemonRunner:
         now, times = Clock.mono(), [next_poll]
         with self._lock:
             for run in self._running.values():
-                times += [run.deadline_mono, run.kill_at_mono, now + LOG_CHECK_S]
-            times += [self._drain_at] if self._running else []
+                times += [run.deadline_mono, run.kill_at_mono, self._drain_at, now + LOG_CHECK_S]
         if self._attempts.next_due is not None and not self.is_draining:
             times.append(now + self._attempts.next_due - Clock.now())
         return max(min(times) - now, 0.0)
@@ -2721,9 +2719,7 @@ class DaemonRunner:
             results = self._results[:]
             gone = {task.run_id for task, _ in results}
             active = [run.task for run in self._running.values() if run.task.run_id not in gone]
-            busy: dict[str, int] = {}
-            for task in active:
-                busy[task.group] = busy.get(task.group, 0) + 1
+            busy = Counter(task.group for task in active)
             most = 0 if self.is_draining else self.store.config.daemon.max_concurrent
             # A record is used again only when the result in it is on disk: hence twice as many.
             used = {task.slot for task in active} | {task.slot for task, _ in results}
