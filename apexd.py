@@ -69,6 +69,7 @@ import struct
 import sys
 import threading
 import time
+from collections import Counter
 from enum import Enum
 from types import SimpleNamespace
 
@@ -770,11 +771,10 @@ else:
             descriptor holds it too, and reading the file elsewhere does not drop it.
             """
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
+                return True
+            return False
 
         @staticmethod
         @functools.lru_cache(maxsize=1)
@@ -793,12 +793,10 @@ else:
             """
             if not _HAS_PROC:
                 return _output("ps", "-o", "lstart=", "-p", str(pid))
-            try:
-                with open(f"/proc/{pid}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:
-                return None
-            return None if fields[0] in b"ZX" else fields[19].decode()
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+                return None if fields[0] in b"ZX" else fields[19].decode()
+            return None
 
         def send(self, pid: int, signum: int) -> None:
             """Signal one process, if it is there."""
@@ -2168,11 +2166,7 @@ class TaskStore:
 
     def get_progress(self, task_id: int) -> tuple[State, float, int]:
         """Return (state, percent, exit status so far) of a task, at little cost."""
-        sql = """
-            SELECT t.state, t.progress, a.exit_code FROM tasks t
-            LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
-            WHERE t.id = ?
-        """
+        sql = f"SELECT state, progress, exit_code FROM ({_TASK_SQL} WHERE t.id = ?)"
         rows = self.database.fetch(sql, (task_id,))
         if not rows:
             raise unknown_task(task_id)
@@ -2918,7 +2912,7 @@ class DaemonRunner:
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
         self._moved = threading.Condition()  # guards _awaited
-        self._awaited: dict[int, int] = {}  # task id: how many wait for it
+        self._awaited: list[int] = []  # the task of each that waits
         self._lock = threading.RLock()  # guards _running and _drain_at; taken before the store's
         self._running: dict[int, _Run] = {}
         self.is_draining = False  # nothing more is claimed
@@ -2954,7 +2948,7 @@ class DaemonRunner:
         """End the polling and leave the children to the next daemon."""
         self.halted.set()
         self.wake()
-        self.tell(list(self._awaited))
+        self.tell(self._awaited)
         for inbox in self._inboxes.values():
             inbox.put(None)
 
@@ -2965,18 +2959,16 @@ class DaemonRunner:
     def tell(self, ids: Iterable[int]) -> None:
         """Wake those who wait for any of these tasks: they have moved."""
         with self._moved:
-            if not self._awaited.keys().isdisjoint(ids):
+            if not set(ids).isdisjoint(self._awaited):
                 self._moved.notify_all()
 
     def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
         """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
         with self._moved:
-            self._awaited[task_id] = self._awaited.get(task_id, 0) + 1
+            self._awaited.append(task_id)
             if not is_done() and not self.halted.is_set():
                 self._moved.wait(timeout_s)
-            self._awaited[task_id] -= 1
-            if not self._awaited[task_id]:
-                del self._awaited[task_id]
+            self._awaited.remove(task_id)
 
     def end(self, ids: Iterable[int]) -> None:
         """End running tasks whose wish is on disk."""
@@ -3030,8 +3022,7 @@ class DaemonRunner:
         now, times = Clock.mono(), [next_poll]
         with self._lock:
             for run in self._running.values():
-                times += [run.deadline_mono, run.kill_at_mono, now + LOG_CHECK_S]
-            times += [self._drain_at] if self._running else []
+                times += [run.deadline_mono, run.kill_at_mono, self._drain_at, now + LOG_CHECK_S]
         if self._attempts.next_due is not None and not self.is_draining:
             times.append(now + self._attempts.next_due - Clock.now())
         return max(min(times) - now, 0.0)
@@ -3043,9 +3034,7 @@ class DaemonRunner:
             results = self._results[:]
             gone = {task.run_id for task, _ in results}
             active = [run.task for run in self._running.values() if run.task.run_id not in gone]
-            busy: dict[str, int] = {}
-            for task in active:
-                busy[task.group] = busy.get(task.group, 0) + 1
+            busy = Counter(task.group for task in active)
             most = 0 if self.is_draining else self.store.config.daemon.max_concurrent
             # A record is used again only when the result in it is on disk: hence twice as many.
             used = {task.slot for task in active} | {task.slot for task, _ in results}
