@@ -2558,7 +2558,7 @@ def log_reason(job: Job, reason: str) -> None:
 
 def read_note(record_path: str) -> dict[str, Any]:
     """Return what a record says of its last run: "run", "pid", "boot" and more; {}: nothing."""
-    with contextlib.suppress(FileNotFoundError, ValueError), open(record_path, "rb") as file:
+    with contextlib.suppress(OSError, ValueError), open(record_path, "rb") as file:
         file.seek(SLOT_NOTE_AT)
         return dict(json.loads(file.read(SLOT_RECORD_BYTES - SLOT_NOTE_AT)))
     return {}
@@ -3248,11 +3248,10 @@ def _while_alive(now: float, view: View) -> Action:
             return Action(state=ProcessState.RUNNING)
         if policy.ready and now >= view.started + policy.ready.within:
             why = f"not ready within {span(policy.ready.within)}"
-    elif policy.live:
-        if view.lapses >= policy.live.failures or now >= silence_ends(view):
-            why = f"no sign of life for {span(now - view.last_sign)}"
-        else:
-            state = ProcessState.UNHEALTHY if view.lapses else ProcessState.RUNNING
+    elif policy.live and (view.lapses >= policy.live.failures or now >= silence_ends(view)):
+        why = f"no sign of life for {span(now - view.last_sign)}"
+    else:
+        state = ProcessState.UNHEALTHY if view.lapses else ProcessState.RUNNING
     if why is None:
         return Action(state=state)
     due = now + policy.stop_timeout
@@ -3294,10 +3293,13 @@ def _after_end(now: float, view: View) -> Action:
     count = view.quick_ends + 1
     recent = sum(now - moment < policy.restart_window for moment in view.restarts)
     if view.has_given_up or recent >= policy.max_restarts:
-        due, state = now + policy.retry_failed, ProcessState.FAILED
-        return Action(state=state, due=due, quick_ends=count, has_given_up=True)
-    delay_s = backoff(count, policy.backoff, policy.backoff_max, 1.0 + view.jitter / 10)
-    return Action(state=ProcessState.BACKOFF, due=now + delay_s, quick_ends=count)
+        delay_s, state, has_given_up = policy.retry_failed, ProcessState.FAILED, True
+    else:
+        delay_s = backoff(count, policy.backoff, policy.backoff_max, 1.0 + view.jitter / 10)
+        state, has_given_up = ProcessState.BACKOFF, False
+    action = Action(state=state, due=now + delay_s, why=f"next try in {span(delay_s)}")
+    action.quick_ends, action.has_given_up = count, has_given_up
+    return action
 
 
 def fill(value: Any, index: int) -> Any:
@@ -3380,7 +3382,8 @@ def find_records(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
         if match and note.get("boot") == Platform.boot_id():
             yield match[1], int(match[2]), note
         elif match:
-            os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 class Instance:
@@ -3415,7 +3418,7 @@ class Instance:
 
         names = "command env env_file cwd user group umask memory_mb cpu_seconds open_files nice"
         values = [getattr(self.view.policy, name) for name in [*names.split(), "processes"]]
-        values += [str(one) for one in self.probes if one.kind == "notify"]
+        values += map(str, self.probes)
         return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
     @property
