@@ -529,9 +529,11 @@ class Probe(Value):
     failures: int  # live: so many in a row are taken as hung
 
 
+_PORT = r":(?=.)[0-9]*(\{instance(\+[0-9]{1,9})?\})?[0-9]*"
+_HOST = r"(\[[^\s/]+\]|[^\s/:?#]+)"
 PROBES: dict[str, Callable[[Any], Any]] = {
-    "tcp": matching(r"[^\s/]+:[^\s:/]+", '"HOST:PORT"'),
-    "http": matching(r"http://[^\s/]+(/\S*)?", '"http://HOST:PORT/PATH"'),
+    "tcp": matching(_HOST + _PORT, '"HOST:PORT"'),
+    "http": matching(rf"http://{_HOST}({_PORT})?(/\S*)?", '"http://HOST:PORT/PATH"'),
     "command": command_line,
     "notify": truth,
 }
@@ -1305,6 +1307,8 @@ class Config:
     def _follow_needs(self, path: str | None, chain: list[str]) -> None:
         """Check and measure what the last of a chain needs. Raises CONFIG_INVALID for a ring."""
         process = self.processes[chain[-1]]
+        if len(chain) > 100:
+            raise _broken(path, f"process.{chain[0]}.needs: a chain of more than 100")
         for need in process.needs:
             if need not in self.processes:
                 what = f"process.{chain[-1]}.needs: there is no process {need!r}"
@@ -2560,7 +2564,8 @@ def read_note(record_path: str) -> dict[str, Any]:
     """Return what a record says of its last run: "run", "pid", "boot" and more; {}: nothing."""
     with contextlib.suppress(OSError, ValueError), open(record_path, "rb") as file:
         file.seek(SLOT_NOTE_AT)
-        return dict(json.loads(file.read(SLOT_RECORD_BYTES - SLOT_NOTE_AT)))
+        data = file.read(SLOT_RECORD_BYTES - SLOT_NOTE_AT)
+        return dict(json.loads(data.decode("utf-8", "surrogateescape")))
     return {}
 
 
@@ -2686,10 +2691,11 @@ class ShellChild(Child):
     def write_note(self, **more: object) -> None:
         """Write into the record, on top, what the next daemon is to know of this run."""
         self._note.update(more)
-        data = json.dumps(self._note).encode().ljust(SLOT_RECORD_BYTES - SLOT_NOTE_AT - 1) + b"\n"
+        text = json.dumps(self._note, ensure_ascii=False)  # escapes could outgrow the record
+        data = text.encode("utf-8", "surrogateescape").ljust(SLOT_RECORD_BYTES - SLOT_NOTE_AT - 1)
         with self._lock:
             if self._record >= 0:
-                os.pwrite(self._record, data, SLOT_NOTE_AT)
+                os.pwrite(self._record, data + b"\n", SLOT_NOTE_AT)
 
     def go(self) -> None:
         """Let the command run, now that its claim is on disk, unless it was ended before."""
@@ -3241,8 +3247,8 @@ def decide(now: float, view: View) -> Action:
 
 def _while_alive(now: float, view: View) -> Action:
     policy, state, why = view.policy, view.state, None
-    if not view.is_wanted or view.is_stale:
-        why = None if view.is_held else "it is to be replaced" if view.is_wanted else "as asked"
+    if (not view.is_wanted or view.is_stale) and not view.is_held:
+        why = "it is to be replaced" if view.is_wanted else "as asked"
     elif state == ProcessState.STARTING:
         if view.is_ready:
             return Action(state=ProcessState.RUNNING)
@@ -3281,13 +3287,13 @@ def _after_end(now: float, view: View) -> Action:
     """Restart at once, after a backoff, seldom, or not: by how long it had been up."""
     policy, result = view.policy, view.result or Result()
     is_ok = result.exit_code == 0
+    if result.never_ran and view.is_wanted:
+        return Action(state=ProcessState.STARTING)
     if policy.restart == "never" or (policy.restart == "on-failure" and is_ok):
         state = ProcessState.STOPPED if is_ok else ProcessState.CRASHED
         return Action(state=state, is_wanted=False)
     if not view.is_wanted:
         return Action(state=ProcessState.STOPPED)
-    if result.never_ran:
-        return Action(state=ProcessState.STARTING)
     if view.is_ready and now - view.started >= policy.min_uptime:
         return Action(state=ProcessState.STARTING, quick_ends=0, has_given_up=False)
     count = view.quick_ends + 1
@@ -3300,6 +3306,12 @@ def _after_end(now: float, view: View) -> Action:
     action = Action(state=state, due=now + delay_s, why=f"next try in {span(delay_s)}")
     action.quick_ends, action.has_given_up = count, has_given_up
     return action
+
+
+def has_done_its_work(view: View) -> bool:
+    """Tell whether it ended as it should, and need not run again."""
+    is_over = view.state == ProcessState.STOPPED and view.policy.restart != "always"
+    return is_over and view.result is not None and view.result.exit_code == 0
 
 
 def fill(value: Any, index: int) -> Any:
@@ -3331,6 +3343,8 @@ def read_environment(path: str) -> dict[str, str]:
 
 def ask(probe: Probe, job: Job, index: int) -> bool:
     """Ask a process once whether it is well."""
+    import http.client
+
     target = fill(probe.target, index)
     try:
         if probe.kind == "tcp":
@@ -3338,22 +3352,14 @@ def ask(probe: Probe, job: Job, index: int) -> bool:
             socket.create_connection((host.strip("[]"), int(port)), probe.timeout).close()
             return True
         if probe.kind == "http":
-            return _ask_http(target, probe.timeout)
+            host, _, path = target[len("http://") :].partition("/")
+            connection = http.client.HTTPConnection(host, timeout=probe.timeout)
+            with contextlib.closing(connection):
+                connection.request("GET", "/" + path)
+                return connection.getresponse().status < 400
         return _ask_command(target, probe.timeout, job)
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
-
-
-def _ask_http(url: str, timeout_s: float) -> bool:
-    import http.client
-
-    host, _, path = url[len("http://") :].partition("/")
-    with contextlib.closing(http.client.HTTPConnection(host, timeout=timeout_s)) as connection:
-        try:
-            connection.request("GET", "/" + path)
-            return connection.getresponse().status < 400
-        except http.client.HTTPException:
-            return False
 
 
 def _ask_command(command: str | list[str], timeout_s: float, job: Job) -> bool:
@@ -3397,11 +3403,13 @@ class Instance:
     ) -> None:
         self.name, self.index, self.id = name, index, f"{name}.{index}"
         self.store, self.moved = store, moved
+        self.policy = policy  # as configured; that of `view` is in force, until the run ends
         self.view = View(policy=policy, state=ProcessState.STOPPED, restarts=[], due=0.0)
         self.view.quick_ends = self.view.jitter = 0
         self.run: Run | None = None
         self.note: dict[str, Any] = {}  # of the last run, as in its record
         self.last_end = self.remark = ""  # "exit 137"; what it says of itself (STATUS=)
+        self.flaw = ""  # why it is stopping, if nobody asked for it
         self.is_surplus = False  # neither configured nor asked for any more
         self.is_rolling = False  # when it is replaced, only while its siblings are ready
         self._sample = (0.0, 0.0)  # at the last look: monotonic, processor seconds
@@ -3413,12 +3421,14 @@ class Instance:
 
     @property
     def spec(self) -> str:
-        """A checksum of what a run cannot take on once it has begun."""
+        """A checksum of that in the configuration which a run cannot take on once it has begun."""
         import zlib
 
+        policy = self.policy
         names = "command env env_file cwd user group umask memory_mb cpu_seconds open_files nice"
-        values = [getattr(self.view.policy, name) for name in [*names.split(), "processes"]]
-        values += map(str, self.probes)
+        values = [getattr(policy, name) for name in [*names.split(), "processes"]]
+        for one in (policy.ready, policy.live):
+            values.append(str(one) if one and one.kind == "notify" else bool(one))
         return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
     @property
@@ -3430,10 +3440,9 @@ class Instance:
         """Have it up from now on, as if for the first time; holds the lock."""
         view = self.view
         view.is_stale = view.is_stale or view.state == ProcessState.STOPPING
+        view.is_wanted, view.has_given_up, view.quick_ends, view.restarts = True, False, 0, []
         if self.child is None:
-            view.result, view.quick_ends, view.restarts, view.has_given_up = None, 0, [], False
-            view.state = ProcessState.STOPPED
-        view.is_wanted = True
+            view.result, view.state = None, ProcessState.STOPPED
 
     def is_up(self) -> bool:
         """Tell whether it is wanted, and there or about to be."""
@@ -3465,6 +3474,8 @@ class Instance:
         if state == ProcessState.RUNNING and self.child is not None:
             self.view.last_sign, self.view.lapses = Clock.mono(), 0
             self.child.write_note(ready=True)
+        if state == ProcessState.STOPPING:
+            self.flaw = why or ""
         is_given_up = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
         self.view.state = state
         if state == ProcessState.STOPPED and is_given_up:
@@ -3479,10 +3490,11 @@ class Instance:
 
     def begin(self) -> None:
         """Start a run; holds the lock."""
-        view, note = self.view, self.note
-        is_again = view.result is not None
+        view, note, view.policy = self.view, self.note, self.policy
+        is_again = view.result is not None and not view.result.never_ran
         if is_again:
-            view.restarts = [*view.restarts, Clock.mono()][-view.policy.max_restarts - 1 :]
+            recent = [*view.restarts, Clock.mono()] if view.quick_ends else []
+            view.restarts = recent[-view.policy.max_restarts - 1 :]
         self.note = {
             "started": Clock.now(),
             "restarts": note.get("restarts", 0) + is_again,
@@ -3490,15 +3502,15 @@ class Instance:
             "given_up": view.has_given_up,
             "spec": self.spec,
         }
-        self._launch(self.make_child(f"{self.id}-{os.urandom(8).hex()}"), True)
+        self._launch(self.make_child(f"{self.id}-{os.urandom(8).hex()}"), True, 0.0)
 
     def adopt(self) -> None:
         """Take over the run that its note tells of; holds the lock."""
         view, note = self.view, self.note
         view.quick_ends, view.has_given_up = note.get("quick", 0), note.get("given_up", False)
-        self._launch(self.make_child(note["run"]), False)
+        age_s = max(Clock.now() - note.get("started", Clock.now()), 0.0)
         view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
-        view.started -= max(Clock.now() - note.get("started", Clock.now()), 0.0)
+        self._launch(self.make_child(note["run"]), False, age_s)
 
     def make_child(self, run_id: str) -> Child:
         """Make the child of a run; its environment comes later."""
@@ -3520,10 +3532,11 @@ class Instance:
         )
         return make_child(job)
 
-    def _launch(self, child: Child, is_new: bool) -> None:
+    def _launch(self, child: Child, is_new: bool, age_s: float) -> None:
         view, self.remark = self.view, ""
         view.is_ready, view.lapses, view.is_stale = False, 0, False
-        view.started = view.last_sign = Clock.mono()
+        view.last_sign = Clock.mono()
+        view.started = view.last_sign - age_s
         self.run = Run(self, child)
         self.run.spawn("proc", functools.partial(self.run.carry_out, is_new))
 
@@ -3535,13 +3548,16 @@ class Instance:
             view.is_ready, view.lapses, view.last_sign = True, 0, Clock.mono()
         elif view.is_ready:
             view.lapses += 1
-        if is_news:
+        if is_news or not is_well:
             self.moved.notify_all()
 
     def take_end(self, result: Result) -> None:
         """Note that the run has ended; holds the lock."""
-        view, self.run, self.last_end = self.view, None, describe_end(result)
+        view, self.run = self.view, None
         is_meant = view.state == ProcessState.STOPPING and (view.is_stale or not view.is_wanted)
+        if view.state == ProcessState.STOPPING and not is_meant:
+            result = Result(reason=self.flaw)  # whatever status it ended with
+        self.last_end = describe_end(result)
         view.result, view.jitter = None if is_meant else result, random.random()
         if is_meant and not view.is_wanted:
             self.forget()
@@ -3829,14 +3845,16 @@ class Supervisor:
     def status(self) -> dict[str, Any]:
         """Return {"process_count", "running_instances", "failed": [ids], "health"}.
 
-        health: "degraded" while an instance has failed, else "healthy".
+        health: "degraded" while an instance is in backoff, crashed or failed, else "healthy".
         """
         with self.moved:
             everyone = self._instances.values()
-            failed = [one.id for one in everyone if one.view.state == ProcessState.FAILED]
+            given_up = (ProcessState.FAILED, ProcessState.CRASHED)
+            failed = [one.id for one in everyone if one.view.state in given_up]
+            is_down = any(one.is_failing() for one in everyone)
             count = len(self._store.config.processes)
             running = sum(one.view.state in _READY for one in everyone)
-            health = "degraded" if failed else "healthy"
+            health = "degraded" if is_down else "healthy"
             counts = {"process_count": count, "running_instances": running}
             return {**counts, "failed": failed, "health": health}
 
@@ -3856,9 +3874,13 @@ class Supervisor:
                         self._instances[instance.id] = instance
                     if is_wanted if is_up is None else is_up:
                         instance.want()
-                instance.is_surplus, instance.view.policy = False, policy
-                if instance.child is not None and instance.note.get("spec") != instance.spec:
+                instance.is_surplus, instance.policy = False, policy
+                if instance.note.get("spec") in (None, instance.spec):
+                    instance.view.policy = policy
+                elif instance.child is not None:
                     instance.view.is_stale = instance.is_rolling = True
+                elif instance.view.is_wanted:  # perhaps mended
+                    instance.want()
         for instance in surplus.values():
             instance.view.is_wanted, instance.is_surplus = False, True
         self.moved.notify_all()
@@ -3867,7 +3889,12 @@ class Supervisor:
         while not self.halted.is_set():
             try:
                 with self.moved:
-                    self.moved.wait(self._settle())
+                    wait_s, began = self._settle(), Clock.mono()
+                    self.moved.wait(wait_s)
+                    late_s = Clock.mono() - began - (wait_s or 0.0)
+                    if wait_s is not None and late_s > 1.0:  # frozen: nobody could be heard
+                        for one in self._instances.values():
+                            one.view.last_sign += late_s
                 if Clock.mono() >= self._next_check:
                     self._next_check = Clock.mono() + LOG_CHECK_S
                     self._check()
@@ -3899,6 +3926,7 @@ class Supervisor:
     def _apply(self, instance: Instance, action: Action) -> bool:
         """Do what was decided; tell whether anything changed."""
         view = instance.view
+        is_over = view.is_wanted and action.is_wanted is False and action.state in _DOWN
         for name in ("due", "quick_ends", "has_given_up", "is_wanted"):
             if getattr(action, name) is not None:
                 setattr(view, name, getattr(action, name))
@@ -3906,12 +3934,12 @@ class Supervisor:
             instance.begin()
         elif action.act is not None and instance.child is not None:
             instance.child.end(force=action.act == "kill")
-        if action.state == view.state:
-            return action.act == "start"
-        instance.move(action.state, action.why)
-        if action.state == ProcessState.FAILED and view.policy.critical:
+        is_moving = action.state != view.state
+        if is_moving:
+            instance.move(action.state, action.why)
+        if view.policy.critical and (is_over or (is_moving and view.state == ProcessState.FAILED)):
             self._on_failure(instance.id)
-        return True
+        return is_moving or action.act == "start"
 
     def _is_held(self, instance: Instance) -> bool:
         """Tell whether an instance must wait before it starts, or ends."""
@@ -3931,10 +3959,7 @@ class Supervisor:
     def _is_ready(self, name: str) -> bool:
         """Tell whether all instances of a process are ready, or have done their work."""
         views = [one.view for one in self._instances.values() if one.name == name]
-        return bool(views) and all(
-            view.state in _READY or (view.state == ProcessState.STOPPED and view.result is not None)
-            for view in views
-        )
+        return bool(views) and all(one.state in _READY or has_done_its_work(one) for one in views)
 
     def _check(self) -> None:
         """Cap the logs; replace what uses too much memory."""
