@@ -3170,7 +3170,7 @@ class TestChild:
         task = box.until(task_id)
         assert (task["exit_code"], task["attempts"], task["losses"]) == (7, 1, 0)
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture(scope="class", name="shared")  # a class method of Python 3.9 has no name
     @classmethod
     def shared(cls):
         """Give a project with a daemon, for the tests that do not end it."""
@@ -3554,7 +3554,7 @@ def crash_rounds(box, ids, rounds, also_shells):
 
 @posix
 class TestRunner:
-    @pytest.fixture(scope="class")
+    @pytest.fixture(scope="class", name="ran")
     @classmethod
     def ran(cls):
         """Give (box, {name: id}) of tasks that end in all kinds of ways, added at once."""
@@ -3869,7 +3869,7 @@ while not os.path.exists("enough"):
 
 @posix
 class TestControl:
-    @pytest.fixture(scope="class", autouse=True)
+    @pytest.fixture(scope="class", name="patience", autouse=True)
     @classmethod
     def patience(cls):
         """Let what must wait out its limits do so while the other tests run."""
@@ -3904,7 +3904,7 @@ class TestControl:
             with contextlib.suppress(OSError):
                 os.kill(pids[hung], signal.SIGCONT)
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture(scope="class", name="server")
     @classmethod
     def server(cls):
         """Give a project with a daemon, for the tests that do not end it."""
@@ -4301,7 +4301,7 @@ class TestDaemon:
         box.is_quick = False
         return box
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture(scope="class", name="shared")
     @classmethod
     def shared(cls):
         """Give a project with a daemon, for the tests that do not end it."""
@@ -4821,7 +4821,7 @@ class TestCli:
     )
     NEEDS_DAEMON = ("wait 1", "run -- true", "add --wait -- true", "reload")
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture(scope="class", name="used")
     @classmethod
     def used(cls):
         """Give (box, ids by name) of a project with a daemon and tasks in every state."""
