@@ -1307,8 +1307,8 @@ class Config:
     def _follow_needs(self, path: str | None, chain: list[str]) -> None:
         """Check and measure what the last of a chain needs. Raises CONFIG_INVALID for a ring."""
         process = self.processes[chain[-1]]
-        if len(chain) > 100:
-            raise _broken(path, f"process.{chain[0]}.needs: a chain of more than 100")
+        if len(chain) > 500:
+            raise _broken(path, f"process.{chain[0]}.needs: a chain of more than 500")
         for need in process.needs:
             if need not in self.processes:
                 what = f"process.{chain[-1]}.needs: there is no process {need!r}"
@@ -1481,7 +1481,7 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
         next_mono = 0.0  # while somebody has the file open, Windows cannot rename it: write on
 
         def shouldRollover(self, record: logging.LogRecord) -> bool:
-            size = 30 + len(record.getMessage().encode(errors="replace"))  # no stat for each line
+            size = 40 + len(record.getMessage().encode(errors="replace"))  # no stat for each line
             is_full = self.stream is not None and self.stream.tell() + size > self.maxBytes
             return is_full and Clock.mono() >= self.next_mono
 
@@ -3257,7 +3257,7 @@ def _while_alive(now: float, view: View) -> Action:
     elif policy.live and (view.lapses >= policy.live.failures or now >= silence_ends(view)):
         why = f"no sign of life for {span(now - view.last_sign)}"
     else:
-        state = ProcessState.UNHEALTHY if view.lapses else ProcessState.RUNNING
+        state = ProcessState.UNHEALTHY if policy.live and view.lapses else ProcessState.RUNNING
     if why is None:
         return Action(state=state)
     due = now + policy.stop_timeout
@@ -5351,8 +5351,8 @@ class DaemonManager(Client):
     def stop_daemon(self, timeout_s: float | None = None, force: bool = False) -> int | None:
         """Ask it to end, wait, then KILL it; return its PID, None when there was none.
 
-        timeout_s None: the daemon's graceful_timeout and stop_timeout and a margin. force: a
-        second TERM follows, and running tasks are interrupted. Raises STOP_FAILED.
+        timeout_s None: what the configuration allows all to take, and a margin. force: more
+        TERMs follow, and what runs is interrupted. Raises STOP_FAILED.
         """
         holder = self.find_holder()
         if holder is None:
@@ -5362,9 +5362,10 @@ class DaemonManager(Client):
             timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + STOP_MARGIN_S
             timeout_s += config.stop_timeout_s
         if Platform.SURVIVES:
+            deadline = Clock.mono() + timeout_s
             Platform.send(holder.pid, signal.SIGTERM)
-            if force and not self._await_gone(holder, FIRST_TERM_S + 0.05):
-                Platform.send(holder.pid, signal.SIGTERM)
+            while force and Clock.mono() < deadline and not self._await_gone(holder, FIRST_TERM_S):
+                Platform.send(holder.pid, signal.SIGTERM)  # it counts from when it heard the first
         else:
             self.call("shutdown", {})
         if not self._await_gone(holder, timeout_s):
