@@ -111,8 +111,12 @@ SOCKET_PATH_MAX_BYTES = 103  # sun_path of macOS; Linux allows 107 (unix(7))
 SLOT_RECORD_BYTES = 512  # one sector: status and note reach the disk together
 SLOT_NOTE_AT = 64  # the shell writes at 0, the daemon here
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
+LINES_A_FRAME = 10_000  # with what stands around each, well below FRAME_MAX_BYTES
+STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for others
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
+SWEEP_PAUSE_S = 0.05  # for what was killed to let go of its log; doubles up to a second
+EXEC_MAX_MS = 100  # in the midst of execve(2) a process shows no environment
 SWEEP_ROUNDS = 100  # passes over /proc before a fork bomb counts as unkillable
 FIRST_TERM_S = 1.0  # a second TERM counts only so long after the first
 
@@ -693,7 +697,7 @@ if sys.platform == "win32":
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
-        command_pid = staticmethod(lambda pid: pid)
+        command_pid = staticmethod(lambda pid, deep=False: pid)
         kill = signal.SIGTERM
         signal_group = staticmethod(lambda group, signum: None)
         find_run = staticmethod(lambda run_id: [])
@@ -818,25 +822,30 @@ else:
             found = []
             for name in os.listdir("/proc") if _HAS_PROC else ():
                 if name.isdigit():
-                    with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-                        if needle in b"\0" + file.read():
+                    with contextlib.suppress(OSError):
+                        if needle in b"\0" + _environment(name):
                             found.append(int(name))
             return found
 
-        def command_pid(self, shell: int) -> int:
-            """Return the PID of the command that a shell of ours runs, else the shell's. (Linux)
+        def command_pid(self, shell: int, deep: bool = False) -> int | None:
+            """Return the PID of the command that a shell of ours runs; None: not yet. (Linux)
 
-            Of a command that is itself a `sh -c` with one simple command it is that one's.
+            deep: of a command that is itself a `sh -c` it is the one below, unless that shell
+            does more than run it. Elsewhere it is the shell's.
             """
-            pid, is_shell = shell, True
-            with contextlib.suppress(OSError, ValueError):
-                while is_shell:
+            pid = shell
+            with contextlib.suppress(OSError):
+                while True:
                     with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
-                        (pid,) = map(int, file.read().split())
+                        children = file.read().split()
+                    if len(children) != 1:
+                        return pid if pid != shell else None
+                    pid = int(children[0])
                     with open(f"/proc/{pid}/cmdline", "rb") as file:
                         words = file.read(4096).split(b"\0")
-                    is_simple = len(words) == 4 and not re.search(rb"[;&|\n]", words[2])
-                    is_shell = is_simple and words[:2] == [b"/bin/sh", b"-c"]
+                    is_shell = deep and words[:2] == [b"/bin/sh", b"-c"] and len(words) == 4
+                    if not is_shell or re.search(rb"\b(while|until|for|trap)\b", words[2]):
+                        return pid
             return pid
 
         def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
@@ -850,7 +859,7 @@ else:
                 with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
                     fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
                     session = int(fields[3])
-                    if session in sessions and session != int(name):
+                    if session and session in sessions and session != int(name):
                         cpu_s, memory = found.get(session, (0.0, 0))
                         cpu_s += sum(map(int, fields[11:15])) / tick
                         found[session] = (cpu_s, memory + int(fields[21]) * page)
@@ -996,6 +1005,22 @@ else:
                             return
                         os.waitpid(peek.si_pid, os.WNOHANG)
 
+    def _environment(pid: str) -> bytes:
+        """Return a process's environment; in the midst of execve(2) it shows none: wait."""
+        for _ in range(EXEC_MAX_MS):
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                data = file.read()
+            if data:
+                return data
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
+            is_kernels = int(fields[6]) & 0x200000  # PF_KTHREAD
+            was_given_none = fields[47] == fields[48] != b"0"  # env_start, env_end
+            if fields[0] in b"ZX" or is_kernels or was_given_none:
+                break
+            threading.Event().wait(0.001)
+        return b""
+
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
         import subprocess
@@ -1023,7 +1048,9 @@ def failpoint(name: str) -> None:
 #    Uses 1-4. Any thread; holds no state.
 # ============================================================================
 
-_O_SAFE = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
+# NONBLOCK: a FIFO in a file's place hinders nobody; it means nothing for regular files.
+_O_NAMES = ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK", "O_BINARY")
+_O_SAFE = sum(getattr(os, name, 0) for name in _O_NAMES)
 
 
 def cannot_create(path: str, error: OSError) -> DaemonError:
@@ -1107,7 +1134,8 @@ _LOG_LOCK = threading.Lock()  # between a cut and its new base a reader would be
 
 def log_base(path: str) -> int:
     """Return how many bytes of a log's head are gone."""
-    return int(read_text(path + ".base") or 0)
+    text = read_text(path + ".base") or ""
+    return int(text) if text.isdigit() else 0
 
 
 def cap_log(path: str, most_bytes: int) -> bool:
@@ -1149,6 +1177,7 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
     with file, _LOG_LOCK:
         base = log_base(path)
         end = file.seek(0, os.SEEK_END)
+        offset = 0 if offset > base + end else offset  # another file is there now
         start = max(0, end - most) if offset < 0 else max(offset - base, 0)
         file.seek(start)
         data = file.read(most)
@@ -2447,11 +2476,11 @@ class AttemptStore:
 
 _SCRIPT = """
 exec 3>&2 4>&1 >/dev/null 2>&1
-trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2 XCPU XFSZ VTALRM PROF
-trap 'echo "${r-e$?}" >&3' EXIT
-read -r go || { r=x; exit 0; }
-( trap - EXIT; exec 3>&- </dev/null >&4 2>&4 4>&-; %s "$@" )
-r=$?; exit "$r"
+trap ax_end=1 HUP INT QUIT PIPE ALRM TERM USR1 USR2 XCPU XFSZ VTALRM PROF
+trap 'echo "${ax_status-e$?}" >&3' EXIT
+read -r ax_go || { ax_status=x; exit 0; }
+( trap - EXIT; ${ax_end:+exit 143}; exec 3>&- </dev/null >&4 2>&4 4>&-; %s "$@" )
+ax_status=$?; exit "$ax_status"
 """
 _STATUS = re.compile(rb"(\d+|e\d*|x)\n")
 
@@ -2562,10 +2591,12 @@ def log_reason(job: Job, reason: str) -> None:
 
 def read_note(record_path: str) -> dict[str, Any]:
     """Return what a record says of its last run: "run", "pid", "boot" and more; {}: nothing."""
-    with contextlib.suppress(OSError, ValueError), open(record_path, "rb") as file:
-        file.seek(SLOT_NOTE_AT)
-        data = file.read(SLOT_RECORD_BYTES - SLOT_NOTE_AT)
-        return dict(json.loads(data.decode("utf-8", "surrogateescape")))
+    with contextlib.suppress(OSError, DaemonError, ValueError, RecursionError):
+        with os.fdopen(open_file(record_path, os.O_RDONLY), "rb") as file:
+            file.seek(SLOT_NOTE_AT)
+            data = file.read(SLOT_RECORD_BYTES - SLOT_NOTE_AT)
+        note = json.loads(data.decode("utf-8", "surrogateescape"))
+        return note if isinstance(note, dict) else {}
     return {}
 
 
@@ -2647,7 +2678,8 @@ class Child:
         """The command's own PID while it runs."""
         with self._lock:
             is_there = self.shell_pid and not self._is_ended
-            return Platform.command_pid(self.shell_pid) if is_there else None
+            deep = bool(self.job.is_process)
+            return Platform.command_pid(self.shell_pid, deep) if is_there else None
 
 
 class ShellChild(Child):
@@ -2693,6 +2725,8 @@ class ShellChild(Child):
         self._note.update(more)
         text = json.dumps(self._note, ensure_ascii=False)  # escapes could outgrow the record
         data = text.encode("utf-8", "surrogateescape").ljust(SLOT_RECORD_BYTES - SLOT_NOTE_AT - 1)
+        if len(data) >= SLOT_RECORD_BYTES - SLOT_NOTE_AT:
+            raise ValueError("the note does not fit into the record")
         with self._lock:
             if self._record >= 0:
                 os.pwrite(self._record, data + b"\n", SLOT_NOTE_AT)
@@ -2767,14 +2801,17 @@ class ShellChild(Child):
         result = self._read_status()
         is_ended = self._is_unwanted or self.job.is_process
         if result is None or (is_ended and not result.never_ran):
-            while not self._end_leftovers():
-                log.warning("waiting for what is left of run %s", self.job.run_id)
+            pause_s = SWEEP_PAUSE_S
+            while not self._end_leftovers(pause_s):
+                if pause_s == 1.0:
+                    log.warning("waiting for what is left of run %s", self.job.run_id)
+                pause_s = min(2 * pause_s, 1.0)
         if result is not None and result.exit_code in (126, 127):
             result = find_obstacle(self.job) or result
         return result or Result(exit_code=137 if self._is_unwanted else None)
 
-    def _end_leftovers(self) -> bool:
-        """Kill all that this run started; False when something of it still lives."""
+    def _end_leftovers(self, timeout_s: float) -> bool:
+        """Kill all that this run started; False when something of it still lives then."""
         for _ in range(SWEEP_ROUNDS):
             found = Platform.find_run(self.job.run_id)
             if not found:
@@ -2786,7 +2823,7 @@ class ShellChild(Child):
             Platform.signal_group(self.shell_pid, signal.SIGKILL)
         fd = open_file(self.job.log_path, os.O_RDWR | os.O_CREAT)
         try:
-            return lock_within(fd, self.job.stop_timeout_s)
+            return lock_within(fd, timeout_s)
         finally:
             os.close(fd)
 
@@ -3210,7 +3247,7 @@ class View(Value):
     due: float  # the next try in backoff and failed, the KILL in stopping
     result: Result | None  # of the last run that ended by itself
     quick_ends: int  # in a row, before min_uptime
-    restarts: list[float]  # the latest, as many as can matter
+    restarts: list[float]  # those within the window
     has_given_up: bool
     jitter: float  # from 0 to 1
 
@@ -3308,10 +3345,13 @@ def _after_end(now: float, view: View) -> Action:
     return action
 
 
-def has_done_its_work(view: View) -> bool:
-    """Tell whether it ended as it should, and need not run again."""
-    is_over = view.state == ProcessState.STOPPED and view.policy.restart != "always"
-    return is_over and view.result is not None and view.result.exit_code == 0
+def is_good_enough(view: View) -> bool:
+    """Tell whether what needs it can start: it is ready, or has done its work."""
+    is_endless = view.policy.restart == "always"
+    if view.state == ProcessState.STOPPED and view.result is not None and not is_endless:
+        return view.result.exit_code == 0
+    is_one_shot = view.policy.restart == "never" and view.policy.ready is None
+    return view.state in _READY and not is_one_shot
 
 
 def fill(value: Any, index: int) -> Any:
@@ -3328,7 +3368,10 @@ def read_environment(path: str) -> dict[str, str]:
     Raises OSError, ValueError with the line.
     """
     found = {}
-    with open(path, encoding="utf-8") as file:
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a FIFO would hang
+    with os.fdopen(fd, encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"{path} is no regular file")
         for number, line in enumerate(file, 1):
             text = line.strip()
             if text and not text.startswith("#"):
@@ -3379,13 +3422,19 @@ def _ask_command(command: str | list[str], timeout_s: float, job: Job) -> bool:
             return False
 
 
+_NOTE_TYPES: dict[str, Any] = {
+    "run": str, "pid": int, "started": (int, float), "restarts": int, "quick": int, "recent": int,
+}  # fmt: skip
+
+
 def find_records(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (process, index, note) of the runs that a former daemon of this boot began."""
     for entry in sorted(os.listdir(os.path.join(folder, "run"))):
-        match = re.fullmatch(r"proc-([A-Za-z][A-Za-z0-9_-]*)\.([0-9]+)", entry)
+        match = re.fullmatch(r"proc-([A-Za-z][A-Za-z0-9_-]{0,63})\.(0|[1-9][0-9]{0,3})", entry)
         path = os.path.join(folder, "run", entry)
         note = read_note(path) if match else {}
-        if match and note.get("boot") == Platform.boot_id():
+        is_sound = all(isinstance(note.get(key), kind) for key, kind in _NOTE_TYPES.items())
+        if match and is_sound and note.get("boot") == Platform.boot_id():
             yield match[1], int(match[2]), note
         elif match:
             with contextlib.suppress(OSError):
@@ -3428,7 +3477,7 @@ class Instance:
         names = "command env env_file cwd user group umask memory_mb cpu_seconds open_files nice"
         values = [getattr(policy, name) for name in [*names.split(), "processes"]]
         for one in (policy.ready, policy.live):
-            values.append(str(one) if one and one.kind == "notify" else bool(one))
+            values.append(str(one) if one and one.kind == "notify" else None)
         return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
     @property
@@ -3442,7 +3491,7 @@ class Instance:
         view.is_stale = view.is_stale or view.state == ProcessState.STOPPING
         view.is_wanted, view.has_given_up, view.quick_ends, view.restarts = True, False, 0, []
         if self.child is None:
-            view.result, view.state = None, ProcessState.STOPPED
+            view.result, view.state, self.last_end = None, ProcessState.STOPPED, ""
 
     def is_up(self) -> bool:
         """Tell whether it is wanted, and there or about to be."""
@@ -3465,6 +3514,12 @@ class Instance:
             return bool(child.shell_pid if child is not None else view.is_held)
         return view.state != ProcessState.STOPPED or view.result is not None
 
+    def take_on(self, policy: Any) -> None:
+        """Go on by another policy that asks for no other run; holds the lock."""
+        before, self.view.policy = self.view.policy, policy
+        if self.run is not None and (before.ready, before.live) != (policy.ready, policy.live):
+            self.run.ask_anew()
+
     def move(self, state: ProcessState, why: str | None = None) -> None:
         """Go to another state: the only way but for `want` and `adopt`; holds the lock."""
         if state not in PROCESS_MOVES[self.view.state]:
@@ -3485,7 +3540,7 @@ class Instance:
     def forget(self) -> None:
         """Let the next start be a first one; holds the lock, and has no child."""
         self.note = {}
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(self.make_child("").job.record_path)
 
     def begin(self) -> None:
@@ -3494,11 +3549,13 @@ class Instance:
         is_again = view.result is not None and not view.result.never_ran
         if is_again:
             recent = [*view.restarts, Clock.mono()] if view.quick_ends else []
-            view.restarts = recent[-view.policy.max_restarts - 1 :]
+            window = view.policy.restart_window
+            view.restarts = [x for x in recent if Clock.mono() - x < window]
         self.note = {
             "started": Clock.now(),
             "restarts": note.get("restarts", 0) + is_again,
             "quick": view.quick_ends,
+            "recent": len(view.restarts),
             "given_up": view.has_given_up,
             "spec": self.spec,
         }
@@ -3508,6 +3565,7 @@ class Instance:
         """Take over the run that its note tells of; holds the lock."""
         view, note = self.view, self.note
         view.quick_ends, view.has_given_up = note.get("quick", 0), note.get("given_up", False)
+        view.restarts = [Clock.mono()] * note["recent"]
         age_s = max(Clock.now() - note.get("started", Clock.now()), 0.0)
         view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
         self._launch(self.make_child(note["run"]), False, age_s)
@@ -3559,7 +3617,7 @@ class Instance:
             result = Result(reason=self.flaw)  # whatever status it ended with
         self.last_end = describe_end(result)
         view.result, view.jitter = None if is_meant else result, random.random()
-        if is_meant and not view.is_wanted:
+        if not view.is_wanted:
             self.forget()
         self.move(ProcessState.STOPPED if is_meant else ProcessState.CRASHED, self.last_end)
 
@@ -3616,7 +3674,7 @@ class Run:
     def __init__(self, instance: Instance, child: Child) -> None:
         self.child = child
         self._instance = instance
-        self._gone = threading.Event()
+        self._gone, self._asking = threading.Event(), threading.Event()  # they end the threads
         self._hearing: socket.socket | None = None
 
     def spawn(self, name: str, act: Callable[[], None]) -> None:
@@ -3632,10 +3690,8 @@ class Run:
             is_told = bool(instance.note.get("ready"))
             if result is None:
                 with instance.moved:
-                    view.is_ready = is_told or view.policy.ready is None
-                    instance.moved.notify_all()
-                if any(one.kind != "notify" for one in instance.probes):
-                    self.spawn("probe", self._ask)
+                    view.is_ready |= is_told
+                    self.ask_anew()
                 result = self.child.wait()
             else:  # it ended while there was no daemon, or could not start
                 up_s = os.path.getmtime(self.child.job.record_path) - instance.note["started"]
@@ -3646,26 +3702,17 @@ class Run:
             log.exception("process %s could not be carried out", instance.id)
             result = Result(exit_code=126, reason=f"apexd: {error}")
         self._gone.set()
+        self._asking.set()
         if result.reason is not None:
             log_reason(self.child.job, result.reason)
         if self._hearing is not None:
-            self._stop_hearing(self._hearing.getsockname())
+            self._stop_hearing(self._hearing)
         with instance.moved:
             instance.take_end(result)
 
     def _start(self) -> Result | None:
         """Start a new child. Raises OSError, ValueError, DaemonError."""
         self._settle_in()
-        instance, job, store = self._instance, self.child.job, self._instance.store
-        policy = instance.view.policy
-        env = {**capture_environment(store.config.daemon.env_keep), **job.env}
-        for path in policy.env_file:
-            env.update(read_environment(os.path.join(store.project, path)))
-        env.update({name: fill(text, instance.index) for name, text in policy.env.items()})
-        marks = {"PROCESS": instance.name, "INSTANCE": instance.index, "RUN_ID": job.run_id}
-        marks.update(PROJECT_PATH=store.project, STATE_DIR=store.folder)
-        env.update({f"APEX_{name}": str(value) for name, value in marks.items()})
-        job.env.update(env)
         result = self.child.start()
         if result is None:
             self.child.go()
@@ -3678,30 +3725,53 @@ class Run:
             if result is None:
                 self._settle_in()
         except (OSError, ValueError, DaemonError) as error:  # it runs all the same
-            log.error("process %s is not heard: %s", self._instance.id, error)
+            log.error("process %s is not looked after: %s", self._instance.id, error)
         return result
 
     def _settle_in(self) -> None:
-        """Find the child's user, and open its NOTIFY_SOCKET (sd_notify(3)), if there are."""
-        instance, job = self._instance, self.child.job
-        policy = instance.view.policy
+        """Find user, environment and NOTIFY_SOCKET (sd_notify(3)): of the child, of its probes."""
+        instance, job, store = self._instance, self.child.job, self._instance.store
+        policy, env = instance.view.policy, capture_environment(store.config.daemon.env_keep)
         if policy.user or policy.group:
             job.identity, who = Platform.identity(policy.user, policy.group)
-            job.env.update(who)
+            env.update(who)
+        for path in policy.env_file:
+            env.update(read_environment(os.path.join(store.project, path)))
+        env.update({name: fill(text, instance.index) for name, text in policy.env.items()})
+        marks = {"PROCESS": instance.name, "INSTANCE": instance.index, "RUN_ID": job.run_id}
+        marks.update(PROJECT_PATH=store.project, STATE_DIR=store.folder)
+        env.update({f"APEX_{name}": str(value) for name, value in marks.items()})
+        job.env.update(env)
         if any(one.kind == "notify" for one in instance.probes):
-            owner = (job.identity or {}).get("user")
-            near = os.path.join(instance.store.folder, "run", "notify-" + instance.id)
-            path = instance.note.get("notify") or (near if owner is None else None)
-            self._hearing, path = Platform.bind(path, socket.SOCK_DGRAM, owner)
-            instance.note["notify"] = job.env["NOTIFY_SOCKET"] = path
-            if policy.live and policy.live.kind == "notify":
-                job.env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
-            self.spawn("hear", functools.partial(self._hear, self._hearing))
+            self._listen((job.identity or {}).get("user"))
 
-    def _ask(self) -> None:
-        """Ask whether it is ready, then whether it lives, until it is gone."""
+    def _listen(self, owner: int | None) -> None:
+        """Open the NOTIFY_SOCKET, where a former daemon had it if it is adopted."""
+        instance, env, live = self._instance, self.child.job.env, self._instance.view.policy.live
+        near = os.path.join(instance.store.folder, "run", "notify-" + instance.id)
+        os.makedirs(os.path.dirname(near), mode=0o700, exist_ok=True)
+        path = instance.note.get("notify") or (near if owner is None else None)
+        self._hearing, path = Platform.bind(path, socket.SOCK_DGRAM, owner)
+        instance.note["notify"] = env["NOTIFY_SOCKET"] = path
+        if live and live.kind == "notify":
+            env["WATCHDOG_USEC"] = str(int(live.timeout * 1e6))
+        self.spawn("hear", functools.partial(self._hear, self._hearing))
+
+    def ask_anew(self) -> None:
+        """Ask by the probes that are configured now; holds the lock."""
+        instance, view = self._instance, self._instance.view
+        self._asking.set()
+        view.is_ready |= view.policy.ready is None
+        view.lapses, view.last_sign = 0, Clock.mono()
+        if any(one.kind != "notify" for one in instance.probes):
+            self._asking = threading.Event()
+            self.spawn("probe", functools.partial(self._ask, self._asking))
+        instance.moved.notify_all()
+
+    def _ask(self, is_over: threading.Event) -> None:
+        """Ask whether it is ready, then whether it lives."""
         instance, view, pause_s = self._instance, self._instance.view, 0.0
-        while not self._gone.wait(pause_s):
+        while not is_over.wait(pause_s):
             is_ready = view.is_ready
             probe = view.policy.live if is_ready else view.policy.ready
             if probe is None or (is_ready and probe.kind == "notify"):
@@ -3710,7 +3780,7 @@ class Run:
             if probe.kind != "notify":
                 is_well = ask(probe, self.child.job, instance.index)
                 with instance.moved:
-                    if instance.run is self:
+                    if instance.run is self and not is_over.is_set():
                         instance.take_sign(is_well)
 
     def _hear(self, hearing: socket.socket) -> None:
@@ -3720,6 +3790,8 @@ class Run:
             while not self._gone.is_set():
                 words = hearing.recv(4096).decode("utf-8", "replace").split("\n")
                 with instance.moved:
+                    if instance.run is not self:
+                        continue
                     if "WATCHDOG=trigger" in words and view.policy.live:
                         view.lapses = view.policy.live.failures
                         instance.moved.notify_all()
@@ -3729,11 +3801,16 @@ class Run:
                         if word.startswith("STATUS="):
                             instance.remark = word[len("STATUS=") :][:1000]
 
-    def _stop_hearing(self, path: str) -> None:
+    def _stop_hearing(self, hearing: socket.socket) -> None:
         """Wake the thread that hears, and take the socket away before the next run has one."""
+        path = hearing.getsockname()
         end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with end, contextlib.suppress(OSError):
+        end.setblocking(False)
+        with end, contextlib.suppress(OSError):  # its file was removed
             end.sendto(b"", path)
+        with contextlib.suppress(OSError):  # not connected, says macOS
+            hearing.shutdown(socket.SHUT_RD)
+        with contextlib.suppress(OSError):
             os.unlink(path)
             if not os.path.basename(path).startswith("notify-"):
                 os.rmdir(os.path.dirname(path))  # a folder of its own
@@ -3754,11 +3831,14 @@ def read_process_logs(
 
     Of an instance that is not in `offsets`: the last `lines` lines; 0: all.
     """
-    found = {}
-    for entry in sorted(os.listdir(os.path.join(folder, "logs"))):
-        match = re.fullmatch(rf"proc-({re.escape(name)}(?:\.[0-9]+)?)\.log", entry)
-        if match:
-            path = os.path.join(folder, "logs", entry)
+    found, entries = {}, list[str]()
+    with contextlib.suppress(FileNotFoundError):  # no daemon has been there yet
+        entries = os.listdir(os.path.join(folder, "logs"))
+    pattern = re.escape(name) + ("" if "." in name else r"\.[0-9]+")
+    for entry in sorted(entries):
+        match = re.fullmatch(rf"proc-({pattern})\.log", entry)
+        path = os.path.join(folder, "logs", entry)
+        if match and os.path.isfile(path):
             found[match[1]] = read_log(path, offsets.get(match[1], -lines))
     return found
 
@@ -3876,7 +3956,7 @@ class Supervisor:
                         instance.want()
                 instance.is_surplus, instance.policy = False, policy
                 if instance.note.get("spec") in (None, instance.spec):
-                    instance.view.policy = policy
+                    instance.take_on(policy)
                 elif instance.child is not None:
                     instance.view.is_stale = instance.is_rolling = True
                 elif instance.view.is_wanted:  # perhaps mended
@@ -3959,14 +4039,15 @@ class Supervisor:
     def _is_ready(self, name: str) -> bool:
         """Tell whether all instances of a process are ready, or have done their work."""
         views = [one.view for one in self._instances.values() if one.name == name]
-        return bool(views) and all(one.state in _READY or has_done_its_work(one) for one in views)
+        return bool(views) and all(map(is_good_enough, views))
 
     def _check(self) -> None:
         """Cap the logs; replace what uses too much memory."""
         with self.moved:
             running = [(one, one.child) for one in self._instances.values() if one.child]
         for instance, child in running:
-            cap_log(child.job.log_path, int(instance.view.policy.log_mb * 1e6))
+            with contextlib.suppress(OSError, DaemonError):
+                cap_log(child.job.log_path, int(instance.view.policy.log_mb * 1e6))
         limited = [(one, child) for one, child in running if one.view.policy.memory_restart_mb]
         usage = Platform.usage({child.shell_pid for _, child in limited}) if limited else {}
         with self.moved:
@@ -4085,6 +4166,14 @@ def list_of_commands(value: object) -> list[Any]:
     return value
 
 
+process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
+
+
+def process_names(value: object) -> list[str]:
+    """Read a list of names of processes."""
+    return [process_name(name) for name in text_list(value)]
+
+
 def log_offsets(value: object) -> dict[str, int]:
     """Read an object of offsets."""
     return {name: integer(0)(offset) for name, offset in mapping(value).items()}
@@ -4094,8 +4183,10 @@ def signal_number(value: object) -> int:
     """Read a signal: HUP, SIGHUP or 1."""
     name = str(value).upper()
     found = getattr(signal, name if name.startswith("SIG") else "SIG" + name, None)
+    if isinstance(found, signal.Signals):
+        return int(found)
     with contextlib.suppress(ValueError):
-        return int(signal.Signals(int(value) if found is None else found))  # type: ignore[call-overload]
+        return int(signal.Signals(integer(1)(value)))
     raise ValueError("a signal, such as HUP or USR1")
 
 
@@ -4107,8 +4198,8 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "limit": integer(1, 1000), "within": duration, "offset": integer(-INTEGER_MAX),
     "attempt": integer(1), "run_id": line_of_text, "tokens": integer(0, 10**15), "cost": number,
     "progress": number, "note": line_of_text, "keep": bool,
-    "name": matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX"),
-    "names": text_list, "instances": integer(0, 1000), "signal": signal_number,
+    "name": process_name, "names": process_names, "instances": integer(0, 1000),
+    "signal": signal_number,
     "offsets": log_offsets, "lines": integer(1, 100_000), "follow": truth,
 }  # fmt: skip
 
@@ -4418,7 +4509,8 @@ class ProcessVerbs:
                     if not one.is_up():
                         one.want()
             self._supervisor.wait_until(
-                lambda: all(one.has_begun() for one in mine), START_TIMEOUT_S
+                lambda: all(one.has_begun() or not one.view.is_wanted for one in mine),
+                START_TIMEOUT_S,
             )
         return {"message": f"started: {', '.join(names)}"}
 
@@ -4436,10 +4528,10 @@ class ProcessVerbs:
         return {"message": f"stopped: {', '.join(names)}"}
 
     def _see_off(self, instances: Sequence[Instance]) -> None:
-        """Wait until these are gone. Raises STOP_FAILED."""
+        """Wait until these are gone, or wanted again. Raises STOP_FAILED."""
         most_s = self._store.config.stop_timeout_s + 2 * STOP_MARGIN_S
         if not self._supervisor.wait_until(
-            lambda: not any(one.child for one in instances), most_s
+            lambda: all(one.child is None or one.view.is_wanted for one in instances), most_s
         ):
             raise DaemonError("STOP_FAILED", "something of it still runs", "see `why NAME`")
 
@@ -4458,7 +4550,8 @@ class ProcessVerbs:
 
             def is_done() -> bool:
                 is_failing = is_rolling and any(one.is_failing() for one in mine)
-                return is_failing or all(is_replaced(one) and not one.view.is_stale for one in mine)
+                is_over = [is_replaced(one) and not one.view.is_stale for one in mine]
+                return is_failing or all(is_over) or not all(one.view.is_wanted for one in mine)
 
             within_s = policy.stop_timeout + (policy.ready.within if policy.ready else 0.0)
             self._supervisor.wait_until(is_done, (within_s + STOP_MARGIN_S) * (len(mine) + 1))
@@ -4499,24 +4592,37 @@ class ProcessVerbs:
         logs = read_process_logs(self._store.folder, name, {}, lines)
         if not logs:
             get_process(self._store.config, name.partition(".")[0])
-        frames = self._follow(name, logs)
-        return frames if follow else {"type": "log_lines", **(next(frames) or {"lines": []})}
+        if follow:
+            return self._follow(name, logs)
+        ended = {i: (data + b"\n" * (data[-1:] > b"\n"), end) for i, (data, end) in logs.items()}
+        return {"type": "log_lines", "lines": self._read_lines(ended, {}, {})}
 
     def _follow(self, name: str, logs: Mapping[str, tuple[bytes, int]]) -> Iterator[Any]:
         """Yield {"lines": [...]} as lines come, None when there is none."""
         rests: dict[str, bytes] = {}
         offsets: dict[str, int] = {}
         while True:
-            found = []
-            for instance, (data, offsets[instance]) in logs.items():
-                *whole, rests[instance] = (rests.get(instance, b"") + data).split(b"\n")
-                process, _, index = instance.partition(".")
-                about = {"process_name": process, "instance": int(index), "stream": "stdout"}
-                for line in whole:
-                    moment = {"timestamp": timestamp(Clock.now()), **about}
-                    found.append({**moment, "content": line.decode("utf-8", "replace")})
-            yield {"lines": found} if found else None
+            lines = self._read_lines(logs, offsets, rests)
+            for at in range(0, len(lines), LINES_A_FRAME):
+                yield {"lines": lines[at : at + LINES_A_FRAME]}
+            if not lines:
+                yield None
             logs = read_process_logs(self._store.folder, name, offsets, 0)
+
+    def _read_lines(
+        self, logs: Mapping[str, tuple[bytes, int]], offsets: dict[str, int],
+        rests: dict[str, bytes],
+    ) -> list[Fields]:  # fmt: skip
+        """Turn parts of logs into lines; note the next offsets, and what is no line yet."""
+        found = []
+        for instance, (data, offsets[instance]) in logs.items():
+            *whole, rests[instance] = (rests.get(instance, b"") + data).split(b"\n")
+            process, _, index = instance.partition(".")
+            about = {"process_name": process, "instance": int(index), "stream": "stdout"}
+            for line in whole:
+                moment = {"timestamp": timestamp(Clock.now()), **about}
+                found.append({**moment, "content": line.decode("utf-8", "replace")})
+        return found
 
 
 class ControlServer:
@@ -4530,6 +4636,7 @@ class ControlServer:
         self._folder = folder
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        self._streams = threading.BoundedSemaphore(STREAMS_MAX)
         self._lock = threading.Lock()  # guards _reserved
         self._reserved = 0
         self._endpoint: Fields = {}
@@ -4596,7 +4703,10 @@ class ControlServer:
                         self._stream(connection, answer)
                         continue
                     connection.settimeout(FRAME_TIMEOUT_S)
-                    send_frame(connection, answer)
+                    try:
+                        send_frame(connection, answer)
+                    except DaemonError as error:  # it is over FRAME_MAX_BYTES
+                        send_frame(connection, {"type": "error", **error.to_dict()})
         except OSError as error:
             log.debug("a connection ended: %s", error)
         except Exception:  # this thread's top frame
@@ -4606,14 +4716,21 @@ class ControlServer:
 
     def _stream(self, connection: socket.socket, answers: Iterable[Fields | None]) -> None:
         """Send answers as they come until the peer leaves, or sends its next request."""
-        for answer in answers:
-            if answer is not None:
-                connection.settimeout(FRAME_TIMEOUT_S)
-                send_frame(connection, {"type": "log_lines", **answer})
-            connection.settimeout(0.001 if answer else STREAM_PAUSE_S)
-            with contextlib.suppress(socket.timeout):
-                connection.recv(1, socket.MSG_PEEK)
-                return
+        if not self._streams.acquire(blocking=False):
+            what = f"{STREAMS_MAX} others follow logs already"
+            send_frame(connection, {"type": "error", **DaemonError("BUSY", what).to_dict()})
+            return
+        try:
+            for answer in answers:
+                if answer is not None:
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, {"type": "log_lines", **answer})
+                connection.settimeout(0.001 if answer else STREAM_PAUSE_S)
+                with contextlib.suppress(socket.timeout):
+                    connection.recv(1, socket.MSG_PEEK)
+                    return
+        finally:
+            self._streams.release()
 
     @contextlib.contextmanager
     def _reserve(self, length: int) -> Iterator[None]:
@@ -5107,7 +5224,7 @@ class Daemon:
 
     def _obey(self) -> None:
         """Take messages off the queue, from signal handlers and threads, until the end."""
-        first_term = 0.0
+        first_term, ended = 0.0, set[str]()
         while True:
             try:
                 kind, value = self._messages.get_nowait()
@@ -5115,8 +5232,9 @@ class Daemon:
                 self._wakee.recv(4096)
                 continue
             name = signal.Signals(value).name if kind == "signal" else kind
-            if name in ("stopped", "leave"):
-                log.info("%s", "all ended" if name == "stopped" else "leaving all that runs")
+            ended |= {name} & {"drained", "stopped"}  # tasks, processes
+            if name == "leave" or len(ended) == 2:
+                log.info("%s", "leaving all that runs" if name == "leave" else "all has ended")
                 return
             if name == "drained":
                 self._supervisor.stop()
@@ -5357,7 +5475,9 @@ class DaemonManager(Client):
         holder = self.find_holder()
         if holder is None:
             return None
-        config = load_config(self.project.config_path)
+        config = Config({})
+        with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
+            config = load_config(self.project.config_path)
         if timeout_s is None:
             timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + STOP_MARGIN_S
             timeout_s += config.stop_timeout_s
@@ -5407,8 +5527,9 @@ class DaemonManager(Client):
         for child in orphans:
             if child.recover() is None:
                 child.end(force=True)
-                if child.job.is_process:
+                if child.job.is_process:  # the next start is a first one
                     child.wait()
+                    os.unlink(child.job.record_path)
         return holder.pid if holder else None
 
     def leave_daemon(self) -> None:
@@ -5667,7 +5788,11 @@ NAMES = arg("names", nargs="*", metavar="PROCESS", help="default: all")
 
 def find_names(args: Args) -> list[str]:
     """Return the processes that are named, else all that are configured."""
-    return args.names or [*load_config(manager_of(args).project.config_path).processes]
+    names = args.names or [*load_config(client_of(args).project.config_path).processes]
+    if not names:
+        hint = "write [process.NAME] into it, see README.md"
+        raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
+    return names
 
 
 @register("up", NAMES)
@@ -5976,6 +6101,7 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
     while True:
         fields = {"name": name, "lines": lines, "offsets": offsets}
         logs, is_news = client.call("process_logs", fields)["logs"], False
+        lines = 100_000  # of an instance that comes later: all
         for instance, part in logs.items():
             data, offsets[instance] = base64.b64decode(part["data"]), part["next"]
             is_news = is_news or bool(data)
@@ -5983,7 +6109,8 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
             rests[instance] = rest if to_end else b""
             whole += [rest] if rest and not to_end else []
             mark = f"{instance} | ".encode() if len(logs) > 1 else b""
-            yield b"".join(mark + line + b"\n" for line in whole)
+            if whole:
+                yield b"".join(mark + line + b"\n" for line in whole)
         if not to_end:
             return
         if not is_news:

@@ -4404,6 +4404,679 @@ class TestProcessConfig:
 
 
 # ============================================================================
+# 14. SUPERVISOR - processes are kept up, one copy each, whatever dies
+# ============================================================================
+
+# It tells who begins, ends and runs twice; answers with its PID while there is no `hold.NAME`.
+SERVER = """
+import fcntl, os, select, signal, socket, sys, time
+name = os.environ["APEX_PROCESS"]
+def tell(file, *words):
+    with open(file, "a") as out:
+        out.write(" ".join((name + "." + os.environ["APEX_INSTANCE"], *words)) + "\\n")
+def leave(number, frame):
+    tell("ended", repr(time.time()))
+    os._exit(0)
+lock = open(f"lock.{name}.{os.environ['APEX_INSTANCE']}", "a")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    tell("overlaps")
+signal.signal(signal.SIGTERM, leave)
+tell("begun", str(os.getpid()))
+while os.path.exists("hold." + name):
+    select.select([], [], [], 0.01)
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=128)
+while True:
+    connection, _ = listener.accept()
+    try:
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n%d" % os.getpid())
+    except OSError:
+        pass
+"""
+
+# It says what stands in the file `say`, again and again.
+NOTIFIER = """
+import os, select, socket
+print("told", os.environ.get("WATCHDOG_USEC"), flush=True)
+mouth = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+while True:
+    try:
+        with open("say", "rb") as file:
+            mouth.sendto(file.read(), os.environ["NOTIFY_SOCKET"])
+    except OSError:
+        pass
+    select.select([], [], [], 0.02)
+"""
+
+# Numbered lines, 16 bytes each, about 40 kB/s, until there is a file `enough`.
+SCRIBE = """
+import os, select
+number = 0
+while not os.path.exists("enough"):
+    if os.path.exists("go") or not number:
+        os.write(1, b"".join(b"%015d\\n" % n for n in range(number, number + 32)))
+        number += 32
+    select.select([], [], [], 0.0125)
+with open("written", "w") as file:
+    file.write(str(number))
+select.select([], [], [])
+"""
+BARE = [sys.executable, "-S", "-E"]  # a quick start
+
+
+def free_ports(count):
+    """Return the first of so many free ports in a row, below those that a system gives out."""
+    while True:
+        first = random.SystemRandom().randrange(10000, 32000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
+def served(box, port, **options):
+    """Return the section of a process that runs SERVER on `port` and up."""
+    write(os.path.join(box.path, "server.py"), SERVER)
+    ready = {"tcp": f"127.0.0.1:{{instance+{port}}}", "interval": 0.02, "within": 120}
+    command = [*BARE, "server.py", f"{{instance+{port}}}"]
+    return {"command": command, "ready": ready, "backoff": 0.05, **options}
+
+
+def supervise(box, **processes):
+    """Start a daemon with these sections of processes; return its PID."""
+    box.config({}, process=processes)
+    return box.start()
+
+
+def get_page(port):
+    """Return what a server answers."""
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert b" 200 " in head, head
+    return body
+
+
+class Asking(threading.Thread):
+    """Asks servers again and again while the block runs; the next one when one refuses."""
+
+    def __init__(self, *ports):
+        super().__init__()
+        self._ports, self._enough = ports, threading.Event()
+        self.asked, self.failures = 0, []
+
+    def run(self):
+        while not self._enough.wait(0.002):
+            refused = []
+            for port in self._ports:
+                try:
+                    get_page(port)
+                    break
+                except (OSError, AssertionError) as error:
+                    refused.append(error)
+            else:
+                self.failures.append((self.asked, refused))
+            self.asked += 1
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *failure):
+        self._enough.set()
+        self.join()
+
+
+def instances(box, name="web"):
+    """Return the details of a process's instances."""
+    answer = box.request({"type": "get_process", "name": name}, 30)
+    return answer["process"]["instance_details"]
+
+
+def until_all(box, name, *states, count=None):
+    """Wait until all instances of a process are in one of `states` (default: running)."""
+
+    def look():
+        found = instances(box, name)
+        assert all(one["state"] in (states or ("running",)) for one in found), found
+        assert count is None or len(found) == count, found
+        return found
+
+    return eventually(look, why=f"{name} is {' or '.join(states or ('running',))}")
+
+
+def pids(box, name, count=None):
+    """Return the PIDs of a process once all its instances run."""
+
+    def look():
+        found = [one["pid"] for one in until_all(box, name, count=count)]
+        return None not in found and found
+
+    return eventually(look, why=f"{name} has its PIDs")
+
+
+def why(box, name):
+    """Return what `why NAME` says."""
+    return "\n".join(box.request({"type": "why_process", "name": name})["reasons"])
+
+
+def told(box, name, first=""):
+    """Return the lines of a file in the project's folder that begin with `first`, as words."""
+    lines = read(os.path.join(box.path, name)).splitlines()
+    return [line.split() for line in lines if line.startswith(first)]
+
+
+def put(box, name, text=""):
+    """Put a file into the project's folder; None removes it."""
+    path = os.path.join(box.path, name)
+    os.unlink(path) if text is None else write(path, text)
+
+
+@posix
+class TestSupervisor:
+    @linux
+    def test_ps_shows_the_commands_own_pid_and_scale_down_and_up_do_what_they_say(self, box):
+        port = free_ports(6)
+        words = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", f"{{instance+{port}}}"]
+        text = " ".join([*words[:-1], str(port + 5)]) + "; exit 3"  # its shell stays
+        ready = {"tcp": f"127.0.0.1:{{instance+{port}}}", "interval": 0.02}
+        web = {"command": words, "instances": 3, "ready": ready}
+        supervise(box, web=web, text={"command": text, "ready": {"tcp": f"127.0.0.1:{port + 5}"}})
+        first, _ = pids(box, "web"), pids(box, "text")
+        shown = box.json("ps")
+        names = [f"{one['name']}.{one['index']}" for one in shown]
+        assert names == ["web.0", "web.1", "web.2", "text.0"]
+        assert [one["pid"] for one in shown[:3]] == first
+        for one, at in zip(shown, (port, port + 1, port + 2, port + 5)):
+            command = read(f"/proc/{one['pid']}/cmdline").split("\0")
+            assert command[:3] == words[:3] and command[5] == str(at), one
+            assert 0 <= one["uptime_secs"] < 60 and one["memory_bytes"] > 5e6, one
+            assert (one["state"], one["restart_count"]) == ("running", 0)
+        box.run("scale", "web", 5)
+        assert pids(box, "web", count=5)[:3] == first
+        assert all(get_page(port + index) for index in range(5))
+        box.run("scale", "web", 1)
+        assert [one["pid"] for one in instances(box, "web")] == first[:1]
+        assert not any(map(lives, first[1:]))
+        box.run("down", "web")
+        assert [(one["state"], one["pid"]) for one in instances(box, "web")] == [("stopped", None)]
+        assert not lives(first[0])
+        assert box.error("down", "web", rc=1)["code"] == "process_not_running"
+        box.run("up", "web")
+        assert len(pids(box, "web")) == 1 and get_page(port)
+        assert box.error("up", "web", rc=1)["code"] == "process_already_running"
+        assert box.error("up", "wbe", rc=2)["code"] == "process_not_found"
+
+    @linux
+    def test_what_is_killed_after_min_uptime_is_back_at_once(self, box):
+        port, took, rounds = free_ports(3), [], 20 if SLOW else 4
+        # `date` tells when the new one really runs; it costs about 1 ms.
+        command = ["sh", "-c", 'date +%s.%N >>"$0"; exec "$@"', "began.{instance}", *BARE]
+        command += ["server.py", f"{{instance+{port}}}"]
+        supervise(box, web=served(box, port, command=command, instances=3, min_uptime=0.2))
+        for number in range(1, rounds + 1):
+            before = pids(box, "web")
+            eventually(lambda: all(one["uptime_secs"] > 0.2 for one in instances(box, "web")))
+            for index, pid in enumerate(before):
+                lines = functools.partial(told, box, f"began.{index}")
+                killed = time.time()
+                kill(pid)
+                eventually(lambda: len(lines()) > number)
+                took.append(float(lines()[-1][0]) - killed)
+            assert not set(pids(box, "web")) & set(before)
+            assert [one["restart_count"] for one in instances(box, "web")] == [number] * 3
+        took.sort()
+        print(f"back after {took[len(took) // 2] * 1e3:.1f} ms, at most {took[-1] * 1e3:.1f} ms")
+        assert took[len(took) // 2] < 0.25 and not told(box, "overlaps")
+
+    @linux
+    @needs("flock")
+    def test_a_killed_daemons_processes_serve_on_and_never_run_twice(self, box):
+        port, rng = free_ports(3), random.Random(11)
+        guard = "exec 9>>lock.$0; flock -n 9 || echo $0 >>overlaps; echo $0 >>begun; "
+        quick = ["sh", "-c", guard + "sleep 0.02; exit 1", "quick"]
+        deaf = ["sh", "-c", "trap '' TERM; " + guard + "while :; do sleep 0.05; done", "deaf"]
+        put(box, "hold.slow")
+        often = {"backoff": 0.03, "backoff_max": 0.1, "max_restarts": 1000}
+        supervise(
+            box,
+            web=served(box, port, instances=2, min_uptime=0.01),
+            slow=served(box, port + 2),
+            quick={"command": quick, **often},
+            deaf={"command": deaf, "stop_timeout": 0.1},
+        )
+        kill(pids(box, "web")[0])
+        eventually(lambda: instances(box, "web")[0]["restart_count"] == 1)
+        web, slow = pids(box, "web"), until_all(box, "slow", "starting")[0]["pid"]
+        with Asking(port) as first, Asking(port + 1) as second:
+            for _ in range(60 if SLOW else 10):
+                with box.connect() as connection:  # "deaf" is being replaced, or is starting
+                    connection.sendall(frame(b'{"type": "restart_process", "name": "deaf"}'))
+                    pause(rng.random() * 0.2)
+                    box.kill9()
+                box.start()
+                assert pids(box, "web") == web
+        assert not first.failures and not second.failures and first.asked > 50
+        assert [one["restart_count"] for one in instances(box, "web")] == [1, 0]
+        assert instances(box, "slow")[0]["pid"] == slow, "it was adopted while it was starting"
+        assert not told(box, "overlaps") and len(told(box, "begun", "slow")) == 1
+        assert len(told(box, "begun", "web")) == 3 and len(told(box, "begun", "deaf")) > 1
+        assert instances(box, "quick")[0]["restart_count"] > 2 < len(told(box, "begun", "quick"))
+
+    def test_no_request_fails_while_the_daemon_is_restarted(self, box):
+        port, mode = free_ports(1), os.environ.get("APEXD_TEST_MODE")
+        daemon = supervise(box, web=served(box, port))
+        web = pids(box, "web")
+        with Asking(port) as client:
+            for _ in range(ROUNDS):
+                box.run("restart", *(("--mode", mode) if mode else ()))
+        assert client.failures == [] and client.asked > 20
+        assert pids(box, "web") == web and box.pid() != daemon
+
+    @linux
+    def test_one_that_ends_at_once_backs_off_fails_and_comes_back_when_mended(self, box):
+        command = "date +%s.%N >>began; [ -e mended ] && exec sleep 60; exit 3"
+        times = {"backoff": 0.1, "retry_failed": 0.6, "min_uptime": 0.3}
+        supervise(box, bad={"command": command, "max_restarts": 3, **times})
+        until_all(box, "bad", "failed")
+        began = [float(word) for (word,) in told(box, "began")]
+        gaps = [after - before for before, after in zip(began, began[1:])]
+        assert len(gaps) == 3, "max_restarts"
+        for gap, delay in zip(gaps, (0.1, 0.2, 0.4)):
+            assert delay <= gap < delay * 1.1 + 0.5, gaps
+        status = box.json("status")
+        assert (status["health"], status["failed"]) == ("degraded", ["bad.0"])
+        assert "exit 3" in why(box, "bad") and "next try in" in why(box, "bad")
+        put(box, "mended")
+        assert until_all(box, "bad")[0]["restart_count"] >= 4
+        assert box.json("status")["health"] == "healthy"
+        assert float(told(box, "began")[4][0]) - began[3] >= 0.6
+
+    def test_the_next_daemon_knows_who_has_failed_and_who_is_done(self, box):
+        bad = {"command": "echo x >>bad; exit 3", "backoff": 0.02, "max_restarts": 2}
+        supervise(box, bad=bad, once={"command": "echo x >>once", "restart": "never"})
+        until_all(box, "bad", "failed"), until_all(box, "once", "stopped")
+        box.kill9()
+        box.start()
+        until_all(box, "bad", "failed"), until_all(box, "once", "stopped")
+        assert len(told(box, "bad")) == 3 and len(told(box, "once")) == 1
+
+    def test_needs_are_waited_for_named_by_why_and_ended_last(self, box):
+        port, late = free_ports(4), ("tcp", "http", "command", "notify")
+        http = {"http": f"http://127.0.0.1:{port + 1}/", "interval": 0.02}
+        dbs = {
+            "tcp": served(box, port),
+            "http": served(box, port + 1, ready=http),
+            "command": served(box, port + 2, ready={"command": "test -e open", "interval": 0.02}),
+            "notify": {"command": [*BARE, "-c", NOTIFIER], "ready": {"notify": True}},
+            "never": {"command": "exec sleep 60", "ready": {"tcp": f"127.0.0.1:{port + 3}"}},
+            "once": {"command": "sleep 0.1; echo done >>once", "restart": "never"},
+            "wrong": {"command": "exit 1", "restart": "never"},
+        }
+        leave = "trap 'date +web.$0.0\\ %s.%N >>ended; exit' TERM; while :; do sleep 0.02; done"
+        sections = {f"db-{kind}": section for kind, section in dbs.items()}
+        for kind in dbs:
+            command = ["sh", "-c", leave, kind]
+            sections[f"web-{kind}"] = {"command": command, "needs": [f"db-{kind}"]}
+        for kind in late[:3]:
+            put(box, f"hold.db-{kind}")
+        supervise(box, **sections)
+        until_all(box, "web-once")
+        assert told(box, "once") == [["done"]] and instances(box, "db-once")[0]["pid"] is None
+        for kind in (*late, "never", "wrong"):
+            (web,) = instances(box, f"web-{kind}")
+            assert (web["state"], web["pid"]) == ("starting", None), (kind, web)
+            text = why(box, f"web-{kind}")
+            assert f"waits for db-{kind}" in text and f"db-{kind}.0" in text, text
+        assert "not ready yet" in why(box, "web-never") and "exit 1" in why(box, "web-wrong")
+        for kind in late[:3]:
+            put(box, f"hold.db-{kind}", None)
+        put(box, "open")
+        put(box, "say", "READY=1")
+        for kind in late:
+            until_all(box, f"web-{kind}")
+            assert instances(box, f"db-{kind}")[0]["state"] == "running"
+        assert instances(box, "web-never")[0]["pid"] is None
+        box.run("down")
+        if IS_LINUX:
+            ended = {name: float(moment) for name, moment in told(box, "ended")}
+            for kind in late[:3]:
+                assert ended[f"web.{kind}.0"] < ended[f"db-{kind}.0"], ended
+        states = {one["state"] for kind in dbs for one in instances(box, f"web-{kind}")}
+        assert states == {"stopped"}
+        assert not set(box.processes()) - {box.pid()}
+
+    def test_a_rolling_reload_keeps_all_but_one_ready_and_stops_at_one_that_fails(self, box):
+        port, fewest, looks = free_ports(3), 3, 0
+        web = served(box, port, instances=3)
+        web["ready"]["within"] = 1
+        supervise(box, web=web)
+        before = pids(box, "web")
+        with Asking(port, port + 1, port + 2) as client:
+            reload = Later(box, "reload", "web")
+            while reload.is_alive():
+                states = [one["state"] for one in instances(box, "web")]
+                fewest, looks = min(fewest, states.count("running")), looks + 1
+            assert reload.result().returncode == 0
+            after = pids(box, "web")
+            assert not set(before) & set(after) and looks > 5
+            put(box, "hold.web")  # the next version does not come up
+            error = box.error("reload", "web", rc=1)
+            assert error["code"] == "process_failed" and "web.0" in error["message"]
+            assert [one["pid"] for one in instances(box, "web")][1:] == after[1:]
+            assert all(int(get_page(port + index)) == after[index] for index in (1, 2))
+            put(box, "hold.web", None)
+            eventually(lambda: not set(pids(box, "web")) & set(after), why="they follow")
+        assert fewest == 2 and client.failures == [] and client.asked > 50
+        assert not told(box, "overlaps")
+
+    @linux
+    @needs("flock", "setsid")
+    def test_nothing_of_a_process_outlives_it(self, box):
+        deaf = "trap '' TERM; while :; do sleep 0.05; done"
+        away = "setsid sleep 60 & setsid sh -c 'trap \"\" TERM; sleep 60' & wait"
+        forks = "exec 9>>lock.$APEX_INSTANCE; flock -n 9 || echo x >>overlaps; echo x >>begun; "
+        forks += "setsid sleep 60 >/dev/null 2>&1 & exit 0"  # seen also while it execs
+        often = {"instances": 4, "backoff": 0.01, "backoff_max": 0.01, "max_restarts": 10000}
+        supervise(
+            box,
+            deaf={"command": deaf, "stop_timeout": 0.4},
+            away={"command": away},
+            forks={"command": forks, **often},
+        )
+        until_all(box, "deaf"), until_all(box, "away")
+        eventually(lambda: len(told(box, "begun")) > (600 if SLOW else 60))
+        began = time.monotonic()
+        box.run("down", "deaf")
+        assert 0.4 <= time.monotonic() - began < 3 and "exit 137" in why(box, "deaf")
+        box.run("down", "away", "forks")
+        assert not told(box, "overlaps"), "what a run had left was gone before the next"
+        left = {}
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                environment = read(f"/proc/{pid}/environ").split("\0")
+                if f"HOME={box.home}" in environment and int(pid) != box.pid():
+                    left[pid] = [one for one in environment if one.startswith("APEX_")]
+        assert left == {}
+
+    @pytest.mark.parametrize("where", ["near", "long", "cyrillic"])
+    def test_what_a_process_says_is_heard_also_by_the_next_daemon(self, box, where):
+        if where != "near":  # sun_path holds 107 bytes; a record holds fewer than 500
+            name = "s" * 60 + "/" + "t" * 60 if where == "long" else "\u0434" * 33
+            box.state = os.path.join(box.root, name)
+            box.env["APEX_STATE_DIR"] = box.state
+        hears = {"ready": {"notify": True}, "live": {"notify": True, "timeout": 0.8}}
+        supervise(box, web={"command": [*BARE, "-c", NOTIFIER], "backoff": 0.05, **hears})
+        put(box, "say", "STATUS=warming up")
+        eventually(lambda: 'it says "warming up"' in why(box, "web"))
+        assert instances(box, "web")[0]["state"] == "starting"
+        put(box, "say", "READY=1\nWATCHDOG=1\nSTATUS=open")
+        (pid,) = pids(box, "web")
+        assert "told 800000" in box.run("logs", "web").stdout
+        box.kill9()
+        box.start()
+        put(box, "say", "WATCHDOG=1\nSTATUS=heard again")
+        eventually(lambda: 'it says "heard again"' in why(box, "web"))
+        pause(1.0)  # longer than it may be silent
+        assert pids(box, "web") == [pid]
+        put(box, "say", "STATUS=silent")
+        eventually(lambda: not lives(pid), why="no WATCHDOG=1: it is restarted")
+        put(box, "say", "READY=1")
+        assert pids(box, "web") != [pid] and "no sign of life for" in box.log()
+        assert instances(box, "web")[0]["restart_count"] == 1
+
+    def test_each_run_is_heard_however_quickly_it_follows_the_last(self, box):
+        hears = {"ready": {"notify": True, "within": 60}, "min_uptime": 0.01}
+        put(box, "say", "READY=1")
+        supervise(box, web={"command": [*BARE, "-c", NOTIFIER], **hears})
+        for number in range(1, 61 if SLOW else 13):
+            kill(*pids(box, "web"))
+            eventually(lambda: instances(box, "web")[0]["restart_count"] == number)
+        assert pids(box, "web")
+        box.run("down", "web")
+        eventually(lambda: not [x for x in os.listdir(box.file("run")) if "notify" in x])
+        os.kill(box.pid(), signal.SIGUSR1)
+        eventually(lambda: "thread MainThread" in box.log())
+        assert "thread hear-web" not in box.log()
+        box.run("up", "web")
+        assert pids(box, "web")
+
+    def test_one_that_hangs_is_unhealthy_and_then_restarted(self, box):
+        port = free_ports(1)
+        live = {"http": f"http://127.0.0.1:{port}/", "interval": 0.1, "timeout": 0.2, "failures": 4}
+        supervise(box, web=served(box, port, live=live, stop_timeout=1))
+        (pid,) = pids(box, "web")
+        os.kill(pid, signal.SIGSTOP)
+        until_all(box, "web", "unhealthy")
+        assert "no sign of life for" in why(box, "web")
+        os.kill(pid, signal.SIGCONT)
+        assert pids(box, "web") == [pid], "it was well again in time"
+        os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: instances(box, "web")[0]["restart_count"] == 1)
+        assert pids(box, "web") != [pid] and not lives(pid)
+
+    def test_a_process_has_the_environment_place_and_limits_it_is_given(self, box):
+        command = 'echo "$A $B $APEX_INSTANCE $(umask) $(nice) $(ulimit -n) $PWD" >>told; '
+        limits = {"umask": "027", "nice": 5, "open_files": 99, "cwd": "sub"}
+        put(box, "b.env", "# a comment\nexport B='one'\n")
+        place = os.path.join(box.path, "sub")
+        os.mkdir(place)
+        given = {"env": {"A": "{instance+7}"}, "env_file": "b.env", "backoff": 5, **limits}
+        supervise(box, web={"command": command + "exec sleep 60", **given})
+        first = eventually(lambda: told(box, "sub/told"))
+        assert first == [["7", "one", "0", "0027", str(5 + os.nice(0)), "99", place]]
+        assert stat.S_IMODE(os.stat(os.path.join(place, "told")).st_mode) == 0o640
+        put(box, "b.env", "B=two")
+        box.run("restart", "web")
+        eventually(lambda: [words[1] for words in told(box, "sub/told")] == ["one", "two"])
+        put(box, "b.env", None)
+        error = box.error("restart", "web", rc=1)
+        assert error["code"] == "process_failed" and "b.env" in error["message"]
+        assert "b.env" in why(box, "web") and "Traceback" not in box.log()
+        assert "b.env" in box.run("logs", "web", "-n", 1).stdout
+
+    @linux
+    @root
+    def test_a_process_of_another_user_is_wholly_his_and_is_heard(self, box):
+        import grp
+        import pwd
+
+        nobody = pwd.getpwnam("nobody")
+        group = grp.getgrgid(nobody.pw_gid).gr_name
+        him, command = {"user": "nobody", "cwd": "/"}, "id -un; id -gn; id -G; echo $HOME $USER; "
+        say = NOTIFIER.replace('"say"', repr(write(os.path.join(box.root, "say"), "READY=1")))
+        web = {"command": ["/usr/bin/python3", "-S", "-c", say], "ready": {"notify": True}, **him}
+        mine = {"command": "id -gn; exec sleep 60", "cwd": "/", "group": group}
+        os.chmod(box.root, 0o755), os.chmod(os.path.join(box.root, "say"), 0o644)
+        supervise(box, who={"command": command + "exec sleep 60", **him}, group=mine, web=web)
+        groups = " ".join(map(str, os.getgrouplist("nobody", nobody.pw_gid)))
+        expected = ["nobody", group, groups, f"{nobody.pw_dir} nobody"]
+        eventually(lambda: box.run("logs", "who").stdout.splitlines() == expected)
+        eventually(lambda: box.run("logs", "group").stdout == f"{group}\n")
+        if os.path.exists("/usr/bin/python3"):  # a private one may be out of his reach
+            until_all(box, "web")
+
+    @linux
+    def test_memory_restart_stop_signal_and_signal(self, box):
+        grow = "import os, select\nwhile not os.path.exists('grow'): select.select([], [], [], .02)"
+        grow += "\nos.unlink('grow')\nmuch = b'x' * 90_000_000\nselect.select([], [], [])"
+        tell = "for s in INT USR1; do trap \"echo $s >>heard\" $s; done; "
+        tell += "trap 'echo QUIT >>heard; exit' QUIT; echo x >>on; while :; do sleep 0.02; done"
+        sig = {"command": ["sh", "-c", tell], "stop_signal": "QUIT", "instances": 2}
+        supervise(box, fat={"command": [*BARE, "-c", grow], "memory_restart_mb": 60}, sig=sig)
+        (fat,) = pids(box, "fat")
+        put(box, "grow")
+        eventually(lambda: len(told(box, "on")) == 2)
+        box.run("signal", "sig.1", "USR1")
+        eventually(lambda: told(box, "heard") == [["USR1"]])
+        box.run("signal", "sig", "INT")
+        eventually(lambda: told(box, "heard").count(["INT"]) == 2)
+        box.run("down", "sig")
+        assert sorted(told(box, "heard")) == [["INT"]] * 2 + [["QUIT"]] * 2 + [["USR1"]]
+        assert box.error("signal", "sig", "HUP", rc=1)["code"] == "process_not_running"
+        eventually(lambda: instances(box, "fat")[0]["pid"] not in (None, fat))
+        assert "process fat.0 uses" in box.log()
+
+    def test_the_daemon_ends_with_status_1_when_a_critical_process_has_failed(self, box):
+        bad = {"command": "exit 1", "critical": True, "max_restarts": 1, "backoff": 0.02}
+        box.config({}, process={"bad": bad, "web": {"command": "exec sleep 60"}})
+        assert box.popen("start", "--foreground").wait(10) == 1
+        assert "bad.0 is critical and has failed" in box.log() and not box.processes()
+
+    def test_down_and_scale_last_stop_starts_afresh_and_autostart_is_obeyed(self, box):
+        forever = {"command": "exec sleep 60", "min_uptime": 0.01}
+        supervise(box, web=forever, off=forever, later={**forever, "autostart": False})
+        kill(pids(box, "web")[0])
+        eventually(lambda: instances(box, "web")[0]["restart_count"] == 1)
+        until_all(box, "off"), until_all(box, "later", "stopped")
+        box.run("down", "off")
+        box.run("up", "later")
+        box.run("scale", "web", 2)
+        web, later = pids(box, "web", count=2), pids(box, "later")
+        box.kill9()
+        box.start()
+        assert (pids(box, "web"), pids(box, "later")) == (web, later)
+        assert [one["restart_count"] for one in instances(box, "web")] == [1, 0]
+        assert instances(box, "off")[0]["state"] == "stopped"
+        box.stop()
+        assert not box.processes()
+        box.start()
+        assert not set(pids(box, "web", count=2)) & set(web)
+        assert [one["restart_count"] for one in instances(box, "web")] == [0, 0]
+        assert instances(box, "off")[0]["state"] == "stopped"
+        until_all(box, "later")
+
+    def test_nothing_comes_up_while_the_daemon_stops(self, box):
+        deaf = {"command": "trap '' TERM; while :; do sleep 0.05; done", "stop_timeout": 1}
+        supervise(box, deaf=deaf, web={"command": "exec sleep 60"})
+        until_all(box, "deaf"), until_all(box, "web")
+        os.kill(box.pid(), signal.SIGTERM)
+        until_all(box, "web", "stopped")
+        for words in (("up", "web"), ("restart", "web"), ("reload", "web"), ("scale", "web", 3)):
+            assert box.run(*words, rc=None).returncode != 0, words
+        eventually(lambda: not box.processes(), 10)
+
+    @linux
+    @pytest.mark.parametrize("how", ["kill --all", "--foreground TERM"])
+    def test_what_ends_the_daemon_and_all_ends_processes_too(self, box, how):
+        deep = "setsid sleep 60 & trap '' TERM; while :; do sleep 0.05; done"
+        box.config({}, process={"web": {"command": deep, "instances": 2, "stop_timeout": 0.2}})
+        daemon = box.popen("start", "--foreground")
+        eventually(lambda: os.path.exists(box.file("endpoint")))
+        until_all(box, "web")
+        eventually(lambda: [*box.processes().values()].count("sleep 60 ") == 2)
+        if how == "kill --all":
+            daemon.kill()
+            daemon.wait()
+            box.run("kill", "--all")
+        else:
+            daemon.terminate()
+            assert daemon.wait(10) == 0
+        assert not box.processes()
+        box.start()
+        assert [one["restart_count"] for one in until_all(box, "web")] == [0, 0]
+
+    def test_logs_lose_and_double_no_line_through_rotations(self, box):
+        if not can_collapse(box.root):
+            pytest.skip("lines are sure to be kept only where a head can be collapsed away")
+        supervise(box, web={"command": [*BARE, "-c", SCRIBE], "log_mb": 0.064})
+        heads, path = [], box.file("logs", "proc-web.0.log")
+
+        def look():
+            base = int(read(path + ".base") or 0)
+            if base > (heads[-1][1] if heads else 0):
+                heads.append((read(path + ".1").encode(), base))
+            return len(heads) >= (12 if SLOW else 5)
+
+        with open(os.path.join(box.root, "seen"), "wb") as seen:
+            box.popen("logs", "web.0", "-f", stdout=seen)
+            eventually(lambda: os.path.getsize(seen.name), why="it follows")
+            put(box, "go")
+            eventually(look, 60, "it was rotated")
+            put(box, "enough")
+            total = LINE_BYTES * int(eventually(lambda: read(os.path.join(box.path, "written"))))
+            eventually(lambda: os.path.getsize(seen.name) >= total)
+        gone, base = 0, int(read(path + ".base"))
+        assert read(path).encode() == expected_lines(base, total)
+        for head, end in heads:
+            assert head == expected_lines(end - len(head), end)
+            assert len(head) == min(end - gone, 64000)
+            gone = end
+        assert read(seen.name).encode() == expected_lines(0, total), "each line once"
+
+    def test_who_follows_a_process_sees_all_of_an_instance_that_comes_later(self, box):
+        supervise(box, web={"command": "seq 1 2000; exec sleep 60"})
+        eventually(lambda: "2000" in box.run("logs", "web").stdout)
+        with open(os.path.join(box.root, "seen"), "wb") as seen:
+            box.popen("logs", "web", "-f", "-n", 1, stdout=seen)
+            eventually(lambda: read(seen.name) == "2000\n")
+            box.run("scale", "web", 2)
+            eventually(lambda: "web.1 | 2000\n" in read(seen.name))
+        assert read(seen.name) == "2000\n" + "".join(f"web.1 | {n}\n" for n in range(1, 2001))
+
+    @pytest.mark.parametrize("how", ["reload", "HUP"])
+    def test_a_reload_touches_only_what_has_changed(self, box, how):
+        def reload():
+            box.run("reload") if how == "reload" else os.kill(box.pid(), signal.SIGHUP)
+
+        forever = {"command": "exec sleep 60", "instances": 2}
+        times = {"restart": "on-failure", "backoff": 3, "stop_timeout": 1, "min_uptime": 2}
+        before = ("same", "policy", "changed", "gone", "more", "fewer")
+        supervise(box, **dict.fromkeys(before, forever))
+        before = {name: pids(box, name) for name in before}
+        config = {
+            "same": forever,
+            "policy": {**forever, **times, "needs": ["same"], "log_mb": 1},
+            "changed": {**forever, "env": {"A": "1"}},
+            "more": {**forever, "instances": 4},
+            "fewer": {**forever, "instances": 1},
+            "added": forever,
+        }
+        box.config({}, process=config)
+        reload()
+        until_all(box, "more", count=4), until_all(box, "fewer", count=1)
+        eventually(lambda: not set(pids(box, "changed")) & set(before["changed"]))
+        eventually(lambda: not any(map(lives, before["gone"] + before["fewer"][1:])))
+        after = {name: pids(box, name) for name in config}
+        assert after["same"] == before["same"] and after["policy"] == before["policy"]
+        assert after["more"][:2] == before["more"] and after["fewer"] == before["fewer"][:1]
+        assert len(after["added"]) == 2
+        write(box.file("config.json"), '{"process": {"same": {"comand": "false"}}}')
+        if how == "reload":
+            assert "command" in box.error("reload", rc=78)["hint"]
+        else:
+            reload()
+            eventually(lambda: "reload refused" in box.log())
+        assert {name: pids(box, name) for name in config} == after
+        box.stop()  # a broken file does not keep it running
+
+    def test_a_probe_that_a_reload_adds_is_asked_and_restarts_nothing(self, box):
+        port = free_ports(1)
+        live = {"http": f"http://127.0.0.1:{port}/", "interval": 0.1, "timeout": 0.2, "failures": 2}
+        supervise(box, web=served(box, port, stop_timeout=1))
+        (pid,) = pids(box, "web")
+        pause(0.8)  # longer than the new probe's patience
+        box.config({}, process={"web": served(box, port, live=live, stop_timeout=1)})
+        box.run("reload")
+        pause(0.8)
+        assert pids(box, "web") == [pid]
+        os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: not lives(pid), why="it is asked: it hangs")
+
+    def test_a_probe_command_has_the_processs_environment_also_after_an_adoption(self, box):
+        live = {"command": '[ "$A$APEX_INSTANCE" = here0 ]', "interval": 0.05, "failures": 2}
+        supervise(box, web={"command": "exec sleep 60", "env": {"A": "here"}, "live": live})
+        (pid,) = pids(box, "web")
+        box.kill9()
+        box.start()
+        pause(0.5)  # it is asked several times
+        assert pids(box, "web") == [pid]
+
+
+# ============================================================================
 # 16. CONTROL - frames, verbs, server, Client
 # ============================================================================
 
@@ -4882,6 +5555,652 @@ class TestControl:
             assert (done.returncode, done.stdout) == (75, ""), name
             assert done.seconds < 40
         assert "held by" in patience["held list"].result().stderr
+
+
+class Stranger:
+    """A program that knows the table of verbs and nothing of apexd."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(20)
+        self.socket.connect(path)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, verb, **fields):
+        data = json.dumps({"type": verb, **fields}).encode()
+        self.socket.sendall(struct.pack(">I", len(data)) + data)
+
+    def receive(self):
+        (length,) = struct.unpack(">I", self.file.read(4))
+        return json.loads(self.file.read(length))
+
+    def close(self):
+        self.file.close()
+        self.socket.close()
+
+    def ask(self, verb, **fields):
+        self.send(verb, **fields)
+        return self.receive()
+
+
+SLEEP = {"command": "exec sleep 1000", "stop_timeout": 1, "backoff": 0.1, "backoff_max": 0.2}
+# What each answer holds, by the table: its fields by their type.
+ERROR = {str: "type code message hint"}
+USED = "cpu_percent uptime_secs"
+PROCESS = {str: "name status", int: "instances running memory_bytes restart_count", float: USED}
+DETAILS = {str: "name id command cwd", int: "instances", list: "args instance_details"}
+INSTANCE = {str: "state", int: "index pid memory_bytes restart_count", float: USED}
+LINE = {str: "timestamp process_name stream content", int: "instance"}
+
+
+def has_form(form, answer):
+    """Check that an answer has these fields, no others, each of its type or null."""
+    types = {name: kind for kind, names in form.items() for name in names.split()}
+    odd = {k: v for k, v in answer.items() if v is not None and type(v) is not types.get(k)}
+    assert not odd and answer.keys() == types.keys(), (form, answer)
+    return answer
+
+
+def running(box, count=1, name="web"):
+    """Wait until so many instances run, and no others; return their PIDs by index."""
+
+    def look():
+        found = instances(box, name)
+        assert [one["state"] for one in found] == ["running"] * count, found
+        words = [read(f"/proc/{one['pid']}/cmdline") for one in found]
+        assert "" not in words and "exec 3>&2" not in str(words), "not the shell around it"
+        return [one["pid"] for one in found]
+
+    return eventually(look, why=f"{count} of {name} run")
+
+
+def do(box, verb, timeout=60, **fields):
+    """Make one request; it must succeed."""
+    answer = box.request({"type": verb, **fields}, timeout)
+    assert answer["type"] != "error", answer
+    return answer
+
+
+def status_of(box, field):
+    """Return a number that the kernel tells of the daemon: "Threads", "VmRSS" (kB)."""
+    return int(re.search(rf"{field}:\s+(\d+)", read(f"/proc/{box.pid()}/status"))[1])
+
+
+def commands_of(box, needle):
+    """Return the PIDs of a project's processes whose command begins so."""
+    return {pid for pid, words in box.processes().items() if words.startswith(needle)}
+
+
+@linux
+class TestProcessVerbs:
+    @pytest.fixture(scope="class")
+    def web(self):
+        """Give a daemon with processes, for the tests that leave them as they were."""
+        count = "i=0; while :; do i=$((i+1)); printf '%0400d\\n' $i; sleep 0.01; done"
+        flood = "exec yes 0123456789012345678901234567890123456789 | head -c 40000000; sleep 999"
+        processes = {
+            "web": {**SLEEP, "instances": 2},
+            "off": {**SLEEP, "autostart": False},
+            "count": {**SLEEP, "command": count, "log_mb": 0.03},
+            "flood": {**SLEEP, "command": flood, "autostart": False, "log_mb": 100},
+            "words": {**SLEEP, "command": "echo one; echo 'two \xe9'; exec sleep 1000"},
+        }
+        with project(process=processes, log={"level": "debug"}) as box:
+            box.start()
+            running(box, 2)
+            yield box
+
+    @pytest.fixture(scope="class")
+    def mute(self, web):
+        """Follow a fast process and never read: (connection, the kB that the daemon grew)."""
+        before, log = status_of(web, "VmRSS"), web.file("logs", "proc-flood.0.log")
+        with contextlib.closing(Stranger(web.file("control.sock"))) as stranger:
+            connection = stranger.socket
+            write(log, "\n")
+            connection.sendall(frame({"type": "tail_logs", "name": "flood", "follow": True}))
+            do(web, "start_process", name="flood")
+            eventually(lambda: os.stat(log).st_size > 39e6, why="all is written")
+            do(web, "stop_process", name="flood")
+            yield connection, status_of(web, "VmRSS") - before
+
+    @pytest.fixture
+    def peer(self, web, mute):
+        """Give a stranger's connection."""
+        stranger = Stranger(web.file("control.sock"))
+        with contextlib.closing(stranger):
+            stranger.ask("ping")  # it has its thread
+            yield stranger
+
+    def test_a_stranger_gets_by_with_the_table_alone(self, box):
+        box.config({}, process={"web": {**SLEEP, "instances": 2, "command": ["sleep", "999"]}})
+        box.start()
+        running(box, 2)
+        peer = Stranger(box.file("control.sock"))
+        pong = has_form({str: "type version", float: "uptime_secs"}, peer.ask("ping"))
+        status = peer.ask("status")
+        ours = {"version", "pid", "uptime_secs", "process_count", "running_instances"}
+        assert pong["type"] == "pong" and status["type"] == "status" and ours <= set(status)
+        assert status["pid"] == box.pid()
+        assert (status["process_count"], status["running_instances"]) == (1, 2)
+        listed = has_form({str: "type", list: "processes"}, peer.ask("list_processes"))
+        (one,) = listed["processes"]
+        has_form(PROCESS, one)
+        assert (listed["type"], one["status"], one["running"]) == ("process_list", "running", 2)
+        assert one["memory_bytes"] > 0 and one["uptime_secs"] > 0 and one["restart_count"] == 0
+
+        def details():
+            answer = has_form({str: "type", dict: "process"}, peer.ask("get_process", name="web"))
+            assert answer["type"] == "process_details"
+            found = has_form(DETAILS, answer["process"])["instance_details"]
+            assert [has_form(INSTANCE, one)["index"] for one in found] == [0, 1]
+            return [one["pid"] for one in found], [one["state"] for one in found]
+
+        def say(verb, code=None, **fields):
+            answer = peer.ask(verb, **{"name": "web", **fields})
+            has_form(ERROR if code else {str: "type message"}, answer)
+            assert (answer["type"], answer.get("code")) == ("error" if code else "ok", code)
+
+        command = peer.ask("get_process", name="web")["process"]
+        assert (command["command"], command["args"], command["cwd"]) == ("sleep", ["999"], box.path)
+        first, states = details()
+        assert states == ["running"] * 2 and len(set(first)) == 2 and all(map(lives, first))
+        say("start_process", "process_already_running")
+        say("stop_process")
+        assert details() == ([None] * 2, ["stopped"] * 2) and not any(map(lives, first))
+        say("stop_process", "process_not_running")
+        assert peer.ask("list_processes")["processes"][0]["status"] == "stopped"
+        say("restart_process")
+        second = running(box, 2)
+        say("restart_process")
+        third = running(box, 2)
+        say("reload_process")
+        assert len({*first, *second, *third, *details()[0]}) == 8
+        for verb in "get_process start_process stop_process restart_process reload_process".split():
+            say(verb, "process_not_found", name="nosuch")
+            say(verb, "bad_request", name=5)
+        say("tail_logs", "process_not_found", name="nosuch")
+        say("tail_logs", "bad_request", lines="x")
+        say("no_such_verb", "unknown_command")
+        assert has_form({str: "type message"}, peer.ask("shutdown"))["type"] == "ok"
+        eventually(lambda: not os.path.exists(box.file("daemon.pid")), why="shut down")
+        assert box.processes() == {}
+
+    def test_lines_of_a_log_come_with_all_their_fields(self, web, peer):
+        answer = eventually(
+            lambda: (got := peer.ask("tail_logs", name="words", lines=9))["lines"] and got
+        )
+        assert set(answer) == {"type", "lines"} and answer["type"] == "log_lines"
+        lines = [has_form(LINE, line) for line in answer["lines"]]
+        assert [line["content"] for line in lines] == ["one", "two \xe9"]
+        assert (lines[0]["process_name"], lines[0]["instance"]) == ("words", 0)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[0]["timestamp"])
+        (last,) = peer.ask("tail_logs", name="words", lines=1)["lines"]
+        assert last["content"] == "two \xe9"
+        assert peer.ask("tail_logs", name="off") == {"type": "log_lines", "lines": []}
+
+    def test_a_followed_log_goes_on_through_rotation_and_restart(self, web, peer):
+        peer.send("tail_logs", name="count", lines=1, follow=True)
+        seen = []
+
+        def read_until(is_enough):
+            began = len(seen)
+            while not is_enough(seen[began:]):
+                seen.extend(int(line["content"]) for line in peer.receive()["lines"])
+
+        read_until(lambda new: len(new) > 20)
+        do(web, "restart_process", name="count")
+        read_until(lambda new: 1 in new and len(new) > 100)
+        restart = seen.index(1, 1)
+        base = web.file("logs", "proc-count.0.log.base")
+        read_until(lambda new: os.path.exists(base) and len(new) > 100)
+        for run in (seen[:restart], seen[restart:]):
+            whole = [*range(run[0], run[0] + len(run))]
+            assert run == (whole if can_collapse(web.state) else sorted(set(run)))
+
+    def test_a_follower_may_ask_for_something_else_and_leaves_no_thread(self, web, peer):
+        before = status_of(web, "Threads")
+        others = [Stranger(web.file("control.sock")) for _ in range(10)]
+        for other in others:
+            other.send("tail_logs", name="count", follow=True)
+            assert other.receive()["type"] == "log_lines"
+        assert status_of(web, "Threads") >= before + 10
+        others[0].send("ping")
+        kinds = iter(lambda: others[0].receive()["type"], "pong")
+        assert set(kinds) <= {"log_lines"}
+        assert others[0].ask("ping")["type"] == "pong", "the stream is over"
+        for other in others:
+            other.close()
+        eventually(lambda: status_of(web, "Threads") <= before, why="its threads have ended")
+
+    def test_broken_frames_and_a_crowd_leave_processes_and_threads_as_they_were(self, web, peer):
+        pids, before = running(web, 2), status_of(web, "Threads")
+        for data in (
+            struct.pack(">I", (16 << 20) + 1) + b"x",
+            b"GET / HTTP/1.1\r\n\r\n",
+            frame([{"type": "stop_process", "name": "web"}]),
+            frame(b'{"type": "stop_process", "name": ' + b"[" * 90000 + b"]" * 90000 + b"}"),
+            frame(b'{"type": "stop_process", "name": "web"}'[:-4]),
+        ):
+            stranger = Stranger(web.file("control.sock"))
+            stranger.socket.sendall(data)
+            answer = has_form(ERROR, stranger.receive())
+            assert (answer["type"], answer["code"]) == ("error", "bad_request")
+            stranger.close()
+        half = Stranger(web.file("control.sock"))
+        half.socket.sendall(b"\0\0\0\x20{")
+        half.socket.shutdown(socket.SHUT_WR)
+        with pytest.raises(struct.error):
+            half.receive()
+        got, gate = [], threading.Barrier(200)
+
+        def crowd():
+            gate.wait()
+            stranger = eventually(lambda: Stranger(web.file("control.sock")))
+            got.append(stranger.ask("list_processes")["type"])
+            stranger.close()
+
+        threads = [threading.Thread(target=crowd) for _ in range(200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert got == ["process_list"] * 200
+        eventually(lambda: status_of(web, "Threads") <= before, why="the crowd has gone")
+        assert running(web, 2) == pids and "Traceback" not in web.log()
+
+    def test_a_wrong_value_is_a_bad_request_and_changes_nothing(self, web, peer):
+        pids, deep = running(web, 2), functools.reduce(lambda x, _: [x], range(500), [])
+        odd = [5, True, [], {}, "", "a/b", "..", "web\0", "\udcff", "w" * 1000, "web\n", deep]
+        verbs = "get_process start_process stop_process restart_process reload_process".split()
+        wrong = [(v, {"name": x}) for v in [*verbs, "tail_logs", "why_process"] for x in odd]
+        wrong += [(verb, {}) for verb in [*verbs, "tail_logs", "up", "down", "signal_process"]]
+        wrong += [("up", {"names": names}) for names in (5, "web", [5], ["web", []])]
+        signals = [0, -1, 65, 1.5, True, [], {}, "", "NOSUCH", "SIG_UNBLOCK", "SIG_IGN", 10**30]
+        wrong += [("signal_process", {"name": "web", "signal": number}) for number in signals]
+        counts = [-1, 0.5, 1001, True, [], "x", 10**30]
+        wrong += [("scale_process", {"name": "web", "instances": count}) for count in counts]
+        wrong += [("tail_logs", {"name": "web", "lines": n}) for n in (0, -1, 10**6, [], 1e300)]
+        wrong += [("tail_logs", {"name": "web", "follow": on}) for on in (1, "yes", [])]
+        wrong += [("process_logs", {"name": "web", "offsets": x}) for x in (5, {"web.0": -1})]
+        got = [(peer.ask(verb, **fields), verb, fields) for verb, fields in wrong]
+        assert [row for row in got if row[0].get("code") != "bad_request"] == []
+        for names in (["nosuch"], ["web", "../web"]):
+            assert peer.ask("up", names=names)["type"] == "error"
+        peer.socket.sendall(frame(b'{"type": "up", "names": ["' + b"\x7f" * 5_000_000 + b'"]}'))
+        assert peer.receive()["type"] == "error", "though it names more than fits into a frame"
+        far = peer.ask("process_logs", name="words", offsets={"words.0": 10**18})
+        assert far["type"] == "ok", "no file is that long"
+        assert running(web, 2) == pids and "Traceback" not in web.log()
+
+    def test_the_commands_say_what_they_did(self, web, peer):
+        pids = running(web, 2)
+        assert re.search(rf"web\.1 +running +{pids[1]} ", ask(web, "ps", "web"))
+        assert [one["pid"] for one in ask_json(web, "ps", "web")] == pids
+        assert ask_json(web, "why", "web.1")["reasons"][0].startswith("web.1 running")
+        assert ask_json(web, "up", "off")["message"] == "started: off"
+        (pid,) = running(web, 1, "off")
+        assert ask_json(web, "signal", "off.0", "SIGKILL")["message"] == f"sent to {pid}"
+        (again,) = eventually(lambda: (p := running(web, 1, "off")) != [pid] and p)
+        for verb in ("restart", "reload"):
+            assert ask_json(web, verb, "off")["message"] == f"{verb}ed: off"
+            assert not lives(again)
+            (again,) = running(web, 1, "off")
+        assert ask_json(web, "scale", "off", 3)["message"] == "scaled: off has 3"
+        running(web, 3, "off")
+        ask(web, "scale", "off", 0)
+        assert ask_json(web, "ps", "off") == [] and "scale off 1" in ask(web, "why", "off")
+        ask(web, "scale", "off", 1)
+        ask(web, "down", "off")
+        assert ask(web, "logs", "words") == "one\ntwo \xe9\n"
+        assert ask_json(web, "logs", "words.0", "-n1") == {"data": "two \xe9\n"}
+        assert running(web, 2) == pids
+
+    def test_wrong_words_get_the_status_of_the_table(self, web, peer):
+        for status, code, *words in (
+            (1, "process_already_running", "up", "web"),
+            (1, "process_not_running", "down", "off"),
+            (1, "process_not_running", "signal", "off", "HUP"),
+            *((2, "process_not_found", *verb.split(), "nosuch") for verb in (
+                "ps", "up", "down", "restart", "reload", "why", "logs", "logs -f", "up web",
+            )),
+            (2, "process_not_found", "scale", "nosuch", "1"),
+            (2, "process_not_found", "signal", "nosuch", "HUP"),
+            (2, "process_not_found", "restart", "web.0"),
+            (2, "bad_request", "signal", "web", "NOSUCH"),
+            (2, "bad_request", "signal", "web"),
+            (2, "bad_request", "scale", "web", "-1"),
+            (2, "bad_request", "scale", "web", "x"),
+            (2, "bad_request", "scale", "web", "1001"),
+            (2, "bad_request", "why", "../web"),
+            (2, "bad_request", "logs", "../web"),
+        ):  # fmt: skip
+            got, out, err = within(web, "--json", *words)
+            error = json.loads(err)["error"]
+            assert (got, error["code"], out) == (status, code, ""), words
+            assert error["message"] and "\n" not in error["message"], words
+        done = web.run("restart", "nosuch", rc=2)
+        assert done.stderr.splitlines()[0] == "apexd: there is no process 'nosuch'"
+        assert "processes: web, off" in done.stderr and done.stdout == ""
+
+    def test_a_followed_log_in_json_is_silent_while_nothing_comes(self, web, peer):
+        child = web.popen("--json", "logs", "words", "-f")
+        assert json.loads(child.stdout.readline()) == {"data": "one\ntwo \xe9\n"}
+        pause(0.7)
+        child.kill()
+        assert child.stdout.read() == b""
+
+    def test_a_follower_that_never_reads_costs_no_memory_and_loses_its_place(self, web, mute):
+        connection, growth_kb = mute
+        assert growth_kb < 20_000
+        eventually(lambda: "a connection ended: timed out" in web.log(), why="hung up on")
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(1 << 20):
+                pass
+
+    def test_without_a_daemon_only_logs_answer_and_a_hung_one_is_named_soon(self, box, boxes):
+        box.config({}, process={"web": {**SLEEP, "command": "echo hello; exec sleep 1000"}})
+        asked = (
+            "ps", "up", "up web", "down web", "restart web", "reload web", "scale web 2",
+            "signal web HUP", "why web",
+        )  # fmt: skip
+        assert box.run("logs", "web").stdout == "" and os.listdir(box.state) == ["config.json"]
+        for words in asked:
+            error = box.error(*words.split(), rc=69)
+            assert (error["code"], error["hint"]) == ("not_running", "start it with `start`")
+        box.start()
+        running(box)
+        box.stop()
+        assert box.run("logs", "web").stdout == "hello\n"
+        assert box.run("logs", "web", "-f", rc=69).stdout == "hello\n"
+        assert box.error("logs", "nosuch", rc=2)["code"] == "process_not_found"
+        shutil.rmtree(box.file("logs"))
+        assert box.run("logs", "web").stdout == ""
+        box.start()
+        os.kill(box.pid(), signal.SIGSTOP)
+        try:
+            asked = ("ps", "up web", "restart web", "signal web HUP", "why web", "logs web")
+            hung = [Later(box, "--json", *words.split()) for words in asked]
+            for done in [later.result() for later in hung]:
+                error = json.loads(done.stderr)["error"]
+                assert (done.returncode, error["code"], done.stdout) == (69, "not_answering", "")
+                assert done.seconds < 9, done
+        finally:
+            os.kill(box.pid(), signal.SIGCONT)
+
+    def test_a_missing_log_folder_and_odd_files_in_it_are_no_fault(self, box):
+        box.config({}, process={"web": {**SLEEP, "command": "echo $$; exec sleep 1000"}})
+        box.start()
+        running(box)
+        peer = Stranger(box.file("control.sock"))
+        shutil.rmtree(box.file("logs"))
+        assert peer.ask("tail_logs", name="web") == {"type": "log_lines", "lines": []}
+        assert box.run("logs", "web").stdout == ""
+        do(box, "restart_process", name="web")
+        write(box.file("logs", "proc-web.log"), "x\n")
+        os.mkdir(box.file("logs", "proc-web.7.log"))
+        os.mkfifo(box.file("logs", "proc-web.8.log"))
+        (line,) = eventually(lambda: peer.ask("tail_logs", name="web")["lines"])
+        assert int(line["content"]) == running(box)[0]
+        assert ask(box, "logs", "web") == line["content"] + "\n" and "Traceback" not in box.log()
+
+    def test_very_many_short_lines_fit_into_frames(self, box):
+        many = "yes '' | head -n 250000; exec sleep 1000"
+        box.config({}, process={"web": {**SLEEP, "command": many, "instances": 2}})
+        box.start()
+        for index in range(2):
+            path = box.file("logs", f"proc-web.{index}.log")
+            eventually(lambda path=path: os.stat(path).st_size >= 250000)
+        peer = Stranger(box.file("control.sock"))
+        answer = peer.ask("tail_logs", name="web", lines=100_000)
+        assert answer["type"] == "log_lines" or answer["code"] == "bad_request"
+        peer.send("tail_logs", name="web", follow=True, lines=1)
+        assert len(peer.receive()["lines"]) == 2
+        os.truncate(box.file("logs", "proc-web.0.log"), 0)
+        write(box.file("logs", "proc-web.7.log"), "\n" * 250000)
+        count = 0
+        while count < 250000:
+            count += len(peer.receive()["lines"])
+        assert "Traceback" not in box.log()
+
+    def test_what_is_asked_while_the_daemon_stops_is_refused(self, box):
+        stubborn = {"command": "trap '' TERM; while :; do sleep 0.1; done", "stop_timeout": 1}
+        box.config({}, process={"web": stubborn, "off": {**SLEEP, "autostart": False}})
+        box.start()
+        running(box)
+        pause(0.2)  # its trap is set
+        child = box.popen("stop")
+        eventually(lambda: instances(box)[0]["state"] == "stopping")
+        asked = ({"type": "start_process", "name": "web"}, {"type": "up", "names": ["off"]},
+                 {"type": "restart_process", "name": "web"},
+                 {"type": "scale_process", "name": "web", "instances": 3})  # fmt: skip
+        codes = [box.request(message).get("code") for message in asked]
+        assert child.wait(20) == 0 and box.processes() == {}
+        assert codes == ["busy"] * 4
+
+    def test_a_forced_stop_waits_for_no_timeout_but_until_all_has_ended(self, box):
+        stubborn = "trap '' TERM; while :; do sleep 0.1; done"
+        box.config({}, process={"web": {"command": stubborn, "stop_timeout": 60}})
+        box.start()
+        task = box.add("sh", "-c", stubborn)
+        box.until(task, "running")
+        running(box)
+        pause(0.3)  # their traps are set
+        began = time.monotonic()
+        box.run("stop", "--force")
+        assert box.processes() == {} and time.monotonic() - began < 15
+        assert box.task(task)["outcome"] == "interrupted"
+
+    def test_a_restart_that_is_overtaken_by_a_stop_does_not_wait_in_vain(self, box):
+        ready = {"command": "false", "interval": 0.1, "within": 60}
+        box.config({}, process={"web": {**SLEEP, "ready": ready}, "on": dict(SLEEP)})
+        box.start()
+        running(box, name="on")
+        later = Later(box, "reload", "web")
+        eventually(lambda: "Process web.0 is stopped" in box.log())
+        box.run("down", "web")
+        assert later.result().seconds < 6 and later.result().returncode == 1
+
+    def test_a_probe_of_an_adopted_run_has_its_environment(self, box):
+        live = {"command": 'test "$MARK" = 5 -a -n "$HOME"', "interval": 0.1, "failures": 1}
+        box.config({}, process={"web": {**SLEEP, "env": {"MARK": "5"}, "live": live}})
+        box.start()
+        pids = running(box)
+        box.run("restart")
+        pause(1.0)
+        assert running(box) == pids and "no sign of life" not in box.log()
+
+    def test_odd_records_are_nobodys_before_a_start(self, box):
+        bystander = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        note = {"run": "x", "pid": bystander.pid, "boot": apexd.Platform.boot_id()}
+        note["started"] = time.time()
+        odd = [{}, {"started": "x"}, {"started": None}, {"restarts": "x"}, {"quick": []},
+               {"run": 5}, {"pid": []}, {"pid": -1}, {"pid": "x"}, {"notify": [5]}]  # fmt: skip
+        texts = [json.dumps({**note, **more}) for more in odd]
+        texts += ["[1]", "5", "null", "[" * 400, "", json.dumps({"boot": note["boot"]})]
+        for at, text in [*enumerate(texts)]:
+            write(box.file("run", f"proc-a{at}.0"), " " * 64 + text.ljust(447) + "\n")
+            write(box.file("run", f"proc-b{at}.0"), "0\n".ljust(64) + text.ljust(447) + "\n")
+        for at, data in enumerate((b"", b"x", os.urandom(512), b"\0" * 9999)):
+            write(box.file("run", f"proc-c{at}.0"), data)
+        os.mkfifo(box.file("run", "proc-d0.0"))
+        os.symlink("/etc/passwd", box.file("run", "proc-d1.0"))
+        os.symlink("/nonexistent/x", box.file("run", "proc-d2.0"))
+        os.mkdir(box.file("run", "proc-e0.0"))
+        write(box.file("run", "proc-a0.00"), " " * 64 + texts[0])
+        names = {name[5:].split(".")[0] for name in os.listdir(box.file("run"))}
+        box.config({}, process=dict.fromkeys(names, SLEEP))
+        try:
+            box.start()
+            for name in names - {"e0"}:
+                running(box, name=name)
+            assert "directory" in ask(box, "why", "e0")
+            assert len(commands_of(box, "sleep 1000")) == len(names) - 1
+            box.stop()
+            assert bystander.poll() is None and "Traceback" not in box.log()
+        finally:
+            bystander.kill()
+            bystander.wait()
+
+    def test_records_that_are_spoilt_while_they_are_used_cause_no_second_copy(self, box):
+        names = "kept gone empty garbage folder link".split()
+        box.config({}, process=dict.fromkeys(names, SLEEP))
+        box.start()
+        where = {name: box.file("run", f"proc-{name}.0") for name in names}
+
+        def spoil():
+            for name in ("gone", "folder", "link"):
+                os.unlink(where[name])
+            os.mkdir(where["folder"])
+            os.symlink("/etc/passwd", where["link"])
+            os.truncate(where["empty"], 0)
+            write(where["garbage"], os.urandom(512))
+            return {name: running(box, name=name)[0] for name in names}
+
+        first = {name: running(box, name=name)[0] for name in names}
+        assert spoil() == first, "a live daemon needs none of them"
+        do(box, "stop_process", name="folder")
+        assert instances(box, "folder")[0]["state"] == "stopped"
+        os.rmdir(where["folder"])
+        os.unlink(where["link"])
+        for name in names:
+            do(box, "restart_process", name=name)
+        spoil()
+        first = {name: running(box, name=name)[0] for name in names}
+        box.kill9()
+        os.rmdir(where["folder"])
+        os.unlink(where["link"])
+        box.start()
+        pause(1.5)
+        assert commands_of(box, "sleep 1000") == set(first.values())
+        assert running(box, name="kept") == [first["kept"]]
+        for pid in first.values():
+            kill(pid)
+        for name in names:
+            assert running(box, name=name) != [first[name]]
+        eventually(lambda: len(commands_of(box, "sleep 1000")) == len(names))
+        assert "Traceback" not in box.log()
+
+    def test_a_record_holds_its_note_whatever_the_path(self, box):
+        box.state = os.path.join(box.root, "\u0416" * 35)  # two bytes each, six in plain JSON
+        box.env["APEX_STATE_DIR"] = box.state
+        box.config({}, process={"w": {**SLEEP, "live": {"notify": True, "timeout": 999}}})
+        box.start()
+        pids = running(box, name="w")
+        box.kill9()
+        box.start()
+        pause(0.5)
+        assert running(box, name="w") == pids
+        assert box.run("stop").returncode == 0 and box.processes() == {}
+
+    def test_notify_sockets_are_there_for_each_run_and_leave_nothing_behind(self, box):
+        told = {**SLEEP, "live": {"notify": True, "timeout": 999}}
+        rude = {**told, "command": "rm $NOTIFY_SOCKET; exec sleep 1000"}
+        box.config({}, process={"web": told, "rude": rude})
+        box.start()
+        for name in ("web", "rude"):
+            running(box, name=name)
+            do(box, "stop_process", name=name)
+            do(box, "start_process", name=name)
+            running(box, name=name)
+        counts = lambda: (status_of(box, "Threads"), len(os.listdir(f"/proc/{box.pid()}/fd")))
+        before = counts()
+        for _ in range(20):
+            for name in ("web", "rude"):
+                do(box, "restart_process", name=name)
+                running(box, name=name)
+            assert os.path.exists(box.file("run", "notify-web.0"))
+        eventually(lambda: sum(counts()) <= sum(before) + 4, why=f"no more than {before}")
+
+    def test_what_cannot_start_says_why_and_can_be_stopped_at_once(self, box):
+        os.mkdir(os.path.join(box.path, "folder"))
+        os.mkfifo(os.path.join(box.path, "fifo"))
+        write(os.path.join(box.path, "plain"), b"\xff\0")
+        odd = {
+            "fifo": {"env_file": "fifo"}, "folder": {"env_file": "folder"},
+            "binary": {"env_file": "plain"}, "nowhere": {"cwd": "nosuch"},
+            "nobody": {"command": ["nosuch"]}, "plain": {"command": ["./plain"]},
+            "dir": {"command": ["./folder"]}, "file": {"cwd": "plain"},
+        }  # fmt: skip
+        box.config({}, process={name: {**SLEEP, **one} for name, one in odd.items()})
+        box.start()
+        for name in odd:
+            reasons = lambda name=name: do(box, "why_process", name=name)["reasons"][0]
+            eventually(lambda: "spawn" in reasons(), why=f"{name} says why")
+        began = time.monotonic()
+        ask(box, "down")
+        assert time.monotonic() - began < 3
+        box.stop()
+        assert "Traceback" not in box.log()
+
+    def test_what_has_no_command_yet_uses_nothing(self, box):
+        box.config({}, process={"web": {**SLEEP, "stop_timeout": 3, "autostart": False}})
+        box.start()
+        with open(write(box.file("logs", "proc-web.0.log"), ""), "rb") as held:
+            assert apexd.Platform.lock(held.fileno())
+            later = Later(box, "up", "web")
+            one = eventually(lambda: (got := instances(box)[0])["state"] == "starting" and got)
+            assert (one["pid"], one["cpu_percent"], one["memory_bytes"]) == (None,) * 3
+        later.result()
+        running(box)
+
+    def test_probes_that_are_nonsense_or_hang_answer_no_and_leave_nothing(self, box):
+        job, read_probe = apexd.Job(cwd="/", env={}, identity=None), apexd.probe(1.0)
+        for probe in (
+            {"tcp": "127.0.0.1:{instance+70000}"}, {"tcp": "nosuch.invalid:80"},
+            {"tcp": "x" * 300 + ":80"}, {"tcp": "127.0.0.1:{instance}99999"},
+            {"http": "http://127.0.0.1:{instance+70000}/"},
+            {"http": "http://\xe9..x/"}, {"command": ["nosuch"]}, {"command": ["/"]},
+        ):  # fmt: skip
+            assert not apexd.ask(read_probe({**probe, "timeout": 1}), job, 0), probe
+        hangs = {"command": "sleep 501 & sleep 502", "interval": 0.1, "timeout": 0.3}
+        hangs["failures"] = 99
+        waits = {"command": "setsid sleep 503 & sleep 504", "timeout": 99}
+        box.config({}, process={"web": {**SLEEP, "live": hangs}, "slow": {**SLEEP, "ready": waits}})
+        box.start()
+        eventually(lambda: instances(box)[0]["state"] == "unhealthy")
+        eventually(lambda: commands_of(box, "sleep 504"))
+        before = status_of(box, "Threads")
+        ask(box, "down")
+        eventually(lambda: set(box.processes()) == {box.pid()})
+        eventually(lambda: status_of(box, "Threads") <= before - 4)
+
+    def test_a_storm_of_verbs_and_reloads_ends_in_the_wanted_state(self, box):
+        config = lambda n: {**SLEEP, "instances": n % 4, "env": {"N": str(n // 5)}}
+        box.config({}, process={"web": config(2)})
+        box.start()
+        running(box, 2)
+        before, until = status_of(box, "Threads"), time.monotonic() + (10 if SLOW else 3)
+        verbs = "start_process stop_process restart_process reload_process scale_process".split()
+        allowed = {None, "process_already_running", "process_not_running", "process_failed"}
+        codes, slowest = set(), [0.0]
+
+        def call():
+            while time.monotonic() < until:
+                began, verb = time.monotonic(), random.choice(verbs)
+                more = {"instances": random.randrange(5)} if verb == verbs[-1] else {}
+                answer = box.request({"type": verb, "name": "web", **more}, 60)
+                codes.add(answer.get("code"))
+                slowest.append(time.monotonic() - began)
+
+        def reload():
+            number = 0
+            while time.monotonic() < until:
+                number += 1
+                box.config({}, process={"web": config(number)})
+                codes.add(box.request({"type": "reload"}, 30).get("code"))
+
+        threads = [threading.Thread(target=act) for act in [call] * 20 + [reload]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert codes - allowed - {"config_invalid"} == set() and max(slowest) < 8, slowest
+        do(box, "scale_process", name="web", instances=3)
+        box.request({"type": "start_process", "name": "web"}, 30)
+        pids = running(box, 3)
+        eventually(lambda: commands_of(box, "sleep 1000") == set(pids), why="none is left over")
+        eventually(lambda: status_of(box, "Threads") <= before + 2)
+        assert "Traceback" not in box.log() and "spawn" not in box.log()
 
 
 # ============================================================================
