@@ -5222,15 +5222,21 @@ class Daemon:
         with contextlib.suppress(BlockingIOError):  # full: it is awake
             self._waker.send(b"x")
 
-    def _obey(self) -> None:
-        """Take messages off the queue, from signal handlers and threads, until the end."""
-        first_term, ended = 0.0, set[str]()
+    def _take_messages(self) -> Iterator[tuple[str, Any]]:
+        """Yield messages as they come; of several alike that wait, one."""
         while True:
-            try:
-                kind, value = self._messages.get_nowait()
-            except queue.Empty:
+            waiting: dict[tuple[str, Any], None] = {}
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting[self._messages.get_nowait()] = None
+            yield from waiting
+            if not waiting:
                 self._wakee.recv(4096)
-                continue
+
+    def _obey(self) -> None:
+        """Do what signal handlers and threads ask for, until the end."""
+        first_term, ended = 0.0, set[str]()
+        for kind, value in self._take_messages():
             name = signal.Signals(value).name if kind == "signal" else kind
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             if name == "leave" or len(ended) == 2:

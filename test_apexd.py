@@ -4949,16 +4949,6 @@ class TestSupervisor:
         assert instances(box, "off")[0]["state"] == "stopped"
         until_all(box, "later")
 
-    def test_nothing_comes_up_while_the_daemon_stops(self, box):
-        deaf = {"command": "trap '' TERM; while :; do sleep 0.05; done", "stop_timeout": 1}
-        supervise(box, deaf=deaf, web={"command": "exec sleep 60"})
-        until_all(box, "deaf"), until_all(box, "web")
-        os.kill(box.pid(), signal.SIGTERM)
-        until_all(box, "web", "stopped")
-        for words in (("up", "web"), ("restart", "web"), ("reload", "web"), ("scale", "web", 3)):
-            assert box.run(*words, rc=None).returncode != 0, words
-        eventually(lambda: not box.processes(), 10)
-
     @linux
     @pytest.mark.parametrize("how", ["kill --all", "--foreground TERM"])
     def test_what_ends_the_daemon_and_all_ends_processes_too(self, box, how):
@@ -5882,6 +5872,7 @@ class TestProcessVerbs:
         assert done.stderr.splitlines()[0] == "apexd: there is no process 'nosuch'"
         assert "processes: web, off" in done.stderr and done.stdout == ""
 
+    @slow
     def test_a_followed_log_in_json_is_silent_while_nothing_comes(self, web, peer):
         child = web.popen("--json", "logs", "words", "-f")
         assert json.loads(child.stdout.readline()) == {"data": "one\ntwo \xe9\n"}
@@ -5889,6 +5880,7 @@ class TestProcessVerbs:
         child.kill()
         assert child.stdout.read() == b""
 
+    @slow
     def test_a_follower_that_never_reads_costs_no_memory_and_loses_its_place(self, web, mute):
         connection, growth_kb = mute
         assert growth_kb < 20_000
@@ -5943,6 +5935,7 @@ class TestProcessVerbs:
         assert int(line["content"]) == running(box)[0]
         assert ask(box, "logs", "web") == line["content"] + "\n" and "Traceback" not in box.log()
 
+    @slow
     def test_very_many_short_lines_fit_into_frames(self, box):
         many = "yes '' | head -n 250000; exec sleep 1000"
         box.config({}, process={"web": {**SLEEP, "command": many, "instances": 2}})
@@ -5977,6 +5970,7 @@ class TestProcessVerbs:
         assert child.wait(20) == 0 and box.processes() == {}
         assert codes == ["busy"] * 4
 
+    @slow
     def test_a_forced_stop_waits_for_no_timeout_but_until_all_has_ended(self, box):
         stubborn = "trap '' TERM; while :; do sleep 0.1; done"
         box.config({}, process={"web": {"command": stubborn, "stop_timeout": 60}})
@@ -5999,15 +5993,6 @@ class TestProcessVerbs:
         eventually(lambda: "Process web.0 is stopped" in box.log())
         box.run("down", "web")
         assert later.result().seconds < 6 and later.result().returncode == 1
-
-    def test_a_probe_of_an_adopted_run_has_its_environment(self, box):
-        live = {"command": 'test "$MARK" = 5 -a -n "$HOME"', "interval": 0.1, "failures": 1}
-        box.config({}, process={"web": {**SLEEP, "env": {"MARK": "5"}, "live": live}})
-        box.start()
-        pids = running(box)
-        box.run("restart")
-        pause(1.0)
-        assert running(box) == pids and "no sign of life" not in box.log()
 
     def test_odd_records_are_nobodys_before_a_start(self, box):
         bystander = subprocess.Popen(["sleep", "1000"], start_new_session=True)
@@ -6041,6 +6026,7 @@ class TestProcessVerbs:
             bystander.kill()
             bystander.wait()
 
+    @slow
     def test_records_that_are_spoilt_while_they_are_used_cause_no_second_copy(self, box):
         names = "kept gone empty garbage folder link".split()
         box.config({}, process=dict.fromkeys(names, SLEEP))
@@ -6164,6 +6150,7 @@ class TestProcessVerbs:
         eventually(lambda: set(box.processes()) == {box.pid()})
         eventually(lambda: status_of(box, "Threads") <= before - 4)
 
+    @slow
     def test_a_storm_of_verbs_and_reloads_ends_in_the_wanted_state(self, box):
         config = lambda n: {**SLEEP, "instances": n % 4, "env": {"N": str(n // 5)}}
         box.config({}, process={"web": config(2)})
@@ -6412,9 +6399,9 @@ class TestDaemon:
         assert within(box, "reload")[0] == 78
         assert groups()["g"]["max_concurrent"] == 100
         box.config({"log": {"level": "debug"}})
-        plan = ask_json(box, "reload")["plan"]
-        assert "changed log.level: info -> debug" in plan
-        assert any(line.startswith("removed group.g") for line in plan)
+        ask_json(box, "reload")  # one of the burst may have been before it
+        eventually(lambda: times_logged(box, "changed log.level: info -> debug") == 1)
+        assert "; removed group.g" in box.log()
         assert ask(box, "reload") == "nothing changed\n"
         assert box.pid() == daemon and lives(daemon)
 
