@@ -5704,7 +5704,13 @@ def ask_for(verb: str, args: Args, **fields: object) -> int:
     """Do something to processes that may take its time; the daemon must answer at once."""
     client = client_of(args)
     client.call("ping", {})
-    answer = client.call(verb, fields, PROCESS_ANSWER_S)
+    try:
+        answer = client.call(verb, fields, PROCESS_ANSWER_S)
+    except DaemonError as error:
+        wanted = {"up": "PROCESS_ALREADY_RUNNING", "down": "PROCESS_NOT_RUNNING"}
+        if error.code != wanted.get(verb):
+            raise
+        answer = {"message": error.message}  # it is as it should be
     return emit(answer, args, answer["message"])
 
 
