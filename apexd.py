@@ -3706,7 +3706,7 @@ class Run:
         if result.reason is not None:
             log_reason(self.child.job, result.reason)
         if self._hearing is not None:
-            self._stop_hearing(self._hearing)
+            self._stop_hearing(self._hearing, instance.note["notify"])
         with instance.moved:
             instance.take_end(result)
 
@@ -3735,6 +3735,8 @@ class Run:
         if policy.user or policy.group:
             job.identity, who = Platform.identity(policy.user, policy.group)
             env.update(who)
+        if any(one.kind == "notify" for one in instance.probes):
+            self._listen((job.identity or {}).get("user"))
         for path in policy.env_file:
             env.update(read_environment(os.path.join(store.project, path)))
         env.update({name: fill(text, instance.index) for name, text in policy.env.items()})
@@ -3742,8 +3744,6 @@ class Run:
         marks.update(PROJECT_PATH=store.project, STATE_DIR=store.folder)
         env.update({f"APEX_{name}": str(value) for name, value in marks.items()})
         job.env.update(env)
-        if any(one.kind == "notify" for one in instance.probes):
-            self._listen((job.identity or {}).get("user"))
 
     def _listen(self, owner: int | None) -> None:
         """Open the NOTIFY_SOCKET, where a former daemon had it if it is adopted."""
@@ -3801,14 +3801,13 @@ class Run:
                         if word.startswith("STATUS="):
                             instance.remark = word[len("STATUS=") :][:1000]
 
-    def _stop_hearing(self, hearing: socket.socket) -> None:
+    def _stop_hearing(self, hearing: socket.socket, path: str) -> None:
         """Wake the thread that hears, and take the socket away before the next run has one."""
-        path = hearing.getsockname()
         end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         end.setblocking(False)
         with end, contextlib.suppress(OSError):  # its file was removed
             end.sendto(b"", path)
-        with contextlib.suppress(OSError):  # not connected, says macOS
+        with contextlib.suppress(OSError):  # not connected, says macOS; closed already
             hearing.shutdown(socket.SHUT_RD)
         with contextlib.suppress(OSError):
             os.unlink(path)
