@@ -4593,8 +4593,11 @@ class ProcessVerbs:
             get_process(self._store.config, name.partition(".")[0])
         if follow:
             return self._follow(name, logs)
-        ended = {i: (data + b"\n" * (data[-1:] > b"\n"), end) for i, (data, end) in logs.items()}
-        return {"type": "log_lines", "lines": self._read_lines(ended, {}, {})}
+        rests: dict[str, bytes] = {}
+        lines_found = self._read_lines(logs, {}, rests)
+        unended = {one: (b"\n", 0) for one, rest in rests.items() if rest}
+        lines_found += self._read_lines(unended, {}, rests)
+        return {"type": "log_lines", "lines": lines_found}
 
     def _follow(self, name: str, logs: Mapping[str, tuple[bytes, int]]) -> Iterator[Any]:
         """Yield {"lines": [...]} as lines come, None when there is none."""
