@@ -5623,8 +5623,9 @@ def commands_of(box, needle):
 
 @linux
 class TestProcessVerbs:
-    @pytest.fixture(scope="class")
-    def web(self):
+    @pytest.fixture(scope="class", name="web")
+    @classmethod
+    def web(cls):
         """Give a daemon with processes, for the tests that leave them as they were."""
         count = "i=0; while :; do i=$((i+1)); printf '%0400d\\n' $i; sleep 0.01; done"
         flood = "exec yes 0123456789012345678901234567890123456789 | head -c 40000000; sleep 999"
@@ -5640,8 +5641,9 @@ class TestProcessVerbs:
             running(box, 2)
             yield box
 
-    @pytest.fixture(scope="class")
-    def mute(self, web):
+    @pytest.fixture(scope="class", name="mute")
+    @classmethod
+    def mute(cls, web):
         """Follow a fast process and never read: (connection, the kB that the daemon grew)."""
         before, log = status_of(web, "VmRSS"), web.file("logs", "proc-flood.0.log")
         with contextlib.closing(Stranger(web.file("control.sock"))) as stranger:
@@ -5654,7 +5656,7 @@ class TestProcessVerbs:
             yield connection, status_of(web, "VmRSS") - before
 
     @pytest.fixture
-    def peer(self, web, mute):
+    def peer(self, web):
         """Give a stranger's connection."""
         stranger = Stranger(web.file("control.sock"))
         with contextlib.closing(stranger):
