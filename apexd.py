@@ -116,7 +116,7 @@ STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for other
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
 SWEEP_PAUSE_S = 0.05  # for what was killed to let go of its log; doubles up to a second
-EXEC_MAX_MS = 100  # in the midst of execve(2) a process shows no environment
+EXEC_MAX_MS = 2000  # in the midst of execve(2) a process shows no environment
 SWEEP_ROUNDS = 100  # passes over /proc before a fork bomb counts as unkillable
 FIRST_TERM_S = 1.0  # a second TERM counts only so long after the first
 
@@ -1015,7 +1015,8 @@ else:
             with open(f"/proc/{pid}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
             is_kernels = int(fields[6]) & 0x200000  # PF_KTHREAD
-            was_given_none = fields[47] == fields[48] != b"0"  # env_start, env_end
+            is_loaded = fields[23] != b"0"  # startcode, set after all that concerns us here
+            was_given_none = is_loaded and fields[47] == fields[48]  # env_start, env_end
             if fields[0] in b"ZX" or is_kernels or was_given_none:
                 break
             threading.Event().wait(0.001)
