@@ -5536,8 +5536,10 @@ class DaemonManager(Client):
         for child in orphans:
             if child.recover() is None:
                 child.end(force=True)
-                if child.job.is_process:  # the next start is a first one
+                if child.job.is_process:
                     child.wait()
+            if child.job.is_process:  # the next start is a first one
+                with contextlib.suppress(OSError):
                     os.unlink(child.job.record_path)
         return holder.pid if holder else None
 
