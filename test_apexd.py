@@ -6391,7 +6391,7 @@ class TestDaemon:
                 os.kill(daemon, signal.SIGHUP)
             box.config({"group": {"g": {"max_concurrent": number}}})
             os.kill(daemon, signal.SIGHUP)
-        eventually(lambda: groups()["g"]["max_concurrent"] == 100)
+        eventually(lambda: groups().get("g", {}).get("max_concurrent") == 100)
         write(box.file("config.json"), '{"group": {"g": {"max_concurrent": 0}}}')
         refused = times_logged(box, "reload refused")
         os.kill(daemon, signal.SIGHUP)
