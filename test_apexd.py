@@ -120,14 +120,14 @@ def bytecode_of(program, prefix):
 def eventually(fn, within_s=20.0, why=""):
     """Return the first true value of `fn()`; fail with the last one after `within_s`.
 
-    An AssertionError or OSError of `fn` counts as not yet. The only place that sleeps.
+    An error of `fn` about what is not there yet counts as not yet. The only place that sleeps.
     """
     deadline = time.monotonic() + within_s
     pause = 0.01
     while True:
         try:
             value = fn()
-        except (AssertionError, OSError) as error:
+        except (AssertionError, OSError, LookupError, TypeError, ValueError) as error:
             value, seen = None, f"{type(error).__name__}: {error}"
         else:
             seen = repr(value)
