@@ -541,6 +541,8 @@ PROBES: dict[str, Callable[[Any], Any]] = {
     "command": command_line,
     "notify": truth,
 }
+
+
 def probe(interval_s: float) -> Callable[[object], Probe]:
     """Make a reader of {tcp = "HOST:PORT"} and the like, asked every `interval_s`."""
     times: dict[str, Callable[[Any], Any]]
@@ -1318,11 +1320,9 @@ class Config:
                 raise _unknown(path, key, key, OPTIONS)
         for name in OPTIONS.keys() - {"group", "process"}:
             setattr(self, name, _read_section(path, name, name, data.get(name, {})))
-        data = {**data, "group": {"default": {}, **_table(path, data, "group")}}
-        self.groups, self.processes = (
-            {name: _read_section(path, kind, f"{kind}.{name}", one) for name, one in table.items()}
-            for kind, table in ((kind, _table(path, data, kind)) for kind in ("group", "process"))
-        )
+        self.groups = {"default": _read_section(path, "group", "group.default", {})}
+        self.groups.update(_read_tables(path, "group", data.get("group", {})))
+        self.processes = _read_tables(path, "process", data.get("process", {}))
         for name, process in self.processes.items():
             if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
                 hint = "letters, digits, - and _, at most 64, a letter first"
@@ -1386,12 +1386,6 @@ def _unknown(path: str | None, where: str, key: str, known: Iterable[str]) -> Da
     return _broken(path, f"{where} is not an option", f"did you mean {near[0]}?")
 
 
-def _table(path: str | None, data: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    if not isinstance(data.get(kind, {}), dict):
-        raise _broken(path, f"[{kind}] must be a table of tables")
-    return dict(data.get(kind, {}))
-
-
 def _read_section(path: str | None, kind: str, where: str, given: object) -> SimpleNamespace:
     """Check one table of the file against OPTIONS and fill in the defaults."""
     known = OPTIONS[kind]
@@ -1406,6 +1400,13 @@ def _read_section(path: str | None, kind: str, where: str, given: object) -> Sim
         except ValueError as error:
             raise _broken(path, f"{where}.{key} = {value!r}: must be {error}") from None
     return section
+
+
+def _read_tables(path: str | None, kind: str, given: object) -> dict[str, SimpleNamespace]:
+    """Check the tables of a kind that users name, such as [group.NAME]."""
+    if not isinstance(given, dict):
+        raise _broken(path, f"[{kind}] must be a table of tables")
+    return {name: _read_section(path, kind, f"{kind}.{name}", one) for name, one in given.items()}
 
 
 def find_config(folder: str) -> str | None:
@@ -2460,15 +2461,17 @@ class AttemptStore:
 #   starts /bin/sh with them: the locks belong to the open files, so the shell keeps them
 #   when the daemon dies. The shell waits for one line, the go byte; at end-of-file, because
 #   the daemon died first, it runs nothing and writes `x`. Before go the claim is on disk, and
-#   the daemon's note (run id, PID, boot) in the record. The shell runs the command in a
-#   subshell that has the log but not the record, outlives every signal it can, and writes the
-#   status at offset 0; the record is pre-filled, so a full disk cannot lose a result.
+#   the daemon's note (run id, PID, boot) in the record: with PID 0 before there is a shell, so
+#   what it knew of the last run is kept. The shell runs the command in a subshell that has the
+#   log but not the record, outlives every signal it can, and writes the status at offset 0; the
+#   record is pre-filled, so a full disk cannot lose a result.
 #
 #   Whoever ends an attempt commits the reason (attempts.wish) before the first signal.
 #
 #   The next daemon reads the records, in an order that never guesses:
 #     a. a valid status           -> finished
-#     b. no note of this run, `x` -> never ran; back to the queue, not counted
+#     b. no note of this run or one
+#        without PID, or `x`      -> never ran; back to the queue, not counted
 #     c. another boot             -> lost
 #     d. the record is locked     -> the shell lives: adopt it, wait for the lock
 #     e. else no status can come  -> read once more, end what is left, then lost
@@ -2699,7 +2702,9 @@ class ShellChild(Child):
             for fd in (log_fd, record):  # a dead daemon's shell may have to notice yet
                 if not lock_within(fd, job.stop_timeout_s):
                     raise OSError(errno.EAGAIN, "an earlier attempt still has the slot")
-            os.pwrite(record, b" " * SLOT_RECORD_BYTES, 0)
+            self._note = {"run": job.run_id, "pid": 0, "boot": Platform.boot_id()}
+            self._note.update(job.note or {})
+            os.pwrite(record, b" " * SLOT_NOTE_AT + self._pack_note(), 0)
             go_reader, self._go_writer = os.pipe()
             failpoint("spawn")
             self._process = subprocess.Popen(
@@ -2707,12 +2712,10 @@ class ShellChild(Child):
                 stdin=go_reader, stdout=log_fd, stderr=record,
                 cwd=job.cwd, env=job.env, **Platform.CHILD, **(job.identity or {}),
             )  # fmt: skip
-            pid = self._process.pid
-            self._note = {"run": job.run_id, "pid": pid, "boot": Platform.boot_id()}
             self._record = os.open(job.record_path, os.O_RDWR | _O_SAFE)  # without the lock
-            self.write_note(**(job.note or {}))
+            self.write_note(pid=self._process.pid)
             failpoint("note")
-            self.shell_pid = pid
+            self.shell_pid = self._process.pid
         except BaseException:
             self._close_record()
             raise
@@ -2724,13 +2727,17 @@ class ShellChild(Child):
     def write_note(self, **more: object) -> None:
         """Write into the record, on top, what the next daemon is to know of this run."""
         self._note.update(more)
+        data = self._pack_note()
+        with self._lock:
+            if self._record >= 0:
+                os.pwrite(self._record, data, SLOT_NOTE_AT)
+
+    def _pack_note(self) -> bytes:
         text = json.dumps(self._note, ensure_ascii=False)  # escapes could outgrow the record
         data = text.encode("utf-8", "surrogateescape").ljust(SLOT_RECORD_BYTES - SLOT_NOTE_AT - 1)
         if len(data) >= SLOT_RECORD_BYTES - SLOT_NOTE_AT:
             raise ValueError("the note does not fit into the record")
-        with self._lock:
-            if self._record >= 0:
-                os.pwrite(self._record, data + b"\n", SLOT_NOTE_AT)
+        return data + b"\n"
 
     def go(self) -> None:
         """Let the command run, now that its claim is on disk, unless it was ended before."""
@@ -2759,7 +2766,7 @@ class ShellChild(Child):
             return Result(never_ran=True)
         self._record = open_file(job.record_path, os.O_RDWR)
         note = self._note = read_note(job.record_path)
-        if note.get("run") != job.run_id:
+        if note.get("run") != job.run_id or not note.get("pid"):  # it cannot have got its go
             result: Result | None = Result(never_ran=True)
         elif self._read_status() is not None:
             self.shell_pid = int(note["pid"]) if note.get("boot") == Platform.boot_id() else 0
@@ -3184,8 +3191,7 @@ class DaemonRunner:
 
 # ============================================================================
 # 14. SUPERVISOR - process state table, `decide` (pure), apply
-#     Uses 1-10. Threads: one decides; a run has one that waits, one that probes.
-#     Closed by: Daemon.
+#     Uses 1-10. Threads: one decides; up to three a run (Run). Closed by: Daemon.
 # ============================================================================
 
 # A process is a command that should not end. Each of its instances is a child of the attempt
@@ -3387,8 +3393,6 @@ def read_environment(path: str) -> dict[str, str]:
 
 def ask(probe: Probe, job: Job, index: int) -> bool:
     """Ask a process once whether it is well."""
-    import http.client
-
     target = fill(probe.target, index)
     try:
         if probe.kind == "tcp":
@@ -3396,14 +3400,22 @@ def ask(probe: Probe, job: Job, index: int) -> bool:
             socket.create_connection((host.strip("[]"), int(port)), probe.timeout).close()
             return True
         if probe.kind == "http":
-            host, _, path = target[len("http://") :].partition("/")
-            connection = http.client.HTTPConnection(host, timeout=probe.timeout)
-            with contextlib.closing(connection):
-                connection.request("GET", "/" + path)
-                return connection.getresponse().status < 400
+            return _ask_http(target, probe.timeout)
         return _ask_command(target, probe.timeout, job)
-    except (OSError, ValueError, http.client.HTTPException):
+    except (OSError, ValueError):
         return False
+
+
+def _ask_http(url: str, timeout_s: float) -> bool:
+    import http.client
+
+    host, _, path = url[len("http://") :].partition("/")
+    with contextlib.suppress(http.client.HTTPException):
+        connection = http.client.HTTPConnection(host, timeout=timeout_s)
+        with contextlib.closing(connection):
+            connection.request("GET", "/" + path)
+            return connection.getresponse().status < 400
+    return False
 
 
 def _ask_command(command: str | list[str], timeout_s: float, job: Job) -> bool:
@@ -3565,9 +3577,9 @@ class Instance:
     def adopt(self) -> None:
         """Take over the run that its note tells of; holds the lock."""
         view, note = self.view, self.note
-        view.quick_ends, view.has_given_up = note.get("quick", 0), note.get("given_up", False)
+        view.quick_ends, view.has_given_up = note["quick"], note.get("given_up", False)
         view.restarts = [Clock.mono()] * note["recent"]
-        age_s = max(Clock.now() - note.get("started", Clock.now()), 0.0)
+        age_s = max(Clock.now() - note["started"], 0.0)
         view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
         self._launch(self.make_child(note["run"]), False, age_s)
 
@@ -3862,7 +3874,7 @@ class Supervisor:
     """Keeps the processes of the configuration as they are wanted.
 
     Thread: "supervisor" decides. Life: start -> stop, which ends them; or -> halt, which
-    leaves them to the next daemon. The verbs raise PROCESS_NOT_FOUND and what they name.
+    leaves them to the next daemon. What can be done to it: ProcessVerbs.
     """
 
     def __init__(
@@ -4091,7 +4103,7 @@ class Supervisor:
 
 # ============================================================================
 # 16. CONTROL - frames, verbs, server, Client
-#     Uses 1-13. Threads: one accepts, one a connection. Closed by: Daemon.
+#     Uses 1-14. Threads: one accepts, one a connection. Closed by: Daemon.
 # ============================================================================
 
 # A frame is four bytes of length, big-endian, and a JSON object of that length. A request
@@ -4660,8 +4672,6 @@ class ControlServer:
         args = (listener,)
         threading.Thread(target=self._accept_all, args=args, name="control", daemon=True).start()
 
-    listen = start
-
     def stop(self) -> None:
         """Accept nothing more and remove the socket; requests under way go on."""
         self._is_stopping = True
@@ -4821,8 +4831,6 @@ def _nearest_project() -> str:
         if folder == os.path.dirname(folder):
             return start  # no repository: only this folder counts
         folder = os.path.dirname(folder)
-
-
 
 
 class Client:
@@ -5097,7 +5105,7 @@ def _end_orphan(child: Child) -> None:
 
 # ============================================================================
 # 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
-#     Uses 1-16. Main thread. Lock order: runner, then store; nothing else nests.
+#     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
 # ============================================================================
 
 # Bytecode from a cache in the state folder and no site-packages: a quicker start, and no module
@@ -5309,7 +5317,7 @@ class Daemon:
             self._post("failed", CODES["DATABASE_CORRUPT"][0])
         if not is_there:
             return  # nothing here is ours to write any more
-        self._control.listen()
+        self._control.start()
         if Clock.mono() >= self._next_heartbeat:
             self._next_heartbeat = Clock.mono() + self._config.daemon.heartbeat_interval
             write_atomically(self._path("heartbeat"), timestamp(Clock.now()) + "\n")
@@ -5618,6 +5626,9 @@ COMMON = (
 ID = arg("id", type=reads(integer(0)), metavar="ID", help="a task id")
 IDS = arg("ids", nargs="+", type=reads(task_ids), metavar="ID", help="task ids: 3 5-9 or 3,5-9")
 GROUP = arg("--group", "-g", help="only this group")
+PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default: the daemon")
+ONE = arg("name", metavar="PROCESS", help="a process")
+NAMES = arg("names", nargs="*", metavar="PROCESS", help="default: all")
 MODE = arg("--mode", choices=("fork", "spawn", "auto"), default="auto", help="how to detach")
 EXTRA = arg("extra", nargs="*", help=argparse.SUPPRESS)
 ADD = (
@@ -5719,9 +5730,6 @@ def ask_for(verb: str, args: Args, **fields: object) -> int:
     return emit(answer, args, answer["message"])
 
 
-PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default: the daemon")
-
-
 @register(
     "restart", PROCESS, MODE,
     arg("--drain", action="store_true", help="let tasks finish first"),
@@ -5746,8 +5754,7 @@ def cmd_reload(args: Args) -> int:
     if args.name is not None:
         return ask_for("reload_process", args, name=args.name)
     plan = client_of(args).call("reload", {})["plan"]
-    emit({"plan": plan}, args, "\n".join(plan) or "nothing changed")
-    return 0
+    return emit({"plan": plan}, args, "\n".join(plan) or "nothing changed")
 
 
 @register("status")
@@ -5775,7 +5782,7 @@ def cmd_status(args: Args) -> int:
     return int(status.exit_status)
 
 
-@register("ps", arg("names", nargs="*", metavar="PROCESS", help="default: all"))
+@register("ps", NAMES)
 def cmd_ps(args: Args) -> int:
     """List the instances of processes."""
     client = client_of(args)
@@ -5800,9 +5807,6 @@ def cmd_ps(args: Args) -> int:
     return emit(found, args, columns(rows))
 
 
-NAMES = arg("names", nargs="*", metavar="PROCESS", help="default: all")
-
-
 def find_names(args: Args) -> list[str]:
     """Return the processes that are named, else all that are configured."""
     names = args.names or [*load_config(client_of(args).project.config_path).processes]
@@ -5824,9 +5828,6 @@ def cmd_down(args: Args) -> int:
     return ask_for("down", args, names=find_names(args))
 
 
-ONE = arg("name", metavar="PROCESS", help="a process")
-
-
 @register("scale", ONE, arg("count", type=reads(integer(0, 1000)), help="instances"))
 def cmd_scale(args: Args) -> int:
     """Have so many instances of a process, until the configuration says otherwise."""
@@ -5839,9 +5840,9 @@ def cmd_signal(args: Args) -> int:
     return ask_for("signal_process", args, name=args.name, signal=args.signal)
 
 
-@register("kill", EXTRA, arg("--all", action="store_true", help="its tasks too"))
+@register("kill", EXTRA, arg("--all", action="store_true", help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
-    """SIGKILL the daemon; its tasks run on, unless --all."""
+    """SIGKILL the daemon; what it started runs on, unless --all."""
     refuse_ids("kill", args)
     pid = manager_of(args).kill_daemon(args.all)
     return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
