@@ -61,6 +61,7 @@ import os
 import queue
 import random
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -69,7 +70,7 @@ import struct
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from enum import Enum
 from types import SimpleNamespace
 
@@ -108,16 +109,25 @@ IDLE_TIMEOUT_S = 60.0  # a silent connection gives its place to others
 CONNECTIONS_MAX = 64
 SOCKET_PATH_MAX_BYTES = 103  # sun_path of macOS; Linux allows 107 (unix(7))
 
-SLOT_RECORD_BYTES = 512  # one sector: status and note reach the disk together
-SLOT_NOTE_AT = 64  # the shell writes at 0, the daemon here
+KEEPER_PROTOCOL = 1
+KEEPER_PATIENCE_S = 10.0  # a new keeper waits so long for its daemon
+KEEPER_ANSWER_S = 10.0  # one that owes an answer for longer takes no more starts
+KEEPER_QUIT_S = 5.0  # for keepers without children to leave
+KEEPER_BUFFER_BYTES = 64 * 1024  # of words on their way to the daemon
+KEEPER_FILE_MAX_BYTES = 64 * 1024 * 1024
+PRIVATE_KEEPERS_MAX = 4  # at once, each for one task that was lost with its keeper
+CALLED = "call"  # stands for the keeper of what a function of the program carries out
+NOTE_S = 0.1  # a PID is on disk so soon after its start
+NOTE_BYTES = 512  # a process's note: one sector, written as a whole
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
 LINES_A_FRAME = 10_000  # with what stands around each, well below FRAME_MAX_BYTES
 STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for others
+LOOK_S = 5.0  # between two looks whether database and socket are where they were
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
-SWEEP_PAUSE_S = 0.05  # for what was killed to let go of its log; doubles up to a second
-EXEC_MAX_MS = 2000  # in the midst of execve(2) a process shows no environment
-SWEEP_ROUNDS = 100  # passes over /proc before a fork bomb counts as unkillable
+LOG_CHECK_MAX_S = 30.0  # the same while it does not grow
+SWEEP_PAUSE_S = 0.001  # between two looks for what a run left; doubles up to a second
+SWEEP_MAX_S = 5.0  # then a status counts though something that is hidden holds the log
 FIRST_TERM_S = 1.0  # a second TERM counts only so long after the first
 
 BACKOFF_S = 1.0  # before the first retry; doubles, with full jitter
@@ -125,8 +135,7 @@ BACKOFF_MAX_S = 300.0
 DEFER_S = 60.0  # after exit status 75 (EX_TEMPFAIL); doubles
 DEFER_MAX_S = 900.0
 DEFERRALS_MAX = 100
-LOST_MAX = 3  # a task that took its shell along so often is poison
-RESPAWN_MAX = 10  # tries while the system has no memory or process to spare
+LOST_MAX = 3  # a task that took a keeper of its own along so often is poison
 TOKEN_KEPT_S = 3600.0
 MAINTENANCE_S = 60.0  # between two rounds of pruning
 PRIORITY_MAX = 1_000_000
@@ -315,11 +324,15 @@ class Task(Value):
     cost: float
     max_tokens: int | None
     max_cost: float | None
+    cpu_s: float | None  # processor time of the last attempt
+    max_rss: int | None  # bytes: the largest memory of one of its processes
     run_id: str | None  # of the last attempt: the APEX_RUN_ID of all that it started
-    slot: int | None
+    keeper: str | None  # who has it
     boot_id: str | None
     request_id: int
     pid: int | None  # the command's own, while it runs
+    start_time: str | None  # of that PID
+    suspect: int  # it was lost with its keeper: it runs under one of its own
 
     @property
     def status(self) -> int:
@@ -330,9 +343,15 @@ class Task(Value):
 class Result(Value):
     """How a child ended, before policy: a status, a reason, or neither (lost)."""
 
-    exit_code: int | None
+    exit_code: int | None  # 128 and the signal's number when a signal ended it
+    signal: int | None
     reason: str | None  # why it did not start
-    never_ran: bool | None  # no go byte: nothing was executed
+    never_ran: bool | None  # nothing was executed
+    is_interrupted: bool | None  # the keeper was told to end as well
+    finished_at: float | None  # epoch seconds
+    ran_s: float | None
+    cpu_s: float | None
+    max_rss: int | None  # bytes
 
 
 class DaemonMetrics(Value):
@@ -607,6 +626,8 @@ def outcome_of(result: Result, wish: Outcome | None) -> Outcome | None:
         return wish
     if result.never_ran:
         return None
+    if result.is_interrupted:
+        return Outcome.INTERRUPTED
     if result.reason is not None:
         return Outcome.NOT_STARTED
     if result.exit_code is None:
@@ -638,7 +659,7 @@ def next_state(task: Task, outcome: Outcome, jitter: float) -> tuple[State, floa
         return State.QUEUED, 0.0
     if outcome == Outcome.DEFERRED and task.deferrals < DEFERRALS_MAX:
         return State.SCHEDULED, backoff(task.deferrals, DEFER_S, DEFER_MAX_S)
-    if outcome == Outcome.NOT_STARTED and is_passing(task.reason) and task.deferrals < RESPAWN_MAX:
+    if outcome == Outcome.NOT_STARTED and is_passing(task.reason):
         return State.SCHEDULED, backoff(task.deferrals, BACKOFF_S, DEFER_S)
     if outcome in (Outcome.FAILED, Outcome.TIMEOUT) and task.failures <= task.retries:
         return State.SCHEDULED, backoff(task.failures, BACKOFF_S, BACKOFF_MAX_S, jitter)
@@ -661,13 +682,17 @@ if sys.platform == "win32":
     class _Platform:
         """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
 
-        SURVIVES = False
         SHELL = ("cmd.exe", "/d", "/s", "/c")
         SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
         REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
-        CHILD: Mapping[str, Any] = {"creationflags": 0x200 | 0x08000000 | 0x4}
-        # CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW | CREATE_SUSPENDED; below: DETACHED_PROCESS
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
+        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
+        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
+        is_posix = False
+
+        def __init__(self) -> None:
+            self._jobs: dict[int, tuple[Any, int]] = {}  # of the keeper's children, by PID
+            self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
         def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
@@ -699,32 +724,52 @@ if sys.platform == "win32":
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
-        command_pid = staticmethod(lambda pid, deep=False: pid)
         kill = signal.SIGTERM
-        signal_group = staticmethod(lambda group, signum: None)
-        find_run = staticmethod(lambda run_id: [])
+        find_runs = staticmethod(lambda runs, folder: ([], True))
+        kill_run = staticmethod(lambda pid, run_id: None)
+        read_environment = staticmethod(lambda pid: {})
 
-        def new_job(self, process: subprocess.Popen[bytes]) -> int:
-            """Put a suspended process into a job that dies with this one."""
+        def spawn(self, word: Mapping[str, Any], log_fd: int, on_end: Callable[[], object]) -> int:
+            import subprocess
+
+            os.lseek(log_fd, 0, os.SEEK_END)  # the process knows nothing of O_APPEND
+            process = subprocess.Popen(
+                word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
+                cwd=word["cwd"], env=word["env"], creationflags=0x200 | 0x08000000 | 0x4,
+            )  # fmt: skip
+            # CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW | CREATE_SUSPENDED: the job comes first
             job = _KERNEL.CreateJobObjectW(None, None)
             limits = ctypes.create_string_buffer(144)  # JOBOBJECT_EXTENDED_LIMIT_INFORMATION
             struct.pack_into("<I", limits, 16, 0x2000)  # LimitFlags: KILL_ON_JOB_CLOSE
             _KERNEL.SetInformationJobObject(wintypes.HANDLE(job), 9, limits, 144)
             handle = wintypes.HANDLE(int(process._handle))  # type: ignore[attr-defined]
             _KERNEL.AssignProcessToJobObject(wintypes.HANDLE(job), handle)
-            return int(job)
+            self._jobs[process.pid] = process, int(job)
 
-        def resume(self, process: Any) -> None:
-            """Let a suspended process run."""
-            handle = wintypes.HANDLE(int(process._handle))
+            def wait() -> None:
+                process.wait()
+                self._ended.put(process.pid)
+                on_end()
+
+            try:
+                threading.Thread(target=wait, name=f"wait-{process.pid}", daemon=True).start()
+            except RuntimeError:
+                process.kill()
+                raise OSError(errno.EAGAIN, "no thread to wait for it", word["argv"][0]) from None
             ctypes.WinDLL("ntdll").NtResumeProcess(handle)
+            return process.pid
 
-        def end_job(self, job: int, close: bool = False) -> None:
-            """End all processes of a job, or let go of it."""
-            if close:
-                _KERNEL.CloseHandle(wintypes.HANDLE(job))
-            else:
-                _KERNEL.TerminateJobObject(wintypes.HANDLE(job), 1)
+        def reap(self, before: Callable[[int], object]) -> Iterator[tuple[int, dict[str, Any]]]:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    pid = self._ended.get_nowait()
+                    process, job = self._jobs.pop(pid)
+                    _KERNEL.CloseHandle(wintypes.HANDLE(job))  # what is left of it dies
+                    yield pid, {"code": process.returncode}
+
+        def signal_group(self, group: int, signum: int) -> None:
+            if group in self._jobs:  # there is no gentle way that every program understands
+                _KERNEL.TerminateJobObject(wintypes.HANDLE(self._jobs[group][1]), 1)
 
         def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -733,6 +778,15 @@ if sys.platform == "win32":
         def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
             return socket.create_connection(("127.0.0.1", int(endpoint["port"])), timeout_s)
 
+        def listen_near(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
+            return self.listen("")
+
+        def connect_near(self, path: str, endpoint: Mapping[str, Any]) -> socket.socket:
+            connection = socket.create_connection(("127.0.0.1", int(endpoint["port"])), 1.0)
+            connection.sendall(endpoint["token"].encode())
+            return connection
+
+        user = staticmethod(lambda: 0)
         is_peer_allowed = staticmethod(lambda connection: True)  # the token decides
         is_foreign = staticmethod(lambda info: False)  # ACLs say who may write
         is_root = staticmethod(lambda: False)
@@ -749,7 +803,9 @@ if sys.platform == "win32":
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
 
-        def bind(self, path: str | None, kind: int, owner: int | None = None) -> Any:
+        is_child_gone = staticmethod(lambda process: process.poll() is not None)
+
+        def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
 
         def network_file_system(self, path: str) -> str | None:
@@ -763,12 +819,12 @@ else:
     class _Platform:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
-        SURVIVES = True  # children outlive the daemon and are adopted by the next one
         SHELL = ("/bin/sh", "-c")
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
-        CHILD: Mapping[str, Any] = {"start_new_session": True}
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
+        KEEPER: tuple[Mapping[str, Any], ...] = (DETACHED,)
+        is_posix = True
         kill = signal.SIGKILL
         is_root = staticmethod(lambda: os.geteuid() == 0)
 
@@ -818,42 +874,104 @@ else:
                     os.killpg(group, signum)
                     os.killpg(group, signal.SIGCONT)
 
-        def find_run(self, run_id: str) -> list[int]:
-            """Return the PIDs of all that carry this APEX_RUN_ID (Linux; else none)."""
-            needle = b"\0APEX_RUN_ID=" + run_id.encode() + b"\0"
-            found = []
-            for name in os.listdir("/proc") if _HAS_PROC else ():
-                if name.isdigit():
-                    with contextlib.suppress(OSError):
-                        if needle in b"\0" + _environment(name):
-                            found.append(int(name))
-            return found
+        def find_runs(
+            self, runs: Mapping[str, int], folder: str
+        ) -> tuple[Sequence[tuple[str, int]], bool]:
+            """Return ([(run id, PID)] of all that carries one of these run ids, whether that is sure).
 
-        def command_pid(self, shell: int, deep: bool = False) -> int | None:
-            """Return the PID of the command that a shell of ours runs; None: not yet. (Linux)
-
-            deep: of a command that is itself a `sh -c` it is the one below, unless that shell
-            does more than run it. Elsewhere it is the shell's.
+            runs: {run id: the user it was started as}. What carries another state folder than
+            `folder`, one that exists, belongs to another project. Not sure: a process in the
+            midst of execve(2) shows no environment; look again. (Linux; else none, sure)
             """
-            pid = shell
+            found, is_sure, users = [], True, set(runs.values())
+            for name in filter(str.isdigit, os.listdir("/proc") if _HAS_PROC else ()):
+                with contextlib.suppress(OSError):
+                    user = os.stat(f"/proc/{name}").st_uid
+                    if user not in users:
+                        continue
+                    env = _environment(name)
+                    is_sure = is_sure and env is not None
+                    run = (env or {}).get("APEX_RUN_ID", "")
+                    if env and runs.get(run) == user:
+                        theirs = env.get("APEX_STATE_DIR", folder)
+                        if theirs == folder or not os.path.isdir(theirs):
+                            found.append((run, int(name)))
+            return found, is_sure
+
+        def kill_run(self, pid: int, run_id: str) -> None:
+            """SIGKILL a process if it, not another of its number, carries this run id."""
             with contextlib.suppress(OSError):
+                fd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
+                try:
+                    if (_environment(str(pid)) or {}).get("APEX_RUN_ID") == run_id:
+                        if fd < 0:
+                            os.kill(pid, signal.SIGKILL)
+                        else:
+                            signal.pidfd_send_signal(fd, signal.SIGKILL)
+                finally:
+                    if fd >= 0:
+                        os.close(fd)
+
+        def read_environment(self, pid: int) -> dict[str, str]:
+            """Return the environment a process was started with, {} when it cannot be read."""
+            with contextlib.suppress(OSError):
+                return _environment(str(pid)) or {}
+            return {}
+
+        def spawn(self, word: Mapping[str, Any], log_fd: int, on_end: Callable[[], object]) -> int:
+            """Start a child of the keeper, leader of a session of its own; return its PID.
+
+            word: `start` of the keeper's protocol. Raises OSError; `filename` is the program,
+            the folder, or the step that failed. (`on_end` is of Windows: here SIGCHLD tells.)
+            """
+            if word.get("limits") or word.get("nice") or word.get("ids"):
+                return _fork_child(word, log_fd)
+            import subprocess
+
+            process = subprocess.Popen(
+                word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
+                cwd=word["cwd"], env=word["env"], umask=word["umask"],
+                start_new_session=True, close_fds=False,  # all of the keeper's close on exec
+            )  # fmt: skip
+            process.returncode = 0  # `reap` collects it
+            return process.pid
+
+        def reap(self, before: Callable[[int], object]) -> Iterator[tuple[int, dict[str, Any]]]:
+            """Collect the children that have ended; yield (PID, {"code" or "signal", ...}).
+
+            before: called with the PID of each while it still holds its number, if the system
+            can tell (waitid(2); macOS before Python 3.13 cannot).
+            """
+            with contextlib.suppress(ChildProcessError):
                 while True:
-                    with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
-                        children = file.read().split()
-                    if len(children) != 1:
-                        return pid if pid != shell else None
-                    pid = int(children[0])
-                    with open(f"/proc/{pid}/cmdline", "rb") as file:
-                        words = file.read(4096).split(b"\0")
-                    is_shell = deep and words[:2] == [b"/bin/sh", b"-c"] and len(words) == 4
-                    if not is_shell or re.search(rb"\b(while|until|for|trap)\b", words[2]):
-                        return pid
-            return pid
+                    which = -1
+                    if sys.platform == "linux" or hasattr(os, "waitid"):
+                        peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+                        if peek is None:
+                            return
+                        which = peek.si_pid
+                        before(which)
+                    pid, status, used = os.wait4(which, os.WNOHANG)
+                    if pid == 0:
+                        return
+                    if which < 0:
+                        before(pid)
+                    is_signal = os.WIFSIGNALED(status)
+                    how = os.WTERMSIG(status) if is_signal else os.WEXITSTATUS(status)
+                    yield pid, {
+                        "signal" if is_signal else "code": how,
+                        "cpu_s": round(used.ru_utime + used.ru_stime, 6),
+                        "max_rss": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
+                    }
+
+        def is_child_gone(self, process: Any) -> bool:
+            """Tell whether a Popen has ended, and collect it."""
+            return process.poll() is not None
 
         def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
-            """Return {session: (processor seconds, resident bytes)}, leaders excepted (Linux).
+            """Return {session: (processor seconds, resident bytes)} (Linux; else {}).
 
-            The leaders are our shells. Processor time includes what waited-for children used.
+            Processor time includes what waited-for children used.
             """
             found: dict[int, tuple[float, int]] = {}
             tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
@@ -861,14 +979,14 @@ else:
                 with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
                     fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
                     session = int(fields[3])
-                    if session and session in sessions and session != int(name):
+                    if session and session in sessions:
                         cpu_s, memory = found.get(session, (0.0, 0))
                         cpu_s += sum(map(int, fields[11:15])) / tick
                         found[session] = (cpu_s, memory + int(fields[21]) * page)
             return found
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
-            """Return what Popen and the environment need for a child to act as user and group.
+            """Return ({"uid", "gid", "groups"}, environment) of a child that acts as user and group.
 
             Raises ValueError: there is no such, or only root may become it.
             """
@@ -884,7 +1002,7 @@ else:
                 groups = os.getgrouplist(account.pw_name, gid)
                 names = dict.fromkeys(("USER", "LOGNAME"), account.pw_name)
                 env = {**names, "HOME": account.pw_dir, "SHELL": account.pw_shell}
-                return {"user": account.pw_uid, "group": gid, "extra_groups": groups}, env
+                return {"uid": account.pw_uid, "gid": gid, "groups": groups}, env
             if (account.pw_uid, gid) != (os.geteuid(), os.getegid()):
                 raise ValueError("our own: only root can become another")
             return {}, {}
@@ -912,29 +1030,33 @@ else:
             os.close(writer)
             return os.fdopen(reader, "rb")
 
-        def bind(self, path: str | None, kind: int, owner: int | None = None) -> Any:
-            """Bind a Unix socket; return it and its path.
+        def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
+            """Bind a datagram socket that children, of the user `owner`, can reach.
 
-            At `path`, or in a new folder when that is None or too long. The umask is 077: there
-            is no moment in which others than `owner` could connect.
+            Return it and its path: `path`, or one in a folder outside when that is too long or
+            closed to `owner`. The umask is 077: nobody else could connect meanwhile.
             """
-            if path is None or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
-                import tempfile
-
-                path = os.path.join(tempfile.mkdtemp(prefix="apexd-"), "control.sock")
+            is_other = owner not in (None, os.geteuid())
+            if is_other or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+                folder = _outer_folder(os.path.dirname(os.path.dirname(path)))
+                path = os.path.join(folder, os.path.basename(path))
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # we hold the lock: it is a dead daemon's
-            bound = socket.socket(socket.AF_UNIX, kind)
+                os.unlink(path)  # a dead daemon's: we hold the lock
+            bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             bound.bind(path)
-            if owner is not None:
-                os.chown(path, owner, -1)
-                os.chmod(os.path.dirname(path), 0o711)
+            if is_other:
+                os.chown(path, owner or 0, -1)
             return bound, path
 
         def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
             """Open the control socket; return it and what `endpoint` says of it."""
             path = os.path.join(folder, "control.sock")
-            listener, path = Platform.bind(path, socket.SOCK_STREAM)
+            if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+                path = os.path.join(_outer_folder(folder), "control.sock")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # we hold the lock: it is a dead daemon's
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(path)
             listener.listen(128)
             return listener, {"socket": path}
 
@@ -948,6 +1070,33 @@ else:
                 connection.close()
                 raise
             return connection
+
+        def listen_near(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
+            """Listen at a path, however long; return the socket, and what a file beside it says."""
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            with _short_path(path) as name:
+                listener.bind(name)
+            listener.listen(16)
+            return listener, {"socket": os.path.basename(path)}
+
+        def connect_near(self, path: str, endpoint: Mapping[str, Any]) -> socket.socket:
+            """Connect to the socket that the file at `path` names. Raises OSError."""
+            place = os.path.join(os.path.dirname(path), os.path.basename(endpoint["socket"]))
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                connection.settimeout(1.0)
+                with _short_path(place) as name:
+                    connection.connect(name)
+                if not self.is_peer_allowed(connection):
+                    raise PermissionError(errno.EPERM, "another user's", place)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+
+        def user(self) -> int:
+            """Return the user whom our children are started as."""
+            return os.geteuid()
 
         def is_peer_allowed(self, connection: socket.socket) -> bool:
             """Tell whether the peer is root or our own user (SO_PEERCRED, unix(7))."""
@@ -985,8 +1134,6 @@ else:
             zero, length = ctypes.c_longlong(0), ctypes.c_longlong(size)
             return call is not None and bool(call(fd, 8, zero, length) == 0)
 
-        new_job = end_job = resume = staticmethod(lambda *args, **more: 0)  # of Windows alone
-
         def close_inherited(self) -> None:
             """Close every descriptor above 2 that came from the caller."""
             for name in os.listdir("/proc/self/fd" if _HAS_PROC else "/dev/fd"):
@@ -995,10 +1142,7 @@ else:
                         os.close(int(name))
 
         def reap_orphans(self, known: Callable[[int], bool]) -> None:
-            """Collect what a container's processes left to us as PID 1; never a child's.
-
-            A child taken by mistake would cost nothing: its status is in its record.
-            """
+            """Collect what a container's processes left to us as PID 1; never a known child."""
             if sys.platform == "linux":
                 with contextlib.suppress(ChildProcessError):
                     while True:
@@ -1007,22 +1151,105 @@ else:
                             return
                         os.waitpid(peek.si_pid, os.WNOHANG)
 
-    def _environment(pid: str) -> bytes:
-        """Return a process's environment; in the midst of execve(2) it shows none: wait."""
-        for _ in range(EXEC_MAX_MS):
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                data = file.read()
-            if data:
-                return data
+    def _environment(pid: str) -> dict[str, str] | None:
+        """Return a process's environment; None: it is in the midst of execve(2) and shows none."""
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            data = file.read()
+        if not data:
             with open(f"/proc/{pid}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
             is_kernels = int(fields[6]) & 0x200000  # PF_KTHREAD
             is_loaded = fields[23] != b"0"  # startcode, set after all that concerns us here
             was_given_none = is_loaded and fields[47] == fields[48]  # env_start, env_end
-            if fields[0] in b"ZX" or is_kernels or was_given_none:
-                break
-            threading.Event().wait(0.001)
-        return b""
+            return {} if fields[0] in b"ZX" or is_kernels or was_given_none else None
+        pairs = (item.partition("=") for item in os.fsdecode(data).split("\0"))
+        return {name: value for name, _, value in pairs}
+
+    def _fork_child(word: Mapping[str, Any], log_fd: int) -> int:
+        """Start a child that Popen cannot: with limits, another niceness, another user.
+
+        As root whatever needs root, then never again. Raises OSError, `filename` the step.
+        """
+        reader, writer = os.pipe()
+        null = os.open(os.devnull, os.O_RDONLY)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _become_child(word, (null, log_fd, log_fd), writer)
+            os.close(writer)
+            writer = -1
+            with open(reader, "rb", closefd=False) as file:
+                failure = file.read()  # end-of-file: exec closed it
+        finally:
+            for fd in (null, reader, writer):
+                if fd >= 0:
+                    os.close(fd)
+        if failure:
+            os.waitpid(pid, 0)
+            raise OSError(*json.loads(failure))
+        return pid
+
+    def _become_child(word: Mapping[str, Any], files: Sequence[int], writer: int) -> NoReturn:
+        """Go the way from fork to exec; tell (errno, text, step) when a step fails."""
+        import resource
+
+        step = "setsid"
+        try:
+            os.setsid()
+            for step, (soft, hard) in word.get("limits", {}).items():
+                resource.setrlimit(getattr(resource, step), (soft, hard))
+            step = "nice"
+            os.nice(word.get("nice", 0))
+            ids = word.get("ids")
+            if ids:
+                step = "user"
+                os.setgroups(ids["groups"])
+                os.setgid(ids["gid"])
+                os.setuid(ids["uid"])
+            failpoint("fork", os.getppid())
+            os.umask(word["umask"])
+            step = word["cwd"]
+            os.chdir(step)
+            for target, source in enumerate(files):
+                os.dup2(source, target)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)  # Python ignores them
+            step = word["argv"][0]
+            os.execvpe(step, word["argv"], word["env"])
+        except BaseException as error:
+            failure = getattr(error, "errno", None) or errno.EPERM
+            text = getattr(error, "strerror", None) or str(error)
+            os.write(writer, json.dumps([failure, text, step]).encode())
+        finally:
+            os._exit(127)
+
+    def _outer_folder(state_folder: str) -> str:
+        """Return a folder of ours for sockets that cannot be in the state folder; made if need be.
+
+        Its name is that of the state folder's inode: the next daemon finds it again.
+        """
+        info = os.stat(state_folder)
+        base = "/run" if os.geteuid() == 0 and os.path.isdir("/run") else "/tmp"
+        folder = f"{base}/apexd-{info.st_dev:x}-{info.st_ino:x}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        found = os.lstat(folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "is no folder of ours", folder)
+        os.chmod(folder, 0o711)
+        return folder
+
+    @contextlib.contextmanager
+    def _short_path(path: str) -> Iterator[str]:
+        """Give a name of a socket that fits into sun_path. (proc(5); else as it is)"""
+        if len(os.fsencode(path)) <= SOCKET_PATH_MAX_BYTES:
+            yield path
+            return
+        fd = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            yield f"/proc/self/fd/{fd}/{os.path.basename(path)}"
+        finally:
+            os.close(fd)
 
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
@@ -1037,13 +1264,22 @@ Platform = _Platform()
 _PASSED: list[str] = []
 
 
-def failpoint(name: str) -> None:
-    """Kill this process here when APEXD_FAILPOINT says "NAME" or "NAME:N", the Nth time."""
+def failpoint(name: str, pid: int = 0) -> None:
+    """Kill this process (or `pid`) when APEXD_FAILPOINT says "NAME" or "NAME:N", the Nth time."""
     wanted, _, count = os.environ.get("APEXD_FAILPOINT", "").partition(":")
     if wanted == name:
         _PASSED.append(name)
         if len(_PASSED) >= int(count or 1):
-            Platform.send(os.getpid(), Platform.kill)
+            Platform.send(pid or os.getpid(), Platform.kill)
+
+
+def reset_signals() -> None:
+    """Take back what the caller ignored or blocked, or children would inherit it."""
+    for ignored in signal.valid_signals() - {getattr(signal, "SIGPIPE", 0)}:
+        if signal.getsignal(ignored) == signal.SIG_IGN:
+            signal.signal(ignored, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 # ============================================================================
@@ -1188,6 +1424,25 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
             data = b"".join(data.splitlines(keepends=True)[offset:])
             return data, base + end
         return data, max(offset, base) + len(data)
+
+
+class LogWatch:
+    """Looks at the size of a log that may grow: ever more rarely while it does not."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._pause_s, self._size = LOG_CHECK_S, 0
+        self.due_mono = Clock.mono() + LOG_CHECK_S
+
+    def look(self, most_bytes: int) -> None:
+        """Cap the log if need be, and say (due_mono) when to look again."""
+        with contextlib.suppress(OSError, DaemonError):
+            size = os.stat(self.path).st_size
+            pause_s = min(2 * self._pause_s, LOG_CHECK_MAX_S)
+            self._pause_s = LOG_CHECK_S if size != self._size else pause_s
+            self._size = size
+            cap_log(self.path, most_bytes)
+        self.due_mono = Clock.mono() + self._pause_s
 
 
 # ============================================================================
@@ -1658,6 +1913,21 @@ class PidFile:
             os.close(fd)
 
 
+# Bytecode from a cache in the state folder and no site-packages: a quicker start, and no module
+# that lies beside apexd.py can stand in for one of the standard library.
+_BOOT = (
+    "import sys;from importlib.machinery import SourceFileLoader as L;"
+    "sys.pycache_prefix,__file__=sys.argv[1:3];del sys.argv[1:3];"
+    "code=L('apexd',__file__).get_code('apexd');sys.pycache_prefix=None;exec(code)"
+)
+
+
+def boot_command(folder: str) -> list[str]:
+    """Return the words that run this file for a project, from cached bytecode."""
+    cache = os.path.join(folder, "cache")
+    return [sys.executable, "-I", "-S", "-c", _BOOT, cache, os.path.abspath(__file__)]
+
+
 # ============================================================================
 # 9. STORE - the sqlite file: schema, migrations and every SQL statement
 #    Uses 1-8. Any thread, under one lock; one connection. Closed by: Daemon.
@@ -1665,7 +1935,7 @@ class PidFile:
 
 SCHEMA = """
 CREATE TABLE requests (                -- one row an `add` or `report`: a token never acts twice
-  id         INTEGER PRIMARY KEY,
+  id         INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again
   token      TEXT UNIQUE,
   cwd        TEXT,                     -- JSON string: what its tasks have in common
   env        TEXT,                     -- JSON object
@@ -1700,10 +1970,12 @@ CREATE TABLE tasks (                   -- intent
   tokens     INTEGER NOT NULL DEFAULT 0,
   cost       REAL NOT NULL DEFAULT 0,
   progress   REAL,
-  note       TEXT
+  note       TEXT,
+  suspect    INTEGER NOT NULL DEFAULT 0  -- it was lost with its keeper: its next one is its own
 );
 -- The claim: one probe a group, however many wait.
 CREATE INDEX tasks_ready ON tasks (grp, priority DESC, id) WHERE state = 'queued';
+CREATE INDEX tasks_suspect ON tasks (id) WHERE state = 'queued' AND suspect;
 CREATE INDEX tasks_due ON tasks (due_at) WHERE state = 'scheduled';
 CREATE INDEX tasks_state ON tasks (state, id);
 CREATE INDEX tasks_finished ON tasks (finished_at) WHERE finished_at IS NOT NULL;
@@ -1712,14 +1984,19 @@ CREATE TABLE attempts (                -- fact
   task_id    INTEGER NOT NULL,
   number     INTEGER NOT NULL,         -- from 1
   run_id     TEXT NOT NULL,
-  slot       INTEGER NOT NULL,
+  keeper     TEXT,                     -- NULL: of an apexd without keepers
   boot_id    TEXT NOT NULL,
   started_at REAL NOT NULL,
+  pid        INTEGER,                  -- the command's, soon after its start
+  start_time TEXT,                     -- of that PID
   finished_at REAL,
   wish       TEXT,                     -- committed before the first signal
   outcome    TEXT,                     -- NULL while it runs
-  exit_code  INTEGER,
+  exit_code  INTEGER,                  -- 128 and the signal's number when a signal ended it
+  signal     INTEGER,
   reason     TEXT,
+  cpu_s      REAL,
+  max_rss    INTEGER,                  -- bytes
   PRIMARY KEY (task_id, number)
 ) WITHOUT ROWID;
 CREATE TABLE deps (                    -- child comes after parent
@@ -1747,7 +2024,27 @@ CREATE TRIGGER tasks_removed AFTER DELETE ON tasks BEGIN
   UPDATE counts SET n = n - 1 WHERE state = old.state AND grp = old.grp;
 END;
 """
-MIGRATIONS = (SCHEMA,)  # script i brings `PRAGMA user_version` i to i + 1
+# Script i brings `PRAGMA user_version` i to i + 1; a new database has SCHEMA at once.
+MIGRATIONS = (
+    "",
+    """
+    ALTER TABLE tasks ADD COLUMN suspect INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX tasks_suspect ON tasks (id) WHERE state = 'queued' AND suspect;
+    ALTER TABLE attempts RENAME TO old_attempts;
+    ALTER TABLE requests RENAME TO old_requests;
+    """
+    + "".join(re.findall(r"CREATE TABLE (?:requests|attempts) .*?;\n", SCHEMA, re.S))
+    + """
+    INSERT INTO requests SELECT * FROM old_requests;
+    INSERT INTO attempts (task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome,
+                          exit_code, reason)
+    SELECT task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome, exit_code,
+           reason
+    FROM old_attempts;
+    DROP TABLE old_attempts;
+    DROP TABLE old_requests;
+    """,
+)
 PRAGMAS = (
     "busy_timeout = 5000",
     "cache_size = -1000",  # KiB; the system caches the rest
@@ -1794,7 +2091,8 @@ class Database:
                 raise
 
     def _migrate(self, version: int) -> None:
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        steps = enumerate(MIGRATIONS[version:], version + 1)
+        for number, script in steps if version else [(len(MIGRATIONS), SCHEMA)]:
             self._db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number};")
             failpoint("migration")
             self._db.execute("COMMIT")
@@ -1844,7 +2142,8 @@ class Database:
 
 _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
-SELECT t.*, a.started_at, a.outcome, a.exit_code, a.reason, a.wish, a.run_id, a.slot, a.boot_id,
+SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
+       a.boot_id, a.pid, a.start_time, a.cpu_s, a.max_rss,
        (SELECT cwd FROM requests WHERE id = t.request_id) AS cwd
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
@@ -1913,12 +2212,10 @@ def read_options(given: Mapping[str, Any], config: Config) -> SimpleNamespace:
 def _row_to_task(row: sqlite3.Row, after: Sequence[str] = ()) -> Task:
     fields = dict(zip(row.keys(), row))
     del fields["open_deps"]
-    exit_code = fields["exit_code"]
     fields["group"] = fields.pop("grp")
     fields["command"] = json.loads(fields["command"])
     fields["cwd"] = json.loads(fields["cwd"])
     fields["state"] = State(fields["state"])
-    fields["signal"] = exit_code - 128 if exit_code and 128 < exit_code < 193 else None
     for name in ("outcome", "wish"):
         fields[name] = Outcome(fields[name]) if fields[name] else None
     return Task(after=list(after), **fields)
@@ -2058,7 +2355,7 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
         db.execute(
             """
             UPDATE tasks SET open_deps = ?, progress = NULL, failures = 0, losses = 0,
-                             deferrals = 0, tokens = 0, cost = 0
+                             suspect = 0, deferrals = 0, tokens = 0, cost = 0
             WHERE id = ?
             """,
             (open_deps, named),
@@ -2101,7 +2398,7 @@ def make_state_folder(folder: str) -> None:
     try:
         for part in ("", "run", "logs", "cache"):
             os.makedirs(os.path.join(folder, part), mode=0o700, exist_ok=True)
-        if Platform.SURVIVES and os.stat(folder).st_mode & 0o077:
+        if Platform.is_posix and os.stat(folder).st_mode & 0o077:
             os.chmod(folder, 0o700)  # made by hand, for its configuration
     except OSError as error:
         raise cannot_create(folder, error) from None
@@ -2309,69 +2606,87 @@ class AttemptStore:
         self._contexts: dict[int, tuple[dict[str, str], int | None]] = {}
 
     def turn(
-        self, finished: Sequence[tuple[Task, Result]], slots: Sequence[int],
-        busy: Mapping[str, int], on_claim: Callable[[Task], None] = lambda task: None,
+        self, finished: Sequence[tuple[Task, Result]], begun: Sequence[tuple[Task, Begun]],
+        room: int, busy: Mapping[str, int], find_keeper: Callable[[bool], str | None],
     ) -> list[Task]:  # fmt: skip
         """One transaction: record all that finished, promote what is due, claim what fits.
 
-        slots: the free ones; busy: running attempts by group. Return what was claimed; each
-        is given to `on_claim` before the commit, to be prepared meanwhile.
+        room: how many more can run; busy: running attempts by group; find_keeper: gives the
+        keeper of a task, of a suspect one (True), or None. Return what was claimed.
         """
         with self._database.write() as db:
             for task, result in finished:
                 self._finish(db, task, result)
+            sql = "UPDATE attempts SET pid = ?, start_time = ? WHERE task_id = ? AND number = ?"
+            rows = [(what.pid, what.start_time, task.id, task.attempts) for task, what in begun]
+            db.executemany(sql, rows)
             sql = "SELECT id, due_at FROM tasks INDEXED BY tasks_due WHERE state = 'scheduled'"
             self.next_due = None
             for task_id, self.next_due in db.execute(sql + " ORDER BY due_at LIMIT 20").fetchall():
                 if self.next_due is None or self.next_due > Clock.now():
                     break
                 set_state(db, task_id, State.SCHEDULED, State.QUEUED)
-            ready = self._find_ready(db, len(slots), busy) if slots else []
-            claimed = [self._claim(db, task_id, slot) for task_id, slot in zip(ready, slots)]
-            for task in claimed:
-                on_claim(task)
+            claimed = []
+            for task_id, keeper in self._find_ready(db, room, busy, find_keeper) if room else ():
+                claimed.append(self._claim(db, task_id, keeper))
                 failpoint("claim")
         return claimed
 
-    def _find_ready(self, db: sqlite3.Connection, room: int, busy: Mapping[str, int]) -> list[int]:
-        """Return the ids to claim: one probe a group, then the best over the groups."""
+    def _find_ready(
+        self, db: sqlite3.Connection, room: int, busy: Mapping[str, int],
+        find_keeper: Callable[[bool], str | None],
+    ) -> list[tuple[int, str]]:  # fmt: skip
+        """Return (id, keeper) to claim: one probe a group, then the best over the groups."""
         sql = """
             SELECT grp FROM counts
             WHERE state = 'queued' AND n > 0
               AND NOT EXISTS (SELECT 1 FROM paused WHERE grp IN (counts.grp, '*'))
         """
-        found: list[tuple[int, int]] = []
-        for (group,) in db.execute(sql).fetchall():
+        groups = db.execute(sql).fetchall()
+        shared = find_keeper(False) if groups else None
+        if shared is None:
+            return []
+        sql = "SELECT 1 FROM tasks INDEXED BY tasks_suspect WHERE state = 'queued' AND suspect"
+        private = find_keeper(True) if db.execute(sql + " LIMIT 1").fetchone() else None
+        found: list[tuple[int, int, int]] = []
+        for (group,) in groups:
             section = self._store.config.groups.get(group)
             limit = section.max_concurrent if section else None
             most = room if limit is None else min(room, limit - busy.get(group, 0))
             rows = db.execute(
                 """
-                SELECT -priority, id FROM tasks
-                WHERE state = 'queued' AND grp = ?
+                SELECT -priority, id, suspect FROM tasks
+                WHERE state = 'queued' AND grp = ? AND suspect <= ?
                 ORDER BY priority DESC, id
                 LIMIT ?
                 """,
-                (group, max(most, 0)),
+                (group, private is not None, max(most, 0)),
             )
             found += map(tuple, rows)
-        return [task_id for _, task_id in sorted(found)[:room]]
+        ready = []
+        for _, task_id, is_suspect in sorted(found)[:room]:
+            if not is_suspect:
+                ready.append((task_id, shared))
+            elif private is not None:  # one at a time
+                ready.append((task_id, private))
+                private = None
+        return ready
 
-    def _claim(self, db: sqlite3.Connection, task_id: int, slot: int) -> Task:
+    def _claim(self, db: sqlite3.Connection, task_id: int, keeper: str) -> Task:
         set_state(db, task_id, State.QUEUED, State.RUNNING)
         db.execute(
             """
-            INSERT INTO attempts (task_id, number, run_id, slot, boot_id, started_at)
+            INSERT INTO attempts (task_id, number, run_id, keeper, boot_id, started_at)
             SELECT id, attempts, ?, ?, ?, ? FROM tasks WHERE id = ?
             """,
-            (f"{task_id}-{os.urandom(8).hex()}", slot, self._boot_id, Clock.now(), task_id),
+            (f"{task_id}-{os.urandom(8).hex()}", keeper, self._boot_id, Clock.now(), task_id),
         )
         return _row_to_task(db.execute(_TASK_SQL + "WHERE t.id = ?", (task_id,)).fetchone())
 
     def _finish(self, db: sqlite3.Connection, task: Task, result: Result) -> None:
         """Record one result; an attempt that is finished already changes nothing."""
-        at: dict[str, Any] = {"id": task.id, "run": task.run_id, "now": Clock.now()}
-        at.update(number=task.attempts, code=result.exit_code, reason=result.reason)
+        at: dict[str, Any] = {"id": task.id, "run": task.run_id, "number": task.attempts}
+        at.update(result.to_dict(), now=result.finished_at or Clock.now())
         where = "WHERE task_id = :id AND number = :number AND run_id = :run AND outcome IS NULL"
         sql = "SELECT wish, EXISTS (SELECT 1 FROM deps WHERE parent = :id) FROM attempts"
         row = db.execute(f"{sql} {where}", at).fetchone()
@@ -2383,15 +2698,21 @@ class AttemptStore:
             db.execute("UPDATE tasks SET attempts = attempts - 1 WHERE id = :id", at)
             set_state(db, task.id, State.RUNNING, State.QUEUED)
             return
-        sql = "UPDATE attempts SET outcome = :how, exit_code = :code, reason = :reason,"
-        db.execute(f"{sql} finished_at = :now {where}", {**at, "how": outcome.value})
+        sql = """
+            UPDATE attempts SET outcome = :how, exit_code = :exit_code, signal = :signal,
+                                reason = :reason, cpu_s = :cpu_s, max_rss = :max_rss,
+                                finished_at = :now
+        """
+        db.execute(f"{sql} {where}", {**at, "how": outcome.value})
         if outcome != Outcome.OK:
             at["failed"] = outcome in (Outcome.FAILED, Outcome.TIMEOUT)
             at["lost"] = outcome == Outcome.LOST
             at["deferred"] = outcome == Outcome.DEFERRED or is_passing(result.reason)
             db.execute(
                 """
-                UPDATE tasks SET failures = failures + :failed, losses = losses + :lost,
+                UPDATE tasks SET failures = failures + :failed,
+                                 losses = losses + (:lost AND suspect),
+                                 suspect = max(suspect, :lost),
                                  deferrals = deferrals + :deferred
                 WHERE id = :id
                 """,
@@ -2451,60 +2772,908 @@ class AttemptStore:
 
 
 # ============================================================================
-# 10. CHILD - the attempt protocol: start, adopt, wait, stop
-#     Uses 1-9. One thread a child (its slot's); `end` from any. Closed by: wait.
+# 10. KEEPER - the process that owns all children, and the daemon's end of it
+#     Uses 1-9. Keeper: a process of one thread. Keepers: one thread looks, any
+#     sends. Closed by: whoever made it.
 # ============================================================================
 
-# What lets a daemon die without losing a task, or running it twice:
+# What owns the children must be so small that it does not die. So they are children of a
+# keeper: a second process of this file, of one thread, that does nothing else. A daemon that is
+# killed or replaced hangs up; the keeper and the children do not notice, and the next daemon
+# connects and asks. The words, each a frame of JSON (fields are only ever added):
 #
-#   The daemon opens the slot's exit record and the attempt's log, locks both (flock), and
-#   starts /bin/sh with them: the locks belong to the open files, so the shell keeps them
-#   when the daemon dies. The shell waits for one line, the go byte; at end-of-file, because
-#   the daemon died first, it runs nothing and writes `x`. Before go the claim is on disk, and
-#   the daemon's note (run id, PID, boot) in the record: with PID 0 before there is a shell, so
-#   what it knew of the last run is kept. The shell runs the command in a subshell that has the
-#   log but not the record, outlives every signal it can, and writes the status at offset 0; the
-#   record is pre-filled, so a full disk cannot lose a result.
+#   keeper  hello {keeper: 1, pid, file: [device, inode], runs: [{run, pid, at, age_s}], ended: [run]}
+#           started {run, pid, at} | failed {run, errno, what, text}
+#           exited {run, code | signal, at, ran_s, cpu_s, max_rss}
+#   daemon  start {run, argv, cwd, env, umask, log, sweep, limits, nice, ids}
+#           signal {run, number}; end {run, number, grace}; forget {runs}; quit
 #
-#   Whoever ends an attempt commits the reason (attempts.wish) before the first signal.
-#
-#   The next daemon reads the records, in an order that never guesses:
-#     a. a valid status           -> finished
-#     b. no note of this run or one
-#        without PID, or `x`      -> never ran; back to the queue, not counted
-#     c. another boot             -> lost
-#     d. the record is locked     -> the shell lives: adopt it, wait for the lock
-#     e. else no status can come  -> read once more, end what is left, then lost
-#   A free lock does not prove death: in (e) a command may run on without its shell. So all
-#   that carries the run id is killed, and the group, and the log's lock awaited, first.
-
-_SCRIPT = """
-exec 3>&2 4>&1 >/dev/null 2>&1
-trap ax_end=1 HUP INT QUIT PIPE ALRM TERM USR1 USR2 XCPU XFSZ VTALRM PROF
-trap 'echo "${ax_status-e$?}" >&3' EXIT
-read -r ax_go || { ax_status=x; exit 0; }
-( trap - EXIT; ${ax_end:+exit 143}; exec 3>&- </dev/null >&4 2>&4 4>&-; %s "$@" )
-ax_status=$?; exit "$ax_status"
-"""
-_STATUS = re.compile(rb"(\d+|e\d*|x)\n")
+#   - An attempt is on disk, with the name of its keeper, before `start` is sent; its result is
+#     on disk before `forget` is sent. What was not forgotten is told again to each daemon.
+#   - A keeper has one daemon. When the next one connects, it closes the former connection and
+#     drops what it had not read of it, then greets: a run that `hello` does not name, neither
+#     among `runs` nor among `ended`, never will start.
+#   - The keeper never waits for its daemon. Without one it appends what ends to its file,
+#     run/keeper-NAME, and leaves, with the line `left`, when the last child has ended.
+#   - It holds the lock of its file for life; a child inherits that until its exec. While the
+#     lock is held nothing is concluded. When it is free, the keeper is gone: a result in the file
+#     counts; with `left` there was no other run; else no status can ever come, and what
+#     carries the run id, the state folder and the user of the run is ended before it is `lost`.
 
 
-class Job(Value):
-    """What a child is to run, and where it leaves its traces."""
+class Begun(Value):
+    """What a keeper tells of a run that lives."""
+
+    pid: int
+    start_time: str | None
+    age_s: float  # how long it has run
+    is_adopted: bool  # it was started by a former daemon
+
+
+def describe_end(result: Result) -> str:
+    """Say in a few words how a child ended."""
+    if result.never_ran or result.reason:
+        return result.reason or "it never ran"
+    if result.signal is not None:
+        return f"signal {result.signal}"
+    return "lost" if result.exit_code is None else f"exit {result.exit_code}"
+
+
+def read_result(word: Mapping[str, Any]) -> Result:
+    """Turn `exited` or `failed` into a Result. Raises ValueError, TypeError, KeyError."""
+    if word["type"] == "failed":
+        name, what = errno.errorcode.get(int(word["errno"]), "EINVAL"), str(word["what"])
+        is_missing = name == "ENOENT" and "/" not in what
+        text = "command not found" if is_missing else str(word["text"])
+        code = 127 if name == "ENOENT" else 126
+        return Result(exit_code=code, reason=f"spawn:{name} {what:.200}: {text}")
+    fields = {key: word.get(key) for key in ("ran_s", "cpu_s", "max_rss")}
+    fields.update(finished_at=float(word["at"]), is_interrupted=word.get("interrupted"))
+    if "signal" in word:
+        number = int(word["signal"])
+        return Result(exit_code=128 + number, signal=number, **fields)
+    return Result(exit_code=int(word["code"]), **fields)
+
+
+def pack_frame(message: Mapping[str, Any]) -> bytes:
+    """Return a message as a frame: four bytes of length, big-endian, and JSON."""
+    data = json.dumps(message).encode()
+    return struct.pack(">I", len(data)) + data
+
+
+def take_frames(inbox: bytearray) -> Iterator[dict[str, Any]]:
+    """Yield the whole frames at the head of a buffer, and remove them. Raises ValueError."""
+    while len(inbox) >= 4:
+        (length,) = struct.unpack_from(">I", inbox)
+        if not 0 < length <= 2 * FRAME_MAX_BYTES:
+            raise ValueError(f"a frame of {length} bytes")
+        if len(inbox) < 4 + length:
+            return
+        message = json.loads(inbox[4 : 4 + length])
+        del inbox[: 4 + length]
+        if not isinstance(message, dict):
+            raise ValueError("a frame that is no object")
+        yield message
+
+
+class _Child:
+    """What a keeper knows of a living child."""
+
+    __slots__ = ("at", "began_mono", "is_swept", "kill_mono", "pid", "run")
+
+    def __init__(self, run: str, pid: int, is_swept: bool) -> None:
+        self.run, self.pid, self.is_swept = run, pid, is_swept
+        self.at, self.began_mono = Platform.start_time(pid), Clock.mono()
+        self.kill_mono = float("inf")
+
+
+class Keeper:
+    """The process that owns the children: a loop that starts, ends, reaps them and tells.
+
+    It wakes only for a child or a word. Life: run, until nobody needs it any more.
+    """
+
+    def __init__(self, folder: str, name: str) -> None:
+        self._path = os.path.join(folder, "run", "keeper-" + name)
+        self._children: dict[int, _Child] = {}  # by PID
+        self._runs: dict[str, _Child] = {}
+        self._ended: dict[str, dict[str, Any]] = {}  # results, until they are forgotten
+        self._written: set[str] = set()  # of these, those that the file has
+        self._untold: deque[dict[str, Any]] = deque()  # words for the daemon that is connected
+        self._inbox, self._outbox = bytearray(), bytearray()
+        self._daemon: socket.socket | None = None
+        self._is_wanted = True  # until `quit`, or a hang-up, or no daemon came
+        self._is_terminated = False
+        self._patience_mono = Clock.mono() + KEEPER_PATIENCE_S
+        self._selector = selectors.DefaultSelector()
+        self._waker, wakee = socket.socketpair()
+        for end in (self._waker, wakee):
+            end.setblocking(False)
+        self._selector.register(wakee, selectors.EVENT_READ, "wake")
+        self._listener, self._endpoint = Platform.listen_near(self._path + ".sock")
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, "listen")
+        self._fd = self._make_file()
+
+    def _make_file(self) -> int:
+        """Make the file: it appears whole and locked."""
+        fd = open_file(self._path + ".new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        Platform.lock(fd)
+        head = {"keeper": KEEPER_PROTOCOL, "pid": os.getpid(), "boot": Platform.boot_id()}
+        os.write(fd, json.dumps({**head, **self._endpoint}).encode() + b"\n")
+        insist(os.rename, self._path + ".new", self._path)
+        return fd
+
+    def run(self) -> int:
+        """Serve until nobody needs it; return the exit status."""
+        self._take_signals()
+        while self._is_needed() or self._find_unwritten():
+            ready = {key.data: key for key, _ in self._selector.select(self._next_wake_s())}
+            if "wake" in ready:
+                with contextlib.suppress(BlockingIOError):
+                    ready["wake"].fileobj.recv(4096)  # type: ignore[union-attr]
+            if "listen" in ready:  # first: what a former daemon sent and nobody read is dropped
+                self._meet()
+            elif "daemon" in ready:
+                self._read()
+            for pid, how in Platform.reap(self._sweep):
+                self._note_end(pid, how)
+            self._kill_late()
+            self._write()
+            self._tell()
+        self._leave()
+        return 0
+
+    def _take_signals(self) -> None:
+        """Let signals wake the loop; none is ignored, or children would ignore it, too."""
+
+        def note(number: int, _: object) -> None:
+            self._is_terminated |= number == signal.SIGTERM
+
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for name in Platform.SIGNALS:
+            signal.signal(getattr(signal, name), note)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._waker.send(b"x")
+
+    def _next_wake_s(self) -> float | None:
+        times = [child.kill_mono for child in self._children.values()]
+        if self._daemon is None:
+            times.append(Clock.mono() + 1.0 if self._find_unwritten() else self._patience_mono)
+        first = min(times, default=float("inf"))
+        return None if first == float("inf") else max(first - Clock.mono(), 0.0)
+
+    def _is_needed(self) -> bool:
+        if self._daemon is None and Clock.mono() >= self._patience_mono:
+            self._is_wanted = False
+        return bool(self._children) or (self._is_wanted and not self._is_terminated)
+
+    def _find_unwritten(self) -> list[dict[str, Any]]:
+        return [word for run, word in self._ended.items() if run not in self._written]
+
+    def _meet(self) -> None:
+        """Take the next daemon in the place of the former one, and greet it."""
+        try:
+            peer = self._listener.accept()[0]
+        except OSError:
+            threading.Event().wait(0.05)  # no descriptor: do not spin
+            return
+        peer.settimeout(1.0)
+        token = self._endpoint.get("token", "")
+        with contextlib.suppress(OSError):
+            shown = peer.recv(len(token), socket.MSG_WAITALL).decode("ascii", "replace")
+            if shown == token and Platform.is_peer_allowed(peer):
+                self._drop_daemon()
+                peer.setblocking(False)
+                self._daemon, self._is_wanted = peer, True
+                self._patience_mono = float("inf")
+                self._selector.register(peer, selectors.EVENT_READ, "daemon")
+                info, now = os.fstat(self._fd), Clock.mono()
+                runs = [
+                    {"run": c.run, "pid": c.pid, "at": c.at, "age_s": round(now - c.began_mono, 3)}
+                    for c in self._children.values()
+                ]
+                hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid()}
+                hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
+                self._untold.extend((hello, *self._ended.values()))
+                return
+        peer.close()
+
+    def _drop_daemon(self) -> None:
+        if self._daemon is not None:
+            self._selector.unregister(self._daemon)
+            self._daemon.close()
+        self._daemon = None
+        self._inbox, self._outbox = bytearray(), bytearray()
+        self._untold.clear()
+
+    def _hang_up(self) -> None:
+        """Go on without a daemon: what was not forgotten goes to the file."""
+        self._drop_daemon()
+        self._is_wanted = False
+        if os.fstat(self._fd).st_nlink == 0:  # the project was removed
+            for child in self._children.values():
+                Platform.signal_group(child.pid, Platform.kill)
+            self._is_terminated = True
+
+    def _read(self) -> None:
+        assert self._daemon is not None
+        try:
+            data = self._daemon.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._inbox += data
+        try:
+            for word in take_frames(self._inbox):
+                act = getattr(self, "_do_" + str(word["type"]), None)
+                if act is not None:
+                    act(word)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            data = b""  # not our protocol
+        if not data:
+            self._hang_up()
+
+    def _do_start(self, word: dict[str, Any]) -> None:
+        run = str(word["run"])
+        failpoint("read")
+        if run in self._ended:
+            self._untold.append(self._ended[run])
+        elif run not in self._runs:
+            try:
+                if self._is_terminated:
+                    raise OSError(errno.EAGAIN, "the keeper was told to end", "keeper")
+                child = self._spawn(run, word)
+            except (OSError, ValueError) as error:
+                self._note_failure(run, error, str(word["argv"][0]))
+                return
+            self._children[child.pid] = self._runs[run] = child
+        if run in self._runs:
+            child = self._runs[run]
+            told = {"type": "started", "run": run, "pid": child.pid, "at": child.at}
+            self._untold.append(told)
+
+    def _spawn(self, run: str, word: dict[str, Any]) -> _Child:
+        path = str(word["log"])
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | (_O_SAFE if path != os.devnull else 0)
+        try:
+            log_fd = os.open(path, flags, 0o600)
+        except FileNotFoundError:  # removed by somebody
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            log_fd = os.open(path, flags, 0o600)
+        try:
+            Platform.lock(log_fd, shared=True)
+            pid = Platform.spawn(word, log_fd, self._wake)
+        finally:
+            os.close(log_fd)
+        failpoint("spawn")
+        return _Child(run, pid, bool(word.get("sweep")))
+
+    def _note_failure(self, run: str, error: Exception, what: str) -> None:
+        number = getattr(error, "errno", None) or errno.EINVAL
+        text = getattr(error, "strerror", None) or str(error)
+        what = getattr(error, "filename", None) or what
+        word = {"type": "failed", "run": run, "errno": number, "what": str(what), "text": text}
+        self._ended[run] = word
+        self._untold.append(word)
+
+    def _do_signal(self, word: dict[str, Any]) -> None:
+        if word["run"] in self._runs:
+            Platform.send(self._runs[word["run"]].pid, int(word["number"]))
+
+    def _do_end(self, word: dict[str, Any]) -> None:
+        child = self._runs.get(word["run"])
+        if child is not None:
+            child.is_swept = True
+            child.kill_mono = min(child.kill_mono, Clock.mono() + float(word["grace"]))
+            Platform.signal_group(child.pid, int(word["number"]))
+
+    def _do_forget(self, word: dict[str, Any]) -> None:
+        for run in word["runs"]:
+            self._ended.pop(run, None)
+            self._written.discard(run)
+
+    def _do_quit(self, word: dict[str, Any]) -> None:
+        self._is_wanted = False
+
+    def _sweep(self, pid: int) -> None:
+        """End a child's group while its dead leader still holds the number."""
+        child = self._children.get(pid)
+        if child is not None and child.is_swept:
+            Platform.signal_group(pid, Platform.kill)
+
+    def _note_end(self, pid: int, how: dict[str, Any]) -> None:
+        child = self._children.pop(pid, None)
+        if child is None:
+            return
+        del self._runs[child.run]
+        failpoint("exited")
+        word = {"type": "exited", "run": child.run, "at": round(Clock.now(), 3), **how}
+        word["ran_s"] = round(Clock.mono() - child.began_mono, 6)
+        if self._is_terminated and "signal" in how:
+            word["interrupted"] = True
+        self._ended[child.run] = word
+        self._untold.append(word)
+
+    def _kill_late(self) -> None:
+        now = Clock.mono()
+        for child in self._children.values():
+            if now >= child.kill_mono:
+                child.kill_mono = now + 1.0
+                Platform.signal_group(child.pid, Platform.kill)
+
+    def _write(self) -> None:
+        """Append the results that no daemon hears; a torn line must not swallow the next."""
+        if self._daemon is not None and self._is_needed():
+            return
+        with contextlib.suppress(OSError):  # a full disk: tried again each second
+            for word in self._find_unwritten():
+                line = f"\n{json.dumps(word)}\n".encode()
+                if os.write(self._fd, line) < len(line):
+                    return
+                self._written.add(word["run"])
+
+    def _tell(self) -> None:
+        """Send what there is to tell, as far as the daemon takes it."""
+        if self._daemon is None:
+            self._untold.clear()
+            return
+        try:
+            while self._untold or self._outbox:
+                while self._untold and len(self._outbox) < KEEPER_BUFFER_BYTES:
+                    self._outbox += pack_frame(self._untold.popleft())
+                del self._outbox[: self._daemon.send(self._outbox)]
+            mask = selectors.EVENT_READ
+        except BlockingIOError:
+            mask = selectors.EVENT_READ | selectors.EVENT_WRITE
+        except OSError:
+            self._hang_up()
+            return
+        if self._selector.get_key(self._daemon).events != mask:
+            self._selector.modify(self._daemon, mask)
+
+    def _leave(self) -> None:
+        """Say that all results are in the file; then let go of it."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path + ".sock")
+        with contextlib.suppress(OSError):
+            os.fsync(self._fd)
+            os.write(self._fd, b'\n{"type": "left"}\n')
+
+
+def run_keeper(folder: str, name: str) -> int:
+    """Be a keeper, with nothing of its daemon's; return its exit status."""
+    Platform.close_inherited()
+    os.umask(0o077)
+    os.chdir(folder)
+    reset_signals()
+    return Keeper(folder, name).run()
+
+
+class Ward(Value):
+    """What the daemon knows of a child; `tell` gets Begun once or never, then a Result once.
+
+    It is called by the thread that looks, with no lock held.
+    """
 
     run_id: str
-    argv: list[str]
-    cwd: str
-    env: dict[str, str]
-    umask: int | None
-    limits: Any  # memory_mb, cpu_seconds, open_files, processes, nice
-    identity: Any  # of Platform.identity: None: our own user
-    record_path: str
+    keeper: str | None  # its name; None: of a version that had none
+    boot_id: str
+    user: int  # it was started as
     log_path: str
-    stop_signal: str  # "TERM"
-    stop_timeout_s: float
-    is_process: bool | None  # nothing of it may outlive its command
-    note: dict[str, Any] | None  # what the record is to say on top
+    is_process: bool  # nothing of it may outlive its command
+    tell: Callable[[str, Begun | Result], None]
+    pid: int | None
+    start_time: str | None
+    is_settled: bool | None  # its keeper knows it, or will
+    ending: tuple[int, float] | None  # signal, monotonic time of the KILL
+    result: Result | None  # told, while what is left of it is ended
+    sweep_at: float | None  # monotonic: the next look for what is left of it
+    pause_s: float
+    since_mono: float | None  # of the first such look
+
+
+class _Link:
+    """The way to one keeper: starting -> reaching -> greeted; again, or gone."""
+
+    def __init__(self, name: str, process: Any = None, is_private: bool = False) -> None:
+        self.name, self.process, self.is_private = name, process, is_private
+        self.connection: socket.socket | None = None
+        self.is_greeted = self.is_foreign = self.is_quitting = False
+        self.pid = 0
+        self.file_id: list[int] = []
+        self.retry_mono = 0.0
+        self.pause_s = 0.002
+        self.asked_mono: float | None = Clock.mono()  # since when it owes an answer
+        self.inbox, self.outbox = bytearray(), bytearray()
+
+    def is_silent(self) -> bool:
+        """Tell whether it has owed an answer for too long."""
+        owes = self.asked_mono
+        return owes is not None and Clock.mono() - owes > KEEPER_ANSWER_S
+
+
+class Keepers:
+    """The daemon's end of its keepers: it starts them, starts and ends children, learns results.
+
+    Any thread may call it; one of them calls `look` in a loop: there words are read, and what
+    ended runs left is ended. Life: adopt what ran, open -> look ... -> close.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = os.path.abspath(folder)
+        self._lock = threading.RLock()  # guards all that follows
+        self._links: dict[str, _Link] = {}
+        self._wards: dict[str, Ward] = {}  # by run id, until it is forgotten
+        self._sweeping: dict[str, Ward] = {}  # whose end is known, but not yet told
+        self._told: list[tuple[Ward, Begun | Result]] = []
+        self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
+        self._is_open = False
+        self._next_spawn = 0.0  # monotonic
+        self.obstacle = "it is being started"  # why no keeper stands
+        self.on_standing: Callable[[], None] = lambda: None
+        self.is_owner: Callable[[], bool] = lambda: True  # of the project, still
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._wakee = socket.socketpair()
+        for end in (self._waker, self._wakee):
+            end.setblocking(False)
+        self._selector.register(self._wakee, selectors.EVENT_READ, self._calm)
+
+    def _calm(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wakee.recv(4096)
+
+    def wake(self) -> None:
+        """Make `look` return; a wakeup is kept until it did."""
+        with contextlib.suppress(OSError):  # full: it is awake
+            self._waker.send(b"x")
+
+    def adopt(self, ward: Ward) -> None:
+        """Find out what became of a former daemon's run; before `open`."""
+        with self._lock:
+            self._wards[ward.run_id] = ward
+
+    def open(self, *kinds: str) -> None:
+        """Reach the keepers that live, start one; of these kinds all runs are adopted."""
+        with self._lock:
+            self._is_open = True
+            self._kinds.update(kinds)
+            names = {ward.keeper for ward in self._wards.values()}
+            for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
+                match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
+                if match:
+                    self._links[match[1]] = _Link(match[1])
+            for name in names - self._links.keys():  # its file is gone, and so is it
+                self._conclude(name, {}, False)
+            self._tend()
+
+    def standing(self) -> str | None:
+        """Return the name of the keeper that takes starts; None: none does now."""
+        with self._lock:
+            for link in self._links.values():
+                if link.is_greeted and not (link.is_private or link.is_quitting or link.is_silent()):
+                    return link.name
+        return None
+
+    def find_private(self) -> str | None:
+        """Return a keeper that has no child and gets one alone; None: not now."""
+        with self._lock:
+            private = [link for link in self._links.values() if link.is_private]
+            taken = {ward.keeper for ward in self._wards.values()}
+            for link in private:
+                if link.is_greeted and not link.is_quitting and link.name not in taken:
+                    return link.name
+            if len(private) < PRIVATE_KEEPERS_MAX and all(link.is_greeted for link in private):
+                self._spawn(True)
+        return None
+
+    def start(self, ward: Ward, word: Mapping[str, Any]) -> None:
+        """Start a child by the keeper that `ward` names; `flush` sends it."""
+        with self._lock:
+            self._wards[ward.run_id] = ward
+            link = self._links.get(ward.keeper or "")
+            if link is None or not link.is_greeted:  # it has just gone
+                self._settle(ward, Result(never_ran=True))
+                self.wake()
+                return
+            link.outbox += pack_frame({"type": "start", "run": ward.run_id, **word})
+            link.asked_mono = link.asked_mono or Clock.mono()
+
+    def end(self, run_id: str, number: int, grace_s: float) -> None:
+        """Ask all of a run to end, and KILL it after the grace; the first deadline stands."""
+        with self._lock:
+            ward = self._wards.get(run_id)
+            if ward is not None:
+                kill_mono = Clock.mono() + grace_s
+                if ward.ending is not None:
+                    kill_mono = min(kill_mono, ward.ending[1])
+                ward.ending = number, kill_mono
+                self._send_ending(ward)
+                self.flush()
+
+    def _send_ending(self, ward: Ward) -> None:
+        link = self._links.get(ward.keeper or "")
+        if link is not None and link.is_greeted and ward.ending is not None:
+            number, kill_mono = ward.ending
+            grace_s = max(kill_mono - Clock.mono(), 0.0)
+            self._send(link, "end", run=ward.run_id, number=number, grace=grace_s)
+
+    def signal(self, run_id: str, number: int) -> bool:
+        """Send a signal to a child; tell whether there is one that can get it."""
+        with self._lock:
+            ward = self._wards.get(run_id)
+            link = self._links.get(ward.keeper or "") if ward is not None else None
+            if link is None or not link.is_greeted or ward is None or ward.result is not None:
+                return False
+            self._send(link, "signal", run=run_id, number=number)
+            self.flush()
+            return True
+
+    def forget(self, run_ids: Iterable[str]) -> None:
+        """Let go of runs whose results are on disk."""
+        with self._lock:
+            by_keeper: dict[str, list[str]] = {}
+            for run_id in run_ids:
+                ward = self._wards.pop(run_id, None)
+                if ward is not None and ward.keeper is not None:
+                    by_keeper.setdefault(ward.keeper, []).append(run_id)
+            for name, runs in by_keeper.items():
+                link = self._links.get(name)
+                if link is not None and link.is_greeted:
+                    self._send(link, "forget", runs=runs)
+                    if link.is_private and not self._has_wards(name):
+                        link.is_quitting = True
+                        self._send(link, "quit")
+                elif link is None and not self._has_wards(name):
+                    self._remove(name)
+            self.flush()
+
+    def _has_wards(self, name: str) -> bool:
+        return any(ward.keeper == name for ward in self._wards.values())
+
+    def _send(self, link: _Link, kind: str, **fields: object) -> None:
+        link.outbox += pack_frame({"type": kind, **fields})
+
+    def flush(self) -> None:
+        """Send what there is to send, as far as the keepers take it now."""
+        with self._lock:
+            for link in self._links.values():
+                if link.outbox and link.connection is not None:
+                    with contextlib.suppress(OSError):  # `look` reads the end-of-file
+                        del link.outbox[: link.connection.send(link.outbox)]
+                    if link.outbox:
+                        self.wake()  # it waits until it can go on
+
+    def explain(self, run_id: str) -> str:
+        """Say why a run that has no PID yet has none, or why its end is not told."""
+        with self._lock:
+            ward = self._wards.get(run_id)
+            link = self._links.get(ward.keeper or "") if ward is not None else None
+            if ward is not None and ward.sweep_at is not None and ward.pause_s > 0.1:
+                return "something that it started still lives"
+            if link is not None and link.is_silent():
+                return f"its keeper (PID {link.pid}) does not answer"
+        return ""
+
+    def pid_of(self, run_id: str | None) -> int | None:
+        """Return the PID of a run's command while it runs."""
+        with self._lock:
+            ward = self._wards.get(run_id or "")
+            return None if ward is None or ward.result is not None else ward.pid
+
+    def add_reader(self, place: socket.socket, act: Callable[[], None]) -> None:
+        """Have `act` called by `look` whenever a socket can be read."""
+        self._selector.register(place, selectors.EVENT_READ, act)
+        self.wake()
+
+    def remove_reader(self, place: socket.socket) -> None:
+        """End that, before the socket is closed."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(place)
+
+    def has_child(self, pid: int) -> bool:
+        """Tell whether a PID is that of a keeper that was started here."""
+        with self._lock:
+            return any(x.process is not None and x.process.pid == pid for x in self._links.values())
+
+    def look(self, timeout_s: float) -> None:
+        """Read what keepers tell, and do what is due; return when something happened."""
+        with self._lock:
+            due_s = min(self._tend(), timeout_s)
+            due_s = 0.0 if self._told else max(due_s, 0.0)
+        for key, _ in self._selector.select(None if due_s == float("inf") else due_s):
+            key.data()
+        with self._lock:
+            self._sweep()
+            told, self._told = self._told, []
+        for ward, what in told:
+            ward.tell(ward.run_id, what)
+
+    def _tend(self) -> float:
+        """Reach keepers, start one if none takes starts; return how long nothing is due."""
+        now, times = Clock.mono(), [float("inf")]
+        for link in list(self._links.values()):
+            if link.connection is None and now >= link.retry_mono:
+                self._reach(link)
+            if link.connection is None:
+                times.append(link.retry_mono)
+            else:
+                mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.outbox else 0)
+                if self._selector.get_key(link.connection).events != mask:
+                    self._selector.modify(link.connection, mask, functools.partial(self._read, link))
+                times.append((link.asked_mono or times[0]) + KEEPER_ANSWER_S + 0.1)
+        hopes = [
+            link for link in self._links.values()
+            if not (link.is_private or link.is_foreign or link.is_silent())
+        ]  # fmt: skip
+        if self._is_open and not hopes:
+            if now >= self._next_spawn:
+                self._spawn(False)
+            times.append(self._next_spawn)
+        times += [ward.sweep_at for ward in self._sweeping.values() if ward.sweep_at is not None]
+        return min(time for time in times) - Clock.mono()
+
+    def _spawn(self, is_private: bool) -> None:
+        """Start a keeper; it is reached when its file is there."""
+        import subprocess
+
+        self._next_spawn = Clock.mono() + 1.0
+        name = os.urandom(8).hex()
+        env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
+        argv = [*boot_command(self._folder), "_keeper", self._folder, name]
+        null, process = subprocess.DEVNULL, None
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _O_SAFE
+        for options in Platform.KEEPER:
+            try:  # what it cannot say otherwise, a traceback, goes to the daemon's log
+                fd = os.open(os.path.join(self._folder, "daemon.log"), flags, 0o600)
+                try:
+                    process = subprocess.Popen(
+                        argv, stdin=null, stdout=null, stderr=fd, env=env, **options
+                    )
+                finally:
+                    os.close(fd)
+                break
+            except OSError as error:
+                self.obstacle = f"it cannot be started: {error.strerror}"
+        if process is not None:
+            self._links[name] = _Link(name, process, is_private)
+        else:
+            log.error("no keeper: %s", self.obstacle)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._folder, "run", "keeper-" + name)
+
+    def _reach(self, link: _Link) -> None:
+        """Connect to a keeper, or find that it has gone."""
+        link.retry_mono = Clock.mono() + link.pause_s
+        link.pause_s = min(link.pause_s * 1.2, 1.0)
+        is_gone = link.process is None or Platform.is_child_gone(link.process)
+        try:
+            fd = os.open(self._path(link.name), os.O_RDONLY | _O_SAFE)
+        except OSError:
+            if is_gone:
+                self._bury(link, b"")
+            return
+        with os.fdopen(fd, "rb") as file:
+            if Platform.lock(fd):
+                self._bury(link, file.read(KEEPER_FILE_MAX_BYTES))
+                return
+            info = os.fstat(fd)
+            link.file_id = [info.st_dev, info.st_ino]
+            with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+                head = json.loads(file.readline(4096))
+                link.pid = int(head["pid"])
+                link.is_foreign = head["keeper"] != KEEPER_PROTOCOL
+                if link.is_foreign or not self.is_owner():  # it ends by itself: look for its lock
+                    link.retry_mono, link.asked_mono = Clock.mono() + 1.0, None
+                    return
+                link.connection = Platform.connect_near(self._path(link.name), head)
+        if link.connection is not None:
+            link.connection.setblocking(False)
+            link.asked_mono = link.asked_mono or Clock.mono()
+            act = functools.partial(self._read, link)
+            self._selector.register(link.connection, selectors.EVENT_READ, act)
+
+    def _bury(self, link: _Link, text: bytes) -> None:
+        """A keeper has gone: read the results in its file, conclude on the rest."""
+        if link.process is not None:
+            link.process.wait()
+            if not text and not link.is_quitting:
+                self.obstacle = f"it ended with status {link.process.returncode}"
+                log.error("no keeper: %s", self.obstacle)
+        results: dict[str, Result] = {}
+        has_left = False
+        for line in text.split(b"\n")[1:]:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                word = json.loads(line) if line else {}
+                has_left = word.get("type") == "left" or (has_left and not line)
+                if word and not has_left:
+                    results[str(word["run"])] = read_result(word)
+        del self._links[link.name]
+        self._conclude(link.name, results, has_left)
+
+    def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
+        """Settle all runs of a keeper that has gone; its file goes with the last of them."""
+        lost = Result(never_ran=True) if has_left else Result()
+        for ward in [ward for ward in self._wards.values() if ward.keeper == name]:
+            if ward.result is None:
+                self._settle(ward, results.get(ward.run_id, lost))
+        if name is not None and not self._has_wards(name):
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Remove the file of a keeper that has gone, and told us all."""
+        if self._kinds >= {"0", "a"}:
+            for path in (self._path(name), self._path(name) + ".sock"):
+                with contextlib.suppress(OSError):
+                    insist(os.unlink, path)
+
+    def _drop(self, link: _Link) -> None:
+        """Close a connection; the keeper is reached anew, or has gone."""
+        if link.connection is not None:
+            self._selector.unregister(link.connection)
+            link.connection.close()
+        link.connection, link.is_greeted = None, False
+        link.inbox, link.outbox = bytearray(), bytearray()
+        link.retry_mono, link.pause_s, link.asked_mono = 0.0, 0.002, Clock.mono()
+
+    def _read(self, link: _Link) -> None:
+        """Read what a keeper tells."""
+        with self._lock:
+            if link.connection is None:
+                return
+            try:
+                data = link.connection.recv(1 << 18)
+            except BlockingIOError:
+                self.flush()
+                return
+            except OSError:
+                data = b""
+            link.asked_mono = None
+            link.inbox += data
+            try:
+                for word in take_frames(link.inbox):
+                    self._take(link, word)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                log.exception("a keeper said what is not understood")
+                data = b""
+            if not data:
+                self._drop(link)
+            elif link.outbox:
+                self.flush()
+
+    def _take(self, link: _Link, word: dict[str, Any]) -> None:
+        """Act on one word of a keeper's."""
+        kind, ward = word["type"], self._wards.get(str(word.get("run")))
+        if kind == "hello":
+            self._greet(link, word)
+        elif kind == "started" and ward is not None:
+            self._begin(ward, word, False)
+        elif kind in ("exited", "failed"):
+            if ward is None:
+                if self._kind(str(word["run"])) in self._kinds:
+                    self._send(link, "forget", runs=[word["run"]])
+            elif ward.result is None:
+                self._settle(ward, read_result(word))
+
+    def _kind(self, run_id: str) -> str:
+        return "0" if run_id[:1].isdigit() else "?" if run_id.startswith("?") else "a"
+
+    def _greet(self, link: _Link, word: dict[str, Any]) -> None:
+        """Take over the runs that a keeper has; settle those that it never will start."""
+        if word["keeper"] != KEEPER_PROTOCOL or word["file"] != link.file_id:
+            link.is_foreign = True
+            raise ValueError("another project's keeper, or one of another protocol")
+        link.is_greeted, link.pid, self.obstacle = True, int(word["pid"]), ""
+        runs = {str(run["run"]): run for run in word["runs"]}
+        for run_id, told in runs.items():
+            ward = self._wards.get(run_id)
+            if ward is not None:
+                self._begin(ward, told, True)
+                self._send_ending(ward)
+            elif self._kind(run_id) in self._kinds:  # nobody knows it any more
+                self._send(link, "end", run=run_id, number=int(Platform.kill), grace=0.0)
+        known = {*runs, *word["ended"]}
+        for ward in list(self._wards.values()):
+            if ward.keeper == link.name and ward.result is None and ward.run_id not in known:
+                self._settle(ward, Result(never_ran=True))
+        self.on_standing()
+
+    def _begin(self, ward: Ward, told: Mapping[str, Any], is_adopted: bool) -> None:
+        ward.pid, ward.start_time = int(told["pid"]), told["at"]
+        age_s = float(told.get("age_s", 0.0))
+        begun = Begun(pid=ward.pid, start_time=told["at"], age_s=age_s, is_adopted=is_adopted)
+        self._told.append((ward, begun))
+
+    def _settle(self, ward: Ward, result: Result) -> None:
+        """A run has come to its end: tell it, at once or when nothing of it is left."""
+        ward.result = result
+        is_clean = result.exit_code == 0 and not ward.is_process and ward.ending is None
+        if is_clean or result.never_ran or (result.reason and ward.pid is None):
+            self._told.append((ward, result))
+        else:
+            ward.sweep_at = ward.since_mono = Clock.mono()
+            ward.pause_s = SWEEP_PAUSE_S
+            self._sweeping[ward.run_id] = ward
+
+    def _sweep(self) -> None:
+        """End what is left of ended runs; those of which nothing is left are told."""
+        now = Clock.mono()
+        due = [w for w in self._sweeping.values() if w.sweep_at is not None and w.sweep_at <= now]
+        if not due:
+            return
+        runs = {ward.run_id: ward.user for ward in due}
+        found, is_sure = Platform.find_runs(runs, self._folder)
+        for run_id, pid in found:
+            Platform.kill_run(pid, run_id)
+        living = {run_id for run_id, _ in found}
+        for ward in due:
+            if self._is_leader_alive(ward):
+                Platform.signal_group(ward.pid or 0, Platform.kill)
+                living.add(ward.run_id)
+            assert ward.result is not None and ward.since_mono is not None
+            is_late = now - ward.since_mono > SWEEP_MAX_S
+            if is_sure and ward.run_id not in living and is_unlocked(ward.log_path):
+                is_over = True
+            else:
+                is_over = is_late and ward.result.exit_code is not None
+            if is_over:
+                del self._sweeping[ward.run_id]
+                ward.sweep_at = None
+                self._told.append((ward, ward.result))
+            else:
+                if is_late and ward.pause_s < 1.0:
+                    log.warning("waiting for what is left of run %s", ward.run_id)
+                ward.pause_s = min(2 * ward.pause_s, 1.0)
+                ward.sweep_at = now + ward.pause_s
+
+    def _is_leader_alive(self, ward: Ward) -> bool:
+        """Tell whether the command of a run that is lost lives: its PID was not used again."""
+        if ward.pid is None or not ward.start_time or ward.boot_id != Platform.boot_id():
+            return False
+        is_lost = ward.result is not None and ward.result.exit_code is None
+        return is_lost and Platform.start_time(ward.pid) == ward.start_time
+
+    def status(self) -> dict[str, Any]:
+        """Return {"standing": bool, "obstacle": text, "pids": [of the keepers]}."""
+        with self._lock:
+            pids = [link.pid for link in self._links.values() if link.pid]
+        name = self.standing()
+        return {"standing": name is not None, "obstacle": "" if name else self.obstacle, "pids": pids}
+
+    def close(self, is_over: bool) -> None:
+        """Hang up; is_over: nothing runs any more, so have the keepers leave, and see them go."""
+        with self._lock:
+            self._is_open = False
+            for link in self._links.values():
+                if is_over and link.is_greeted:
+                    link.is_quitting = True
+                    self._send(link, "quit")
+            self.flush()
+        deadline = Clock.mono() + KEEPER_QUIT_S
+        while is_over and any(link.is_quitting for link in self._links.values()):
+            if Clock.mono() > deadline:
+                break
+            self.look(0.05)
+        with self._lock:
+            for link in self._links.values():
+                self._drop(link)
+            self._selector.close()
+
+
+def is_unlocked(path: str) -> bool:
+    """Tell whether nobody has a log open any more that was opened for a child."""
+    try:
+        fd = os.open(path, os.O_RDONLY | _O_SAFE)
+    except OSError:
+        return True
+    try:
+        return not stat.S_ISREG(os.fstat(fd).st_mode) or Platform.lock(fd)
+    finally:
+        os.close(fd)
 
 
 def log_path(folder: str, task_id: int, number: int) -> str:
@@ -2512,24 +3681,47 @@ def log_path(folder: str, task_id: int, number: int) -> str:
     return os.path.join(folder, "logs", f"task-{task_id}.{number}.log")
 
 
-def make_job(task: Task, env: Mapping[str, str], umask: int | None, store: TaskStore) -> Job:
-    """Make the job of a task's running attempt."""
+def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: TaskStore) -> Any:
+    """Return what `start` says of a task's running attempt."""
     group = store.config.groups.get(task.group)
     words = [*Platform.SHELL, task.command] if isinstance(task.command, str) else task.command
     marks = {"TASK_ID": task.id, "ATTEMPT": task.attempts, "RUN_ID": task.run_id}
+    return {
+        "argv": [*(group.launcher if group else ()), *words],
+        "cwd": task.cwd,
+        "env": {**env, **make_marks(store, **marks)},
+        "umask": 0o022 if umask is None else umask,
+        "log": log_path(store.folder, task.id, task.attempts),
+        **make_limits(store.config.limits),
+    }
+
+
+def make_marks(store: TaskStore, **marks: object) -> dict[str, str]:
+    """Return the APEX_ variables of a child."""
     marks.update(PROJECT_PATH=store.project, STATE_DIR=store.folder)
-    return Job(
-        run_id=task.run_id,
-        argv=[*(group.launcher if group else ()), *words],
-        cwd=task.cwd,
-        env={**env, **{f"APEX_{name}": str(value) for name, value in marks.items()}},
-        umask=umask,
-        limits=store.config.limits,
-        record_path=os.path.join(store.folder, "run", f"slot-{task.slot}"),
-        log_path=log_path(store.folder, task.id, task.attempts),
-        stop_signal="TERM",
-        stop_timeout_s=store.config.daemon.stop_timeout,
-    )
+    return {f"APEX_{name}": str(value) for name, value in marks.items()}
+
+
+def log_reason(path: str, reason: str) -> None:
+    """Write why a child could not start to where its output would be."""
+    with contextlib.suppress(OSError, DaemonError):
+        fd = open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(fd, "w", errors="replace") as file:
+            file.write(f"apexd: {reason}\n")
+
+
+def make_limits(options: Any) -> dict[str, Any]:
+    """Return what `start` says of limits: a section with memory_mb, cpu_seconds and the like."""
+    limits = {}
+    if options.memory_mb:
+        limits["RLIMIT_AS"] = [options.memory_mb << 20] * 2
+    if options.cpu_seconds:  # XCPU first, KILL a second later
+        limits["RLIMIT_CPU"] = [options.cpu_seconds, options.cpu_seconds + 1]
+    if options.open_files:
+        limits["RLIMIT_NOFILE"] = [options.open_files] * 2
+    if options.processes:
+        limits["RLIMIT_NPROC"] = [options.processes] * 2
+    return {"limits": limits, "nice": options.nice} if limits or options.nice else {}
 
 
 def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[str, str]:
@@ -2549,371 +3741,9 @@ def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[
     return env
 
 
-def _limit_lines(job: Job) -> str:
-    """Return what stands before the command: its limits; one that cannot be set ends it."""
-    limits = job.limits
-    lines = [f"umask {0o022 if job.umask is None else job.umask:04o};"]
-    if limits.memory_mb:
-        lines.append(f"ulimit -v {limits.memory_mb * 1024} || exit 126;")
-    if limits.open_files:
-        lines.append(f"ulimit -n {limits.open_files} || exit 126;")
-    if limits.cpu_seconds:  # XCPU first, KILL a second later
-        n = limits.cpu_seconds
-        lines.append(f"ulimit -S -t {n} && ulimit -H -t {n + 1} || exit 126;")
-    if limits.processes:  # -u in bash and ksh, -p in dash
-        n = limits.processes
-        lines.append(f"ulimit -u {n} 2>/dev/null || ulimit -p {n} || exit 126;")
-    lines.append(f"exec nice -n {limits.nice}" if limits.nice else "exec")
-    return " ".join(lines)
-
-
-def find_obstacle(job: Job) -> Result | None:
-    """Say why a shell that ended with 126 or 127 could not start the command, else None."""
-    name = job.argv[0]
-    is_path = os.path.dirname(name)
-    place = os.path.join(job.cwd, name) if is_path else shutil.which(name, path=job.env.get("PATH"))
-    if place is None or not os.path.exists(place):
-        return Result(exit_code=127, reason=f"spawn:ENOENT {name}: command not found")
-    if os.path.isdir(place) or not os.access(place, os.X_OK):
-        return Result(exit_code=126, reason=f"spawn:EACCES {name}: not executable")
-    return None
-
-
-def describe_end(result: Result) -> str:
-    """Say in a few words how a child ended."""
-    ended = "lost" if result.exit_code is None else f"exit {result.exit_code}"
-    return "it never ran" if result.never_ran else result.reason or ended
-
-
-def log_reason(job: Job, reason: str) -> None:
-    """Write why a child could not start to where its output would be."""
-    with contextlib.suppress(OSError, DaemonError):
-        fd = open_file(job.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        with os.fdopen(fd, "w", errors="replace") as file:
-            file.write(f"apexd: {reason}\n")
-
-
-def read_note(record_path: str) -> dict[str, Any]:
-    """Return what a record says of its last run: "run", "pid", "boot" and more; {}: nothing."""
-    with contextlib.suppress(OSError, DaemonError, ValueError, RecursionError):
-        with os.fdopen(open_file(record_path, os.O_RDONLY), "rb") as file:
-            file.seek(SLOT_NOTE_AT)
-            data = file.read(SLOT_RECORD_BYTES - SLOT_NOTE_AT)
-        note = json.loads(data.decode("utf-8", "surrogateescape"))
-        return note if isinstance(note, dict) else {}
-    return {}
-
-
-def lock_within(fd: int, timeout_s: float) -> bool:
-    """Lock an open file; False when somebody keeps it locked for so long."""
-    deadline = Clock.mono() + timeout_s
-    while not Platform.lock(fd):
-        if Clock.mono() > deadline:
-            return False
-        threading.Event().wait(0.005)
-    return True
-
-
-class Child:
-    """A command and all it starts. Life: start, go, or recover -> wait; `end` from any thread."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.shell_pid = 0  # the session's and group's leader; 0: none yet
-        self._lock = threading.Lock()  # guards the flags: a PID is signalled only unreaped
-        self._is_ended = False
-        self._is_unwanted = False
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> Result | None:
-        """Prepare the command up to its last step, `go`; a Result says why that failed."""
-        try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _O_SAFE
-            log_fd = os.open(self.job.log_path, flags, 0o600)
-            try:
-                self._spawn(log_fd)
-            finally:
-                os.close(log_fd)
-        except (OSError, ValueError) as error:
-            for path in (self.job.log_path, self.job.record_path):
-                if not os.path.isdir(os.path.dirname(path)):  # removed by somebody
-                    os.makedirs(os.path.dirname(path), mode=0o700)
-                    return self.start()
-            number = error.errno if isinstance(error, OSError) else errno.EINVAL
-            name = errno.errorcode.get(number or 0, "EINVAL")
-            text = getattr(error, "strerror", None) or str(error)
-            what = getattr(error, "filename", None) or self.job.argv[0]
-            return Result(exit_code=126, reason=f"spawn:{name} {what:.200}: {text}")
-        return None
-
-    def _spawn(self, log_fd: int) -> None:
-        raise NotImplementedError
-
-    def go(self) -> None:
-        """Let the command run, now that its claim is on disk, unless it was ended before."""
-
-    def recover(self) -> Result | None:
-        """Find out what became of a former daemon's attempt; None: it is adopted."""
-        return Result()
-
-    def wait(self) -> Result:
-        """Wait for the end, of whatever kind, and say how it was; then all is closed."""
-        raise NotImplementedError
-
-    def has_result(self) -> bool:
-        """Tell whether the command ended already, even if nobody has noticed yet."""
-        return self._is_ended
-
-    def end(self, force: bool = False) -> None:
-        """Ask it all to end, or (force) end it; before its start: do not start."""
-        with self._lock:
-            self._is_unwanted = True
-            if self.shell_pid and not self._is_ended:
-                self._signal(force)
-
-    def _signal(self, force: bool) -> None:
-        raise NotImplementedError
-
-    def write_note(self, **more: object) -> None:
-        """Write into the record, on top, what the next daemon is to know of this run."""
-
-    @property
-    def pid(self) -> int | None:
-        """The command's own PID while it runs."""
-        with self._lock:
-            is_there = self.shell_pid and not self._is_ended
-            deep = bool(self.job.is_process)
-            return Platform.command_pid(self.shell_pid, deep) if is_there else None
-
-
-class ShellChild(Child):
-    """A command under its shell, in a session of its own; outlives this process."""
-
-    _record = _go_writer = -1
-    _note: dict[str, Any]
-
-    def _spawn(self, log_fd: int) -> None:
-        import subprocess
-
-        job = self.job
-        record = os.open(job.record_path, os.O_RDWR | os.O_CREAT | _O_SAFE, 0o600)
-        go_reader = -1
-        try:
-            for fd in (log_fd, record):  # a dead daemon's shell may have to notice yet
-                if not lock_within(fd, job.stop_timeout_s):
-                    raise OSError(errno.EAGAIN, "an earlier attempt still has the slot")
-            self._note = {"run": job.run_id, "pid": 0, "boot": Platform.boot_id()}
-            self._note.update(job.note or {})
-            os.pwrite(record, b" " * SLOT_NOTE_AT + self._pack_note(), 0)
-            go_reader, self._go_writer = os.pipe()
-            failpoint("spawn")
-            self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _SCRIPT % _limit_lines(job), "apexd", *job.argv],
-                stdin=go_reader, stdout=log_fd, stderr=record,
-                cwd=job.cwd, env=job.env, **Platform.CHILD, **(job.identity or {}),
-            )  # fmt: skip
-            self._record = os.open(job.record_path, os.O_RDWR | _O_SAFE)  # without the lock
-            self.write_note(pid=self._process.pid)
-            failpoint("note")
-            self.shell_pid = self._process.pid
-        except BaseException:
-            self._close_record()
-            raise
-        finally:
-            for fd in (record, go_reader):
-                if fd >= 0:
-                    os.close(fd)
-
-    def write_note(self, **more: object) -> None:
-        """Write into the record, on top, what the next daemon is to know of this run."""
-        self._note.update(more)
-        data = self._pack_note()
-        with self._lock:
-            if self._record >= 0:
-                os.pwrite(self._record, data, SLOT_NOTE_AT)
-
-    def _pack_note(self) -> bytes:
-        text = json.dumps(self._note, ensure_ascii=False)  # escapes could outgrow the record
-        data = text.encode("utf-8", "surrogateescape").ljust(SLOT_RECORD_BYTES - SLOT_NOTE_AT - 1)
-        if len(data) >= SLOT_RECORD_BYTES - SLOT_NOTE_AT:
-            raise ValueError("the note does not fit into the record")
-        return data + b"\n"
-
-    def go(self) -> None:
-        """Let the command run, now that its claim is on disk, unless it was ended before."""
-        failpoint("commit")
-        with self._lock:
-            if not self._is_unwanted:
-                os.write(self._go_writer, b"\n")
-            os.close(self._go_writer)
-            self._go_writer = -1
-        failpoint("go")
-
-    def _close_record(self) -> None:
-        with self._lock:
-            for fd in (self._record, self._go_writer):
-                if fd >= 0:
-                    os.close(fd)
-            self._record = self._go_writer = -1
-
-    def recover(self) -> Result | None:
-        """Find out what became of a former daemon's attempt; None: it is adopted.
-
-        May take the kill grace. A Result without status and reason means lost.
-        """
-        job = self.job
-        if not os.path.exists(job.record_path):
-            return Result(never_ran=True)
-        self._record = open_file(job.record_path, os.O_RDWR)
-        note = self._note = read_note(job.record_path)
-        if note.get("run") != job.run_id or not note.get("pid"):  # it cannot have got its go
-            result: Result | None = Result(never_ran=True)
-        elif self._read_status() is not None:
-            self.shell_pid = int(note["pid"]) if note.get("boot") == Platform.boot_id() else 0
-            result = self._conclude()
-        elif note.get("boot") != Platform.boot_id():
-            result = Result()
-        else:
-            with self._lock:
-                self.shell_pid = int(note["pid"])
-                is_held = not Platform.lock(self._record, shared=True)
-                if is_held and self._is_unwanted:
-                    self._signal(force=False)
-            if is_held:
-                return None
-            result = self._conclude()
-        self._close_record()
-        return result
-
-    def _read_status(self) -> Result | None:
-        """Return what the shell wrote; None: nothing valid (yet)."""
-        match = _STATUS.match(os.pread(self._record, SLOT_NOTE_AT, 0))
-        if match is None or match[1][:1] == b"e":
-            return None
-        return Result(never_ran=True) if match[1] == b"x" else Result(exit_code=int(match[1]))
-
-    def wait(self) -> Result:
-        """Wait until the shell, own or adopted, lets go of its lock on the record."""
-        Platform.lock(self._record, shared=True, wait=True)
-        with self._lock:
-            self._is_ended = True
-        if self._process is not None:
-            self._process.wait()
-        try:
-            return self._conclude()
-        finally:
-            self._close_record()
-
-    def _conclude(self) -> Result:
-        """Say how an attempt ended whose shell is gone; end what it left behind if need be."""
-        result = self._read_status()
-        is_ended = self._is_unwanted or self.job.is_process
-        if result is None or (is_ended and not result.never_ran):
-            pause_s = SWEEP_PAUSE_S
-            while not self._end_leftovers(pause_s):
-                if pause_s == 1.0:
-                    log.warning("waiting for what is left of run %s", self.job.run_id)
-                pause_s = min(2 * pause_s, 1.0)
-        if result is not None and result.exit_code in (126, 127):
-            result = find_obstacle(self.job) or result
-        return result or Result(exit_code=137 if self._is_unwanted else None)
-
-    def _end_leftovers(self, timeout_s: float) -> bool:
-        """Kill all that this run started; False when something of it still lives then."""
-        for _ in range(SWEEP_ROUNDS):
-            found = Platform.find_run(self.job.run_id)
-            if not found:
-                break
-            for pid in found:
-                Platform.send(pid, signal.SIGKILL)
-        if self.shell_pid and Platform.start_time(self.shell_pid) is None:
-            # The shell is gone, and its PID not reused, or its group would be gone as well.
-            Platform.signal_group(self.shell_pid, signal.SIGKILL)
-        fd = open_file(self.job.log_path, os.O_RDWR | os.O_CREAT)
-        try:
-            return lock_within(fd, timeout_s)
-        finally:
-            os.close(fd)
-
-    def has_result(self) -> bool:
-        """Tell whether the command ended already, even if nobody has noticed yet."""
-        with self._lock:
-            return self._is_ended or (self._record >= 0 and self._read_status() is not None)
-
-    def _signal(self, force: bool) -> None:
-        name = "SIGKILL" if force else "SIG" + self.job.stop_signal
-        Platform.signal_group(self.shell_pid, getattr(signal, name))
-
-
-class JobChild(Child):
-    """A command in a Windows job object: it and all it starts die with this process."""
-
-    _handle = 0
-
-    def _spawn(self, log_fd: int) -> None:
-        import subprocess
-
-        job = self.job
-        os.lseek(log_fd, 0, os.SEEK_END)  # the process knows nothing of O_APPEND
-        self._process = subprocess.Popen(
-            job.argv, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
-            cwd=job.cwd, env=job.env, **Platform.CHILD,
-        )  # fmt: skip
-        self._handle = Platform.new_job(self._process)
-        self.shell_pid = self._process.pid
-
-    def go(self) -> None:
-        """Let the suspended process run, unless it was ended before."""
-        with self._lock:
-            if self._is_unwanted:
-                self._signal(force=True)
-            else:
-                Platform.resume(self._process)
-
-    def wait(self) -> Result:
-        """Wait for the process, then let go of its job: what is left of it dies."""
-        assert self._process is not None
-        code = self._process.wait()
-        with self._lock:
-            self._is_ended = True
-            Platform.end_job(self._handle, close=True)
-        return Result(exit_code=code)
-
-    def _signal(self, force: bool) -> None:
-        Platform.end_job(self._handle)  # there is no gentle way that every program understands
-
-
-class CallChild(Child):
-    """A task that a function of the embedding program carries out, in the slot's thread."""
-
-    def __init__(self, job: Job, task: Task, execute: Callable[[Task], object]) -> None:
-        super().__init__(job)
-        self._call: Callable[[], object] = lambda: execute(task)
-
-    def start(self) -> Result | None:
-        """Leave it to `wait`, in the slot's thread."""
-        return None
-
-    def wait(self) -> Result:
-        """Call the function: an int is the exit status, None 0, an exception 1."""
-        if self._is_unwanted:
-            return Result(never_ran=True)
-        try:
-            code = self._call()
-        except Exception:  # the user's callback
-            log.exception("run %s raised", self.job.run_id)
-            code = 1
-        return Result(exit_code=code if isinstance(code, int) else 0)
-
-
-def make_child(job: Job) -> Child:
-    """Make the kind of child that this system can have."""
-    return ShellChild(job) if Platform.SURVIVES else JobChild(job)
-
-
 # ============================================================================
 # 13. RUNNER - the polling loop over the store
-#     Uses 1-10. Threads: one polls, one a slot waits. Closed by: Daemon.
+#     Uses 1-10. Threads: one polls; one a call of `execute`. Closed by: Daemon.
 # ============================================================================
 
 
@@ -2921,10 +3751,10 @@ class _Run(Value):
     """A running attempt as the runner sees it; times are monotonic, never: infinity."""
 
     task: Task
-    child: Child
-    gate: threading.Event | None  # of a new one: set when its claim is on disk
     deadline_mono: float  # its timeout
-    kill_at_mono: float  # when TERM has not helped; infinity also while it is not being ended
+    is_ending: bool
+    is_told: bool  # its result waits to be recorded
+    log: LogWatch
 
 
 def prune_all(store: TaskStore, running: Container[int]) -> None:
@@ -2950,39 +3780,80 @@ class DaemonRunner:
     """Claims tasks from a TaskStore, runs them, records how they ended.
 
     With `execute` a task is carried out by a call of it with the Task, in a thread of this
-    process: int is the exit status, None 0, an exception 1. Without, as a child process.
-    Threads: "runner" polls; "slot-N" waits for a child. Life: start -> drain -> stop.
+    process: int is the exit status, None 0, an exception 1. Without, as a child of a keeper.
+    Thread: "runner" polls, and looks at the keepers. Life: start -> drain -> stop.
     """
 
     def __init__(
         self, store: TaskStore, execute: Callable[[Task], object] | None = None,
-        on_poll: Callable[[], None] = lambda: None, on_drained: Callable[[], None] = lambda: None,
+        on_poll: Callable[[], float] = lambda: float("inf"),
+        on_drained: Callable[[], None] = lambda: None, keepers: Keepers | None = None,
     ) -> None:  # fmt: skip
         self.store = store
+        self.keepers = keepers or Keepers(store.folder)
         self._attempts = AttemptStore(store)
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
         self._moved = threading.Condition()  # guards _awaited
         self._awaited: list[int] = []  # the task of each that waits
-        self._lock = threading.RLock()  # guards _running and _drain_at; taken before the store's
+        self._lock = threading.RLock()  # guards what follows; taken before the store's
         self._running: dict[int, _Run] = {}
+        self._results: list[tuple[Task, Result]] = []  # not on disk yet
+        self._begun: list[tuple[Task, Begun]] = []  # the same
         self.is_draining = False  # nothing more is claimed
         self._drain_at = float("inf")  # monotonic; from then on tasks are interrupted
-        self._results: list[tuple[Task, Result]] = []  # appended by slots, taken by the runner
-        self._inboxes: dict[int, queue.SimpleQueue[_Run | None]] = {}
-        self._wake, self.halted = threading.Event(), threading.Event()
-        self._next_log_check = 0.0  # monotonic
+        self.halted = threading.Event()
+        self._is_woken = True  # a turn is wanted
+        self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)
+        self._note_mono = float("inf")  # when `_begun` is recorded at the latest
         names = ("tasks_processed", "tasks_succeeded", "tasks_failed", "poll_count")
         self._metrics = DaemonMetrics(**dict.fromkeys(names, 0))
 
     def start(self) -> None:
         """Take over what a former daemon left, then poll."""
+        self.adopt()
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the thread has ended, after `halt`."""
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(ANSWER_TIMEOUT_S)
+
+    def adopt(self) -> None:
+        """Take over what a former daemon left; the keepers tell what became of it."""
         self._metrics.started_at = Clock.now()
-        with self._lock:
-            for task in self.store.find(state="running", limit=INTEGER_MAX):
-                self._running[task.id] = self._launch(task, None)
-                log.info("Adopting task %d", task.id)
-        threading.Thread(target=self._loop, name="runner", daemon=True).start()
+        is_old = False
+        for task in self.store.find(state="running", limit=INTEGER_MAX):
+            run = self._running[task.id] = self._make_run(task)
+            if self._execute is not None or task.keeper == CALLED:
+                self._take(task.run_id or "", Result())
+                continue
+            is_old = is_old or task.keeper is None
+            self.keepers.adopt(self._make_ward(task))
+            log.info("Adopting task %d", task.id)
+            if task.wish is not None:
+                self._end(run)
+        if is_old:
+            log.warning("tasks of an older apexd are ended, then run again: it had no keeper")
+        if self._execute is None:
+            self.keepers.open("0")
+
+    def finish(
+        self, ids: Iterable[int], deadline_mono: float, stop_s: float | None = None
+    ) -> list[int]:
+        """End tasks whose wish is on disk, without a thread; return those that still run then.
+
+        For a client that acts while there is no daemon. Nothing is claimed. stop_s: from TERM
+        to KILL, if not as configured.
+        """
+        self.is_draining, wanted = True, set(ids)
+        self.adopt()
+        for task_id in wanted & self._running.keys() if stop_s is not None else ():
+            self.keepers.end(self._running[task_id].task.run_id or "", signal.SIGTERM, stop_s or 0.0)
+        while wanted & self._running.keys() and Clock.mono() < deadline_mono:
+            self.keepers.look(0.1)
+            self._turn()
+        return sorted(wanted & self._running.keys())
 
     def drain(self, timeout_s: float) -> None:
         """Claim nothing more; interrupt what still runs after `timeout_s`."""
@@ -2994,18 +3865,19 @@ class DaemonRunner:
         """Drain, and wait until nothing runs: for an embedding program."""
         self.drain(self.store.config.daemon.graceful_timeout if timeout_s is None else timeout_s)
         self.halted.wait()
+        self.join()
+        self.keepers.close(True)
 
     def halt(self) -> None:
         """End the polling and leave the children to the next daemon."""
         self.halted.set()
         self.wake()
         self.tell(self._awaited)
-        for inbox in self._inboxes.values():
-            inbox.put(None)
 
     def wake(self) -> None:
         """Make the loop take its turn now."""
-        self._wake.set()
+        self._is_woken = True
+        self.keepers.wake()
 
     def tell(self, ids: Iterable[int]) -> None:
         """Wake those who wait for any of these tasks: they have moved."""
@@ -3037,82 +3909,87 @@ class DaemonRunner:
         metrics.uptime = Clock.now() - (metrics.started_at or Clock.now())
         return metrics
 
-    def find_children(self) -> dict[int, Child]:
-        """Return the children that run now by their tasks' ids."""
-        with self._lock:
-            return {task_id: run.child for task_id, run in self._running.items()}
-
     def _loop(self) -> None:
-        next_poll, next_upkeep, is_woken = 0.0, 0.0, True
+        next_poll, next_upkeep, wait_s = 0.0, 0.0, 0.0
         while not self.halted.is_set():
-            self._wake.clear()
             try:
-                now = Clock.mono()
-                if now >= next_poll:
+                self.keepers.look(wait_s)
+                now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
+                is_polling = now >= next_poll
+                if is_polling:
                     next_poll = now + self.store.config.daemon.poll_interval
                     self._metrics.last_poll_at = Clock.now()
                     self._metrics.poll_count += 1
-                    self._on_poll()
-                    if now >= next_upkeep:
-                        next_upkeep = now + MAINTENANCE_S
-                        prune_all(self.store, self._running)
-                is_due = self._running or self._attempts.next_due is not None
-                if is_woken or is_due or "queued" in self.store.get_counts():
+                if self._is_turn_due(is_polling):
                     self._turn()
-                wait_s, is_woken = self._next_wake_s(next_poll), False
-            except DaemonError as error:  # a full disk: the results stay, and are tried again
+                self._watch_logs()
+                next_care = now + self._on_poll()
+                if is_polling and now >= next_upkeep:
+                    next_upkeep = now + MAINTENANCE_S
+                    prune_all(self.store, self._running)
+                poll_s = self.store.config.daemon.poll_interval
+                next_poll = min(next_poll, now + poll_s)  # a reload may have shortened it
+                wait_s = self._next_wake_s(min(next_poll, next_care))
+            except DaemonError as error:
+                self._is_woken = True
                 log.error("turn failed: %s", error)
-                wait_s, is_woken = 1.0, True
             except Exception:  # this thread's top frame
+                self._is_woken = True
                 log.exception("turn failed")
-                wait_s, is_woken = 1.0, True
-            is_woken = self._wake.wait(wait_s) or is_woken
 
-    def _next_wake_s(self, next_poll: float) -> float:
-        """Return how long nothing can be due."""
-        now, times = Clock.mono(), [next_poll]
+    def _is_turn_due(self, is_polling: bool) -> bool:
+        """Tell whether a turn has something to do."""
+        if self._is_woken or self._results or self._next_wake_s(float("inf")) <= 0.0:
+            return True
+        is_due = bool(self._running) or self._attempts.next_due is not None
+        return is_polling and (is_due or "queued" in self.store.get_counts())
+
+    def _next_wake_s(self, first: float) -> float:
+        """Return how long nothing can be due; first: when something else is."""
+        now, times = Clock.mono(), [first, self._note_mono]
         with self._lock:
+            if self._is_woken or self._results:
+                return 0.0
             for run in self._running.values():
-                times += [run.deadline_mono, run.kill_at_mono, self._drain_at, now + LOG_CHECK_S]
+                times.append(run.log.due_mono)
+                if not run.is_ending:
+                    times += (run.deadline_mono, self._drain_at)
         if self._attempts.next_due is not None and not self.is_draining:
             times.append(now + self._attempts.next_due - Clock.now())
         return max(min(times) - now, 0.0)
 
     def _turn(self) -> None:
-        """Enforce deadlines, record results, claim and launch: once round."""
+        """Enforce deadlines, record results, claim and start: once round."""
+        self._is_woken = False
         with self._lock:
             self._enforce()
-            results = self._results[:]
+            results, begun = self._results[:], self._begun[:]
+            self._note_mono = float("inf")
             gone = {task.run_id for task, _ in results}
             active = [run.task for run in self._running.values() if run.task.run_id not in gone]
             busy = Counter(task.group for task in active)
             most = 0 if self.is_draining else self.store.config.daemon.max_concurrent
-            # A record is used again only when the result in it is on disk: hence twice as many.
-            used = {task.slot for task in active} | {task.slot for task, _ in results}
-            slots = [n for n in range(2 * most) if n not in used][: max(most - len(active), 0)]
-            launched: list[_Run] = []
-            gate = threading.Event()
-            try:  # the shells start while the claims go to the disk
-                self._attempts.turn(
-                    results, slots, busy, lambda task: launched.append(self._launch(task, gate))
-                )
-            except BaseException:
-                for run in launched:  # not on disk: it was never claimed, nor will it go
-                    run.child.end()
-                raise
-            finally:
-                gate.set()
-            del self._results[: len(results)]
+            living = [(task, what) for task, what in begun if task.run_id not in gone]
+            room = max(most - len(active), 0)
+            claimed = self._attempts.turn(results, living, room, busy, self._find_keeper)
+            failpoint("commit")
+            del self._results[: len(results)], self._begun[: len(begun)]
             self._running = {i: r for i, r in self._running.items() if r.task.run_id not in gone}
-            self._running.update((run.task.id, run) for run in launched)
+            for task in claimed:
+                self._start(task)
             is_drained = self.is_draining and not self._running
+        self.keepers.flush()
+        if claimed:
+            failpoint("sent")
+        if results:
+            failpoint("result")
+            self.keepers.forget(task.run_id or "" for task, _ in results)
         for task, result in results:
             self._count(task, result)
-        for run in launched:
-            log.info("Starting task %d", run.task.id)
+        for task in claimed:
+            log.info("Starting task %d", task.id)
         if results:
             self.tell([task.id for task, _ in results])
-            self._wake.set()  # their slots are free now
         if is_drained:
             self.halt()
             self._on_drained()
@@ -3121,83 +3998,108 @@ class DaemonRunner:
         self._metrics.tasks_processed += 1
         self._metrics.tasks_succeeded += result.exit_code == 0
         self._metrics.tasks_failed += result.exit_code != 0
-        took = span(Clock.now() - task.started_at)
+        took = span(Clock.now() - task.started_at if result.ran_s is None else result.ran_s)
         log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
 
-    def _launch(self, task: Task, gate: threading.Event | None) -> _Run:
-        """Give an attempt to its slot's thread."""
-        job = make_job(task, *self._attempts.get_context(task), self.store)
-        child = CallChild(job, task, self._execute) if self._execute else make_child(job)
-        left_s = never = float("inf")
-        if task.timeout is not None:
-            left_s = min(task.timeout, task.started_at + task.timeout - Clock.now())
-        run = _Run(task=task, child=child, gate=gate, kill_at_mono=never)
-        run.deadline_mono = Clock.mono() + left_s
-        if task.wish is not None:
-            self._end(run)
-        slot = task.slot or 0
-        if slot not in self._inboxes:
-            inbox = self._inboxes[slot] = queue.SimpleQueue()
-            name = f"slot-{slot}"
-            threading.Thread(target=self._serve, args=(inbox,), name=name, daemon=True).start()
-        self._inboxes[slot].put(run)
-        return run
+    def _find_keeper(self, is_suspect: bool) -> str | None:
+        """Return who takes a task that is claimed now; None: nobody."""
+        if self._execute is not None:
+            return CALLED
+        return self.keepers.find_private() if is_suspect else self.keepers.standing()
 
-    def _serve(self, inbox: queue.SimpleQueue[_Run | None]) -> None:
-        """Carry out a slot's attempts, one after the other."""
-        for run in iter(inbox.get, None):
-            try:
-                result = run.child.start() if run.gate else run.child.recover()
-                if result is None and run.gate:
-                    run.gate.wait()
-                    if self.halted.is_set():
-                        run.child.end()  # the next daemon decides: do not start it now
-                    run.child.go()
-                result = run.child.wait() if result is None else result
-            except Exception as error:  # this thread's top frame
-                log.exception("task %d could not be carried out", run.task.id)
-                result = Result(exit_code=126, reason=f"apexd: {error}")
-            if result.reason is not None:
-                log_reason(run.child.job, result.reason)
-            self._results.append((run.task, result))
-            self._wake.set()
+    def _make_run(self, task: Task) -> _Run:
+        watch = LogWatch(log_path(self.store.folder, task.id, task.attempts))
+        return _Run(task=task, deadline_mono=float("inf"), log=watch)
+
+    def _make_ward(self, task: Task) -> Ward:
+        return Ward(
+            run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
+            log_path=log_path(self.store.folder, task.id, task.attempts), is_process=False,
+            tell=self._take, pid=task.pid, start_time=task.start_time,
+        )  # fmt: skip
+
+    def _start(self, task: Task) -> None:
+        """Start an attempt whose claim is on disk; holds the lock."""
+        run = self._running[task.id] = self._make_run(task)
+        if task.timeout is not None:
+            run.deadline_mono = Clock.mono() + task.timeout
+        if self._execute is None:
+            env, umask = self._attempts.get_context(task)
+            self.keepers.start(self._make_ward(task), make_start(task, env, umask, self.store))
+            return
+        name, args = f"call-{task.id}", (task, self._execute)
+        try:
+            threading.Thread(target=self._call, name=name, args=args, daemon=True).start()
+        except RuntimeError:  # no thread to be had: it goes back, uncounted
+            self._take(task.run_id or "", Result(never_ran=True))
+
+    def _call(self, task: Task, execute: Callable[[Task], object]) -> None:
+        """Carry out a task by a function: an int is the exit status, None 0, an exception 1."""
+        try:
+            code = execute(task)
+        except Exception:  # the user's callback
+            log.exception("task %d raised", task.id)
+            code = 1
+        self._take(task.run_id or "", Result(exit_code=code if isinstance(code, int) else 0))
+        self.keepers.wake()
+
+    def _take(self, run_id: str, what: Begun | Result) -> None:
+        """Hear of an attempt: it lives, or it has ended; recorded by the next turn."""
+        with self._lock:
+            run = self._running.get(int(run_id.partition("-")[0]))
+            if run is None or run.task.run_id != run_id:
+                self.keepers.forget([run_id])
+                return
+            if run.is_told:
+                return
+            if isinstance(what, Begun):
+                run.task.pid, run.task.start_time = what.pid, what.start_time
+                if what.is_adopted and run.task.timeout is not None:
+                    run.deadline_mono = Clock.mono() + run.task.timeout - what.age_s
+                self._begun.append((run.task, what))
+                self._note_mono = min(self._note_mono, Clock.mono() + NOTE_S)
+                return
+            run.is_told = True
+            self._results.append((run.task, what))
+        if what.reason is not None:
+            log_reason(run.log.path, what.reason)
 
     def _end(self, run: _Run) -> None:
-        run.kill_at_mono = Clock.mono() + self.store.config.daemon.stop_timeout
-        run.child.end()
+        run.is_ending = True
+        failpoint("wish")
+        stop_s = self.store.config.daemon.stop_timeout
+        self.keepers.end(run.task.run_id or "", signal.SIGTERM, stop_s)
 
     def _enforce(self) -> None:
-        """End what is out of time, KILL what does not go, cap the logs; holds the lock."""
-        now, config = Clock.mono(), self.store.config
-        late: list[tuple[_Run, Outcome]] = []
-        for run in self._running.values():
-            is_late = now >= run.deadline_mono
-            if now >= run.kill_at_mono:
-                run.kill_at_mono = now + config.daemon.stop_timeout
-                run.child.end(force=True)
-            elif run.kill_at_mono < float("inf") or run.child.has_result():
-                pass  # it is being ended, or has ended
-            elif is_late or now >= self._drain_at:
-                late.append((run, Outcome.TIMEOUT if is_late else Outcome.INTERRUPTED))
-            if now >= self._next_log_check:
-                cap_log(run.child.job.log_path, int(config.limits.log_mb * 1e6))
-        if now >= self._next_log_check:
-            self._next_log_check = now + LOG_CHECK_S
-        for run, wish in late:
-            self._attempts.set_wishes([run.task.id], wish)
-            log.warning("Ending task %d: %s", run.task.id, wish.value)
-            self._end(run)
+        """End what is out of time; holds the lock."""
+        now = Clock.mono()
+        runs = [run for run in self._running.values() if not run.is_ending and not run.is_told]
+        late = [run for run in runs if now >= run.deadline_mono]
+        rest = [run for run in runs if run not in late] if now >= self._drain_at else []
+        for wish, ending in ((Outcome.TIMEOUT, late), (Outcome.INTERRUPTED, rest)):
+            if ending:
+                self._attempts.set_wishes([run.task.id for run in ending], wish)
+            for run in ending:
+                log.warning("Ending task %d: %s", run.task.id, wish.value)
+                self._end(run)
+
+    def _watch_logs(self) -> None:
+        """Cap the logs of what runs."""
+        with self._lock:
+            due = [run.log for run in self._running.values() if Clock.mono() >= run.log.due_mono]
+        for watch in due:
+            watch.look(int(self.store.config.limits.log_mb * 1e6))
 
 
 # ============================================================================
 # 14. SUPERVISOR - process state table, `decide` (pure), apply
-#     Uses 1-10. Threads: one decides; up to three a run (Run). Closed by: Daemon.
+#     Uses 1-10. Threads: one decides; one a run that is asked. Closed by: Daemon.
 # ============================================================================
 
-# A process is a command that should not end. Each of its instances is a child of the attempt
-# protocol (section 10) with a record of its own, `run/proc-NAME.INDEX`. The note in the record
-# holds all that the next daemon must know: the run id, when it began, what it had been through.
-# So a record whose shell lives is adopted, and no second copy is ever started beside it.
+# A process is a command that should not end. Each of its instances is a child of a keeper
+# (section 10) with a note of its own, `run/proc-NAME.INDEX`, that is written before its start and
+# holds all that the next daemon must know: the run id, the keeper, what it had been through.
+# So what a keeper still has is adopted, and no second copy is ever started beside it.
 #
 # What happens next is decided in one place, from what is known of an instance:
 #
@@ -3391,48 +4293,27 @@ def read_environment(path: str) -> dict[str, str]:
     return found
 
 
-def ask(probe: Probe, job: Job, index: int) -> bool:
-    """Ask a process once whether it is well."""
-    target = fill(probe.target, index)
+def ask(probe: Probe, index: int) -> bool:
+    """Ask a process once, over the network, whether it is well."""
+    deadline, data = Clock.mono() + probe.timeout, b""
+    target = str(fill(probe.target, index))
+    host, _, path = target.rpartition("//")[2].partition("/")
+    name, _, port = host.rpartition(":") if re.search(r":[0-9]+$", host) else (host, "", "80")
     try:
-        if probe.kind == "tcp":
-            host, _, port = target.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), probe.timeout).close()
-            return True
-        if probe.kind == "http":
-            return _ask_http(target, probe.timeout)
-        return _ask_command(target, probe.timeout, job)
+        place = name.strip("[]"), int(port)
+        with contextlib.closing(socket.create_connection(place, probe.timeout)) as connection:
+            if probe.kind == "tcp":
+                return True
+            request = f"GET /{path} HTTP/1.0\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+            connection.sendall(request.encode())
+            while b"\n" not in data and len(data) < 4096:  # the status line, within one deadline
+                connection.settimeout(max(deadline - Clock.mono(), 0.001))
+                part = connection.recv(4096)
+                data += part or b"\n"
+        status = re.match(rb"HTTP/\S+ ([0-9]{3})\b", data)
+        return status is not None and int(status[1]) < 400
     except (OSError, ValueError):
         return False
-
-
-def _ask_http(url: str, timeout_s: float) -> bool:
-    import http.client
-
-    host, _, path = url[len("http://") :].partition("/")
-    with contextlib.suppress(http.client.HTTPException):
-        connection = http.client.HTTPConnection(host, timeout=timeout_s)
-        with contextlib.closing(connection):
-            connection.request("GET", "/" + path)
-            return connection.getresponse().status < 400
-    return False
-
-
-def _ask_command(command: str | list[str], timeout_s: float, job: Job) -> bool:
-    import subprocess
-
-    argv = [*Platform.SHELL, command] if isinstance(command, str) else command
-    null = subprocess.DEVNULL
-    with subprocess.Popen(
-        argv, stdin=null, stdout=null, stderr=null, cwd=job.cwd, env=job.env,
-        **Platform.DETACHED, **(job.identity or {}),
-    ) as process:  # fmt: skip
-        try:
-            return process.wait(timeout_s) == 0
-        except subprocess.TimeoutExpired:
-            Platform.signal_group(process.pid, Platform.kill)
-            process.kill()
-            return False
 
 
 _NOTE_TYPES: dict[str, Any] = {
@@ -3440,12 +4321,16 @@ _NOTE_TYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def find_records(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def find_notes(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (process, index, note) of the runs that a former daemon of this boot began."""
     for entry in sorted(os.listdir(os.path.join(folder, "run"))):
         match = re.fullmatch(r"proc-([A-Za-z][A-Za-z0-9_-]{0,63})\.(0|[1-9][0-9]{0,3})", entry)
-        path = os.path.join(folder, "run", entry)
-        note = read_note(path) if match else {}
+        path, note = os.path.join(folder, "run", entry), {}
+        if match:
+            with contextlib.suppress(OSError, DaemonError, ValueError, RecursionError):
+                with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
+                    found = json.loads(file.read(NOTE_BYTES).decode("utf-8", "surrogateescape"))
+                note = found if isinstance(found, dict) else {}
         is_sound = all(isinstance(note.get(key), kind) for key, kind in _NOTE_TYPES.items())
         if match and is_sound and note.get("boot") == Platform.boot_id():
             yield match[1], int(match[2]), note
@@ -3460,26 +4345,27 @@ class Instance:
     `moved` is the supervisor's condition; its lock guards all.
     """
 
-    def __init__(
-        self, name: str, index: int, policy: Any, store: TaskStore, moved: threading.Condition
-    ) -> None:
+    def __init__(self, name: str, index: int, policy: Any, supervisor: Supervisor) -> None:
         self.name, self.index, self.id = name, index, f"{name}.{index}"
-        self.store, self.moved = store, moved
+        self.store, self.moved = supervisor.store, supervisor.moved
+        self.keepers = supervisor.keepers
         self.policy = policy  # as configured; that of `view` is in force, until the run ends
         self.view = View(policy=policy, state=ProcessState.STOPPED, restarts=[], due=0.0)
         self.view.quick_ends = self.view.jitter = 0
-        self.run: Run | None = None
-        self.note: dict[str, Any] = {}  # of the last run, as in its record
+        self.ward: Ward | None = None  # of the run that is there
+        self.word: dict[str, Any] = {}  # how it was started; of an adopted one, what is known
+        self.failure: Result | None = None  # it could not be started
+        self.note: dict[str, Any] = {}  # of the last run, as in its file
         self.last_end = self.remark = ""  # "exit 137"; what it says of itself (STATUS=)
         self.flaw = ""  # why it is stopping, if nobody asked for it
         self.is_surplus = False  # neither configured nor asked for any more
         self.is_rolling = False  # when it is replaced, only while its siblings are ready
+        self.asking = threading.Event()  # ends the thread that asks
+        self.is_unasked = False  # that thread could not start
+        self.hearing: socket.socket | None = None  # its NOTIFY_SOCKET
+        self.log = LogWatch(os.path.join(self.store.folder, "logs", f"proc-{self.id}.log"))
+        self.path = os.path.join(self.store.folder, "run", "proc-" + self.id)
         self._sample = (0.0, 0.0)  # at the last look: monotonic, processor seconds
-
-    @property
-    def child(self) -> Child | None:
-        """The child that runs now."""
-        return self.run.child if self.run is not None else None
 
     @property
     def spec(self) -> str:
@@ -3503,7 +4389,7 @@ class Instance:
         view = self.view
         view.is_stale = view.is_stale or view.state == ProcessState.STOPPING
         view.is_wanted, view.has_given_up, view.quick_ends, view.restarts = True, False, 0, []
-        if self.child is None:
+        if self.ward is None:
             view.result, view.state, self.last_end = None, ProcessState.STOPPED, ""
 
     def is_up(self) -> bool:
@@ -3520,18 +4406,19 @@ class Instance:
 
     def has_begun(self) -> bool:
         """Tell whether, since it was wanted, it was started, or found that it must wait."""
-        view, child = self.view, self.child
+        view, ward = self.view, self.ward
         if view.is_stale or view.state == ProcessState.STOPPING:
             return False
         if view.state == ProcessState.STARTING:
-            return bool(child.shell_pid if child is not None else view.is_held)
+            return bool(ward.pid if ward is not None else view.is_held)
         return view.state != ProcessState.STOPPED or view.result is not None
 
     def take_on(self, policy: Any) -> None:
         """Go on by another policy that asks for no other run; holds the lock."""
         before, self.view.policy = self.view.policy, policy
-        if self.run is not None and (before.ready, before.live) != (policy.ready, policy.live):
-            self.run.ask_anew()
+        is_other = (before.ready, before.live) != (policy.ready, policy.live)
+        if self.ward is not None and self.ward.pid and is_other:
+            self.ask_anew()
 
     def move(self, state: ProcessState, why: str | None = None) -> None:
         """Go to another state: the only way but for `want` and `adopt`; holds the lock."""
@@ -3539,9 +4426,9 @@ class Instance:
             what = f"{self.id}: {self.view.state.value} cannot become {state.value}"
             raise DaemonError("INTERNAL", what)
         log.info("Process %s is %s%s", self.id, state.value, f": {why}" if why else "")
-        if state == ProcessState.RUNNING and self.child is not None:
+        if state == ProcessState.RUNNING and self.ward is not None:
             self.view.last_sign, self.view.lapses = Clock.mono(), 0
-            self.child.write_note(ready=True)
+            self.write_note(ready=True)
         if state == ProcessState.STOPPING:
             self.flaw = why or ""
         is_given_up = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
@@ -3554,9 +4441,20 @@ class Instance:
         """Let the next start be a first one; holds the lock, and has no child."""
         self.note = {}
         with contextlib.suppress(OSError):
-            os.unlink(self.make_child("").job.record_path)
+            os.unlink(self.path)
 
-    def begin(self) -> None:
+    def write_note(self, **more: object) -> None:
+        """Write what the next daemon is to know of this run. Raises ValueError, DaemonError."""
+        self.note.update(more)
+        text = json.dumps(self.note, ensure_ascii=False)  # escapes could make it too long
+        data = text.encode("utf-8", "surrogateescape").ljust(NOTE_BYTES - 1) + b"\n"
+        if len(data) > NOTE_BYTES:
+            raise ValueError("the note of the run is too long: use a shorter path")
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        with os.fdopen(open_file(self.path, os.O_WRONLY | os.O_CREAT), "wb", 0) as file:
+            file.write(data)
+
+    def begin(self, keeper: str) -> None:
         """Start a run; holds the lock."""
         view, note, view.policy = self.view, self.note, self.policy
         is_again = view.result is not None and not view.result.never_ran
@@ -3565,6 +4463,10 @@ class Instance:
             window = view.policy.restart_window
             view.restarts = [x for x in recent if Clock.mono() - x < window]
         self.note = {
+            "run": f"{self.id}-{os.urandom(8).hex()}",
+            "keeper": keeper,
+            "pid": 0,
+            "boot": Platform.boot_id(),
             "started": Clock.now(),
             "restarts": note.get("restarts", 0) + is_again,
             "quick": view.quick_ends,
@@ -3572,44 +4474,217 @@ class Instance:
             "given_up": view.has_given_up,
             "spec": self.spec,
         }
-        self._launch(self.make_child(f"{self.id}-{os.urandom(8).hex()}"), True, 0.0)
+        self._settle_in(0.0)
+        try:
+            self.word = self._make_word()
+            self.write_note(user=self.word.get("ids", {}).get("uid", Platform.user()))
+            self.ward = self._make_ward()
+        except (OSError, ValueError, DaemonError) as error:
+            self.ward = self._make_ward()
+            self.failure = Result(exit_code=126, reason=f"spawn: {error}")
+            return
+        failpoint("note")
+        self.keepers.start(self.ward, self.word)
+        self.keepers.flush()
 
     def adopt(self) -> None:
-        """Take over the run that its note tells of; holds the lock."""
+        """Find out what became of the run that its note tells of; holds the lock."""
         view, note = self.view, self.note
         view.quick_ends, view.has_given_up = note["quick"], note.get("given_up", False)
         view.restarts = [Clock.mono()] * note["recent"]
-        age_s = max(Clock.now() - note["started"], 0.0)
         view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
-        self._launch(self.make_child(note["run"]), False, age_s)
+        self._settle_in(max(Clock.now() - note["started"], 0.0))
+        view.is_ready, self.ward = bool(note.get("ready")), self._make_ward()
+        if isinstance(note.get("ended"), dict):  # told, but not acted on
+            self.failure = Result(**note["ended"])
+        else:
+            self.keepers.adopt(self.ward)
 
-    def make_child(self, run_id: str) -> Child:
-        """Make the child of a run; its environment comes later."""
-        policy, folder = self.view.policy, self.store.folder
-        command = fill(policy.command, self.index)
-        job = Job(
-            run_id=run_id,
-            argv=[*Platform.SHELL, command] if isinstance(command, str) else command,
-            cwd=os.path.join(self.store.project, fill(policy.cwd, self.index)),
-            env={},
-            umask=int(policy.umask, 8),
-            limits=policy,
-            record_path=os.path.join(folder, "run", "proc-" + self.id),
-            log_path=os.path.join(folder, "logs", f"proc-{self.id}.log"),
-            stop_signal=policy.stop_signal,
-            stop_timeout_s=policy.stop_timeout,
-            is_process=True,
-            note=self.note,
-        )
-        return make_child(job)
-
-    def _launch(self, child: Child, is_new: bool, age_s: float) -> None:
-        view, self.remark = self.view, ""
+    def _settle_in(self, age_s: float) -> None:
+        view, self.remark, self.failure = self.view, "", None
         view.is_ready, view.lapses, view.is_stale = False, 0, False
         view.last_sign = Clock.mono()
         view.started = view.last_sign - age_s
-        self.run = Run(self, child)
-        self.run.spawn("proc", functools.partial(self.run.carry_out, is_new))
+
+    def _make_ward(self) -> Ward:
+        note = self.note
+        return Ward(
+            run_id=note["run"], keeper=note.get("keeper"), boot_id=note["boot"],
+            user=note.get("user", Platform.user()), log_path=self.log.path, is_process=True,
+            tell=self.take, pid=note["pid"] or None, start_time=note.get("at"),
+        )  # fmt: skip
+
+    def _make_word(self) -> dict[str, Any]:
+        """Return what `start` says of a run. Raises OSError, ValueError, DaemonError."""
+        policy, store = self.view.policy, self.store
+        env = capture_environment(store.config.daemon.env_keep)
+        ids: dict[str, Any] = {}
+        if policy.user or policy.group:
+            ids, who = Platform.identity(policy.user, policy.group)
+            env.update(who)
+        if any(one.kind == "notify" for one in self.probes):
+            env["NOTIFY_SOCKET"] = self._listen(ids.get("uid"))
+            if policy.live and policy.live.kind == "notify":
+                env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
+        for path in policy.env_file:
+            env.update(read_environment(os.path.join(store.project, path)))
+        env.update({name: fill(text, self.index) for name, text in policy.env.items()})
+        marks = {"PROCESS": self.name, "INSTANCE": self.index, "RUN_ID": self.note["run"]}
+        env.update(make_marks(store, **marks))
+        command = fill(policy.command, self.index)
+        return {
+            "argv": [*Platform.SHELL, command] if isinstance(command, str) else command,
+            "cwd": os.path.join(store.project, fill(policy.cwd, self.index)),
+            "env": env,
+            "umask": int(policy.umask, 8),
+            "log": self.log.path,
+            "sweep": True,
+            "ids": ids,
+            **make_limits(policy),
+        }
+
+    def _listen(self, owner: int | None) -> str:
+        """Open the NOTIFY_SOCKET, where a former daemon had it; return its path."""
+        near = os.path.join(self.store.folder, "run", "notify-" + self.id)
+        self.hearing, path = Platform.bind_notify(near, owner)
+        self.hearing.setblocking(False)
+        self.note["notify"] = path
+        self.keepers.add_reader(self.hearing, functools.partial(self._hear, self.hearing))
+        return path
+
+    def _stop_hearing(self) -> None:
+        if self.hearing is not None:
+            self.keepers.remove_reader(self.hearing)
+            self.hearing.close()
+            self.hearing = None
+        path = self.note.get("notify")
+        if path:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                if not os.path.basename(path).startswith("notify-") or "/apexd-" in path:
+                    os.rmdir(os.path.dirname(path))  # the last one's
+
+    def take(self, run_id: str, what: Begun | Result) -> None:
+        """Hear from a keeper: the run lives, or has ended."""
+        with self.moved:
+            if self.ward is None or self.ward.run_id != run_id:
+                return
+            if isinstance(what, Begun):
+                self._take_begin(what)
+            else:
+                self.take_end(what)
+            self.moved.notify_all()
+        if isinstance(what, Result):
+            self.keepers.forget([run_id])
+
+    def _take_begin(self, begun: Begun) -> None:
+        view = self.view
+        view.started = Clock.mono() - begun.age_s
+        try:
+            self.write_note(pid=begun.pid, at=begun.start_time)
+            if begun.is_adopted:
+                log.info("Adopted process %s, PID %d", self.id, begun.pid)
+                self.word = self.word or self._remember(begun.pid)
+        except (OSError, ValueError, DaemonError) as error:  # it runs all the same
+            log.error("process %s is not looked after: %s", self.id, error)
+        self.ask_anew()
+
+    def _remember(self, pid: int) -> dict[str, Any]:
+        """Return, of an adopted run, what its probes need: as it was started, if that shows."""
+        policy, store = self.view.policy, self.store
+        env = Platform.read_environment(pid)
+        if self.note.get("notify"):
+            self._listen(self.note["user"] if policy.user or policy.group else None)
+        if not env:
+            return self._make_word()
+        ids = Platform.identity(policy.user, policy.group)[0] if policy.user or policy.group else {}
+        cwd = os.path.join(store.project, fill(policy.cwd, self.index))
+        return {"env": env, "cwd": cwd, "umask": int(policy.umask, 8), "ids": ids}
+
+    def ask_anew(self) -> None:
+        """Ask by the probes that are configured now; holds the lock."""
+        view = self.view
+        self.asking.set()
+        view.is_ready |= view.policy.ready is None or bool(self.note.get("ready"))
+        view.lapses, view.last_sign, self.is_unasked = 0, Clock.mono(), False
+        if any(one.kind != "notify" for one in self.probes):
+            self.asking = threading.Event()
+            args = (self.asking, self.ward)
+            name = "probe-" + self.id
+            try:
+                threading.Thread(target=self._ask, args=args, name=name, daemon=True).start()
+            except RuntimeError:  # no thread to be had: tried again
+                self.is_unasked = True
+        self.moved.notify_all()
+
+    def _ask(self, is_over: threading.Event, ward: Ward) -> None:
+        """Ask whether it is ready, then whether it lives."""
+        view, pause_s = self.view, 0.0
+        while not is_over.wait(pause_s):
+            is_ready = view.is_ready
+            probe = view.policy.live if is_ready else view.policy.ready
+            if probe is None or (is_ready and probe.kind == "notify"):
+                return
+            pause_s = min(probe.interval, 1.0) if probe.kind == "notify" else probe.interval
+            if probe.kind != "notify":
+                is_command = probe.kind == "command"
+                is_well = self._ask_command(probe) if is_command else ask(probe, self.index)
+                with self.moved:
+                    if self.ward is ward and not is_over.is_set() and is_well is not None:
+                        self.take_sign(is_well)
+
+    def _ask_command(self, probe: Probe) -> bool | None:
+        """Run a probe's command as a child of the keeper; None: it could not be asked."""
+        told: queue.SimpleQueue[Begun | Result] = queue.SimpleQueue()
+        command, keeper = fill(probe.target, self.index), self.keepers.standing()
+        run_id, deadline = f"?{self.id}-{os.urandom(8).hex()}", Clock.mono() + probe.timeout
+        if keeper is None or not self.word:
+            return None
+        ward = Ward(
+            run_id=run_id, keeper=keeper, boot_id=Platform.boot_id(), user=Platform.user(),
+            log_path=os.devnull, is_process=False, tell=lambda run, what: told.put(what),
+        )  # fmt: skip
+        argv = [*Platform.SHELL, command] if isinstance(command, str) else command
+        word = {key: self.word[key] for key in ("env", "cwd", "umask", "ids")}
+        self.keepers.start(ward, {**word, "argv": argv, "log": os.devnull, "sweep": True})
+        self.keepers.flush()
+        is_well: bool | None = None
+        try:
+            while True:
+                what = told.get(timeout=max(deadline - Clock.mono(), 0.001))
+                is_well = False
+                if isinstance(what, Result):
+                    return None if what.never_ran else what.exit_code == 0
+        except queue.Empty:  # began, but gave no answer; or the keeper does not answer
+            self.keepers.end(run_id, int(Platform.kill), 0.0)
+            return is_well
+        finally:
+            self.keepers.forget([run_id])
+
+    def _hear(self, hearing: socket.socket) -> None:
+        """Hear what it says of itself (sd_notify(3)); called when there is something."""
+        view = self.view
+        try:
+            words = hearing.recv(4096).decode("utf-8", "replace").split("\n")
+        except OSError:
+            return
+        with self.moved:
+            if self.hearing is not hearing or self.ward is None:
+                return
+            if "WATCHDOG=trigger" in words and view.policy.live:
+                view.lapses = view.policy.live.failures
+                self.moved.notify_all()
+            elif "READY=1" in words or ("WATCHDOG=1" in words and view.is_ready):
+                self.take_sign(True)
+            for word in words:
+                if word.startswith("STATUS="):
+                    self.remark = word[len("STATUS=") :][:1000]
+
+    def end(self, name: str, grace_s: float) -> None:
+        """Ask all of the run to end by a signal, KILL it after a grace."""
+        if self.ward is not None:
+            number = int(getattr(signal, "SIG" + name, Platform.kill))
+            self.keepers.end(self.ward.run_id, number, grace_s)
 
     def take_sign(self, is_well: bool) -> None:
         """Count a sign of life, or a lapse; the first good one is readiness; holds the lock."""
@@ -3624,7 +4699,13 @@ class Instance:
 
     def take_end(self, result: Result) -> None:
         """Note that the run has ended; holds the lock."""
-        view, self.run = self.view, None
+        view, self.ward, self.failure, self.word = self.view, None, None, {}
+        self.asking.set()
+        self._stop_hearing()
+        if result.ran_s is not None:
+            view.started = Clock.mono() - result.ran_s
+        if result.reason is not None:
+            log_reason(self.log.path, result.reason)
         is_meant = view.state == ProcessState.STOPPING and (view.is_stale or not view.is_wanted)
         if view.state == ProcessState.STOPPING and not is_meant:
             result = Result(reason=self.flaw)  # whatever status it ended with
@@ -3632,14 +4713,18 @@ class Instance:
         view.result, view.jitter = None if is_meant else result, random.random()
         if not view.is_wanted:
             self.forget()
+        else:
+            fields = {key: getattr(result, key) for key in ("exit_code", "signal", "ran_s")}
+            with contextlib.suppress(OSError, ValueError, DaemonError):
+                self.write_note(ended={**fields, "never_ran": result.never_ran})
         self.move(ProcessState.STOPPED if is_meant else ProcessState.CRASHED, self.last_end)
 
     def describe(self, usage: Mapping[int, tuple[float, int]]) -> dict[str, Any]:
         """Return {"index", "pid", "state", "cpu_percent", "memory_bytes", "uptime_secs",
         "restart_count"}; cpu_percent: since the last look; holds the lock."""
-        now, child = Clock.mono(), self.child
-        pid = child.pid if child is not None else None
-        cpu_s, memory = usage.get(child.shell_pid if child else 0, (None, None))
+        now = Clock.mono()
+        pid = self.ward.pid if self.ward is not None else None
+        cpu_s, memory = usage.get(pid or 0, (None, None))
         percent = None
         if cpu_s is not None:
             (last, last_s), self._sample = self._sample, (now, cpu_s)
@@ -3652,7 +4737,7 @@ class Instance:
             "state": self.view.state.value,
             "cpu_percent": percent,
             "memory_bytes": memory,
-            "uptime_secs": now - self.view.started if pid else None,
+            "uptime_secs": int(now - self.view.started) if pid else None,
             "restart_count": self.note.get("restarts", 0),
         }
 
@@ -3665,8 +4750,10 @@ class Instance:
             parts = [self.last_end]
         if view.state in (ProcessState.BACKOFF, ProcessState.FAILED):
             parts.append(f"next try in {span(view.due - now)}")
-        elif view.state == ProcessState.STARTING and self.child is None:
-            parts = ["waits for " + ", ".join(view.policy.needs)]
+        elif view.state == ProcessState.STARTING and self.ward is None:
+            obstacle = self.keepers.status()["obstacle"]
+            needs = "waits for " + ", ".join(view.policy.needs)
+            parts = [f"no keeper: {obstacle}" if obstacle else needs]
         elif view.state == ProcessState.STARTING:
             parts.append(f"not ready yet, for {span(now - view.started)}")
         elif view.state == ProcessState.UNHEALTHY:
@@ -3675,157 +4762,6 @@ class Instance:
             parts.insert(0, f"since {span(now - view.started)}")
         parts += [f'it says "{self.remark}"'] if self.remark else []
         return ": ".join(filter(None, (f"{self.id} {view.state.value}", "; ".join(parts))))
-
-
-class Run:
-    """One run of an instance: its child, from the start, or the adoption, to the end.
-
-    Threads: "proc-ID" starts the child and waits for it; "probe-ID" asks it, "hear-ID" hears
-    it, where that is configured.
-    """
-
-    def __init__(self, instance: Instance, child: Child) -> None:
-        self.child = child
-        self._instance = instance
-        self._gone, self._asking = threading.Event(), threading.Event()  # they end the threads
-        self._hearing: socket.socket | None = None
-
-    def spawn(self, name: str, act: Callable[[], None]) -> None:
-        """Start a thread of this run."""
-        name = f"{name}-{self._instance.id}"
-        threading.Thread(target=act, name=name, daemon=True).start()
-
-    def carry_out(self, is_new: bool) -> None:
-        """Start the child, or recover a former daemon's; wait for its end."""
-        instance, view, result = self._instance, self._instance.view, None
-        try:
-            result = self._start() if is_new else self._take_over()
-            is_told = bool(instance.note.get("ready"))
-            if result is None:
-                with instance.moved:
-                    view.is_ready |= is_told
-                    self.ask_anew()
-                result = self.child.wait()
-            else:  # it ended while there was no daemon, or could not start
-                up_s = os.path.getmtime(self.child.job.record_path) - instance.note["started"]
-                view.is_ready, view.started = is_told, Clock.mono() - max(up_s, 0.0)
-        except (OSError, ValueError, DaemonError) as error:
-            result = result or Result(exit_code=126, reason=f"spawn: {error}")
-        except Exception as error:  # this thread's top frame
-            log.exception("process %s could not be carried out", instance.id)
-            result = Result(exit_code=126, reason=f"apexd: {error}")
-        self._gone.set()
-        self._asking.set()
-        if result.reason is not None:
-            log_reason(self.child.job, result.reason)
-        if self._hearing is not None:
-            self._stop_hearing(self._hearing, instance.note["notify"])
-        with instance.moved:
-            instance.take_end(result)
-
-    def _start(self) -> Result | None:
-        """Start a new child. Raises OSError, ValueError, DaemonError."""
-        self._settle_in()
-        result = self.child.start()
-        if result is None:
-            self.child.go()
-        return result
-
-    def _take_over(self) -> Result | None:
-        """Recover a former daemon's child."""
-        result = self.child.recover()
-        try:
-            if result is None:
-                self._settle_in()
-        except (OSError, ValueError, DaemonError) as error:  # it runs all the same
-            log.error("process %s is not looked after: %s", self._instance.id, error)
-        return result
-
-    def _settle_in(self) -> None:
-        """Find user, environment and NOTIFY_SOCKET (sd_notify(3)): of the child, of its probes."""
-        instance, job, store = self._instance, self.child.job, self._instance.store
-        policy, env = instance.view.policy, capture_environment(store.config.daemon.env_keep)
-        if policy.user or policy.group:
-            job.identity, who = Platform.identity(policy.user, policy.group)
-            env.update(who)
-        if any(one.kind == "notify" for one in instance.probes):
-            self._listen((job.identity or {}).get("user"))
-        for path in policy.env_file:
-            env.update(read_environment(os.path.join(store.project, path)))
-        env.update({name: fill(text, instance.index) for name, text in policy.env.items()})
-        marks = {"PROCESS": instance.name, "INSTANCE": instance.index, "RUN_ID": job.run_id}
-        marks.update(PROJECT_PATH=store.project, STATE_DIR=store.folder)
-        env.update({f"APEX_{name}": str(value) for name, value in marks.items()})
-        job.env.update(env)
-
-    def _listen(self, owner: int | None) -> None:
-        """Open the NOTIFY_SOCKET, where a former daemon had it if it is adopted."""
-        instance, env, live = self._instance, self.child.job.env, self._instance.view.policy.live
-        near = os.path.join(instance.store.folder, "run", "notify-" + instance.id)
-        os.makedirs(os.path.dirname(near), mode=0o700, exist_ok=True)
-        path = instance.note.get("notify") or (near if owner is None else None)
-        self._hearing, path = Platform.bind(path, socket.SOCK_DGRAM, owner)
-        instance.note["notify"] = env["NOTIFY_SOCKET"] = path
-        if live and live.kind == "notify":
-            env["WATCHDOG_USEC"] = str(int(live.timeout * 1e6))
-        self.spawn("hear", functools.partial(self._hear, self._hearing))
-
-    def ask_anew(self) -> None:
-        """Ask by the probes that are configured now; holds the lock."""
-        instance, view = self._instance, self._instance.view
-        self._asking.set()
-        view.is_ready |= view.policy.ready is None
-        view.lapses, view.last_sign = 0, Clock.mono()
-        if any(one.kind != "notify" for one in instance.probes):
-            self._asking = threading.Event()
-            self.spawn("probe", functools.partial(self._ask, self._asking))
-        instance.moved.notify_all()
-
-    def _ask(self, is_over: threading.Event) -> None:
-        """Ask whether it is ready, then whether it lives."""
-        instance, view, pause_s = self._instance, self._instance.view, 0.0
-        while not is_over.wait(pause_s):
-            is_ready = view.is_ready
-            probe = view.policy.live if is_ready else view.policy.ready
-            if probe is None or (is_ready and probe.kind == "notify"):
-                return
-            pause_s = min(probe.interval, 1.0) if probe.kind == "notify" else probe.interval
-            if probe.kind != "notify":
-                is_well = ask(probe, self.child.job, instance.index)
-                with instance.moved:
-                    if instance.run is self and not is_over.is_set():
-                        instance.take_sign(is_well)
-
-    def _hear(self, hearing: socket.socket) -> None:
-        """Hear what it says of itself until it is gone."""
-        instance, view = self._instance, self._instance.view
-        with hearing:
-            while not self._gone.is_set():
-                words = hearing.recv(4096).decode("utf-8", "replace").split("\n")
-                with instance.moved:
-                    if instance.run is not self:
-                        continue
-                    if "WATCHDOG=trigger" in words and view.policy.live:
-                        view.lapses = view.policy.live.failures
-                        instance.moved.notify_all()
-                    elif "READY=1" in words or ("WATCHDOG=1" in words and view.is_ready):
-                        instance.take_sign(True)
-                    for word in words:
-                        if word.startswith("STATUS="):
-                            instance.remark = word[len("STATUS=") :][:1000]
-
-    def _stop_hearing(self, hearing: socket.socket, path: str) -> None:
-        """Wake the thread that hears, and take the socket away before the next run has one."""
-        end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        end.setblocking(False)
-        with end, contextlib.suppress(OSError):  # its file was removed
-            end.sendto(b"", path)
-        with contextlib.suppress(OSError):  # not connected, says macOS; closed already
-            hearing.shutdown(socket.SHUT_RD)
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-            if not os.path.basename(path).startswith("notify-"):
-                os.rmdir(os.path.dirname(path))  # a folder of its own
 
 
 def get_process(config: Config, name: str) -> Any:
@@ -3855,21 +4791,6 @@ def read_process_logs(
     return found
 
 
-def make_instances(store: TaskStore, moved: threading.Condition) -> Iterator[Instance]:
-    """Yield an instance for each run that a former daemon of this boot began."""
-    gone = Config({"process": {"gone": {"command": "gone"}}}).processes["gone"]
-    for name, index, note in find_records(store.folder):
-        instance = Instance(name, index, store.config.processes.get(name, gone), store, moved)
-        instance.note = note
-        yield instance
-
-
-def find_lost_processes(store: TaskStore) -> list[Child]:
-    """Return the children of processes that run although there is no daemon."""
-    lost = make_instances(store, threading.Condition())
-    return [instance.make_child(instance.note["run"]) for instance in lost]
-
-
 class Supervisor:
     """Keeps the processes of the configuration as they are wanted.
 
@@ -3879,11 +4800,14 @@ class Supervisor:
 
     def __init__(
         self, store: TaskStore, on_failure: Callable[[str], None] = lambda name: None,
-        on_stopped: Callable[[], None] = lambda: None,
+        on_stopped: Callable[[], None] = lambda: None, keepers: Keepers | None = None,
     ) -> None:  # fmt: skip
-        self._store = store
+        self.store = store
+        self.keepers = keepers or Keepers(store.folder)
+        self._is_alone = keepers is None  # nobody else looks at the keepers
         self._on_failure, self._on_stopped = on_failure, on_stopped
-        self.moved = threading.Condition()  # guards all instances; taken before the store's lock
+        # Guards all instances; taken before the locks of keepers and store.
+        self.moved = threading.Condition()
         self._instances: dict[str, Instance] = {}
         self._is_stopping = False
         self.halted = threading.Event()
@@ -3892,14 +4816,56 @@ class Supervisor:
     def start(self) -> None:
         """Adopt what a former daemon left, start what is wanted."""
         with self.moved:
-            decisions = self._store.get_decisions()
-            for instance in make_instances(self._store, self.moved):
-                self._instances[instance.id] = instance
-                instance.view.is_wanted = decisions.get(instance.name, (None, None))[0] is not False
-                log.info("Adopting process %s", instance.id)
-                instance.adopt()
+            self._adopt()
             self.arrange()
+        self.keepers.open("a")
         threading.Thread(target=self._loop, name="supervisor", daemon=True).start()
+        if self._is_alone:
+            threading.Thread(target=self._look, name="keepers", daemon=True).start()
+
+    def _look(self) -> None:
+        self.keepers.on_standing = self.wake
+        while not self.halted.is_set():
+            try:
+                self.keepers.look(3600.0)
+            except Exception:  # this thread's top frame
+                log.exception("looking at the keepers failed")
+                self.halted.wait(1.0)
+
+    def wake(self) -> None:
+        """Have it decide anew: a keeper takes starts now."""
+        with self.moved:
+            self.moved.notify_all()
+
+    def _adopt(self) -> None:
+        decisions = self.store.get_decisions()
+        gone = Config({"process": {"gone": {"command": "gone"}}}).processes["gone"]
+        for name, index, note in find_notes(self.store.folder):
+            policy = self.store.config.processes.get(name, gone)
+            instance = self._instances[f"{name}.{index}"] = Instance(name, index, policy, self)
+            instance.view.is_wanted = decisions.get(name, (None, None))[0] is not False
+            instance.note = note
+            if note.get("keeper") is None:
+                log.warning("process %s of an older apexd is started anew: it had no keeper", name)
+            log.info("Adopting process %s", instance.id)
+            instance.adopt()
+
+    def finish(self, deadline_mono: float) -> list[str]:
+        """KILL all that a former daemon left, without a thread; return what still runs then.
+
+        For a client that acts while there is no daemon; the next start is a first one.
+        """
+        with self.moved:
+            self._adopt()
+            for instance in self._instances.values():
+                instance.view.is_wanted = False
+                instance.end("KILL", 0.0)
+                if instance.failure is not None:
+                    instance.take_end(instance.failure)
+        self.keepers.open("a")
+        while Clock.mono() < deadline_mono and any(o.ward for o in self._instances.values()):
+            self.keepers.look(0.1)
+        return sorted(one.id for one in self._instances.values() if one.ward)
 
     def stop(self, force: bool = False) -> None:
         """End all, each after what needs it; `on_stopped` is called when it is done."""
@@ -3907,32 +4873,29 @@ class Supervisor:
             self._is_stopping = True
             for instance in self._instances.values():
                 instance.view.is_wanted = False
-                if instance.child is None:
+                if instance.ward is None:
                     instance.forget()
                 elif force:
-                    instance.child.end(force=True)
+                    instance.end("KILL", 0.0)
             self.moved.notify_all()
 
     def halt(self) -> None:
         """Decide nothing more, and leave the children to the next daemon."""
         with self.moved:
             self.halted.set()
+            for instance in self._instances.values():
+                instance.asking.set()
             self.moved.notify_all()
 
     def reload(self, old: Config) -> None:
         """Start, stop and replace what differs now from the configuration before."""
         with self.moved:
-            for name, policy in self._store.config.processes.items():
+            for name, policy in self.store.config.processes.items():
                 before = old.processes.get(name)
                 if before is not None and before.instances != policy.instances:
-                    self._store.decide_process(name, "instances", None)
+                    self.store.decide_process(name, "instances", None)
             if not self._is_stopping:
                 self.arrange()
-
-    def find_children(self) -> list[Child]:
-        """Return the children that run now."""
-        with self.moved:
-            return [one.child for one in self._instances.values() if one.child is not None]
 
     def status(self) -> dict[str, Any]:
         """Return {"process_count", "running_instances", "failed": [ids], "health"}.
@@ -3944,7 +4907,7 @@ class Supervisor:
             given_up = (ProcessState.FAILED, ProcessState.CRASHED)
             failed = [one.id for one in everyone if one.view.state in given_up]
             is_down = any(one.is_failing() for one in everyone)
-            count = len(self._store.config.processes)
+            count = len(self.store.config.processes)
             running = sum(one.view.state in _READY for one in everyone)
             health = "degraded" if is_down else "healthy"
             counts = {"process_count": count, "running_instances": running}
@@ -3952,9 +4915,9 @@ class Supervisor:
 
     def arrange(self) -> None:
         """Have the instances that configuration and users' decisions ask for; holds the lock."""
-        decisions = self._store.get_decisions()
+        decisions = self.store.get_decisions()
         surplus = dict(self._instances)
-        for name, policy in self._store.config.processes.items():
+        for name, policy in self.store.config.processes.items():
             is_up, count = decisions.get(name, (None, None))
             siblings = [one for one in self._instances.values() if one.name == name]
             is_wanted = policy.autostart or any(one.view.is_wanted for one in siblings)
@@ -3962,14 +4925,14 @@ class Supervisor:
                 instance = surplus.pop(f"{name}.{index}", None)
                 if instance is None or instance.is_surplus:
                     if instance is None:
-                        instance = Instance(name, index, policy, self._store, self.moved)
+                        instance = Instance(name, index, policy, self)
                         self._instances[instance.id] = instance
                     if is_wanted if is_up is None else is_up:
                         instance.want()
                 instance.is_surplus, instance.policy = False, policy
                 if instance.note.get("spec") in (None, instance.spec):
                     instance.take_on(policy)
-                elif instance.child is not None:
+                elif instance.ward is not None:
                     instance.view.is_stale = instance.is_rolling = True
                 elif instance.view.is_wanted:  # perhaps mended
                     instance.want()
@@ -3985,37 +4948,68 @@ class Supervisor:
                     self.moved.wait(wait_s)
                     late_s = Clock.mono() - began - (wait_s or 0.0)
                     if wait_s is not None and late_s > 1.0:  # frozen: nobody could be heard
-                        for one in self._instances.values():
-                            one.view.last_sign += late_s
-                if Clock.mono() >= self._next_check:
-                    self._next_check = Clock.mono() + LOG_CHECK_S
-                    self._check()
+                        self._shift(late_s)
+                self._check()
             except Exception:  # this thread's top frame
                 log.exception("the supervisor failed")
                 self.halted.wait(1.0)
 
+    def _shift(self, seconds: float) -> None:
+        """Leave a time in which the daemon stood still out of all that is measured."""
+        for one in self._instances.values():
+            one.view.last_sign += seconds
+            if one.view.state == ProcessState.STARTING:
+                one.view.started += seconds
+            if one.view.state == ProcessState.STOPPING:
+                one.view.due += seconds
+
     def _settle(self) -> float | None:
         """Decide for all until nothing changes; return how long nothing can be due."""
-        now, is_moving = Clock.mono(), not self.halted.is_set()
+        now, is_moving, keeper = Clock.mono(), not self.halted.is_set(), self.keepers.standing()
         while is_moving:
             is_moving = False
-            for instance in list(self._instances.values()):
-                instance.view.is_spawned = instance.child is not None
-                instance.view.is_held = self._is_held(instance)
-                is_moving |= self._apply(instance, decide(now, instance.view))
-                if instance.is_surplus and instance.child is None:
+            everyone = list(self._instances.values())
+            holding = {
+                need for one in everyone if one.ward is not None and not one.view.is_wanted
+                for need in one.view.policy.needs
+            }  # fmt: skip
+            ready: dict[str, bool] = {}
+            for one in everyone:
+                ready[one.name] = ready.get(one.name, True) and is_good_enough(one.view)
+            for instance in everyone:
+                view = instance.view
+                if instance.failure is not None:
+                    instance.take_end(instance.failure)
+                if instance.is_unasked and now >= view.last_sign + 1.0:
+                    instance.ask_anew()
+                view.is_spawned = instance.ward is not None
+                if not view.is_wanted:  # what needs it, and is to end too, ends first
+                    view.is_held = instance.name in holding
+                elif view.is_spawned:
+                    view.is_held = instance.is_rolling and self._is_needed_ready(instance)
+                else:
+                    needs = (ready.get(need, False) for need in view.policy.needs)
+                    view.is_held = keeper is None or not all(needs)
+                is_moving |= self._apply(instance, decide(now, view), keeper or "")
+                if instance.is_surplus and instance.ward is None:
                     instance.forget()
                     del self._instances[instance.id]
+        return self._next_wake_s(now)
+
+    def _next_wake_s(self, now: float) -> float | None:
         everyone = self._instances.values()
-        if self._is_stopping and not any(one.child for one in everyone):
+        if self._is_stopping and not any(one.ward for one in everyone):
             self.halted.set()
             self._on_stopped()
         times = [when_due(one.view) for one in everyone]
-        times += [self._next_check] if any(one.child for one in everyone) else []
+        times += [one.log.due_mono for one in everyone if one.ward]
+        times += [now + 1.0 for one in everyone if one.is_unasked]
+        if any(one.ward and one.view.policy.memory_restart_mb for one in everyone):
+            times.append(self._next_check)
         first = min(times, default=float("inf"))
-        return None if first == float("inf") else max(first - now, 0.0)
+        return None if first == float("inf") else max(first - Clock.mono(), 0.0)
 
-    def _apply(self, instance: Instance, action: Action) -> bool:
+    def _apply(self, instance: Instance, action: Action, keeper: str) -> bool:
         """Do what was decided; tell whether anything changed."""
         view = instance.view
         is_over = view.is_wanted and action.is_wanted is False and action.state in _DOWN
@@ -4023,9 +5017,11 @@ class Supervisor:
             if getattr(action, name) is not None:
                 setattr(view, name, getattr(action, name))
         if action.act == "start":
-            instance.begin()
-        elif action.act is not None and instance.child is not None:
-            instance.child.end(force=action.act == "kill")
+            instance.begin(keeper)
+        elif action.act == "end":
+            instance.end(view.policy.stop_signal, view.policy.stop_timeout)
+        elif action.act == "kill":
+            instance.end("KILL", 0.0)
         is_moving = action.state != view.state
         if is_moving:
             instance.move(action.state, action.why)
@@ -4033,40 +5029,31 @@ class Supervisor:
             self._on_failure(instance.id)
         return is_moving or action.act == "start"
 
-    def _is_held(self, instance: Instance) -> bool:
-        """Tell whether an instance must wait before it starts, or ends."""
-        view, everyone = instance.view, self._instances.values()
-        if not view.is_wanted:  # what needs it, and is to end too, ends first
-            return any(
-                instance.name in other.view.policy.needs
-                and not other.view.is_wanted and other.child is not None
-                for other in everyone
-            )  # fmt: skip
-        if instance.child is None:
-            return not all(map(self._is_ready, view.policy.needs))
-        siblings = [one for one in everyone if one.name == instance.name and one is not instance]
-        is_other_down = any(one.view.is_wanted and one.view.state not in _READY for one in siblings)
-        return instance.is_rolling and is_other_down
-
-    def _is_ready(self, name: str) -> bool:
-        """Tell whether all instances of a process are ready, or have done their work."""
-        views = [one.view for one in self._instances.values() if one.name == name]
-        return bool(views) and all(map(is_good_enough, views))
+    def _is_needed_ready(self, instance: Instance) -> bool:
+        """Tell whether an instance must stay ready, since a sibling of its is not."""
+        siblings = [one for one in self._instances.values() if one.name == instance.name]
+        others = [one.view for one in siblings if one is not instance and one.view.is_wanted]
+        return instance.is_ready() and any(view.state not in _READY for view in others)
 
     def _check(self) -> None:
         """Cap the logs; replace what uses too much memory."""
+        now = Clock.mono()
         with self.moved:
-            running = [(one, one.child) for one in self._instances.values() if one.child]
-        for instance, child in running:
-            with contextlib.suppress(OSError, DaemonError):
-                cap_log(child.job.log_path, int(instance.view.policy.log_mb * 1e6))
-        limited = [(one, child) for one, child in running if one.view.policy.memory_restart_mb]
-        usage = Platform.usage({child.shell_pid for _, child in limited}) if limited else {}
+            running = [one for one in self._instances.values() if one.ward is not None]
+        for instance in running:
+            if now >= instance.log.due_mono:
+                instance.log.look(int(instance.view.policy.log_mb * 1e6))
+        limited = [one for one in running if one.view.policy.memory_restart_mb]
+        if not limited or now < self._next_check:
+            return
+        self._next_check = now + LOG_CHECK_S
+        pids = {one.id: one.ward.pid for one in limited if one.ward is not None and one.ward.pid}
+        usage = Platform.usage(set(pids.values()))
         with self.moved:
-            for instance, child in limited:
+            for instance in limited:
                 most = instance.view.policy.memory_restart_mb * 1e6
-                _, used = usage.get(child.shell_pid, (0.0, 0))
-                if used > most and instance.child is child and not instance.view.is_stale:
+                _, used = usage.get(pids.get(instance.id, 0), (0.0, 0))
+                if used > most and instance.ward is not None and not instance.view.is_stale:
                     log.warning("process %s uses %d MB", instance.id, used / 1e6)
                     instance.view.is_stale, instance.is_rolling = True, False
                     self.moved.notify_all()
@@ -4076,7 +5063,7 @@ class Supervisor:
         everyone = self._instances.values()
         found = [one for one in everyone if name in (one.name, one.id) and not one.is_surplus]
         if not found:
-            get_process(self._store.config, name)
+            get_process(self.store.config, name)
         return sorted(found, key=lambda one: one.index)
 
     @contextlib.contextmanager
@@ -4086,7 +5073,7 @@ class Supervisor:
             if self._is_stopping:
                 raise DaemonError("BUSY", "the daemon is stopping", "`start` it again first")
             for name in names:
-                get_process(self._store.config, name)
+                get_process(self.store.config, name)
             yield [one for name in names for one in self.find(name)]
 
     def wait_until(self, is_done: Callable[[], bool], within_s: float) -> bool:
@@ -4279,8 +5266,7 @@ class TaskVerbs:
 
     def _describe(self, task: Task) -> Fields:
         if self._runner is not None and task.state == State.RUNNING:
-            child = self._runner.find_children().get(task.id)
-            task.pid = child.pid if child else None
+            task.pid = self._runner.keepers.pid_of(task.run_id)
         return task.to_dict()
 
     def _add(self, **request: Any) -> Fields:
@@ -4397,7 +5383,10 @@ class TaskVerbs:
         if task.state == State.RUNNING:
             yield f"runs since {span(Clock.now() - task.started_at)}"
             if task.wish is not None:
-                yield f"is being ended: {task.wish.value}; something of it still lives"
+                yield f"is being ended: {task.wish.value}"
+            obstacle = self._runner.keepers.explain(task.run_id or "") if self._runner else ""
+            if obstacle:
+                yield obstacle
             return
         if task.state == State.SCHEDULED:
             yield f"due in {span((task.due_at or 0.0) - Clock.now())}"
@@ -4432,6 +5421,8 @@ class TaskVerbs:
         elif len(running) >= most:
             names = [str(other.id) for other in running[:10]]
             yield f"all {most} slots are taken: tasks {', '.join(names)}"
+        elif self._runner is not None and self._runner.keepers.status()["obstacle"]:
+            yield f"no keeper takes it: {self._runner.keepers.status()['obstacle']}"
         elif not paused:
             yield "will be claimed at the next turn"
 
@@ -4488,8 +5479,8 @@ class ProcessVerbs:
         """Return the details of each instance of each process."""
         with self._supervisor.moved:
             mine = [self._supervisor.find(name) for name in names]
-            children = [one.child for found in mine for one in found if one.child is not None]
-            usage = Platform.usage({child.shell_pid for child in children})
+            wards = [one.ward for found in mine for one in found if one.ward is not None]
+            usage = Platform.usage({ward.pid for ward in wards if ward.pid})
             return [[one.describe(usage) for one in found] for found in mine]
 
     def _list(self) -> Fields:
@@ -4529,7 +5520,7 @@ class ProcessVerbs:
     def _down(self, names: list[str]) -> Fields:
         """Stop processes; answer when nothing of them is left."""
         with self._supervisor.acting(names) as mine:
-            if not any(one.child or one.view.is_wanted for one in mine):
+            if not any(one.ward or one.view.is_wanted for one in mine):
                 what = f"{', '.join(names)} does not run"
                 raise DaemonError("PROCESS_NOT_RUNNING", what, "see `ps`")
             for name in names:
@@ -4543,7 +5534,7 @@ class ProcessVerbs:
         """Wait until these are gone, or wanted again. Raises STOP_FAILED."""
         most_s = self._store.config.stop_timeout_s + 2 * STOP_MARGIN_S
         if not self._supervisor.wait_until(
-            lambda: all(one.child is None or one.view.is_wanted for one in instances), most_s
+            lambda: all(one.ward is None or one.view.is_wanted for one in instances), most_s
         ):
             raise DaemonError("STOP_FAILED", "something of it still runs", "see `why NAME`")
 
@@ -4553,7 +5544,7 @@ class ProcessVerbs:
             policy = self._store.config.processes[name]
             self._store.decide_process(name, "is_up", True)
             for one in mine:
-                one.view.is_stale, one.is_rolling = one.child is not None, is_rolling
+                one.view.is_stale, one.is_rolling = one.ward is not None, is_rolling
                 if not one.is_up():
                     one.want()
 
@@ -4583,12 +5574,12 @@ class ProcessVerbs:
 
     def _signal(self, name: str, signal: int) -> Fields:
         with self._supervisor.moved:
-            pids = [one.child.pid for one in self._supervisor.find(name) if one.child is not None]
-        for pid in filter(None, pids):
-            Platform.send(pid, signal)
-        if not any(pids):
+            wards = [one.ward for one in self._supervisor.find(name) if one.ward is not None]
+        send = self._supervisor.keepers.signal
+        pids = [ward.pid for ward in wards if ward.pid and send(ward.run_id, signal)]
+        if not pids:
             raise DaemonError("PROCESS_NOT_RUNNING", f"{name} does not run", f"`up {name}`")
-        return {"message": f"sent to {', '.join(map(str, filter(None, pids)))}"}
+        return {"message": f"sent to {', '.join(map(str, pids))}"}
 
     def _why(self, name: str) -> Fields:
         """Return {"name", "reasons": [a line for each instance, and for what it waits for]}."""
@@ -4934,19 +5925,19 @@ class Client:
             make_state_folder(folder)
             if not self._pid_file.acquire("client " + verb):
                 return None
-        orphans: list[Child] = []
         try:
             config = load_config(self.project.config_path)
             store = TaskStore(path, config, self._pid_file, self.project.path)
             with contextlib.closing(store):
                 form, act = TaskVerbs(store).table[verb]
                 answer = json.loads(json.dumps(act(**read_fields(form, fields))))
-                if verb == "cancel":
-                    orphans = find_orphans(store, answer["done"])
+                running = store.find(state="running", limit=INTEGER_MAX) if verb == "cancel" else ()
+                ids = [task.id for task in running if task.wish == Outcome.CANCELLED]
+                if ids:
+                    deadline = Clock.mono() + config.daemon.stop_timeout + STOP_MARGIN_S
+                    answer["left"] = end_attempts(store, ids, deadline)
         finally:
             self._pid_file.release()
-        for child in orphans:
-            _end_orphan(child)
         return dict(answer)
 
     def add(self, command: str | list[str], **options: Any) -> int:
@@ -5086,36 +6077,33 @@ def held_by(holder: Holder) -> DaemonError:
     return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
-def find_orphans(store: TaskStore, ids: Sequence[int]) -> list[Child]:
-    """Return the children of tasks that run although there is no daemon."""
-    attempts = AttemptStore(store)
-    tasks = store.find(state="running", ids=ids, limit=INTEGER_MAX)
-    return [make_child(make_job(task, *attempts.get_context(task), store)) for task in tasks]
+def end_attempts(store: TaskStore, ids: Sequence[int], deadline_mono: float) -> list[int]:
+    """End running tasks whose wish is on disk, while there is no daemon; return what still runs."""
+    runner = DaemonRunner(store)
+    try:
+        return runner.finish(ids, deadline_mono)
+    finally:
+        runner.keepers.close(False)
 
 
-def _end_orphan(child: Child) -> None:
-    """End a child by its record: TERM, the grace, KILL; the next daemon reads the result."""
-    if child.recover() is None:
-        child.end()
-        deadline = Clock.mono() + child.job.stop_timeout_s
-        while not child.has_result() and Clock.mono() < deadline:
-            threading.Event().wait(0.02)
-        child.end(force=True)
+def end_everything(store: TaskStore) -> list[str]:
+    """KILL tasks and processes, while there is no daemon; return what still runs."""
+    deadline = Clock.mono() + 2 * STOP_MARGIN_S
+    runner = DaemonRunner(store)
+    supervisor = Supervisor(store, keepers=runner.keepers)
+    ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
+    AttemptStore(store).set_wishes(ids, Outcome.INTERRUPTED)
+    try:
+        left = [str(task_id) for task_id in runner.finish(ids, deadline, stop_s=0.0)]
+        return [*left, *supervisor.finish(deadline)]
+    finally:
+        runner.keepers.close(True)
 
 
 # ============================================================================
 # 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
 #     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
 # ============================================================================
-
-# Bytecode from a cache in the state folder and no site-packages: a quicker start, and no module
-# that lies beside apexd.py can stand in for one of the standard library.
-_BOOT = (
-    "import sys;from importlib.machinery import SourceFileLoader as L;"
-    "sys.pycache_prefix,__file__=sys.argv[1:3];del sys.argv[1:3];"
-    "code=L('apexd',__file__).get_code('apexd');sys.pycache_prefix=None;exec(code)"
-)
-
 
 class Daemon:
     """One project's daemon: it owns lock, store, runner and control socket, and wires them.
@@ -5135,9 +6123,12 @@ class Daemon:
         self._waker: socket.socket  # `_obey` sleeps on the other end
         self._wakee: socket.socket
         self._reload_lock = threading.Lock()  # one reload at a time
-        self._next_heartbeat = 0.0  # monotonic
+        self._next_heartbeat = self._next_look = 0.0  # monotonic
         self._exit_status = self._inode = 0
+        self._is_over = False  # nothing runs any more
+        self._first_term = 0.0  # monotonic
         self._store: TaskStore
+        self._keepers: Keepers
         self._runner: DaemonRunner
         self._supervisor: Supervisor
         self._control: ControlServer
@@ -5177,12 +6168,9 @@ class Daemon:
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for name in Platform.SIGNALS:
             number = getattr(signal, name)
-            signal.signal(number, lambda number, _: self._messages.put(("signal", number)))
-        for ignored in signal.valid_signals() - {getattr(signal, "SIGPIPE", 0)}:
-            if signal.getsignal(ignored) == signal.SIG_IGN:
-                signal.signal(ignored, signal.SIG_DFL)  # else tasks would inherit it
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            if name != "SIGCHLD" or os.getpid() == 1:
+                signal.signal(number, lambda number, _: self._messages.put(("signal", number)))
+        reset_signals()
         os.umask(0o077)
         make_state_folder(self._project.folder)
         os.chdir(self._project.folder)
@@ -5200,10 +6188,12 @@ class Daemon:
             threading.Event().wait(0.02)
 
     def _serve(self) -> None:
+        keepers = self._keepers = Keepers(self._project.folder)
         on_drained = functools.partial(self._post, "drained")
-        self._runner = DaemonRunner(self._store, None, self._look_after, on_drained)
+        self._runner = DaemonRunner(self._store, None, self._look_after, on_drained, keepers)
         on_stopped = functools.partial(self._post, "stopped")
-        self._supervisor = Supervisor(self._store, self._give_up, on_stopped)
+        self._supervisor = Supervisor(self._store, self._give_up, on_stopped, keepers)
+        keepers.on_standing = self._note_standing
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(self._store, self._runner).table,
             **ProcessVerbs(self._supervisor, self._store).table,
@@ -5214,8 +6204,8 @@ class Daemon:
         }
         self._control = ControlServer(self._project.folder, verbs)
         self._control.start()
-        self._runner.start()
         self._supervisor.start()
+        self._runner.start()
         self._report({"event": "ready", "pid": os.getpid()})
         log.info("ready")
         try:
@@ -5224,8 +6214,14 @@ class Daemon:
             self._control.stop()
             self._supervisor.halt()
             self._runner.halt()
+            self._runner.join()
+            self._keepers.close(self._is_over)
             with contextlib.suppress(DaemonError):
                 self._write_state()
+
+    def _note_standing(self) -> None:
+        self._runner.wake()
+        self._supervisor.wake()
 
     def _post(self, kind: str, value: object = None) -> None:
         """Leave a message for the main thread, from any other."""
@@ -5246,38 +6242,46 @@ class Daemon:
 
     def _obey(self) -> None:
         """Do what signal handlers and threads ask for, until the end."""
-        first_term, ended = 0.0, set[str]()
+        ended = set[str]()
         for kind, value in self._take_messages():
             name = signal.Signals(value).name if kind == "signal" else kind
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
-            if name == "leave" or len(ended) == 2:
-                log.info("%s", "leaving all that runs" if name == "leave" else "all has ended")
+            self._is_over = len(ended) == 2
+            if name == "leave" or self._is_over:
+                log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
-            if name == "drained":
-                self._supervisor.stop()
-            if name in ("stop", "failed", "SIGTERM", "SIGINT", "SIGBREAK"):
-                now = Clock.mono()
-                self._exit_status = value if name == "failed" else self._exit_status
-                if not first_term or now - first_term >= FIRST_TERM_S:
-                    log.info("%s: stopping%s", name, " at once" if first_term else "")
-                    self._runner.drain(0.0 if first_term else self._config.daemon.graceful_timeout)
-                    if first_term:
-                        self._supervisor.stop(force=True)
-                first_term = first_term or now
-            elif name == "SIGHUP":
-                with contextlib.suppress(DaemonError):  # logged; nothing has changed
-                    self._reload()
-            elif name == "SIGUSR1":
-                self._dump()
-            elif name == "SIGUSR2":
-                open_log(self._path("daemon.log"), self._config.log, self._foreground)
-                log.info("reopened the log")
-            elif os.getpid() == 1:  # SIGCHLD
-                Platform.reap_orphans(self._is_child)
+            try:
+                self._act(name, value)
+            except (DaemonError, OSError) as error:  # a full disk, say
+                log.error("%s: %s", name, error)
 
-    def _is_child(self, pid: int) -> bool:
-        children = [*self._runner.find_children().values(), *self._supervisor.find_children()]
-        return any(child.shell_pid == pid for child in children)
+    def _act(self, name: str, value: Any) -> None:
+        """Do what one message asks for."""
+        if name == "drained":
+            self._supervisor.stop()
+        elif name == "failed":
+            self._exit_status = self._exit_status or value
+            if not self._first_term:
+                log.info("stopping")
+                self._runner.drain(self._config.daemon.graceful_timeout)
+        elif name in ("stop", "SIGTERM", "SIGINT", "SIGBREAK"):
+            now, is_first = Clock.mono(), not self._first_term
+            if is_first or now - self._first_term >= FIRST_TERM_S:
+                log.info("%s: stopping%s", name, "" if is_first else " at once")
+                self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
+                if not is_first:
+                    self._supervisor.stop(force=True)
+            self._first_term = self._first_term or now
+        elif name == "SIGHUP":
+            with contextlib.suppress(DaemonError):  # logged; nothing has changed
+                self._reload()
+        elif name == "SIGUSR1":
+            self._dump()
+        elif name == "SIGUSR2":
+            open_log(self._path("daemon.log"), self._config.log, self._foreground)
+            log.info("reopened the log")
+        elif os.getpid() == 1:  # SIGCHLD
+            Platform.reap_orphans(self._keepers.has_child)
 
     def _give_up(self, name: str) -> None:
         log.error("process %s is critical and has failed: stopping", name)
@@ -5302,12 +6306,28 @@ class Daemon:
                 open_log(self._path("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
             self._supervisor.reload(old)
+            self._next_heartbeat = self._next_look = 0.0
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
             self._runner.wake()
             return plan
 
-    def _look_after(self) -> None:
-        """Do what recurs at each poll: the socket's and the database's presence, heartbeat."""
+    def _look_after(self) -> float:
+        """Do what recurs, each at its own time; return in how many seconds the next is due."""
+        now = Clock.mono()
+        try:
+            if now >= self._next_look:
+                self._next_look = now + min(self._config.daemon.poll_interval, LOOK_S)
+                self._inspect()
+            if now >= self._next_heartbeat and not self._exit_status:
+                self._next_heartbeat = now + self._config.daemon.heartbeat_interval
+                write_atomically(self._path("heartbeat"), timestamp(Clock.now()) + "\n")
+                self._write_state()
+        except DaemonError as error:  # a full disk
+            log.error("%s (%s)", error, error.hint)
+        return min(self._next_look, self._next_heartbeat) - Clock.mono()
+
+    def _inspect(self) -> None:
+        """Look whether database and socket are where they were."""
         try:
             is_there = os.stat(self._store.path).st_ino == self._inode
         except OSError:
@@ -5318,12 +6338,8 @@ class Daemon:
         if not is_there:
             return  # nothing here is ours to write any more
         self._control.start()
-        if Clock.mono() >= self._next_heartbeat:
-            self._next_heartbeat = Clock.mono() + self._config.daemon.heartbeat_interval
-            write_atomically(self._path("heartbeat"), timestamp(Clock.now()) + "\n")
-            self._write_state()
         if os.getpid() == 1:
-            Platform.reap_orphans(self._is_child)
+            Platform.reap_orphans(self._keepers.has_child)
 
     def _write_state(self) -> None:
         write_atomically(self._path("state.json"), json.dumps(self._status(), indent=1) + "\n")
@@ -5464,7 +6480,7 @@ class DaemonManager(Client):
     def run_foreground(self) -> int:
         """Become the daemon (never returns), or be it where there is no exec."""
         argv, env = self._command(foreground=True)
-        if Platform.SURVIVES:
+        if Platform.is_posix:
             os.execve(argv[0], argv, env)
         return run_daemon({**self.project.to_dict(), "foreground": True})
 
@@ -5498,7 +6514,7 @@ class DaemonManager(Client):
         if timeout_s is None:
             timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + STOP_MARGIN_S
             timeout_s += config.stop_timeout_s
-        if Platform.SURVIVES:
+        if Platform.is_posix:
             deadline = Clock.mono() + timeout_s
             Platform.send(holder.pid, signal.SIGTERM)
             while force and Clock.mono() < deadline and not self._await_gone(holder, FIRST_TERM_S):
@@ -5534,21 +6550,10 @@ class DaemonManager(Client):
         if holder is not None:
             self._kill(holder)
         path = os.path.join(self.project.folder, "apex.db")
-        orphans: list[Child] = []
         if with_children and os.path.exists(path):
             config = load_config(self.project.config_path)
             with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
-                ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
-                AttemptStore(store).set_wishes(ids, Outcome.INTERRUPTED)
-                orphans = [*find_orphans(store, ids), *find_lost_processes(store)]
-        for child in orphans:
-            if child.recover() is None:
-                child.end(force=True)
-                if child.job.is_process:
-                    child.wait()
-            if child.job.is_process:  # the next start is a first one
-                with contextlib.suppress(OSError):
-                    os.unlink(child.job.record_path)
+                end_everything(store)
         return holder.pid if holder else None
 
     def leave_daemon(self) -> None:
@@ -5740,7 +6745,7 @@ def cmd_restart(args: Args) -> int:
         return ask_for("restart_process", args, name=args.name)
     manager = manager_of(args)
     load_config(manager.project.config_path)
-    if args.drain or not Platform.SURVIVES:
+    if args.drain:
         manager.stop_daemon()
     else:
         manager.leave_daemon()
@@ -6224,8 +7229,6 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     project = manager.project
     yield "python", sys.version_info >= (3, 9), sys.version.split()[0]
     yield "sqlite", sqlite3.sqlite_version_info >= (3, 31), sqlite3.sqlite_version
-    survives = "outlive the daemon" if Platform.SURVIVES else "die with the daemon, and run again"
-    yield "tasks", True, survives
     free = shutil.disk_usage(project.path).free
     yield "disk", free > 1 << 28, f"{free >> 20} MiB free"
     kind = Platform.network_file_system(project.folder)
@@ -6303,7 +7306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     while null <= 2:  # no file of ours may become standard input, output or error
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
-    if words[:1] == ["_daemon"]:  # what `start` makes; its slots' threads wait for ever
+    if words[:1] == ["_keeper"]:
+        return run_keeper(*words[1:])
+    if words[:1] == ["_daemon"]:  # what `start` makes
         os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), False))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by an embedding program
