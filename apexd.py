@@ -3245,7 +3245,7 @@ class Keepers:
             for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
                 match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
                 if match:
-                    self._links[match[1]] = _Link(match[1])
+                    self._links.setdefault(match[1], _Link(match[1]))
             for name in names - self._links.keys():  # its file is gone, and so is it
                 self._conclude(name, {}, False)
             self._tend()
@@ -3753,6 +3753,7 @@ class _Run(Value):
     task: Task
     deadline_mono: float  # its timeout
     is_ending: bool
+    is_known: bool  # its keeper says that it lives
     is_told: bool  # its result waits to be recorded
     log: LogWatch
 
@@ -3802,7 +3803,7 @@ class DaemonRunner:
         self._begun: list[tuple[Task, Begun]] = []  # the same
         self.is_draining = False  # nothing more is claimed
         self._drain_at = float("inf")  # monotonic; from then on tasks are interrupted
-        self.halted = threading.Event()
+        self.halted, self._drained = threading.Event(), threading.Event()
         self._is_woken = True  # a turn is wanted
         self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)
         self._note_mono = float("inf")  # when `_begun` is recorded at the latest
@@ -3838,20 +3839,22 @@ class DaemonRunner:
         if self._execute is None:
             self.keepers.open("0")
 
-    def finish(
-        self, ids: Iterable[int], deadline_mono: float, stop_s: float | None = None
-    ) -> list[int]:
-        """End tasks whose wish is on disk, without a thread; return those that still run then.
+    def finish(self, ids: Iterable[int], deadline_mono: float, force: bool = False) -> list[int]:
+        """End running tasks, without a thread; return those that still run then.
 
-        For a client that acts while there is no daemon. Nothing is claimed. stop_s: from TERM
-        to KILL, if not as configured.
+        For a client that acts while there is no daemon: nothing is claimed. Their wish is on
+        disk; with `force` they are interrupted and KILLed, but for those that have a result.
         """
         self.is_draining, wanted = True, set(ids)
         self.adopt()
-        for task_id in wanted & self._running.keys() if stop_s is not None else ():
-            self.keepers.end(self._running[task_id].task.run_id or "", signal.SIGTERM, stop_s or 0.0)
         while wanted & self._running.keys() and Clock.mono() < deadline_mono:
             self.keepers.look(0.1)
+            runs = [run for run in self._running.values() if run.task.id in wanted]
+            living = [run for run in runs if run.is_known and not (run.is_told or run.is_ending)]
+            if force and living:
+                self._attempts.set_wishes([run.task.id for run in living], Outcome.INTERRUPTED)
+                for run in living:
+                    self._end(run, 0.0)
             self._turn()
         return sorted(wanted & self._running.keys())
 
@@ -3864,7 +3867,8 @@ class DaemonRunner:
     def stop(self, timeout_s: float | None = None) -> None:
         """Drain, and wait until nothing runs: for an embedding program."""
         self.drain(self.store.config.daemon.graceful_timeout if timeout_s is None else timeout_s)
-        self.halted.wait()
+        self._drained.wait()
+        self.halt()
         self.join()
         self.keepers.close(True)
 
@@ -3990,8 +3994,8 @@ class DaemonRunner:
             log.info("Starting task %d", task.id)
         if results:
             self.tell([task.id for task, _ in results])
-        if is_drained:
-            self.halt()
+        if is_drained and not self._drained.is_set():
+            self._drained.set()
             self._on_drained()
 
     def _count(self, task: Task, result: Result) -> None:
@@ -4053,7 +4057,7 @@ class DaemonRunner:
             if run.is_told:
                 return
             if isinstance(what, Begun):
-                run.task.pid, run.task.start_time = what.pid, what.start_time
+                run.task.pid, run.task.start_time, run.is_known = what.pid, what.start_time, True
                 if what.is_adopted and run.task.timeout is not None:
                     run.deadline_mono = Clock.mono() + run.task.timeout - what.age_s
                 self._begun.append((run.task, what))
@@ -4064,10 +4068,10 @@ class DaemonRunner:
         if what.reason is not None:
             log_reason(run.log.path, what.reason)
 
-    def _end(self, run: _Run) -> None:
+    def _end(self, run: _Run, stop_s: float | None = None) -> None:
         run.is_ending = True
         failpoint("wish")
-        stop_s = self.store.config.daemon.stop_timeout
+        stop_s = self.store.config.daemon.stop_timeout if stop_s is None else stop_s
         self.keepers.end(run.task.run_id or "", signal.SIGTERM, stop_s)
 
     def _enforce(self) -> None:
@@ -6092,9 +6096,8 @@ def end_everything(store: TaskStore) -> list[str]:
     runner = DaemonRunner(store)
     supervisor = Supervisor(store, keepers=runner.keepers)
     ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
-    AttemptStore(store).set_wishes(ids, Outcome.INTERRUPTED)
     try:
-        left = [str(task_id) for task_id in runner.finish(ids, deadline, stop_s=0.0)]
+        left = [str(task_id) for task_id in runner.finish(ids, deadline, force=True)]
         return [*left, *supervisor.finish(deadline)]
     finally:
         runner.keepers.close(True)
