@@ -3168,32 +3168,143 @@ class Ward(Value):
     tell: Callable[[str, Begun | Result], None]
     pid: int | None
     start_time: str | None
-    is_settled: bool | None  # its keeper knows it, or will
     ending: tuple[int, float] | None  # signal, monotonic time of the KILL
     result: Result | None  # told, while what is left of it is ended
-    sweep_at: float | None  # monotonic: the next look for what is left of it
-    pause_s: float
-    since_mono: float | None  # of the first such look
+    sweep_mono: float  # the next look for what is left of it
+    since_mono: float  # the first one
+    pause_s: float | None  # between two
 
 
 class _Link:
-    """The way to one keeper: starting -> reaching -> greeted; again, or gone."""
+    """The way to one keeper: starting -> reached -> greeted; again, or gone."""
 
-    def __init__(self, name: str, process: Any = None, is_private: bool = False) -> None:
-        self.name, self.process, self.is_private = name, process, is_private
+    def __init__(self, name: str, path: str, process: Any = None, is_private: bool = False) -> None:
+        self.name, self.path, self.process, self.is_private = name, path, process, is_private
+        self.pid, self.file_id = 0, [0, 0]
         self.connection: socket.socket | None = None
         self.is_greeted = self.is_foreign = self.is_quitting = False
-        self.pid = 0
-        self.file_id: list[int] = []
-        self.retry_mono = 0.0
-        self.pause_s = 0.002
         self.asked_mono: float | None = Clock.mono()  # since when it owes an answer
+        self.retry_mono, self.pause_s = 0.0, 0.002
         self.inbox, self.outbox = bytearray(), bytearray()
 
     def is_silent(self) -> bool:
         """Tell whether it has owed an answer for too long."""
-        owes = self.asked_mono
-        return owes is not None and Clock.mono() - owes > KEEPER_ANSWER_S
+        return self.asked_mono is not None and Clock.mono() - self.asked_mono > KEEPER_ANSWER_S
+
+    def takes_starts(self) -> bool:
+        """Tell whether it is there, for everybody, and answers."""
+        return self.is_greeted and not (self.is_private or self.is_quitting or self.is_silent())
+
+    def reach(self, may_connect: bool) -> bytes | None:
+        """Try to connect; None: perhaps later, else it has gone and this is what its file says."""
+        self.retry_mono = Clock.mono() + self.pause_s
+        self.pause_s = min(self.pause_s * 1.2, 1.0)
+        is_gone = self.process is None or Platform.is_child_gone(self.process)
+        try:
+            fd = os.open(self.path, os.O_RDONLY | _O_SAFE)
+        except OSError:
+            return b"" if is_gone else None
+        with os.fdopen(fd, "rb") as file:
+            if Platform.lock(fd):
+                return file.read(KEEPER_FILE_MAX_BYTES)
+            info = os.fstat(fd)
+            self.file_id = [info.st_dev, info.st_ino]
+            with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+                head = json.loads(file.readline(4096))
+                self.is_foreign = head["keeper"] != KEEPER_PROTOCOL
+                if self.is_foreign or not may_connect:  # it ends by itself: look for its lock
+                    self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
+                else:
+                    self.connection = Platform.connect_near(self.path, head)
+                    self.connection.setblocking(False)
+                    self.asked_mono = self.asked_mono or Clock.mono()
+        return None
+
+    def send(self, kind: str, **fields: object) -> None:
+        """Put a word into the buffer that `flush` sends."""
+        self.outbox += pack_frame({"type": kind, **fields})
+
+    def flush(self) -> None:
+        """Send what there is to send, as far as the keeper takes it now."""
+        if self.outbox and self.connection is not None:
+            with contextlib.suppress(OSError):  # `read` gets the end-of-file
+                del self.outbox[: self.connection.send(self.outbox)]
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the words that have come. Raises EOFError, ValueError."""
+        assert self.connection is not None
+        try:
+            data = self.connection.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.asked_mono = None
+        self.inbox += data
+        yield from take_frames(self.inbox)
+        if not data:
+            raise EOFError
+
+    def drop(self) -> None:
+        """Close the connection; the keeper is to be reached anew, or has gone."""
+        if self.connection is not None:
+            self.connection.close()
+        self.connection, self.is_greeted = None, False
+        self.inbox, self.outbox = bytearray(), bytearray()
+        self.retry_mono, self.pause_s, self.asked_mono = 0.0, 0.002, Clock.mono()
+
+
+class _Sweeper:
+    """Ends what is left of runs whose leader has ended; never waits for it."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._wards: dict[str, Ward] = {}
+
+    def add(self, ward: Ward) -> None:
+        """Begin with a run, that is looked at by the next `look`."""
+        ward.sweep_mono = ward.since_mono = Clock.mono()
+        ward.pause_s = SWEEP_PAUSE_S
+        self._wards[ward.run_id] = ward
+
+    def due(self) -> float:
+        """Return when there is something to be done (monotonic)."""
+        return min((ward.sweep_mono for ward in self._wards.values()), default=float("inf"))
+
+    def look(self) -> Iterator[Ward]:
+        """KILL what is found of the runs that are due; yield those of which nothing is left.
+
+        One with a status counts, late, though something that is hidden holds its log.
+        """
+        now = Clock.mono()
+        due = [ward for ward in self._wards.values() if ward.sweep_mono <= now]
+        if not due:
+            return
+        users = {ward.run_id: ward.user for ward in due}
+        found, is_sure = Platform.find_runs(users, self._folder)
+        living = {run_id for run_id, _ in found}
+        for run_id, pid in found:
+            Platform.kill_run(pid, run_id)
+        for ward in due:
+            if self._is_leader_alive(ward):
+                Platform.signal_group(ward.pid or 0, Platform.kill)
+                living.add(ward.run_id)
+            is_late = now - ward.since_mono > SWEEP_MAX_S
+            is_empty = is_sure and ward.run_id not in living and is_unlocked(ward.log_path)
+            if is_empty or (is_late and ward.result is not None and ward.result.exit_code is not None):
+                del self._wards[ward.run_id]
+                yield ward
+                continue
+            if is_late and (ward.pause_s or 0.0) < 1.0:
+                log.warning("waiting for what is left of run %s", ward.run_id)
+            ward.pause_s = min(2 * (ward.pause_s or 0.0), 1.0)
+            ward.sweep_mono = now + ward.pause_s
+
+    def _is_leader_alive(self, ward: Ward) -> bool:
+        """Tell whether the command of a lost run lives: its PID was not used again."""
+        is_lost = ward.result is not None and ward.result.exit_code is None
+        is_known = ward.pid and ward.start_time and ward.boot_id == Platform.boot_id()
+        return bool(is_lost and is_known and Platform.start_time(ward.pid or 0) == ward.start_time)
 
 
 class Keepers:
@@ -3208,19 +3319,19 @@ class Keepers:
         self._lock = threading.RLock()  # guards all that follows
         self._links: dict[str, _Link] = {}
         self._wards: dict[str, Ward] = {}  # by run id, until it is forgotten
-        self._sweeping: dict[str, Ward] = {}  # whose end is known, but not yet told
+        self._sweeper = _Sweeper(self._folder)
         self._told: list[tuple[Ward, Begun | Result]] = []
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
         self._is_open = False
         self._next_spawn = 0.0  # monotonic
-        self.obstacle = "it is being started"  # why no keeper stands
+        self._obstacle = "it is being started"  # why no keeper stands
         self.on_standing: Callable[[], None] = lambda: None
         self.is_owner: Callable[[], bool] = lambda: True  # of the project, still
         self._selector = selectors.DefaultSelector()
         self._waker, self._wakee = socket.socketpair()
         for end in (self._waker, self._wakee):
             end.setblocking(False)
-        self._selector.register(self._wakee, selectors.EVENT_READ, self._calm)
+        self.add_reader(self._wakee, self._calm)
 
     def _calm(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -3231,32 +3342,41 @@ class Keepers:
         with contextlib.suppress(OSError):  # full: it is awake
             self._waker.send(b"x")
 
+    def add_reader(self, place: socket.socket, act: Callable[[], None]) -> None:
+        """Have `act` called by `look` whenever a socket can be read."""
+        self._selector.register(place, selectors.EVENT_READ, act)
+        self.wake()
+
+    def remove_reader(self, place: socket.socket) -> None:
+        """End that, before the socket is closed."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(place)
+
     def adopt(self, ward: Ward) -> None:
         """Find out what became of a former daemon's run; before `open`."""
         with self._lock:
             self._wards[ward.run_id] = ward
 
-    def open(self, *kinds: str) -> None:
-        """Reach the keepers that live, start one; of these kinds all runs are adopted."""
+    def open(self, kind: str) -> None:
+        """Reach the keepers that live, else start one; of this kind all runs are adopted."""
         with self._lock:
             self._is_open = True
-            self._kinds.update(kinds)
-            names = {ward.keeper for ward in self._wards.values()}
+            self._kinds.add(kind)
             for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
                 match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
                 if match:
-                    self._links.setdefault(match[1], _Link(match[1]))
-            for name in names - self._links.keys():  # its file is gone, and so is it
-                self._conclude(name, {}, False)
+                    self._links.setdefault(match[1], _Link(match[1], self._path(match[1])))
+            for name in {ward.keeper for ward in self._wards.values()} - self._links.keys():
+                self._conclude(name, {}, False)  # its file is gone, and so is it
             self._tend()
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._folder, "run", "keeper-" + name)
 
     def standing(self) -> str | None:
         """Return the name of the keeper that takes starts; None: none does now."""
         with self._lock:
-            for link in self._links.values():
-                if link.is_greeted and not (link.is_private or link.is_quitting or link.is_silent()):
-                    return link.name
-        return None
+            return next((link.name for link in self._links.values() if link.takes_starts()), None)
 
     def find_private(self) -> str | None:
         """Return a keeper that has no child and gets one alone; None: not now."""
@@ -3267,48 +3387,51 @@ class Keepers:
                 if link.is_greeted and not link.is_quitting and link.name not in taken:
                     return link.name
             if len(private) < PRIVATE_KEEPERS_MAX and all(link.is_greeted for link in private):
-                self._spawn(True)
+                self._spawn(is_private=True)
         return None
+
+    def _find_link(self, run_id: str) -> _Link | None:
+        """Return the keeper that has a run, if it can be told something."""
+        ward = self._wards.get(run_id)
+        link = self._links.get(ward.keeper or "") if ward is not None else None
+        return link if link is not None and link.is_greeted else None
 
     def start(self, ward: Ward, word: Mapping[str, Any]) -> None:
         """Start a child by the keeper that `ward` names; `flush` sends it."""
         with self._lock:
             self._wards[ward.run_id] = ward
-            link = self._links.get(ward.keeper or "")
-            if link is None or not link.is_greeted:  # it has just gone
+            link = self._find_link(ward.run_id)
+            if link is None:  # it has just gone
                 self._settle(ward, Result(never_ran=True))
                 self.wake()
-                return
-            link.outbox += pack_frame({"type": "start", "run": ward.run_id, **word})
-            link.asked_mono = link.asked_mono or Clock.mono()
+            else:
+                link.send("start", run=ward.run_id, **word)
+                link.asked_mono = link.asked_mono or Clock.mono()
 
     def end(self, run_id: str, number: int, grace_s: float) -> None:
         """Ask all of a run to end, and KILL it after the grace; the first deadline stands."""
         with self._lock:
             ward = self._wards.get(run_id)
             if ward is not None:
-                kill_mono = Clock.mono() + grace_s
-                if ward.ending is not None:
-                    kill_mono = min(kill_mono, ward.ending[1])
+                kill_mono = min(Clock.mono() + grace_s, ward.ending[1] if ward.ending else 1e300)
                 ward.ending = number, kill_mono
                 self._send_ending(ward)
                 self.flush()
 
     def _send_ending(self, ward: Ward) -> None:
-        link = self._links.get(ward.keeper or "")
-        if link is not None and link.is_greeted and ward.ending is not None:
+        link = self._find_link(ward.run_id)
+        if link is not None and ward.ending is not None:
             number, kill_mono = ward.ending
             grace_s = max(kill_mono - Clock.mono(), 0.0)
-            self._send(link, "end", run=ward.run_id, number=number, grace=grace_s)
+            link.send("end", run=ward.run_id, number=number, grace=grace_s)
 
     def signal(self, run_id: str, number: int) -> bool:
         """Send a signal to a child; tell whether there is one that can get it."""
         with self._lock:
-            ward = self._wards.get(run_id)
-            link = self._links.get(ward.keeper or "") if ward is not None else None
-            if link is None or not link.is_greeted or ward is None or ward.result is not None:
+            link = self._find_link(run_id)
+            if link is None or self._wards[run_id].result is not None:
                 return False
-            self._send(link, "signal", run=run_id, number=number)
+            link.send("signal", run=run_id, number=number)
             self.flush()
             return True
 
@@ -3322,41 +3445,25 @@ class Keepers:
                     by_keeper.setdefault(ward.keeper, []).append(run_id)
             for name, runs in by_keeper.items():
                 link = self._links.get(name)
-                if link is not None and link.is_greeted:
-                    self._send(link, "forget", runs=runs)
+                if link is None:
+                    self._remove(name)
+                elif link.is_greeted:
+                    link.send("forget", runs=runs)
                     if link.is_private and not self._has_wards(name):
                         link.is_quitting = True
-                        self._send(link, "quit")
-                elif link is None and not self._has_wards(name):
-                    self._remove(name)
+                        link.send("quit")
             self.flush()
 
     def _has_wards(self, name: str) -> bool:
         return any(ward.keeper == name for ward in self._wards.values())
 
-    def _send(self, link: _Link, kind: str, **fields: object) -> None:
-        link.outbox += pack_frame({"type": kind, **fields})
-
     def flush(self) -> None:
         """Send what there is to send, as far as the keepers take it now."""
         with self._lock:
             for link in self._links.values():
-                if link.outbox and link.connection is not None:
-                    with contextlib.suppress(OSError):  # `look` reads the end-of-file
-                        del link.outbox[: link.connection.send(link.outbox)]
-                    if link.outbox:
-                        self.wake()  # it waits until it can go on
-
-    def explain(self, run_id: str) -> str:
-        """Say why a run that has no PID yet has none, or why its end is not told."""
-        with self._lock:
-            ward = self._wards.get(run_id)
-            link = self._links.get(ward.keeper or "") if ward is not None else None
-            if ward is not None and ward.sweep_at is not None and ward.pause_s > 0.1:
-                return "something that it started still lives"
-            if link is not None and link.is_silent():
-                return f"its keeper (PID {link.pid}) does not answer"
-        return ""
+                link.flush()
+                if link.outbox:
+                    self.wake()  # `look` waits until it can go on
 
     def pid_of(self, run_id: str | None) -> int | None:
         """Return the PID of a run's command while it runs."""
@@ -3364,15 +3471,20 @@ class Keepers:
             ward = self._wards.get(run_id or "")
             return None if ward is None or ward.result is not None else ward.pid
 
-    def add_reader(self, place: socket.socket, act: Callable[[], None]) -> None:
-        """Have `act` called by `look` whenever a socket can be read."""
-        self._selector.register(place, selectors.EVENT_READ, act)
-        self.wake()
+    def explain(self, run_id: str) -> str:
+        """Say why the end of a run is not told, "" when there is nothing to say."""
+        with self._lock:
+            ward = self._wards.get(run_id)
+            link = self._links.get(ward.keeper or "") if ward is not None else None
+            if ward is not None and ward.result is not None and (ward.pause_s or 0.0) > 0.1:
+                return "something that it started still lives"
+            is_silent = link is not None and link.is_silent()
+            return f"its keeper (PID {link.pid}) does not answer" if link and is_silent else ""
 
-    def remove_reader(self, place: socket.socket) -> None:
-        """End that, before the socket is closed."""
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(place)
+    @property
+    def obstacle(self) -> str:
+        """Why nothing can be started, "" when it can."""
+        return "" if self.standing() else self._obstacle
 
     def has_child(self, pid: int) -> bool:
         """Tell whether a PID is that of a keeper that was started here."""
@@ -3382,182 +3494,124 @@ class Keepers:
     def look(self, timeout_s: float) -> None:
         """Read what keepers tell, and do what is due; return when something happened."""
         with self._lock:
-            due_s = min(self._tend(), timeout_s)
-            due_s = 0.0 if self._told else max(due_s, 0.0)
+            due_s = 0.0 if self._told else max(min(self._tend(), timeout_s), 0.0)
         for key, _ in self._selector.select(None if due_s == float("inf") else due_s):
             key.data()
         with self._lock:
-            self._sweep()
+            self._told += [(ward, ward.result) for ward in self._sweeper.look() if ward.result]
             told, self._told = self._told, []
         for ward, what in told:
             ward.tell(ward.run_id, what)
 
     def _tend(self) -> float:
         """Reach keepers, start one if none takes starts; return how long nothing is due."""
-        now, times = Clock.mono(), [float("inf")]
+        now, times = Clock.mono(), [self._sweeper.due()]
         for link in list(self._links.values()):
             if link.connection is None and now >= link.retry_mono:
                 self._reach(link)
             if link.connection is None:
                 times.append(link.retry_mono)
-            else:
-                mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.outbox else 0)
-                if self._selector.get_key(link.connection).events != mask:
-                    self._selector.modify(link.connection, mask, functools.partial(self._read, link))
-                times.append((link.asked_mono or times[0]) + KEEPER_ANSWER_S + 0.1)
-        hopes = [
-            link for link in self._links.values()
-            if not (link.is_private or link.is_foreign or link.is_silent())
-        ]  # fmt: skip
+                continue
+            mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.outbox else 0)
+            key = self._selector.get_key(link.connection)
+            if key.events != mask:
+                self._selector.modify(link.connection, mask, key.data)
+            if link.asked_mono is not None:
+                times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
+        hopes = [x for x in self._links.values() if not (x.is_private or x.is_foreign or x.is_silent())]
         if self._is_open and not hopes:
             if now >= self._next_spawn:
-                self._spawn(False)
+                self._spawn()
             times.append(self._next_spawn)
-        times += [ward.sweep_at for ward in self._sweeping.values() if ward.sweep_at is not None]
-        return min(time for time in times) - Clock.mono()
+        return min(times) - Clock.mono()
 
-    def _spawn(self, is_private: bool) -> None:
+    def _spawn(self, is_private: bool = False) -> None:
         """Start a keeper; it is reached when its file is there."""
         import subprocess
 
         self._next_spawn = Clock.mono() + 1.0
-        name = os.urandom(8).hex()
+        name, null = os.urandom(8).hex(), subprocess.DEVNULL
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
         argv = [*boot_command(self._folder), "_keeper", self._folder, name]
-        null, process = subprocess.DEVNULL, None
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _O_SAFE
         for options in Platform.KEEPER:
             try:  # what it cannot say otherwise, a traceback, goes to the daemon's log
                 fd = os.open(os.path.join(self._folder, "daemon.log"), flags, 0o600)
-                try:
+                with os.fdopen(fd, "ab") as file:
                     process = subprocess.Popen(
-                        argv, stdin=null, stdout=null, stderr=fd, env=env, **options
+                        argv, stdin=null, stdout=null, stderr=file, env=env, **options
                     )
-                finally:
-                    os.close(fd)
-                break
+                self._links[name] = _Link(name, self._path(name), process, is_private)
+                return
             except OSError as error:
-                self.obstacle = f"it cannot be started: {error.strerror}"
-        if process is not None:
-            self._links[name] = _Link(name, process, is_private)
-        else:
-            log.error("no keeper: %s", self.obstacle)
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._folder, "run", "keeper-" + name)
+                self._obstacle = f"no keeper can be started: {error.strerror}"
+        log.error("%s", self._obstacle)
 
     def _reach(self, link: _Link) -> None:
-        """Connect to a keeper, or find that it has gone."""
-        link.retry_mono = Clock.mono() + link.pause_s
-        link.pause_s = min(link.pause_s * 1.2, 1.0)
-        is_gone = link.process is None or Platform.is_child_gone(link.process)
-        try:
-            fd = os.open(self._path(link.name), os.O_RDONLY | _O_SAFE)
-        except OSError:
-            if is_gone:
-                self._bury(link, b"")
-            return
-        with os.fdopen(fd, "rb") as file:
-            if Platform.lock(fd):
-                self._bury(link, file.read(KEEPER_FILE_MAX_BYTES))
-                return
-            info = os.fstat(fd)
-            link.file_id = [info.st_dev, info.st_ino]
-            with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
-                head = json.loads(file.readline(4096))
-                link.pid = int(head["pid"])
-                link.is_foreign = head["keeper"] != KEEPER_PROTOCOL
-                if link.is_foreign or not self.is_owner():  # it ends by itself: look for its lock
-                    link.retry_mono, link.asked_mono = Clock.mono() + 1.0, None
-                    return
-                link.connection = Platform.connect_near(self._path(link.name), head)
+        """Connect to a keeper, or find that it has gone and conclude on its runs."""
+        text = link.reach(self.is_owner())
         if link.connection is not None:
-            link.connection.setblocking(False)
-            link.asked_mono = link.asked_mono or Clock.mono()
-            act = functools.partial(self._read, link)
-            self._selector.register(link.connection, selectors.EVENT_READ, act)
-
-    def _bury(self, link: _Link, text: bytes) -> None:
-        """A keeper has gone: read the results in its file, conclude on the rest."""
-        if link.process is not None:
-            link.process.wait()
-            if not text and not link.is_quitting:
-                self.obstacle = f"it ended with status {link.process.returncode}"
-                log.error("no keeper: %s", self.obstacle)
+            self.add_reader(link.connection, functools.partial(self._read, link))
+        if text is None:
+            return
+        del self._links[link.name]
+        if link.process is not None and not text and not link.is_quitting:
+            self._obstacle = f"a keeper ended with status {link.process.wait()}"
+            log.error("%s", self._obstacle)
         results: dict[str, Result] = {}
         has_left = False
-        for line in text.split(b"\n")[1:]:
+        for line in filter(None, text.split(b"\n")[1:]):
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                word = json.loads(line) if line else {}
-                has_left = word.get("type") == "left" or (has_left and not line)
-                if word and not has_left:
+                word = json.loads(line)
+                has_left = word["type"] == "left"
+                if not has_left:
                     results[str(word["run"])] = read_result(word)
-        del self._links[link.name]
         self._conclude(link.name, results, has_left)
 
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
         """Settle all runs of a keeper that has gone; its file goes with the last of them."""
-        lost = Result(never_ran=True) if has_left else Result()
+        rest = Result(never_ran=True) if has_left else Result()
         for ward in [ward for ward in self._wards.values() if ward.keeper == name]:
             if ward.result is None:
-                self._settle(ward, results.get(ward.run_id, lost))
-        if name is not None and not self._has_wards(name):
+                self._settle(ward, results.get(ward.run_id, rest))
+        if name is not None:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        """Remove the file of a keeper that has gone, and told us all."""
-        if self._kinds >= {"0", "a"}:
+        """Remove the file of a keeper that has gone, once it told all to those it concerns."""
+        if self._kinds >= {"0", "a"} and not self._has_wards(name):
             for path in (self._path(name), self._path(name) + ".sock"):
                 with contextlib.suppress(OSError):
                     insist(os.unlink, path)
 
-    def _drop(self, link: _Link) -> None:
-        """Close a connection; the keeper is reached anew, or has gone."""
-        if link.connection is not None:
-            self._selector.unregister(link.connection)
-            link.connection.close()
-        link.connection, link.is_greeted = None, False
-        link.inbox, link.outbox = bytearray(), bytearray()
-        link.retry_mono, link.pause_s, link.asked_mono = 0.0, 0.002, Clock.mono()
-
     def _read(self, link: _Link) -> None:
-        """Read what a keeper tells."""
+        """Take what a keeper tells; called by `look`."""
         with self._lock:
             if link.connection is None:
                 return
             try:
-                data = link.connection.recv(1 << 18)
-            except BlockingIOError:
-                self.flush()
-                return
-            except OSError:
-                data = b""
-            link.asked_mono = None
-            link.inbox += data
-            try:
-                for word in take_frames(link.inbox):
+                for word in link.read():
                     self._take(link, word)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                log.exception("a keeper said what is not understood")
-                data = b""
-            if not data:
-                self._drop(link)
-            elif link.outbox:
-                self.flush()
+                link.flush()
+            except (EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+                if not isinstance(error, EOFError):
+                    log.error("a keeper (PID %d) is not understood: %s", link.pid, error)
+                self.remove_reader(link.connection)
+                link.drop()
 
     def _take(self, link: _Link, word: dict[str, Any]) -> None:
         """Act on one word of a keeper's."""
-        kind, ward = word["type"], self._wards.get(str(word.get("run")))
+        kind, run_id = word["type"], str(word.get("run"))
+        ward = self._wards.get(run_id)
         if kind == "hello":
             self._greet(link, word)
         elif kind == "started" and ward is not None:
             self._begin(ward, word, False)
         elif kind in ("exited", "failed"):
-            if ward is None:
-                if self._kind(str(word["run"])) in self._kinds:
-                    self._send(link, "forget", runs=[word["run"]])
-            elif ward.result is None:
+            if ward is not None and ward.result is None:
                 self._settle(ward, read_result(word))
+            elif ward is None and self._kind(run_id) in self._kinds:
+                link.send("forget", runs=[run_id])
 
     def _kind(self, run_id: str) -> str:
         return "0" if run_id[:1].isdigit() else "?" if run_id.startswith("?") else "a"
@@ -3566,8 +3620,8 @@ class Keepers:
         """Take over the runs that a keeper has; settle those that it never will start."""
         if word["keeper"] != KEEPER_PROTOCOL or word["file"] != link.file_id:
             link.is_foreign = True
-            raise ValueError("another project's keeper, or one of another protocol")
-        link.is_greeted, link.pid, self.obstacle = True, int(word["pid"]), ""
+            raise ValueError("another project's, or of another protocol")
+        link.is_greeted, link.pid, self._obstacle = True, int(word["pid"]), ""
         runs = {str(run["run"]): run for run in word["runs"]}
         for run_id, told in runs.items():
             ward = self._wards.get(run_id)
@@ -3575,10 +3629,10 @@ class Keepers:
                 self._begin(ward, told, True)
                 self._send_ending(ward)
             elif self._kind(run_id) in self._kinds:  # nobody knows it any more
-                self._send(link, "end", run=run_id, number=int(Platform.kill), grace=0.0)
+                link.send("end", run=run_id, number=int(Platform.kill), grace=0.0)
         known = {*runs, *word["ended"]}
-        for ward in list(self._wards.values()):
-            if ward.keeper == link.name and ward.result is None and ward.run_id not in known:
+        for ward in [ward for ward in self._wards.values() if ward.keeper == link.name]:
+            if ward.result is None and ward.run_id not in known:
                 self._settle(ward, Result(never_ran=True))
         self.on_standing()
 
@@ -3592,75 +3646,27 @@ class Keepers:
         """A run has come to its end: tell it, at once or when nothing of it is left."""
         ward.result = result
         is_clean = result.exit_code == 0 and not ward.is_process and ward.ending is None
-        if is_clean or result.never_ran or (result.reason and ward.pid is None):
+        never_ran = result.never_ran or (result.reason is not None and ward.pid is None)
+        if is_clean or never_ran or ward.run_id.startswith("?"):
             self._told.append((ward, result))
         else:
-            ward.sweep_at = ward.since_mono = Clock.mono()
-            ward.pause_s = SWEEP_PAUSE_S
-            self._sweeping[ward.run_id] = ward
-
-    def _sweep(self) -> None:
-        """End what is left of ended runs; those of which nothing is left are told."""
-        now = Clock.mono()
-        due = [w for w in self._sweeping.values() if w.sweep_at is not None and w.sweep_at <= now]
-        if not due:
-            return
-        runs = {ward.run_id: ward.user for ward in due}
-        found, is_sure = Platform.find_runs(runs, self._folder)
-        for run_id, pid in found:
-            Platform.kill_run(pid, run_id)
-        living = {run_id for run_id, _ in found}
-        for ward in due:
-            if self._is_leader_alive(ward):
-                Platform.signal_group(ward.pid or 0, Platform.kill)
-                living.add(ward.run_id)
-            assert ward.result is not None and ward.since_mono is not None
-            is_late = now - ward.since_mono > SWEEP_MAX_S
-            if is_sure and ward.run_id not in living and is_unlocked(ward.log_path):
-                is_over = True
-            else:
-                is_over = is_late and ward.result.exit_code is not None
-            if is_over:
-                del self._sweeping[ward.run_id]
-                ward.sweep_at = None
-                self._told.append((ward, ward.result))
-            else:
-                if is_late and ward.pause_s < 1.0:
-                    log.warning("waiting for what is left of run %s", ward.run_id)
-                ward.pause_s = min(2 * ward.pause_s, 1.0)
-                ward.sweep_at = now + ward.pause_s
-
-    def _is_leader_alive(self, ward: Ward) -> bool:
-        """Tell whether the command of a run that is lost lives: its PID was not used again."""
-        if ward.pid is None or not ward.start_time or ward.boot_id != Platform.boot_id():
-            return False
-        is_lost = ward.result is not None and ward.result.exit_code is None
-        return is_lost and Platform.start_time(ward.pid) == ward.start_time
-
-    def status(self) -> dict[str, Any]:
-        """Return {"standing": bool, "obstacle": text, "pids": [of the keepers]}."""
-        with self._lock:
-            pids = [link.pid for link in self._links.values() if link.pid]
-        name = self.standing()
-        return {"standing": name is not None, "obstacle": "" if name else self.obstacle, "pids": pids}
+            self._sweeper.add(ward)
 
     def close(self, is_over: bool) -> None:
         """Hang up; is_over: nothing runs any more, so have the keepers leave, and see them go."""
+        deadline = Clock.mono() + (KEEPER_QUIT_S if is_over else 0.0)
         with self._lock:
             self._is_open = False
             for link in self._links.values():
                 if is_over and link.is_greeted:
                     link.is_quitting = True
-                    self._send(link, "quit")
+                    link.send("quit")
             self.flush()
-        deadline = Clock.mono() + KEEPER_QUIT_S
-        while is_over and any(link.is_quitting for link in self._links.values()):
-            if Clock.mono() > deadline:
-                break
+        while any(link.is_quitting for link in self._links.values()) and Clock.mono() < deadline:
             self.look(0.05)
         with self._lock:
             for link in self._links.values():
-                self._drop(link)
+                link.drop()
             self._selector.close()
 
 
@@ -4755,9 +4761,9 @@ class Instance:
         if view.state in (ProcessState.BACKOFF, ProcessState.FAILED):
             parts.append(f"next try in {span(view.due - now)}")
         elif view.state == ProcessState.STARTING and self.ward is None:
-            obstacle = self.keepers.status()["obstacle"]
+            obstacle = self.keepers.obstacle
             needs = "waits for " + ", ".join(view.policy.needs)
-            parts = [f"no keeper: {obstacle}" if obstacle else needs]
+            parts = [obstacle or needs]
         elif view.state == ProcessState.STARTING:
             parts.append(f"not ready yet, for {span(now - view.started)}")
         elif view.state == ProcessState.UNHEALTHY:
@@ -5425,8 +5431,8 @@ class TaskVerbs:
         elif len(running) >= most:
             names = [str(other.id) for other in running[:10]]
             yield f"all {most} slots are taken: tasks {', '.join(names)}"
-        elif self._runner is not None and self._runner.keepers.status()["obstacle"]:
-            yield f"no keeper takes it: {self._runner.keepers.status()['obstacle']}"
+        elif self._runner is not None and self._runner.keepers.obstacle:
+            yield self._runner.keepers.obstacle
         elif not paused:
             yield "will be claimed at the next turn"
 
