@@ -3567,6 +3567,8 @@ class Keepers:
                 has_left = word["type"] == "left"
                 if not has_left:
                     results[str(word["run"])] = read_result(word)
+        if link.pid and not has_left:
+            log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
         self._conclude(link.name, results, has_left)
 
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
