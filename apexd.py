@@ -118,6 +118,7 @@ SLOT_RECORD_BYTES = 512  # one sector: status and note reach the disk together
 SLOT_NOTE_AT = 64  # the shell writes at 0, the daemon here
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
 LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of processes
+LINES_MAX = 100_000  # of a log at once
 STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for others
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
@@ -1180,8 +1181,8 @@ def log_base(path: str) -> int:
 def cap_log(path: str, most_bytes: int) -> bool:
     """Move the head of a log that is over `most_bytes` to `.1`; tell whether it was.
 
-    A crash between copy and cut leaves the head in both. One caller at a time. A head that
-    cannot be kept is dropped. Never raises: what is wrong with a log is warned of, once.
+    A crash between copy and cut leaves the head in both. One caller at a time. On a full disk
+    the head is dropped. Never raises: what is wrong with a log is warned of, once.
     """
     try:
         if not os.path.exists(path) or os.stat(path).st_size <= most_bytes:
@@ -1213,8 +1214,10 @@ def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
                 data = file.read(min(1 << 20, left))
                 left -= copy.write(data)
     except (OSError, DaemonError) as error:
+        if getattr(error.__context__ or error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
         with contextlib.suppress(OSError):
-            os.unlink(path)  # of what use is half of it on a full disk?
+            os.unlink(path)
         _complain(path, error)
 
 
@@ -1277,13 +1280,14 @@ def follow_lines(
     """Yield the lines of several logs as they come, [("web.0", line), ...]; [] for none.
 
     read(offsets, lines) gives what is there from `offsets` on, {"web.0": (data, next offset)};
-    of a log that is not in `offsets` the last `lines` lines, 0: all. to_end False: once.
+    of a log that is not in `offsets` the last `lines` lines. to_end False: once.
     """
     offsets: dict[str, int] = {}
     rests: dict[str, bytes] = {}
     while True:
         found = []
-        for name, (data, offsets[name]) in read(offsets, lines).items():
+        for name, (data, following) in read(offsets, lines).items():
+            offsets[name] = following
             whole, rests[name] = cut_lines(rests.get(name, b"") + data)
             if rests[name] and not to_end:
                 whole.append(rests[name])
@@ -1291,7 +1295,7 @@ def follow_lines(
         yield found
         if not to_end:
             return
-        lines = 0  # of a log that comes later: all
+        lines = LINES_MAX  # of a log that comes later: all
 
 
 def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
@@ -2292,17 +2296,6 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
         yield one if isinstance(one, range) else range(one, one + 1)
 
 
-def check_known(db: sqlite3.Connection, ids: Iterable[int | range]) -> None:
-    """Raise UNKNOWN_TASK for the first id that names no task."""
-    for one in as_ranges(ids):
-        sql = "SELECT id FROM tasks WHERE id BETWEEN ? AND ? ORDER BY id"
-        rows = db.execute(sql, (one.start, one.stop - 1))
-        for task_id in one:
-            row = rows.fetchone()
-            if row is None or row[0] != task_id:
-                raise unknown_task(task_id)
-
-
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
     """Forget tasks and all that belongs to them."""
     places = ("tasks WHERE id", "attempts WHERE task_id", "deps WHERE parent", "deps WHERE child")
@@ -2454,7 +2447,9 @@ class TaskStore:
                 """
             ).fetchone()
             if total != sum(map(len, as_ranges(ids))):
-                check_known(db, ids)
+                sql = "SELECT 1 FROM tasks WHERE id = ?"
+                named = (task_id for one in as_ranges(ids) for task_id in one)
+                raise unknown_task(next(i for i in named if not db.execute(sql, (i,)).fetchone()))
             bad_end = db.execute(
                 """
                 SELECT coalesce(a.exit_code, 1)
@@ -2497,19 +2492,19 @@ class TaskStore:
         taken: DaemonError | None = None
         sql = "SELECT state, attempts FROM tasks WHERE id = ?"
         with self.database.write() as db:
-            check_known(db, ids)
             for task_id in (task_id for one in as_ranges(ids) for task_id in one):
-                state, attempts = db.execute(sql, (task_id,)).fetchone()
+                row = db.execute(sql, (task_id,)).fetchone()
+                if row is None:
+                    raise unknown_task(task_id)
                 try:
-                    is_done = act(db, task_id, State(state))
+                    if act(db, task_id, State(row[0])):
+                        done.append((task_id, row[1]))
+                        continue
                 except DaemonError as error:
                     if error.code != "ILLEGAL_STATE":
                         raise
-                    is_done, taken = False, error
-                if is_done:
-                    done.append((task_id, attempts))
-                else:
-                    not_done.append(task_id)
+                    taken = error
+                not_done.append(task_id)
         if taken is not None and not done:
             raise taken
         if verb == "remove":
@@ -3826,15 +3821,6 @@ class Instance:
         """Tell whether it was wanted, but ended."""
         return self.view.state in _DOWN
 
-    def has_begun(self) -> bool:
-        """Tell whether, since it was wanted, it was started, or found that it must wait."""
-        view, child = self.view, self.child
-        if view.is_stale or view.state == ProcessState.STOPPING:
-            return False
-        if view.state == ProcessState.STARTING:
-            return bool(child.shell_pid if child is not None else view.is_held)
-        return view.state != ProcessState.STOPPED or view.result is not None
-
     def take_on(self, policy: Any) -> None:
         """Go on by another policy that asks for no other run; holds the lock."""
         before, self.view.policy = self.view.policy, policy
@@ -4149,8 +4135,8 @@ def read_process_logs(
 ) -> dict[str, tuple[bytes, int]]:
     """Return {"web.0": (data, next offset)} of a process, or of one instance, from `offsets` on.
 
-    Of an instance that is not in `offsets`: the last `lines` lines; 0: all. Instances that
-    were scaled away must be named. Raises PROCESS_NOT_FOUND.
+    Of an instance that is not in `offsets`: the last `lines` lines. Instances that were
+    scaled away must be named. Raises PROCESS_NOT_FOUND.
     """
     found, entries = {}, list[str]()
     policy = store.config.processes.get(name)  # None: an instance, or its process was removed
@@ -4553,7 +4539,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "progress": number, "note": line_of_text, "keep": bool,
     "name": process_name, "names": process_names, "instances": integer(0, 1000),
     "signal": signal_number,
-    "offsets": log_offsets, "lines": integer(0, 100_000), "follow": truth, "wait": truth,
+    "offsets": log_offsets, "lines": integer(1, LINES_MAX), "follow": truth, "wait": truth,
 }  # fmt: skip
 
 
@@ -4704,7 +4690,7 @@ class TaskVerbs:
     ) -> Fields:
         """Return {"logs": {"web.0": {"data": base64, "next": offset}}} from `offsets` on.
 
-        Of an instance that is not in `offsets`: the last `lines` lines; 0: all.
+        Of an instance that is not in `offsets`: the last `lines` lines.
         """
         logs = read_process_logs(self._store, name, offsets or {}, lines)
         return {
@@ -4851,17 +4837,14 @@ class ProcessVerbs:
                         one.want()
             if wait:
                 self._await_up(mine)
-            else:
-                self._supervisor.wait_until(
-                    lambda: all(one.has_begun() or not one.view.is_wanted for one in mine),
-                    START_TIMEOUT_S,
-                )
+            self._supervisor.moved.notify_all()
         return {"message": f"started: {', '.join(names)}"}
 
     def _has_come_up(self, one: Instance) -> bool:
         """Tell whether an instance is ready; without `ready`, whether it stays."""
-        stays = Clock.mono() - one.view.started >= SETTLE_S
-        return one.is_ready() and not one.view.is_stale and (stays or bool(one.view.policy.ready))
+        if not one.is_ready() or one.view.is_stale:
+            return False
+        return bool(one.view.policy.ready) or Clock.mono() - one.view.started >= SETTLE_S
 
     def _is_settled(self, one: Instance) -> bool:
         """Tell whether an instance has come up, or will not for now."""
@@ -4882,13 +4865,16 @@ class ProcessVerbs:
             return is_failing or all(map(self._is_settled, instances))
 
         self._supervisor.wait_until(is_over, PROCESS_ANSWER_S - START_TIMEOUT_S)
-        wanted = [one for one in instances if one.view.is_wanted]
-        failed = [one.explain() for one in instances if one.is_failing()]
-        failed = failed or [one.explain() for one in wanted if not self._has_come_up(one)]
+        failed = [one for one in instances if one.is_failing()] or [
+            one
+            for one in instances
+            if not self._has_come_up(one) and (one.view.is_wanted or not is_good_enough(one.view))
+        ]
         if failed:
             more = f"; {len(failed) - 3} more" if len(failed) > 3 else ""
             hint = hint or "see `why NAME` and `logs NAME`; it is tried again by its policy"
-            raise DaemonError("PROCESS_FAILED", "; ".join(failed[:3]) + more, hint)
+            what = "; ".join(one.explain() for one in failed[:3])
+            raise DaemonError("PROCESS_FAILED", what + more, hint)
 
     def _down(self, names: list[str]) -> Fields:
         """Stop processes; answer when nothing of them is left."""
@@ -4930,7 +4916,8 @@ class ProcessVerbs:
             self._store.decide_process(name, "instances", instances)
             self._supervisor.arrange()
             self._see_off([one for one in before if one.is_surplus])
-            self._await_up([one for one in self._supervisor.find(name) if one not in before])
+            new = [one for one in self._supervisor.find(name) if one not in before]
+            self._await_up([one for one in new if one.view.is_wanted])
         return {"message": f"scaled: {name} has {instances}"}
 
     def _signal(self, name: str, signal: int) -> Fields:
@@ -4991,9 +4978,9 @@ class ControlServer:
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
-        self._lock = threading.Lock()  # guards _reserved and _idle
+        self._lock = threading.Lock()  # guards _reserved
         self._reserved = 0
-        self._idle: dict[socket.socket, None] = {}  # the longest idle first
+        self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._endpoint: Fields = {}
         self._is_stopping = False
 
@@ -5030,29 +5017,16 @@ class ControlServer:
                 if self._is_stopping:
                     return
                 while not self._room.acquire(timeout=0.02):
-                    self._make_place()
+                    for idle in list(self._idle)[:1]:
+                        self._idle.pop(idle, None)
+                        with contextlib.suppress(OSError):  # it has just gone
+                            idle.shutdown(socket.SHUT_RDWR)
                 threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
             except (OSError, RuntimeError) as error:  # no descriptor, no thread
                 log.warning("a connection was refused: %s", error)
                 if isinstance(error, RuntimeError):
                     self._room.release()
                 threading.Event().wait(0.1)
-
-    def _make_place(self) -> None:
-        """Hang up on the connection that has been waiting longest for a request."""
-        with self._lock, contextlib.suppress(OSError):
-            for connection in self._idle:
-                del self._idle[connection]
-                return connection.shutdown(socket.SHUT_RDWR)
-
-    def _await_request(self, connection: socket.socket) -> Fields | None:
-        with self._lock:
-            self._idle[connection] = None
-        try:
-            return receive_frame(connection, IDLE_TIMEOUT_S, self._reserve)
-        finally:
-            with self._lock:
-                self._idle.pop(connection, None)
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer requests until the peer leaves or sends what is none."""
@@ -5063,7 +5037,9 @@ class ControlServer:
                     try:
                         if not Platform.is_peer_allowed(connection):
                             raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
-                        request = self._await_request(connection)
+                        self._idle[connection] = None
+                        request = receive_frame(connection, IDLE_TIMEOUT_S, self._reserve)
+                        self._idle.pop(connection, None)
                         if request is None:
                             return
                         answer: Any = self._answer(request)
@@ -5082,6 +5058,7 @@ class ControlServer:
         except Exception:  # this thread's top frame
             log.exception("a connection failed")
         finally:
+            self._idle.pop(connection, None)
             self._room.release()
 
     def _stream(self, connection: socket.socket, answers: Iterable[Fields | None]) -> None:
@@ -5344,10 +5321,6 @@ class Client:
 
     def list(self, limit: int | None = None, **where: Any) -> Sequence[Fields]:
         """Return tasks as dicts, ascending; the newest `limit` or all. where: state, group, ids."""
-        ids = where.get("ids") or ()
-        if len(ids) > 1000:
-            parts = [ids[at : at + 1000] for at in range(0, len(ids), 1000)]
-            return [task for part in parts for task in self.list(**{**where, "ids": part})]
         found: Sequence[Fields] = []
         size, before = 1000, None
         while size == 1000 and (limit is None or len(found) < limit):
@@ -6158,9 +6131,9 @@ def cmd_ps(args: Args) -> int:
     try:
         known = [process["name"] for process in client.call("list_processes", {})["processes"]]
     except DaemonError as error:
-        alive = [f"{name}.{index}" for name, index, _ in find_records(client.project.folder)]
-        if error.code == "NOT_RUNNING" and alive:
-            error.message += f"; of its processes there were {', '.join(alive)}, and may still be"
+        with contextlib.suppress(FileNotFoundError):
+            left = [f"{name}.{index}" for name, index, _ in find_records(client.project.folder)]
+            error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
     rows = [("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")]
     found = []
@@ -6554,7 +6527,7 @@ def cmd_dlq(args: Args) -> int:
             what = f"task {task_id} is no dead letter"
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
     args.ids = args.ids or failed
-    if args.action == "show" or not args.ids:
+    if args.action == "show":
         return 0
     return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
 
