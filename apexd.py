@@ -1976,11 +1976,12 @@ class Database:
             raise DaemonError(code, f"{self.path}: {what}", hint) from None
 
     def _make_room(self) -> None:
-        """Give up the ballast, and write the log's pages where they belong: it is used again."""
-        with contextlib.suppress(OSError):
+        """Give up the ballast; without one write the log's pages where they belong, to reuse it."""
+        try:
             os.unlink(os.path.join(os.path.dirname(self.path), "ballast"))
-        with contextlib.suppress(self._errors):
-            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
+        except OSError:
+            with contextlib.suppress(self._errors):
+                self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
         """Return the rows of a statement that changes nothing."""
