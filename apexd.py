@@ -1906,7 +1906,7 @@ PRAGMAS = (
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
     "trusted_schema = OFF",  # sqlite.org/security.html
     "cell_size_check = ON",
-    "temp_store = MEMORY",
+    "temp_store = MEMORY",  # of `asked`
 )
 # The ids that a statement is about: as literals they would make it a new one each time, which
 # sqlite3 keeps. `place` is their order.
@@ -1962,7 +1962,7 @@ class Database:
                 raise self._errors(f"malformed: {verdict}")
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translated(self, is_vital: bool = True) -> Iterator[None]:
         try:
             yield
         except self._errors as error:
@@ -1971,7 +1971,7 @@ class Database:
                 hint = "it is kept as it is: restore a backup, or move it away and start anew"
                 code = "DATABASE_CORRUPT"
             what = " ".join(str(error).split())
-            if what == "database or disk is full" and self.path != ":memory:":
+            if is_vital and what == "database or disk is full" and self.path != ":memory:":
                 self._make_room()
             raise DaemonError(code, f"{self.path}: {what}", hint) from None
 
@@ -1998,9 +1998,12 @@ class Database:
             yield self._db
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection within one transaction; on disk when it returns."""
-        with self._lock, self._translated():
+    def write(self, is_vital: bool = True) -> Iterator[sqlite3.Connection]:
+        """Give the connection within one transaction; on disk when it returns.
+
+        is_vital: on a full disk the ballast is given up for it.
+        """
+        with self._lock, self._translated(is_vital):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -2370,7 +2373,7 @@ class TaskStore:
         """
         if cwd is not None and not os.path.isdir(cwd):
             raise bad(f"{cwd} is no folder", "name a folder that exists with --dir")
-        with self.database.write() as db:
+        with self.database.write(is_vital=False) as db:
             known = db.execute("SELECT answer FROM requests WHERE token = ?", (token,)).fetchone()
             if known:
                 answer = json.loads(known[0]) or []
@@ -2726,22 +2729,19 @@ class AttemptStore:
         sql = "SELECT max(finished_at) FROM tasks WHERE finished_at IS NOT NULL"
         return self._database.fetch(sql)[0][0] or 0.0
 
-    def prune_requests(self, after: int) -> int:
-        """Forget old requests without tasks among 10,000 after an id; return the last, 0: none."""
+    def prune_requests(self) -> None:
+        """Forget old requests whose tasks are gone."""
         with self._database.write() as db:
-            sql = "SELECT max(id) FROM (SELECT id FROM requests WHERE id > ? ORDER BY id LIMIT 10000)"
-            (last,) = db.execute(sql, (after,)).fetchone()
             db.execute(
                 """
                 DELETE FROM requests
-                WHERE id > ? AND id <= ? AND created_at < ?
+                WHERE created_at < ?
                   AND NOT EXISTS (SELECT 1 FROM tasks
                                   WHERE id BETWEEN first_task AND last_task
                                     AND request_id = requests.id)
                 """,
-                (after, last, Clock.now() - TOKEN_KEPT_S),
+                (Clock.now() - TOKEN_KEPT_S,),
             )
-        return last or 0
 
 
 # ============================================================================
@@ -3232,9 +3232,8 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
     store.last_upkeep = jump_s, attempts.get_last_finish()
     if by_age and not pruned and store.last_upkeep[1] == last[1]:
         return
-    request = attempts.prune_requests(0) if by_age else 0
-    while request and Clock.mono() < began + PRUNE_MAX_S:
-        request = attempts.prune_requests(request)
+    if by_age:
+        attempts.prune_requests()
     files = []
     with os.scandir(os.path.join(store.folder, "logs")) as entries:
         for entry in entries:
@@ -4427,7 +4426,7 @@ def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
 
 def receive_frame(
     connection: socket.socket, idle_s: float,
-    reserve: Callable[[int], Any] = contextlib.nullcontext,
+    reserve: Callable[[int], Any] = contextlib.nullcontext, most_items: int = INTEGER_MAX,
 ) -> Fields | None:  # fmt: skip
     """Receive one message; None when the peer closed between two.
 
@@ -4444,9 +4443,8 @@ def receive_frame(
         raise bad(f"a frame of {length} bytes: from 1 to {FRAME_MAX_BYTES}")
     with reserve(length):
         data = _receive(connection, length, deadline)
-        if sum(map(data.count, (b",", b"[", b"{"))) > FRAME_ITEMS_MAX:
-            what = f"a frame of more than {FRAME_ITEMS_MAX} values"
-            raise bad(what, "send it in several parts")
+        if sum(map(data.count, (b",", b"[", b"{"))) > most_items:  # they need not be built
+            raise bad(f"a frame of more than {most_items} values", "send it in several parts")
         whole, real = functools.partial(_number, int), functools.partial(_number, float)
         try:  # `int` refuses NaN and Infinity
             message = json.loads(data, parse_constant=int, parse_int=whole, parse_float=real)
@@ -4859,7 +4857,7 @@ class ProcessVerbs:
         return not view.is_wanted or is_stuck or one.is_failing() or self._has_come_up(one)
 
     def _await_up(self, instances: Sequence[Instance], hint: str = "") -> None:
-        """Wait until these have come up, or one that others follow failed. Raises PROCESS_FAILED."""
+        """Wait until these are up, or one that others follow failed. Raises PROCESS_FAILED."""
 
         def is_over() -> bool:
             is_failing = any(one.is_failing() and one.is_rolling for one in instances)
@@ -5039,7 +5037,9 @@ class ControlServer:
                         if not Platform.is_peer_allowed(connection):
                             raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
                         self._idle[connection] = None
-                        request = receive_frame(connection, IDLE_TIMEOUT_S, self._reserve)
+                        request = receive_frame(
+                            connection, IDLE_TIMEOUT_S, self._reserve, FRAME_ITEMS_MAX
+                        )
                         self._idle.pop(connection, None)
                         if request is None:
                             return
@@ -6113,7 +6113,7 @@ def cmd_status(args: Args) -> int:
         text = f"running, PID {status.pid}, for {since}, {details['project']}\ntasks: {tasks}"
         if details["process_count"]:
             text += f"\nprocesses: {details['running_instances']} running"
-            down = ", ".join(f"{name} ({state})" for name, state in details["down"].items())
+            down = ", ".join(f"{name} ({state})" for name, state in details.get("down", {}).items())
             text += f"; degraded, down: {down}; see `why`" if down else ""
         if details["paused"]:
             text += "\npaused: " + ", ".join(details["paused"]).replace("*", "everything")
@@ -6132,7 +6132,7 @@ def cmd_ps(args: Args) -> int:
     try:
         known = [process["name"] for process in client.call("list_processes", {})["processes"]]
     except DaemonError as error:
-        with contextlib.suppress(FileNotFoundError):
+        if error.code == "NOT_RUNNING" and os.path.exists(client.project.folder + "/run"):
             left = [f"{name}.{index}" for name, index, _ in find_records(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
@@ -6168,7 +6168,7 @@ def find_names(args: Args) -> list[str]:
 @register("up", NAMES, arg("--no-wait", action="store_true", help="do not wait until ready"))
 def cmd_up(args: Args) -> int:
     """Start processes, and what they need; returns when they are ready, 1 when they failed."""
-    return ask_for("up", args, names=find_names(args), wait=not args.no_wait)
+    return ask_for("up", args, names=find_names(args), **({"wait": False} if args.no_wait else {}))
 
 
 @register("down", NAMES)
