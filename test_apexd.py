@@ -1509,34 +1509,43 @@ class TestFiles:
             assert os.path.getsize(ballast) == 65536
             store.close()
 
-    def test_a_file_is_followed_through_several_rotations_between_two_looks(self, tmp_path):
+    def test_a_file_is_followed_through_several_rotations_between_two_looks(
+        self, tmp_path, monkeypatch
+    ):
         """P18: no line is lost, none doubled."""
+        monkeypatch.setattr(apexd, "STREAM_PAUSE_S", 0.02, raising=False)
         path = str(tmp_path / "x.log")
         rng, written, seen = random.Random(1), [], []
 
-        def log(count):
-            for _ in range(count):
-                written.append(b"line %d\n" % len(written))
-                with open(path, "ab") as file:
-                    file.write(written[-1])
+        def log(line=b""):
+            written.append(line or b"line %d\n" % len(written))
+            with open(path, "ab") as file:
+                file.write(written[-1])
 
         def rotate():
-            for number in range(30, 0, -1):
+            for number in range(99, 0, -1):
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(f"{path}.{number}", f"{path}.{number + 1}")
             os.replace(path, path + ".1")
-            log(1)
+            log()
 
-        log(3)
-        follower = apexd.follow_file(path, 50, True)
-        while len(written) < 300:
-            seen.append(next(follower))
-            log(rng.randrange(1, 5))
+        def follow():
+            for data in apexd.follow_file(path, 50, True):
+                seen.append(data)
+                if data.endswith(b"end\n"):
+                    return
+
+        log()
+        threading.Thread(target=follow, daemon=True).start()
+        eventually(lambda: seen)
+        for _ in range(40):
+            for _ in range(rng.randrange(1, 5)):
+                log()
             for _ in range(rng.randrange(4)):
                 rotate()
-                log(rng.randrange(3))
-        while len(b"".join(seen)) < len(b"".join(written)):
-            seen.append(next(follower))
+            pause(rng.random() * 0.05)
+        log(b"end\n")
+        eventually(lambda: b"".join(seen).endswith(b"end\n"))
         assert b"".join(seen) == b"".join(written)
 
     def test_lines_are_cut_at_a_limit_and_what_never_ends_does_not_grow(self):
@@ -5576,11 +5585,11 @@ class TestControl:
         (task_id,) = enqueue(box, "true", delay=3600)
         count = lambda: len(os.listdir(f"/proc/{box.pid()}/task"))
         before = count()
-        for _ in range(20):
-            with box.connect() as connection:
-                connection.sendall(frame({"type": "wait", "ids": [task_id], "within": 600}))
-        with box.connect() as connection:
-            connection.sendall(frame({"type": "wait", "ids": [task_id], "within": 600}))
+        with box.connect() as connection, contextlib.ExitStack() as stack:
+            for one in [connection, *(stack.enter_context(box.connect()) for _ in range(20))]:
+                one.sendall(frame({"type": "wait", "ids": [task_id], "within": 600}))
+            eventually(lambda: count() > before + 15)
+            stack.close()
             eventually(lambda: count() <= before + 2, why="the waits have ended")
             ask(box, "cancel", task_id)
             assert read_frame(connection)["pending"] == 0
@@ -5603,6 +5612,23 @@ class TestControl:
         answer = box.request({"type": "wait", "ids": [whole]})
         assert (answer["total"], answer["pending"]) == (100_000, 100_000)
         assert len(ask_json(box, "rm", whole)["done"]) == 100_000
+
+    @posix
+    def test_who_meets_a_closed_store_is_hung_up_on(self, tmp_path):
+        """L11: its token tries again, elsewhere."""
+        store = apexd.TaskStore(str(tmp_path / ".apex" / "apex.db"))
+        server = apexd.ControlServer(store.folder, apexd.TaskVerbs(store).table)
+        server.stop()
+        store.close()
+        for verb in ("list", "add"):
+            ours, theirs = socket.socketpair()
+            server._room.acquire()
+            threading.Thread(target=server._serve, args=(theirs,), daemon=True).start()
+            with ours:
+                ours.settimeout(10)
+                fields = {"commands": ["true"]} if verb == "add" else {}
+                ours.sendall(frame({"type": verb, **fields}))
+                assert ours.recv(1) == b"", verb
 
     def test_ranges_of_unknown_ids_cost_nothing(self, server):
         """P7: ranges are ranges until they are used."""
