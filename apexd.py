@@ -137,7 +137,7 @@ LOST_MAX = 3  # a task that took its shell along so often is poison
 RESPAWN_MAX = 10  # tries while the system has no memory or process to spare
 TOKEN_KEPT_S = 3600.0
 MAINTENANCE_S = 60.0  # between two rounds of pruning
-PRUNE_MAX_S = 1.0  # of one round; it forgets tens of thousands of tasks
+PRUNE_MAX_S = 2.0  # of one round; it forgets tens of thousands of tasks
 PRUNE_BATCH = 1000  # tasks, in one transaction
 CLOCK_JUMP_S = 60.0  # a round in which the clock moved so far by itself goes by no age
 PRIORITY_MAX = 1_000_000
@@ -1306,20 +1306,18 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
     """
     inode, offset = 0, -lines
     while True:
-        ages = list(_find_rotated(path))
+        ages = list(_find_rotated(path)) or [(path, 0)]
         at = max((n for n, (_, number) in enumerate(ages) if number == inode), default=-1)
-        if at < 0 and ages:  # the first look; or it is gone, and what followed it may be
+        if at < 0:  # the first look; or it is gone, and what followed it may be
             at, offset = (len(ages) - 1, 0) if inode else (0, offset)
-        data = b""
-        if ages:
-            name, inode = ages[at]
-            data, following = read_log(name, offset)
-            if not os.path.exists(name) or os.stat(name).st_ino != inode:
-                continue  # rotated meanwhile
-            offset = following
+        name, inode = ages[at]
+        data, following = read_log(name, offset)
+        if inode and not (os.path.exists(name) and os.stat(name).st_ino == inode):
+            continue  # rotated meanwhile
+        offset = following
         if data:
             yield data
-        elif ages and at > 0:
+        elif at > 0:
             inode, offset = ages[at - 1][1], 0
             continue
         elif to_end:
@@ -4630,7 +4628,7 @@ class TaskVerbs:
             answer, last = self._store.get_progress(ids)
             while last is not None and not self._store.is_done(last):
                 if not self._pause(last, deadline, 1.0):
-                    return answer if Clock.mono() < deadline else self._store.get_progress(ids)[0]
+                    return self._store.get_progress(ids)[0] if within else answer
             if last is None:
                 return answer
 

@@ -2957,8 +2957,9 @@ class TestStore:
         queue.run(a, c)
         assert queue.store.change("retry", [b, a, c]) == ([b, a], [c]), "the rest goes on"
 
-    def test_retention_keeps_up_and_takes_the_logs(self, queue):
+    def test_retention_keeps_up_and_takes_the_logs(self, queue, monkeypatch):
         """T12: one round forgets all that is too much; `rm` removes logs."""
+        monkeypatch.setattr(apexd, "PRUNE_MAX_S", 60.0, raising=False)
         queue.store.config.retention.tasks = 100
         ids = queue.add(*["x"] * 4321)
         logs = [apexd.log_path(queue.store.folder, task, 1) for task in ids]
