@@ -52,13 +52,16 @@ else sysexits.h: 65 corrupt, 69 not reachable, 70 a bug of ours, 73 cannot creat
 
 from __future__ import annotations
 
+import gc
 import sys
 
 if sys.hexversion < 0x3090000:
     _text = "apexd needs Python 3.9 or newer, this is %d.%d"
     raise (SystemExit if __name__ == "__main__" else ImportError)(_text % sys.version_info[:2])
-if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
-    del sys.path[0]  # the script's folder: no file there may stand in for a standard module
+if __name__ == "__main__":
+    gc.disable()  # until all is imported: a twentieth of a short command's time
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):
+        del sys.path[0]  # the script's folder: no file there may stand in for a standard module
 
 import argparse
 import binascii
@@ -68,7 +71,6 @@ import functools
 import json
 import os
 import queue
-import random
 import re
 import signal
 import socket
@@ -92,6 +94,20 @@ __all__ = [
     "Client", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
     "PidFile", "Supervisor", "Task", "TaskStore", "main",
 ]  # fmt: skip
+
+
+class _Lazy:
+    """A module that is imported at its first use: few commands need it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(__import__(self._name), name)
+
+
+random: Any = _Lazy("random")
+shutil: Any = _Lazy("shutil")
 
 # Kept so that `start` can store it: to compile this file takes longer than all else it does.
 _BYTECODE = sys._getframe().f_code if __name__ == "__main__" else None
@@ -606,6 +622,8 @@ def span(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """Escape what could move a terminal's cursor or reverse its text (CWE-150)."""
+    if all(map(str.isprintable, text.split("\n"))):
+        return text  # as nearly always; to compile the expression takes a while
     bidi = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
     unsafe = f"[\x00-\x08\x0b-\x1f\x7f-\x9f{bidi}\ud800-\udfff]"
     return re.sub(unsafe, lambda match: ascii(match[0])[1:-1], text)
@@ -1238,7 +1256,8 @@ _LAUNCHER = """#!/bin/sh
 echo {gone} >&2
 exit 78
 '''
-import os, sys
+import gc, os, sys
+gc.disable()
 folder = os.path.dirname(os.path.realpath(__file__))
 source = os.path.normpath(os.path.join(folder, {source}))
 launched_for = os.path.normpath(os.path.join(folder, {project})), folder
@@ -2857,8 +2876,6 @@ def find_obstacle(job: Job) -> Result | None:
     """Say why a shell that ended with 126 or 127 could not start the command, else None."""
     name = job.argv[0]
     is_path = os.path.dirname(name)
-    import shutil
-
     place = os.path.join(job.cwd, name) if is_path else shutil.which(name, path=job.env.get("PATH"))
     if place is None or not os.path.exists(place):
         return Result(exit_code=127, reason=f"spawn:ENOENT {name}: command not found")
@@ -6642,7 +6659,6 @@ def cmd_doctor(args: Args) -> int:
 
 def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     """Yield (what was looked at, whether it is good, what was seen)."""
-    import shutil
     import sqlite3
 
     project = manager.project
@@ -6739,7 +6755,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         args = parse(words)
-        return int(args.handler(args))
+        status = int(args.handler(args))
+        sys.stdout.flush()
+        return status
 
     return _guarded(run, "--json" in words or "-j" in words)
 
@@ -6767,4 +6785,5 @@ def _guarded(run: Callable[[], int], as_json: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    gc.enable()
+    os._exit(main())  # to tidy up would take a sixth of a short command's time
