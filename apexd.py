@@ -1132,16 +1132,6 @@ def open_file(path: str, flags: int) -> int:
         raise cannot_create(path, error) from None
 
 
-def sync_folder(path: str) -> None:
-    """Have a file that was renamed in a folder survive a power cut, where that can be asked for."""
-    with contextlib.suppress(OSError):
-        fd = os.open(path or ".", os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
 def file_id(path: str) -> tuple[int, int] | None:
     """Identify what is at a path, a link itself, by device and inode; None: nothing is."""
     try:
@@ -1199,8 +1189,8 @@ def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> 
     """Return a small file's bytes, None when it is missing; never blocks, follows no link.
 
     trusted: what the file says is believed, so only we and root may be able to write it.
-    Raises PERMISSION_DENIED (of others, or unreadable), CANNOT_CREATE (a link, a FIFO, too
-    large).
+    Raises PERMISSION_DENIED (of others, or unreadable), CANNOT_CREATE (a link, a FIFO),
+    ValueError (more than `most` bytes).
     """
     try:
         fd = insist(open_regular, path, os.O_RDONLY)
@@ -1213,33 +1203,23 @@ def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> 
     except OSError as error:
         raise cannot_create(path, error) from None
     if len(data) > most:
-        raise cannot_create(path, OSError(errno.EFBIG, f"has more than {most} bytes"))
+        raise ValueError(f"{path} has more than {most} bytes")
     return data
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """Read a small JSON object; its numbers are finite. Raises ValueError: it is damaged."""
-
-    def finite(text: str) -> float:
-        if not abs(float(text)) < 1e300:
-            raise ValueError("a number that is out of range")
-        return float(text)
-
-    if data.count(b"[") + data.count(b"{") > NESTED_MAX:
-        raise ValueError("too many brackets")
-    found = json.loads(data, parse_float=finite, parse_constant=finite)
-    if not isinstance(found, dict):
-        raise ValueError("no object")
-    return found
 
 
 def read_json(path: str) -> dict[str, Any] | None:
     """Read a small file of ours that holds a JSON object, None when it is missing.
 
-    Raises ValueError (damaged), and what `read_file` raises.
+    Raises ValueError (damaged, or it holds what no file of ours does), and as `read_file`.
     """
     data = read_file(path)
-    return None if data is None else parse_object(data)
+    if data is None:
+        return None
+    is_flat = data.count(b"[") + data.count(b"{") < NESTED_MAX
+    found = json.loads(data, parse_constant=int) if is_flat else None
+    if not isinstance(found, dict) or float("inf") in found.values():
+        raise ValueError("no object")
+    return found
 
 
 # The state folder has one door. What lies in it is believed and, as bytecode, executed: so the
@@ -1317,7 +1297,7 @@ def make_state_folder(folder: str, project: str) -> None:
         raise cannot_create(folder, error) from None
     texts = {os.path.join(folder, ".gitignore"): ("*\n", 0o600), **_launchers(folder, project)}
     for path, (text, mode) in texts.items():
-        with contextlib.suppress(DaemonError):  # a link, or too large: replaced
+        with contextlib.suppress(DaemonError, ValueError):  # a link, or too large: replaced
             if read_file(path) == text.encode("latin-1"):
                 continue
         write_atomically(path, text.encode("latin-1"), mode)
@@ -1391,8 +1371,8 @@ _LOG_LOCK = threading.Lock()  # between a cut and its new base a reader would be
 
 def log_base(path: str) -> int:
     """Return how many bytes of a log's head are gone."""
-    data = read_file(path + ".base", most=20) or b""
-    return int(data) if data.isdigit() else 0
+    data = read_file(path + ".base") or b""
+    return int(data) if data.isdigit() and len(data) < 20 else 0
 
 
 def cap_log(path: str, most_bytes: int) -> bool:
@@ -1677,7 +1657,9 @@ def read_users_file(path: str) -> bytes:
     try:
         data = read_file(os.path.realpath(path), USER_FILE_BYTES, trusted=Platform.is_root())
     except DaemonError as error:
-        raise _broken(None, error.message, error.hint) from None
+        raise _broken(path, error.message.partition(": ")[2] or error.message, error.hint) from None
+    except ValueError as error:
+        raise _broken(path, str(error)) from None
     if data is None:
         raise _broken(path, "no such file", "make it, or name another")
     return data
@@ -1936,23 +1918,18 @@ class PidFile:
         Raises PERMISSION_DENIED when the lock file belongs to somebody who could name any
         process in it.
         """
-        try:
-            fd = open_regular(self.lock_path, os.O_RDONLY)  # all that flock needs
-        except FileNotFoundError:
+        if file_id(self.lock_path) is None:
             return None
-        except OSError as error:
-            raise cannot_create(self.lock_path, error) from None
+        fd = open_file(self.lock_path, os.O_RDONLY)  # all that flock needs
         try:
-            refuse_foreign(self.lock_path, os.fstat(fd))
             if Platform.lock(fd):
                 return None
-            fields = parse_object(os.read(fd, SMALL_FILE_BYTES))
-            if type(fields["pid"]) is int and 0 < fields["pid"] < 2**31:
-                return Holder(**fields)
-        except (ValueError, TypeError, KeyError):
-            pass  # damaged, or another program's
         finally:
             os.close(fd)
+        with contextlib.suppress(ValueError, TypeError):  # damaged, or another program's
+            holder = Holder(**(read_json(self.lock_path) or {}))
+            if type(holder.pid) is int and 0 < holder.pid < 2**31:
+                return holder
         return Holder(pid=0, role="another program")
 
 
@@ -2113,8 +2090,7 @@ class Database:
         os.close(open_file(temporary, os.O_RDWR | os.O_CREAT))
         with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as db:
             self._migrate(db, 0)
-        insist(os.replace, temporary, self.path)
-        sync_folder(os.path.dirname(self.path))
+        insist(os.replace, temporary, self.path)  # on disk with the first commit: -wal is new
 
     def _migrate(self, db: sqlite3.Connection, version: int) -> None:
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
@@ -4979,8 +4955,8 @@ class ControlServer:
             self._endpoint = json.loads(json.dumps({**where, **about}))
             args, name = (self._listener,), "control"
             threading.Thread(target=self._accept_all, args=args, name=name, daemon=True).start()
-        if self._read_endpoint() != {**self._endpoint, **told}:
-            self._endpoint.update(told)
+        self._endpoint.update(told)
+        if self._read_endpoint() != self._endpoint:
             write_atomically(self._path, json.dumps(self._endpoint))
 
     def _read_endpoint(self) -> Fields | None:
@@ -6756,7 +6732,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         args = parse(words)
         status = int(args.handler(args))
-        sys.stdout.flush()
+        print(end="", flush=True)
         return status
 
     return _guarded(run, "--json" in words or "-j" in words)
