@@ -1295,12 +1295,14 @@ def make_state_folder(folder: str, project: str) -> None:
             os.chmod(folder, 0o700)  # made by hand, for its configuration
     except OSError as error:
         raise cannot_create(folder, error) from None
-    texts = {os.path.join(folder, ".gitignore"): ("*\n", 0o600), **_launchers(folder, project)}
-    for path, (text, mode) in texts.items():
+    ignore = os.path.join(folder, ".gitignore")
+    if not os.path.lexists(ignore):
+        write_atomically(ignore, "*\n")
+    for path, text in _launchers(folder, project):
         with contextlib.suppress(DaemonError, ValueError):  # a link, or too large: replaced
             if read_file(path) == text.encode("latin-1"):
                 continue
-        write_atomically(path, text.encode("latin-1"), mode)
+        write_atomically(path, text.encode("latin-1"), 0o700)
 
 
 def launcher_path(folder: str) -> str:
@@ -1308,8 +1310,8 @@ def launcher_path(folder: str) -> str:
     return os.path.join(folder, "apexd")
 
 
-def _launchers(folder: str, project: str) -> dict[str, tuple[str, int]]:
-    """Return the launcher's path, text and mode. What lies in the project is named relatively."""
+def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
+    """Yield the launcher's path and text. What lies in the project is named relatively."""
     source, python = os.path.abspath(__file__), sys.executable or "python3"
     folder, project = os.path.realpath(folder), os.path.realpath(project)
 
@@ -1326,10 +1328,9 @@ def _launchers(folder: str, project: str) -> dict[str, tuple[str, int]]:
         python=quoted(python), gone=quoted(f"apexd: {python} is gone: run `python3 {source} start`"),
         source=seen(source, source, folder), project=seen(project, folder), advice=advice,
     )  # fmt: skip
-    found = {launcher_path(folder): (text, 0o700)}
+    yield launcher_path(folder), text
     if not Platform.SURVIVES:
-        found[launcher_path(folder) + ".cmd"] = (f'@"{python}" -I -S "%~dp0apexd" %*\r\n', 0o700)
-    return found
+        yield launcher_path(folder) + ".cmd", f'@"{python}" -I -S "%~dp0apexd" %*\r\n'
 
 
 def store_bytecode(folder: str) -> None:
@@ -1344,13 +1345,15 @@ def store_bytecode(folder: str) -> None:
     sys.pycache_prefix, sys.dont_write_bytecode = os.path.join(folder, "cache"), False
     try:
         target = util.cache_from_source(path)
+        numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
+        head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
+        if (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
+            return
         if _BYTECODE and Clock.now() - max(info.st_mtime, info.st_ctime) > FRESH_S:
             import marshal
 
-            numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)  # PEP 552
-            data = util.MAGIC_NUMBER + struct.pack("<3I", *numbers) + marshal.dumps(_BYTECODE)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            write_atomically(target, data)
+            write_atomically(target, head + marshal.dumps(_BYTECODE))
         else:
             machinery.SourceFileLoader("apexd", path).get_code("apexd")
     except OSError as error:
