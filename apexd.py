@@ -993,23 +993,15 @@ else:
                 uid = struct.unpack_from("II", connection.getsockopt(0, 1, 76))[1]
             return None if uid == os.geteuid() else int(uid)
 
-        def distrust(self, info: os.stat_result, root_too: bool = True) -> tuple[str, str] | None:
-            """Say who else, root aside, can write a file, and what to do; None: nobody.
-
-            root_too False: a file of root's is not ours either, unless we are root.
-            """
+        def distrust(self, info: os.stat_result, root_too: bool = True) -> str | None:
+            """Name who else can write a file, but for root: a user, "others", None: nobody."""
             if info.st_uid != os.geteuid() and (info.st_uid or not root_too):
                 import pwd
 
-                try:
-                    owner = pwd.getpwuid(info.st_uid).pw_name
-                except KeyError:
-                    owner = f"#{info.st_uid}"
-                hint = f"act as its owner (`sudo -u {owner} ...`), or name another folder"
-                return f"belongs to {owner}", f"{hint} with --state"
-            if info.st_mode & 0o022:
-                return "can be written by others", "remove their right: `chmod go-w` it"
-            return None
+                with contextlib.suppress(KeyError):
+                    return pwd.getpwuid(info.st_uid).pw_name
+                return f"#{info.st_uid}"
+            return "others" if info.st_mode & 0o022 else None
 
         def network_file_system(self, path: str, table: str = "/proc/self/mountinfo") -> str | None:
             """Name the network file system `path` lies on: WAL is not safe there."""
@@ -1044,10 +1036,7 @@ else:
                         os.close(int(name))
 
         def reap_orphans(self, known: Callable[[int], bool]) -> None:
-            """Collect what a container's processes left to us as PID 1; never a child's.
-
-            A child taken by mistake would cost nothing: its status is in its record.
-            """
+            """Collect what a container's processes left to us as PID 1; never a child's."""
             if sys.platform == "linux":
                 with contextlib.suppress(ChildProcessError):
                     while True:
@@ -1180,9 +1169,13 @@ def write_atomically(path: str, data: str | bytes, mode: int = 0o600) -> None:
 
 def refuse_foreign(path: str, info: os.stat_result, root_too: bool = True) -> None:
     """Raise PERMISSION_DENIED when others than us and root could have written a file."""
-    found = Platform.distrust(info, root_too)
-    if found is not None:
-        raise DaemonError("PERMISSION_DENIED", f"{path} {found[0]}", found[1])
+    who = Platform.distrust(info, root_too)
+    if who == "others":
+        hint = "take that right from them: `chmod go-w` it"
+        raise DaemonError("PERMISSION_DENIED", f"{path} can be written by others", hint)
+    if who is not None:
+        hint = f"act as its owner (`sudo -u {who} ...`), or name another folder with --state"
+        raise DaemonError("PERMISSION_DENIED", f"{path} belongs to {who}", hint)
 
 
 def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> bytes | None:
@@ -1248,7 +1241,8 @@ for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_our
         code = type(__loader__)("apexd", source).get_code("apexd")
         break
     except OSError:
-        print("apexd: cannot read " + source + "\\n       {advice}", file=sys.stderr)
+        print("apexd: cannot read", source, file=sys.stderr)
+        print("       if it has moved, run `python3 NEWPLACE/apexd.py start`", file=sys.stderr)
         sys.exit(78)
     except (EOFError, TypeError, ValueError):
         pass  # damaged bytecode: without
@@ -1278,8 +1272,8 @@ def check_state_folder(folder: str) -> bool:
     return True
 
 
-def make_state_folder(folder: str, project: str) -> None:
-    """Make the state folder, 0700 and ignored by git, with the launcher.
+def make_state_folder(folder: str, project: str) -> bool:
+    """Make the state folder, 0700 and ignored by git, with the launcher; tell if it is new.
 
     Raises CANNOT_CREATE, PERMISSION_DENIED, CONFIG_INVALID.
     """
@@ -1287,7 +1281,7 @@ def make_state_folder(folder: str, project: str) -> None:
     if kind is not None:
         hint = "use --state DIR (or APEX_STATE_DIR) with a folder on a local disk"
         raise DaemonError("CONFIG_INVALID", f"{folder} is on {kind}: sqlite is unsafe there", hint)
-    check_state_folder(folder)
+    is_new = not check_state_folder(folder)
     try:
         for part in ("", "run", "logs", "cache"):
             os.makedirs(os.path.join(folder, part), mode=0o700, exist_ok=True)
@@ -1303,6 +1297,7 @@ def make_state_folder(folder: str, project: str) -> None:
             if read_file(path) == text.encode("latin-1"):
                 continue
         write_atomically(path, text.encode("latin-1"), 0o700)
+    return is_new
 
 
 def launcher_path(folder: str) -> str:
@@ -1315,20 +1310,19 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
     source, python = os.path.abspath(__file__), sys.executable or "python3"
     folder, project = os.path.realpath(folder), os.path.realpath(project)
 
-    def seen(path: str, *others: str) -> str:
-        is_inside = all((os.path.realpath(one) + "/").startswith(project + os.sep) for one in others)
-        return ascii(os.path.relpath(os.path.realpath(path), folder) if is_inside else path)
+    def seen(path: str) -> str:
+        inner = os.path.realpath(path)
+        is_inner = all(one.startswith(project + os.sep) for one in (inner + os.sep, folder))
+        return ascii(os.path.relpath(inner, folder) if is_inner else path)
 
     def quoted(text: str) -> str:
         text = os.fsencode(text).decode("latin-1").replace("\\", "/")
         return "'" + text.replace("'", "'\"'\"'") + "'"
 
-    advice = "if it has moved, run `python3 NEWPLACE/apexd.py start`"
-    text = _LAUNCHER.format(
-        python=quoted(python), gone=quoted(f"apexd: {python} is gone: run `python3 {source} start`"),
-        source=seen(source, source, folder), project=seen(project, folder), advice=advice,
-    )  # fmt: skip
-    yield launcher_path(folder), text
+    gone = quoted(f"apexd: {python} is gone: run `python3 {source} start`")
+    names = {"python": quoted(python), "gone": gone}
+    names.update(source=seen(source), project=seen(project))
+    yield launcher_path(folder), _LAUNCHER.format(**names)
     if not Platform.SURVIVES:
         yield launcher_path(folder) + ".cmd", f'@"{python}" -I -S "%~dp0apexd" %*\r\n'
 
@@ -4443,6 +4437,11 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
     return bytes(data)
 
 
+def in_base64(data: bytes) -> str:
+    """Write bytes so that they can stand in JSON."""
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
 def absolute_path(value: object) -> str:
     """Read the path of a folder, from the root."""
     with contextlib.suppress(ValueError):
@@ -4641,7 +4640,7 @@ class TaskVerbs:
                 break
         return {
             "attempt": number,
-            "data": binascii.b2a_base64(data, newline=False).decode(),
+            "data": in_base64(data),
             "next": following,
             "done": is_over and len(data) < LOG_CHUNK_BYTES,
             "attempts": task.attempts,
@@ -4660,7 +4659,7 @@ class TaskVerbs:
             get_process(self._store.config, name.partition(".")[0])
         return {
             "logs": {
-                instance: {"data": binascii.b2a_base64(data, newline=False).decode(), "next": following}
+                instance: {"data": in_base64(data), "next": following}
                 for instance, (data, following) in logs.items()
             }
         }
@@ -4920,6 +4919,15 @@ class ProcessVerbs:
         return found
 
 
+def remove_socket(path: str, *others: str) -> None:
+    """Remove a control socket, the folder that was made for a short path, and other files."""
+    for name in (path, *others):
+        with contextlib.suppress(OSError):
+            insist(os.unlink, name)
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(path))  # the state folder is not empty
+
+
 class ControlServer:
     """Answers requests on the control socket with the verbs it is given.
 
@@ -4976,17 +4984,11 @@ class ControlServer:
             listener.close()
 
     def stop(self) -> None:
-        """Accept nothing more, remove socket and endpoint if they are ours still; requests
-        under way go on."""
+        """Accept nothing more, remove what is ours still; requests under way go on."""
         self._hang_up()
-        with contextlib.suppress(OSError):
-            if self._read_endpoint() == self._endpoint:
-                insist(os.unlink, self._path)
         path, known = self._socket
-        with contextlib.suppress(OSError):
-            if os.path.dirname(path) and known is not None and file_id(path) == known:
-                os.unlink(path)
-                os.rmdir(os.path.dirname(path))  # the short path's own folder; ours is not empty
+        if known is not None and file_id(path) == known and self._read_endpoint() == self._endpoint:
+            remove_socket(path, self._path)
 
     def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; wait for room rather than spin."""
@@ -5091,7 +5093,7 @@ class ControlServer:
 
 
 def settings_of(config: Config) -> Fields:
-    """Return what clients need of a configuration."""
+    """Return what clients need of a configuration: {"env_keep": [...], "timeout": seconds}."""
     return {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
 
 
@@ -5156,13 +5158,34 @@ def _nearest_project() -> str:
     return (has_state or [start])[0]
 
 
+def connect_to(folder: str) -> tuple[socket.socket, Fields]:
+    """Connect to the daemon of a state folder; return what its `endpoint` says, too.
+
+    Raises OSError (there is none), PERMISSION_DENIED.
+    """
+    check_state_folder(folder)
+    try:
+        found = read_json(os.path.join(folder, "endpoint")) or {}
+        if "folder" in found and tuple(found["folder"]) != file_id(folder):
+            raise ValueError("it came along from another folder")
+        if "socket" in found:
+            found["socket"] = os.path.join(folder, found["socket"])
+        connection = Platform.connect(found, ANSWER_TIMEOUT_S)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise ConnectionRefusedError("no endpoint of this folder") from None
+    if Platform.peer_uid(connection) is not None:
+        connection.close()
+        what = f"another user answers at {found['socket']}"
+        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
+    return connection, found
+
+
 class Client:
     """Speaks to a project's daemon, or acts on its store when there is none.
 
     Every method is one request, but for `wait` and `follow`. Without a daemon it takes the
     project's lock for its own moment. Not to be shared between threads. Raises DaemonError:
     NOT_ANSWERING, BUSY, PERMISSION_DENIED, NOT_CONFIRMED, and what the verb itself raises.
-    notice: is told what people should know.
     """
 
     def __init__(
@@ -5170,7 +5193,7 @@ class Client:
         config: str | None = None, notice: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         self.project = find_project(project_path, state, config)
-        self._notice = notice
+        self._notice = notice  # told what people should know
         self.is_live = self.was_live = False  # the last request, any, reached a daemon
         self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
         self._connection: socket.socket | None = None
@@ -5204,7 +5227,7 @@ class Client:
         """Ask the daemon; None: there is none, or it was cut off. Raises NOT_ANSWERING."""
         is_fresh = self._connection is None
         try:
-            connection = self._connection or self._connect()
+            connection = self._connect()
             self.was_live = True
             connection.settimeout(answer_s)
             token = self._endpoint.get("token")
@@ -5223,32 +5246,15 @@ class Client:
         return answer
 
     def _connect(self) -> socket.socket:
-        """Connect to this folder's own daemon. Raises OSError, PERMISSION_DENIED."""
-        folder = self.project.folder
-        check_state_folder(folder)
-        try:
-            found = read_json(os.path.join(folder, "endpoint")) or {}
-            if "folder" in found and tuple(found["folder"]) != file_id(folder):
-                raise ValueError("it came along from another folder")
-            if "socket" in found:
-                found["socket"] = os.path.join(folder, found["socket"])
-            connection = Platform.connect(found, ANSWER_TIMEOUT_S)
-        except (ValueError, KeyError, TypeError, OverflowError):
-            raise ConnectionRefusedError("no endpoint of this folder") from None
-        if Platform.peer_uid(connection) is not None:
-            connection.close()
-            what = f"another user answers at {found['socket']}"
-            raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
-        self._connection, self._endpoint = connection, found
-        return connection
+        if self._connection is None:
+            self._connection, self._endpoint = connect_to(self.project.folder)
+        return self._connection
 
     def find_settings(self) -> Fields:
-        """Return what clients need of the configuration: {"env_keep": [...], "timeout": s}.
-
-        The running daemon's, else the file's. Raises CONFIG_INVALID.
-        """
+        """Return `settings_of` the daemon's configuration, else of the file's."""
         with contextlib.suppress(OSError):
-            if (self._connection or self._connect()) and "env_keep" in self._endpoint:
+            self._connect()
+            if "env_keep" in self._endpoint:
                 return self._endpoint
         return settings_of(load_config(self.project.config_path))
 
@@ -5275,9 +5281,7 @@ class Client:
         if verb in READING_VERBS and not any(map(os.path.exists, (path, path + "-wal"))):
             path = ":memory:"  # nothing to read, and nothing is left behind
         else:
-            is_new = not os.path.exists(folder)
-            make_state_folder(folder, self.project.path)
-            if is_new:
+            if make_state_folder(folder, self.project.path):
                 self._notice(f"made {folder}; no daemon runs there, `start` one")
             if not self._pid_file.acquire("client " + verb):
                 return None
@@ -5474,8 +5478,7 @@ class Daemon:
         self._wakee: socket.socket
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = 0.0  # monotonic
-        self._exit_status = 0
-        self._files: dict[str, Any] = {}  # of the database, with their identities
+        self._exit_status, self._files = 0, dict[str, Any]()  # the database's, with `file_id`
         self._store: TaskStore
         self._runner: DaemonRunner
         self._supervisor: Supervisor
@@ -5529,8 +5532,8 @@ class Daemon:
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
         deadline = Clock.mono() + CLIENT_HOLD_S
-        project = self._project
-        while not self._pid_file.acquire("daemon", project.path, config=project.named_config):
+        path, config = self._project.path, self._project.named_config
+        while not self._pid_file.acquire("daemon", path, config=config):
             holder = self._pid_file.holder()
             if holder and holder.role == "daemon" and holder.is_alive():
                 what = f"already running, PID {holder.pid}"
@@ -5649,7 +5652,7 @@ class Daemon:
             return plan
 
     def _look_after(self) -> None:
-        """Do what recurs at each poll: look for the files that must be there, heartbeat."""
+        """Do what recurs at each poll: have the files there that must be, heartbeat."""
         gone = [path for path, known in self._files.items() if file_id(path) != known]
         if gone and not self._exit_status:
             log.error("%s was removed or replaced while in use: stopping", gone[0])
@@ -5671,14 +5674,11 @@ class Daemon:
     def _keep_lock(self) -> None:
         """Lock a new file when the lock file was removed; leave if another daemon has."""
         lock, project = self._pid_file, self._project
-        if not lock.is_held():
-            if lock.acquire("daemon", project.path, 1.0, project.named_config):
-                log.warning("%s was removed: made anew", lock.lock_path)
-                return
-            holder = lock.holder()
-            if holder is not None and holder.role == "daemon":
-                log.error("another daemon, PID %d, has taken over", holder.pid)
-                self._post("leave")
+        if lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config):
+            return
+        holder = lock.holder()
+        if holder is not None and holder.role == "daemon":
+            self._post("leave")
 
     def _write_state(self) -> None:
         write_atomically(self._path("state.json"), json.dumps(self._status(), indent=1) + "\n")
@@ -5695,9 +5695,8 @@ class Daemon:
         self._write_state()
 
     def _identity(self) -> Fields:
-        uptime_s, folder = self._runner.get_metrics().uptime, self._project.folder
-        about = {"version": __version__, "uptime_secs": uptime_s}
-        return {**about, "pid": os.getpid(), "folder": folder}
+        about = {"version": __version__, "uptime_secs": self._runner.get_metrics().uptime}
+        return {**about, "pid": os.getpid(), "folder": self._project.folder}
 
     def _status(self) -> Fields:
         """Return the answer of `status`: identity, the queue's counts, the metrics by name."""
@@ -5896,26 +5895,19 @@ class DaemonManager(Client):
 
     def _clear_away(self, pid: int) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
-        folder, found = self.project.folder, dict[str, object]()
-        names = [self._pid_file.path, os.path.join(folder, "endpoint")]
+        folder, tasks, processes = self.project.folder, 0, 0
+        place = os.path.join(folder, "control.sock")
         with contextlib.suppress(ValueError, DaemonError):
-            found = read_json(names[1]) or found
-            names.append(os.path.join(folder, str(found.get("socket", "control.sock"))))
-        for name in names:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(names[-1]))  # of a short path
-        path, lock, tasks, processes = os.path.join(folder, "apex.db"), self._pid_file, 0, 0
+            found = read_json(os.path.join(folder, "endpoint")) or {}
+            place = os.path.join(folder, str(found.get("socket", place)))
+        remove_socket(place, os.path.join(folder, "endpoint"), self._pid_file.path)
+        path, lock = os.path.join(folder, "apex.db"), self._pid_file
         if os.path.exists(path):
             with contextlib.closing(TaskStore(path, None, lock, self.project.path)) as store:
                 tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
                 processes = sum(one.recover() is None for one in find_lost_processes(store))
-        kinds = {"task": tasks, "process": processes}
-        plural = {"task": "tasks", "process": "processes"}
-        parts = [f"{n} {one if n == 1 else plural[one]}" for one, n in kinds.items() if n]
-        run = "runs" if tasks + processes == 1 else "run"
-        return f"{' and '.join(parts)} {run} on" if parts else "nothing runs on"
+        of_tasks = f"{tasks} task{'s' * (tasks != 1)}"
+        return f"{of_tasks} and {processes} process{'es' * (processes != 1)} run on"
 
     def kill_daemon(self, with_children: bool = False) -> int | None:
         """SIGKILL it, its children too if wanted; return its PID, None without one.
@@ -6651,8 +6643,8 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     yield "file system", kind is None, f"{kind}: use --state DIR" if kind else "local"
     places = [os.path.abspath(__file__), project.folder, project.config_path or project.folder]
     for place in filter(os.path.exists, dict.fromkeys(places)):
-        found = Platform.distrust(os.stat(place))
-        yield place, found is None, "only its owner writes it" if found is None else found[0]
+        who = Platform.distrust(os.stat(place))
+        yield place, who is None, f"can be written by {who or 'its owner only'}"
     try:
         load_config(project.config_path)
         yield "configuration", True, project.config_path or "defaults"
