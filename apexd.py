@@ -122,7 +122,7 @@ _LAUNCHED_FOR: tuple[str, str] | None = globals().get("launched_for")
 STATE_FOLDER = ".apex"
 SMALL_FILE_BYTES = 64 * 1024  # of a PID file, lock file, `endpoint` and the like
 USER_FILE_BYTES = 4 * 1024 * 1024  # of a configuration or env_file
-NESTED_MAX = 1000  # brackets in a small file: json recurses
+NESTED_MAX = 200  # brackets in a small file: json recurses
 FRESH_S = 2.0  # apexd.py may have been replaced since it was read if it is newer than this
 START_TIMEOUT_S = 10.0  # for the daemon to answer; each `progress` line extends it
 STOP_MARGIN_S = 5.0  # what `stop` adds to the daemon's own two waits before it KILLs
@@ -1230,6 +1230,7 @@ echo {gone} >&2
 exit 78
 '''
 import gc, os, sys
+from importlib.machinery import SourceFileLoader
 gc.disable()
 folder = os.path.dirname(os.path.realpath(__file__))
 source = os.path.normpath(os.path.join(folder, {source}))
@@ -1238,7 +1239,7 @@ info, umask = os.stat(folder), os.umask(0o077)
 is_ours = not hasattr(os, "geteuid") or info.st_uid == os.geteuid() and not info.st_mode & 0o022
 for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_ours:]:
     try:
-        code = type(__loader__)("apexd", source).get_code("apexd")
+        code = SourceFileLoader("apexd", source).get_code("apexd")
         break
     except OSError:
         print("apexd: cannot read", source, file=sys.stderr)
@@ -1309,6 +1310,7 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
     """Yield the launcher's path and text. What lies in the project is named relatively."""
     source, python = os.path.abspath(__file__), sys.executable or "python3"
     folder, project = os.path.realpath(folder), os.path.realpath(project)
+    call = f'@"{python}" -I -S "%~dp0apexd" %*\r\n'
 
     def seen(path: str) -> str:
         inner = os.path.realpath(path)
@@ -1324,7 +1326,7 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
     names.update(source=seen(source), project=seen(project))
     yield launcher_path(folder), _LAUNCHER.format(**names)
     if not Platform.SURVIVES:
-        yield launcher_path(folder) + ".cmd", f'@"{python}" -I -S "%~dp0apexd" %*\r\n'
+        yield launcher_path(folder) + ".cmd", os.fsencode(call).decode("latin-1")
 
 
 def store_bytecode(folder: str) -> None:
@@ -5478,7 +5480,7 @@ class Daemon:
         self._wakee: socket.socket
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = 0.0  # monotonic
-        self._exit_status, self._files = 0, dict[str, Any]()  # the database's, with `file_id`
+        self._exit_status, self._files = 0, dict[str, object]()  # the database's, with `file_id`
         self._store: TaskStore
         self._runner: DaemonRunner
         self._supervisor: Supervisor
