@@ -1330,9 +1330,9 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
 
 
 def store_bytecode(folder: str) -> None:
-    """Put the bytecode of this file into the cache from which the launcher runs it.
+    """Put the bytecode of this file into the launcher's cache: of what runs now, if it can be.
 
-    That of what runs now, unless the file has just been written: it may be another by now.
+    A file that has just been written may be another than the one that runs: it is compiled.
     """
     from importlib import machinery, util
 
@@ -1926,7 +1926,8 @@ class PidFile:
         finally:
             os.close(fd)
         with contextlib.suppress(ValueError, TypeError):  # damaged, or another program's
-            holder = Holder(**(read_json(self.lock_path) or {}))
+            fields = read_json(self.lock_path) or {}  # a newer one's may be more
+            holder = Holder(**{name: fields.get(name) for name in Holder.__annotations__})
             if type(holder.pid) is int and 0 < holder.pid < 2**31:
                 return holder
         return Holder(pid=0, role="another program")
@@ -4925,7 +4926,8 @@ def remove_socket(path: str, *others: str) -> None:
     """Remove a control socket, the folder that was made for a short path, and other files."""
     for name in (path, *others):
         with contextlib.suppress(OSError):
-            insist(os.unlink, name)
+            if not os.path.isdir(name):  # on Windows there is no socket
+                insist(os.unlink, name)
     with contextlib.suppress(OSError):
         os.rmdir(os.path.dirname(path))  # the state folder is not empty
 
@@ -4942,8 +4944,9 @@ class ControlServer:
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
-        self._lock = threading.Lock()  # guards _reserved
+        self._lock = threading.Lock()  # guards what follows
         self._reserved = 0
+        self._is_stopping = False
         self._path = os.path.join(folder, "endpoint")
         self._endpoint: Fields = {}
         self._listener: socket.socket | None = None
@@ -4955,22 +4958,27 @@ class ControlServer:
         told: what clients may know without asking. The folder's identity stands beside it, so
         that nobody takes the endpoint of a copied folder for that folder's own.
         """
-        is_there = self._listener is not None and file_id(self._socket[0]) == self._socket[1]
-        if not is_there:
-            self._hang_up()
-            try:
-                self._listener, where = Platform.listen(self._folder)
-            except OSError as error:
-                raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
-            path = os.path.join(self._folder, where.get("socket", ""))
-            self._socket = (path, file_id(path))
-            about = {"pid": os.getpid(), "folder": file_id(self._folder)}
-            self._endpoint = json.loads(json.dumps({**where, **about}))
-            args, name = (self._listener,), "control"
-            threading.Thread(target=self._accept_all, args=args, name=name, daemon=True).start()
-        self._endpoint.update(told)
-        if self._read_endpoint() != self._endpoint:
-            write_atomically(self._path, json.dumps(self._endpoint))
+        with self._lock:
+            if self._is_stopping:
+                return
+            if self._listener is None or file_id(self._socket[0]) != self._socket[1]:
+                self._bind()
+            self._endpoint.update(told)
+            if self._read_endpoint() != self._endpoint:
+                write_atomically(self._path, json.dumps(self._endpoint))
+
+    def _bind(self) -> None:
+        self._hang_up()
+        try:
+            self._listener, where = Platform.listen(self._folder)
+        except OSError as error:
+            raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
+        path = os.path.join(self._folder, where.get("socket", ""))
+        self._socket = (path, file_id(path))
+        about = {"pid": os.getpid(), "folder": file_id(self._folder)}
+        self._endpoint = json.loads(json.dumps({**where, **about}))
+        args = (self._listener,)
+        threading.Thread(target=self._accept_all, args=args, name="control", daemon=True).start()
 
     def _read_endpoint(self) -> Fields | None:
         with contextlib.suppress(ValueError, DaemonError):
@@ -4987,10 +4995,13 @@ class ControlServer:
 
     def stop(self) -> None:
         """Accept nothing more, remove what is ours still; requests under way go on."""
-        self._hang_up()
-        path, known = self._socket
-        if known is not None and file_id(path) == known and self._read_endpoint() == self._endpoint:
-            remove_socket(path, self._path)
+        with self._lock:
+            self._is_stopping = True
+            self._hang_up()
+            path, known = self._socket
+            if known is not None and file_id(path) == known:
+                others = [self._path] if self._read_endpoint() == self._endpoint else []
+                remove_socket(path, *others)
 
     def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; wait for room rather than spin."""
