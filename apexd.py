@@ -64,13 +64,11 @@ if __name__ == "__main__":
         del sys.path[0]  # the script's folder: no file there may stand in for a standard module
 
 import argparse
-import binascii
 import contextlib
 import errno
 import functools
 import json
 import os
-import queue
 import re
 import signal
 import socket
@@ -84,6 +82,10 @@ from types import SimpleNamespace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import binascii
+    import queue
+    import random
+    import shutil
     import sqlite3
     import subprocess
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -106,8 +108,8 @@ class _Lazy:
         return getattr(__import__(self._name), name)
 
 
-random: Any = _Lazy("random")
-shutil: Any = _Lazy("shutil")
+if not TYPE_CHECKING:
+    binascii, queue, random, shutil = map(_Lazy, ("binascii", "queue", "random", "shutil"))
 
 # Kept so that `start` can store it: to compile this file takes longer than all else it does.
 _BYTECODE = sys._getframe().f_code if __name__ == "__main__" else None
