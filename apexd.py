@@ -19,7 +19,7 @@ Map (a section uses only sections above it):
      2. ERRORS      DaemonError and the table of codes
      3. VALUES      records and enums that cross a border; durations, times; Clock
      4. PLATFORM    the only place that asks which system this is
-     5. FILES       atomic replace, safe open, logs that lose their head
+     5. FILES       safe reading and replacing, the state folder, logs that lose their head
      6. CONFIG      load, check, compare for reload
      7. LOG         the daemon's own log
      8. PIDFILE     the lock and the PID file
@@ -1087,7 +1087,7 @@ def failpoint(name: str) -> None:
 
 
 # ============================================================================
-# 5. FILES - atomic replace, safe open, logs that lose their head
+# 5. FILES - safe reading and replacing, the state folder, logs that lose their head
 #    Uses 1-4. Any thread; holds no state.
 # ============================================================================
 
@@ -5173,21 +5173,28 @@ def _nearest_project() -> str:
     return (has_state or [start])[0]
 
 
+def read_endpoint(folder: str) -> Fields:
+    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = read_json(os.path.join(folder, "endpoint")) or {}
+        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
+            if "socket" in found:
+                found["socket"] = os.path.join(folder, found["socket"])
+            return found
+    return {}
+
+
 def connect_to(folder: str) -> tuple[socket.socket, Fields]:
     """Connect to the daemon of a state folder; return what its `endpoint` says, too.
 
     Raises OSError (there is none), PERMISSION_DENIED.
     """
     check_state_folder(folder)
+    found = read_endpoint(folder)
     try:
-        found = read_json(os.path.join(folder, "endpoint")) or {}
-        if "folder" in found and tuple(found["folder"]) != file_id(folder):
-            raise ValueError("it came along from another folder")
-        if "socket" in found:
-            found["socket"] = os.path.join(folder, found["socket"])
         connection = Platform.connect(found, ANSWER_TIMEOUT_S)
     except (ValueError, KeyError, TypeError, OverflowError):
-        raise ConnectionRefusedError("no endpoint of this folder") from None
+        raise ConnectionRefusedError("no endpoint") from None
     if Platform.peer_uid(connection) is not None:
         connection.close()
         what = f"another user answers at {found['socket']}"
@@ -5574,8 +5581,8 @@ class Daemon:
         self._control.start(settings_of(self._config))
         self._runner.start()
         self._supervisor.start()
-        self._report({"event": "ready", "pid": os.getpid()})
         log.info("ready")
+        self._report({"event": "ready", "pid": os.getpid()})
         try:
             self._obey()
         finally:
@@ -5902,19 +5909,16 @@ class DaemonManager(Client):
             if not self._pid_file.acquire("client stop", wait_s=1.0):
                 return "another program has the project now"
             try:
-                return self._clear_away(holder.pid)
+                return self._clear_away()
             finally:
                 self._pid_file.release()
         except DaemonError as error:  # a read-only disk
             return f"what it started runs on; {error.message}"
 
-    def _clear_away(self, pid: int) -> str:
+    def _clear_away(self) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
         folder, tasks, processes = self.project.folder, 0, 0
-        place = os.path.join(folder, "control.sock")
-        with contextlib.suppress(ValueError, DaemonError):
-            found = read_json(os.path.join(folder, "endpoint")) or {}
-            place = os.path.join(folder, str(found.get("socket", place)))
+        place = read_endpoint(folder).get("socket", os.path.join(folder, "control.sock"))
         remove_socket(place, os.path.join(folder, "endpoint"), self._pid_file.path)
         path, lock = os.path.join(folder, "apex.db"), self._pid_file
         if os.path.exists(path):

@@ -784,7 +784,7 @@ class TestShape:
         "a probe of os": (
             platform_faults, 'def bad(', 'X = hasattr(os, "fork")\n\n\ndef bad(',
         ),
-        "an import of fcntl": (platform_faults, "import binascii", "import binascii\nimport fcntl"),
+        "an import of fcntl": (platform_faults, "import errno", "import errno\nimport fcntl"),
         "a long function": (
             size_faults, 'def bad(', 'def worse() -> None:\n' + "    pass\n" * 60 + '\n\ndef bad(',
         ),
@@ -794,7 +794,7 @@ class TestShape:
         "a bare except": (
             size_faults, 'def bad(', 'try:\n    X = 1\nexcept:\n    X = 2\n\n\ndef bad(',
         ),
-        "a foreign module": (import_faults, "import binascii", "import binascii\nimport requests"),
+        "a foreign module": (import_faults, "import errno", "import errno\nimport requests"),
         "newer grammar": (grammar_faults, 'def bad(', 'match 1:\n    case 1:\n        pass\n\n\ndef bad('),
         "a section out of order": (banner_faults, "# 5. FILES", "# 50. FILES"),
         "a section the map lacks": (banner_faults, "# 5. FILES", "# 5. FOLDERS"),
