@@ -1269,8 +1269,6 @@ def check_state_folder(folder: str) -> bool:
     if stat.S_ISLNK(info.st_mode):
         hint = "name the folder that it points to with --state"
         raise DaemonError("PERMISSION_DENIED", f"{folder} is a symbolic link", hint)
-    if not stat.S_ISDIR(info.st_mode):
-        raise cannot_create(folder, OSError(errno.ENOTDIR, "not a folder"))
     refuse_foreign(folder, info, root_too=False)
     return True
 
@@ -1371,9 +1369,10 @@ _LOG_LOCK = threading.Lock()  # between a cut and its new base a reader would be
 
 
 def log_base(path: str) -> int:
-    """Return how many bytes of a log's head are gone."""
-    data = read_file(path + ".base") or b""
-    return int(data) if data.isdigit() and len(data) < 20 else 0
+    """Return how many bytes of a log's head are gone; 0 when that cannot be told."""
+    with contextlib.suppress(DaemonError, ValueError):
+        return max(int((read_file(path + ".base") or b"0")[:20]), 0)
+    return 0
 
 
 def cap_log(path: str, most_bytes: int) -> bool:

@@ -1512,6 +1512,17 @@ class TestFiles:
                 os.rmdir(path)
 
     @posix
+    def test_a_spoilt_base_of_a_log_hinders_nobody(self, tmp_path):
+        """L13"""
+        path = write(str(tmp_path / "log"), "one\ntwo\n")
+        for data in ("x", "9" * 70000, "-1e9", "", "\0"):
+            write(path + ".base", data)
+            assert apexd.read_log(path, 4) == (b"two\n", 8)
+        os.unlink(path + ".base")
+        os.mkfifo(path + ".base")
+        assert apexd.read_log(path, 4) == (b"two\n", 8)
+
+    @posix
     @pytest.mark.parametrize("name", ["daemon.lock", "endpoint", "daemon.pid"])
     def test_whatever_is_in_a_small_files_place_no_command_hangs_or_fails_oddly(self, box, name):
         """L13"""
