@@ -77,7 +77,6 @@ from types import SimpleNamespace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import sqlite3
-    import subprocess
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
 
@@ -679,55 +678,17 @@ if sys.platform == "win32":
     _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
     _KERNEL.OpenProcess.restype = _KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
 
-    class _Platform:
-        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
-
-        SHELL = ("cmd.exe", "/d", "/s", "/c")
-        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
-        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
-        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
-        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
-        is_posix = False
+    class _Children:
+        """What a keeper does with its children, and what is known of them."""
 
         def __init__(self) -> None:
             self._jobs: dict[int, tuple[Any, int]] = {}  # of the keeper's children, by PID
             self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
-            place = os.lseek(fd, 0, os.SEEK_CUR)
-            os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
-            try:
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            except OSError:
-                return False
-            finally:
-                os.lseek(fd, place, os.SEEK_SET)
-            return True
-
-        boot_id = staticmethod(lambda: "")
-
-        def start_time(self, pid: int) -> str | None:
-            handle = wintypes.HANDLE(_KERNEL.OpenProcess(0x1000, False, pid))
-            code, times = wintypes.DWORD(), (wintypes.FILETIME * 4)()
-            try:  # 259: STILL_ACTIVE
-                _KERNEL.GetExitCodeProcess(handle, ctypes.byref(code))
-                if code.value != 259 or not _KERNEL.GetProcessTimes(
-                    handle, *(ctypes.byref(time) for time in times)
-                ):
-                    return None
-                return f"{times[0].dwHighDateTime}.{times[0].dwLowDateTime}"
-            finally:
-                _KERNEL.CloseHandle(handle)
-
-        def send(self, pid: int, signum: int) -> None:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
-
-        kill = signal.SIGTERM
+        usage = staticmethod(lambda sessions: {})
         find_runs = staticmethod(lambda runs, folder: ([], True))
         kill_run = staticmethod(lambda pid, run_id: None)
-        read_environment = staticmethod(lambda pid: {})
+        environment_of = staticmethod(lambda pid: {})
 
         def spawn(self, word: Mapping[str, Any], log_fd: int, on_end: Callable[[], object]) -> int:
             import subprocess
@@ -771,6 +732,48 @@ if sys.platform == "win32":
             if group in self._jobs:  # there is no gentle way that every program understands
                 _KERNEL.TerminateJobObject(wintypes.HANDLE(self._jobs[group][1]), 1)
 
+    class _Platform(_Children):
+        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
+
+        SHELL = ("cmd.exe", "/d", "/s", "/c")
+        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
+        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
+        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
+        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
+        is_posix = False
+
+        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
+            place = os.lseek(fd, 0, os.SEEK_CUR)
+            os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
+            try:
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            except OSError:
+                return False
+            finally:
+                os.lseek(fd, place, os.SEEK_SET)
+            return True
+
+        boot_id = staticmethod(lambda: "")
+
+        def start_time(self, pid: int) -> str | None:
+            handle = wintypes.HANDLE(_KERNEL.OpenProcess(0x1000, False, pid))
+            code, times = wintypes.DWORD(), (wintypes.FILETIME * 4)()
+            try:  # 259: STILL_ACTIVE
+                _KERNEL.GetExitCodeProcess(handle, ctypes.byref(code))
+                if code.value != 259 or not _KERNEL.GetProcessTimes(
+                    handle, *(ctypes.byref(time) for time in times)
+                ):
+                    return None
+                return f"{times[0].dwHighDateTime}.{times[0].dwLowDateTime}"
+            finally:
+                _KERNEL.CloseHandle(handle)
+
+        def send(self, pid: int, signum: int) -> None:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
+
+        kill = signal.SIGTERM
         def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
@@ -795,15 +798,12 @@ if sys.platform == "win32":
         close_inherited = staticmethod(lambda: None)
         reap_orphans = staticmethod(lambda known: None)
 
-        usage = staticmethod(lambda sessions: {})
-
         def fork(self, argv: list[str], env: dict[str, str]) -> Any:
             raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
 
-        is_child_gone = staticmethod(lambda process: process.poll() is not None)
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
@@ -816,56 +816,8 @@ else:
 
     _HAS_PROC = os.path.exists("/proc/self/stat")
 
-    class _Platform:
-        """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
-
-        SHELL = ("/bin/sh", "-c")
-        REPLACE_S = 0.0
-        SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
-        DETACHED: Mapping[str, Any] = {"start_new_session": True}
-        KEEPER: tuple[Mapping[str, Any], ...] = (DETACHED,)
-        is_posix = True
-        kill = signal.SIGKILL
-        is_root = staticmethod(lambda: os.geteuid() == 0)
-
-        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
-            """Lock an open file; False when another has it. (flock(2), msvcrt.locking)
-
-            The lock belongs to the open file description: a child that inherits the
-            descriptor holds it too, and reading the file elsewhere does not drop it.
-            """
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
-                return True
-            return False
-
-        @staticmethod
-        @functools.lru_cache(maxsize=1)
-        def boot_id() -> str:
-            """Name this boot of the system: PIDs mean something within it only."""
-            try:
-                with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-                    return file.read().strip()
-            except OSError:
-                return _output("sysctl", "-n", "kern.boottime") or ""
-
-        def start_time(self, pid: int) -> str | None:
-            """Return when a process began, in the system's units; None: it is gone or a zombie.
-
-            With PID and boot id it is an identity. (proc(5) stat field 22, GetProcessTimes)
-            """
-            if not _HAS_PROC:
-                return _output("ps", "-o", "lstart=", "-p", str(pid))
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-                return None if fields[0] in b"ZX" else fields[19].decode()
-            return None
-
-        def send(self, pid: int, signum: int) -> None:
-            """Signal one process, if it is there."""
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
+    class _Children:
+        """What a keeper does with its children, and what is known of them."""
 
         def signal_group(self, group: int, signum: int) -> None:
             """Signal a process group; CONT follows, or a stopped one would not hear it."""
@@ -877,7 +829,7 @@ else:
         def find_runs(
             self, runs: Mapping[str, int], folder: str
         ) -> tuple[Sequence[tuple[str, int]], bool]:
-            """Return ([(run id, PID)] of all that carries one of these run ids, whether that is sure).
+            """Return ([(run id, PID)] of all that carries one of these ids, whether that is sure).
 
             runs: {run id: the user it was started as}. What carries another state folder than
             `folder`, one that exists, belongs to another project. Not sure: a process in the
@@ -912,7 +864,7 @@ else:
                     if fd >= 0:
                         os.close(fd)
 
-        def read_environment(self, pid: int) -> dict[str, str]:
+        def environment_of(self, pid: int) -> dict[str, str]:
             """Return the environment a process was started with, {} when it cannot be read."""
             with contextlib.suppress(OSError):
                 return _environment(str(pid)) or {}
@@ -964,10 +916,6 @@ else:
                         "max_rss": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
                     }
 
-        def is_child_gone(self, process: Any) -> bool:
-            """Tell whether a Popen has ended, and collect it."""
-            return process.poll() is not None
-
         def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
             """Return {session: (processor seconds, resident bytes)} (Linux; else {}).
 
@@ -984,6 +932,57 @@ else:
                         cpu_s += sum(map(int, fields[11:15])) / tick
                         found[session] = (cpu_s, memory + int(fields[21]) * page)
             return found
+
+    class _Platform(_Children):
+        """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
+
+        SHELL = ("/bin/sh", "-c")
+        REPLACE_S = 0.0
+        SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
+        DETACHED: Mapping[str, Any] = {"start_new_session": True}
+        KEEPER: tuple[Mapping[str, Any], ...] = (DETACHED,)
+        is_posix = True
+        kill = signal.SIGKILL
+        is_root = staticmethod(lambda: os.geteuid() == 0)
+
+        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
+            """Lock an open file; False when another has it. (flock(2), msvcrt.locking)
+
+            The lock belongs to the open file description: a child that inherits the
+            descriptor holds it too, and reading the file elsewhere does not drop it.
+            """
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+                return True
+            return False
+
+        @staticmethod
+        @functools.lru_cache(maxsize=1)
+        def boot_id() -> str:
+            """Name this boot of the system: PIDs mean something within it only."""
+            try:
+                with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+                    return file.read().strip()
+            except OSError:
+                return _output("sysctl", "-n", "kern.boottime") or ""
+
+        def start_time(self, pid: int) -> str | None:
+            """Return when a process began, in the system's units; None: it is gone or a zombie.
+
+            With PID and boot id it is an identity. (proc(5) stat field 22, GetProcessTimes)
+            """
+            if not _HAS_PROC:
+                return _output("ps", "-o", "lstart=", "-p", str(pid))
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+                return None if fields[0] in b"ZX" else fields[19].decode()
+            return None
+
+        def send(self, pid: int, signum: int) -> None:
+            """Signal one process, if it is there."""
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             """Return ({"uid", "gid", "groups"}, environment) of a child that acts as user and group.
@@ -2782,7 +2781,8 @@ class AttemptStore:
 # killed or replaced hangs up; the keeper and the children do not notice, and the next daemon
 # connects and asks. The words, each a frame of JSON (fields are only ever added):
 #
-#   keeper  hello {keeper: 1, pid, file: [device, inode], runs: [{run, pid, at, age_s}], ended: [run]}
+#   keeper  hello {keeper: 1, pid, file: [device, inode], runs: [{run, pid, at, age_s}],
+#                  ended: [run]}
 #           started {run, pid, at} | failed {run, errno, what, text}
 #           exited {run, code | signal, at, ran_s, cpu_s, max_rss}
 #   daemon  start {run, argv, cwd, env, umask, log, sweep, limits, nice, ids}
@@ -3199,7 +3199,7 @@ class _Link:
         """Try to connect; None: perhaps later, else it has gone and this is what its file says."""
         self.retry_mono = Clock.mono() + self.pause_s
         self.pause_s = min(self.pause_s * 1.2, 1.0)
-        is_gone = self.process is None or Platform.is_child_gone(self.process)
+        is_gone = self.process is None or self.process.poll() is not None
         try:
             fd = os.open(self.path, os.O_RDONLY | _O_SAFE)
         except OSError:
@@ -3291,7 +3291,8 @@ class _Sweeper:
                 living.add(ward.run_id)
             is_late = now - ward.since_mono > SWEEP_MAX_S
             is_empty = is_sure and ward.run_id not in living and is_unlocked(ward.log_path)
-            if is_empty or (is_late and ward.result is not None and ward.result.exit_code is not None):
+            has_status = ward.result is not None and ward.result.exit_code is not None
+            if is_empty or (is_late and has_status):
                 del self._wards[ward.run_id]
                 yield ward
                 continue
@@ -3518,8 +3519,8 @@ class Keepers:
                 self._selector.modify(link.connection, mask, key.data)
             if link.asked_mono is not None:
                 times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
-        hopes = [x for x in self._links.values() if not (x.is_private or x.is_foreign or x.is_silent())]
-        if self._is_open and not hopes:
+        links = [link for link in self._links.values() if not link.is_private]
+        if self._is_open and all(link.is_foreign or link.is_silent() for link in links):
             if now >= self._next_spawn:
                 self._spawn()
             times.append(self._next_spawn)
@@ -4349,6 +4350,167 @@ def find_notes(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
                 os.unlink(path)
 
 
+class Watch:
+    """How a run is started, asked and heard. Thread: "probe-ID" asks, where there is a question.
+
+    `instance` owns it; the supervisor's lock guards both.
+    """
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self.word: dict[str, Any] = {}  # how it was started; of an adopted run, what shows
+        self.asking = threading.Event()  # ends the thread
+        self.is_unasked = False  # that could not start
+        self.hearing: socket.socket | None = None  # its NOTIFY_SOCKET
+
+    def make_word(self) -> dict[str, Any]:
+        """Return what `start` says of a run. Raises OSError, ValueError, DaemonError."""
+        one, policy, store = self.instance, self.instance.view.policy, self.instance.store
+        env = capture_environment(store.config.daemon.env_keep)
+        ids: dict[str, Any] = {}
+        if policy.user or policy.group:
+            ids, who = Platform.identity(policy.user, policy.group)
+            env.update(who)
+        if any(probe.kind == "notify" for probe in one.probes):
+            env["NOTIFY_SOCKET"] = self._listen(ids.get("uid"))
+            if policy.live and policy.live.kind == "notify":
+                env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
+        for path in policy.env_file:
+            env.update(read_environment(os.path.join(store.project, path)))
+        env.update({name: fill(text, one.index) for name, text in policy.env.items()})
+        marks = {"PROCESS": one.name, "INSTANCE": one.index, "RUN_ID": one.note["run"]}
+        env.update(make_marks(store, **marks))
+        command = fill(policy.command, one.index)
+        self.word = {
+            "argv": [*Platform.SHELL, command] if isinstance(command, str) else command,
+            "cwd": os.path.join(store.project, fill(policy.cwd, self.instance.index)),
+            "env": env,
+            "umask": int(policy.umask, 8),
+            "log": one.log.path,
+            "sweep": True,
+            "ids": ids,
+            **make_limits(policy),
+        }
+        return self.word
+
+    def _listen(self, owner: int | None) -> str:
+        """Open the NOTIFY_SOCKET, where a former daemon had it; return its path."""
+        near = os.path.join(self.instance.store.folder, "run", "notify-" + self.instance.id)
+        self.hearing, path = Platform.bind_notify(near, owner)
+        self.hearing.setblocking(False)
+        self.instance.note["notify"] = path
+        self.instance.keepers.add_reader(self.hearing, functools.partial(self._hear, self.hearing))
+        return path
+
+    def stop(self) -> None:
+        """The run has ended: ask and hear no more."""
+        self.asking.set()
+        self.word = {}
+        if self.hearing is not None:
+            self.instance.keepers.remove_reader(self.hearing)
+            self.hearing.close()
+            self.hearing = None
+        path = self.instance.note.get("notify")
+        if path:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+                if os.path.dirname(path) != os.path.dirname(self.instance.path):
+                    os.rmdir(os.path.dirname(path))  # with the last one's
+
+    def remember(self, pid: int) -> None:
+        """Learn of an adopted run what its probes need. Raises OSError, ValueError, DaemonError."""
+        one, policy, env = self.instance, self.instance.view.policy, Platform.environment_of(pid)
+        if not env:
+            self.make_word()
+            return
+        is_other = policy.user or policy.group
+        if one.note.get("notify"):
+            self._listen(one.note["user"] if is_other else None)
+        ids = Platform.identity(policy.user, policy.group)[0] if is_other else {}
+        cwd = os.path.join(one.store.project, fill(policy.cwd, one.index))
+        self.word = {"env": env, "cwd": cwd, "umask": int(policy.umask, 8), "ids": ids}
+
+    def ask_anew(self) -> None:
+        """Ask by the probes that are configured now; holds the lock."""
+        view = self.instance.view
+        self.asking.set()
+        view.is_ready |= view.policy.ready is None or bool(self.instance.note.get("ready"))
+        view.lapses, view.last_sign, self.is_unasked = 0, Clock.mono(), False
+        if any(one.kind != "notify" for one in self.instance.probes):
+            self.asking = threading.Event()
+            args = (self.asking, self.instance.ward)
+            name = "probe-" + self.instance.id
+            try:
+                threading.Thread(target=self._ask, args=args, name=name, daemon=True).start()
+            except RuntimeError:  # no thread to be had: tried again
+                self.is_unasked = True
+        self.instance.moved.notify_all()
+
+    def _ask(self, is_over: threading.Event, ward: Ward) -> None:
+        """Ask whether it is ready, then whether it lives."""
+        view, pause_s = self.instance.view, 0.0
+        while not is_over.wait(pause_s):
+            is_ready = view.is_ready
+            probe = view.policy.live if is_ready else view.policy.ready
+            if probe is None or (is_ready and probe.kind == "notify"):
+                return
+            pause_s = min(probe.interval, 1.0) if probe.kind == "notify" else probe.interval
+            if probe.kind != "notify":
+                one, is_command = self.instance, probe.kind == "command"
+                is_well = self._ask_command(probe) if is_command else ask(probe, one.index)
+                with one.moved:
+                    if one.ward is ward and not is_over.is_set() and is_well is not None:
+                        one.take_sign(is_well)
+
+    def _ask_command(self, probe: Probe) -> bool | None:
+        """Run a probe's command as a child of the keeper; None: it could not be asked."""
+        told: queue.SimpleQueue[Begun | Result] = queue.SimpleQueue()
+        one, keepers, deadline = self.instance, self.instance.keepers, Clock.mono() + probe.timeout
+        run_id, keeper = f"?{one.id}-{os.urandom(8).hex()}", keepers.standing()
+        if keeper is None or not self.word:
+            return None
+        ward = Ward(
+            run_id=run_id, keeper=keeper, boot_id=Platform.boot_id(), user=Platform.user(),
+            log_path=os.devnull, is_process=False, tell=lambda run, what: told.put(what),
+        )  # fmt: skip
+        command = fill(probe.target, one.index)
+        argv = [*Platform.SHELL, command] if isinstance(command, str) else command
+        word = {key: self.word[key] for key in ("env", "cwd", "umask", "ids")}
+        keepers.start(ward, {**word, "argv": argv, "log": os.devnull, "sweep": True})
+        keepers.flush()
+        is_well: bool | None = None
+        try:
+            while True:
+                what = told.get(timeout=max(deadline - Clock.mono(), 0.001))
+                is_well = False  # it has begun
+                if isinstance(what, Result):
+                    return None if what.exit_code is None else what.exit_code == 0
+        except queue.Empty:
+            keepers.end(run_id, int(Platform.kill), 0.0)
+            return is_well
+        finally:
+            keepers.forget([run_id])
+
+    def _hear(self, hearing: socket.socket) -> None:
+        """Hear what it says of itself (sd_notify(3)); called when there is something."""
+        one, view = self.instance, self.instance.view
+        try:
+            words = hearing.recv(4096).decode("utf-8", "replace").split("\n")
+        except OSError:
+            return
+        with one.moved:
+            if self.hearing is not hearing or one.ward is None:
+                return
+            if "WATCHDOG=trigger" in words and view.policy.live:
+                view.lapses = view.policy.live.failures
+                one.moved.notify_all()
+            elif "READY=1" in words or ("WATCHDOG=1" in words and view.is_ready):
+                one.take_sign(True)
+            for word in words:
+                if word.startswith("STATUS="):
+                    one.remark = word[len("STATUS=") :][:1000]
+
+
 class Instance:
     """One copy of a process: what `decide` sees of it, its run, what it has been through.
 
@@ -4363,16 +4525,13 @@ class Instance:
         self.view = View(policy=policy, state=ProcessState.STOPPED, restarts=[], due=0.0)
         self.view.quick_ends = self.view.jitter = 0
         self.ward: Ward | None = None  # of the run that is there
-        self.word: dict[str, Any] = {}  # how it was started; of an adopted one, what is known
+        self.watch = Watch(self)
         self.failure: Result | None = None  # it could not be started
         self.note: dict[str, Any] = {}  # of the last run, as in its file
         self.last_end = self.remark = ""  # "exit 137"; what it says of itself (STATUS=)
         self.flaw = ""  # why it is stopping, if nobody asked for it
         self.is_surplus = False  # neither configured nor asked for any more
         self.is_rolling = False  # when it is replaced, only while its siblings are ready
-        self.asking = threading.Event()  # ends the thread that asks
-        self.is_unasked = False  # that thread could not start
-        self.hearing: socket.socket | None = None  # its NOTIFY_SOCKET
         self.log = LogWatch(os.path.join(self.store.folder, "logs", f"proc-{self.id}.log"))
         self.path = os.path.join(self.store.folder, "run", "proc-" + self.id)
         self._sample = (0.0, 0.0)  # at the last look: monotonic, processor seconds
@@ -4428,7 +4587,7 @@ class Instance:
         before, self.view.policy = self.view.policy, policy
         is_other = (before.ready, before.live) != (policy.ready, policy.live)
         if self.ward is not None and self.ward.pid and is_other:
-            self.ask_anew()
+            self.watch.ask_anew()
 
     def move(self, state: ProcessState, why: str | None = None) -> None:
         """Go to another state: the only way but for `want` and `adopt`; holds the lock."""
@@ -4486,15 +4645,15 @@ class Instance:
         }
         self._settle_in(0.0)
         try:
-            self.word = self._make_word()
-            self.write_note(user=self.word.get("ids", {}).get("uid", Platform.user()))
+            word = self.watch.make_word()
+            self.write_note(user=word["ids"].get("uid", Platform.user()))
             self.ward = self._make_ward()
         except (OSError, ValueError, DaemonError) as error:
             self.ward = self._make_ward()
             self.failure = Result(exit_code=126, reason=f"spawn: {error}")
             return
         failpoint("note")
-        self.keepers.start(self.ward, self.word)
+        self.keepers.start(self.ward, word)
         self.keepers.flush()
 
     def adopt(self) -> None:
@@ -4524,56 +4683,6 @@ class Instance:
             tell=self.take, pid=note["pid"] or None, start_time=note.get("at"),
         )  # fmt: skip
 
-    def _make_word(self) -> dict[str, Any]:
-        """Return what `start` says of a run. Raises OSError, ValueError, DaemonError."""
-        policy, store = self.view.policy, self.store
-        env = capture_environment(store.config.daemon.env_keep)
-        ids: dict[str, Any] = {}
-        if policy.user or policy.group:
-            ids, who = Platform.identity(policy.user, policy.group)
-            env.update(who)
-        if any(one.kind == "notify" for one in self.probes):
-            env["NOTIFY_SOCKET"] = self._listen(ids.get("uid"))
-            if policy.live and policy.live.kind == "notify":
-                env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
-        for path in policy.env_file:
-            env.update(read_environment(os.path.join(store.project, path)))
-        env.update({name: fill(text, self.index) for name, text in policy.env.items()})
-        marks = {"PROCESS": self.name, "INSTANCE": self.index, "RUN_ID": self.note["run"]}
-        env.update(make_marks(store, **marks))
-        command = fill(policy.command, self.index)
-        return {
-            "argv": [*Platform.SHELL, command] if isinstance(command, str) else command,
-            "cwd": os.path.join(store.project, fill(policy.cwd, self.index)),
-            "env": env,
-            "umask": int(policy.umask, 8),
-            "log": self.log.path,
-            "sweep": True,
-            "ids": ids,
-            **make_limits(policy),
-        }
-
-    def _listen(self, owner: int | None) -> str:
-        """Open the NOTIFY_SOCKET, where a former daemon had it; return its path."""
-        near = os.path.join(self.store.folder, "run", "notify-" + self.id)
-        self.hearing, path = Platform.bind_notify(near, owner)
-        self.hearing.setblocking(False)
-        self.note["notify"] = path
-        self.keepers.add_reader(self.hearing, functools.partial(self._hear, self.hearing))
-        return path
-
-    def _stop_hearing(self) -> None:
-        if self.hearing is not None:
-            self.keepers.remove_reader(self.hearing)
-            self.hearing.close()
-            self.hearing = None
-        path = self.note.get("notify")
-        if path:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-                if not os.path.basename(path).startswith("notify-") or "/apexd-" in path:
-                    os.rmdir(os.path.dirname(path))  # the last one's
-
     def take(self, run_id: str, what: Begun | Result) -> None:
         """Hear from a keeper: the run lives, or has ended."""
         with self.moved:
@@ -4594,101 +4703,10 @@ class Instance:
             self.write_note(pid=begun.pid, at=begun.start_time)
             if begun.is_adopted:
                 log.info("Adopted process %s, PID %d", self.id, begun.pid)
-                self.word = self.word or self._remember(begun.pid)
+                self.watch.remember(begun.pid)
         except (OSError, ValueError, DaemonError) as error:  # it runs all the same
             log.error("process %s is not looked after: %s", self.id, error)
-        self.ask_anew()
-
-    def _remember(self, pid: int) -> dict[str, Any]:
-        """Return, of an adopted run, what its probes need: as it was started, if that shows."""
-        policy, store = self.view.policy, self.store
-        env = Platform.read_environment(pid)
-        if self.note.get("notify"):
-            self._listen(self.note["user"] if policy.user or policy.group else None)
-        if not env:
-            return self._make_word()
-        ids = Platform.identity(policy.user, policy.group)[0] if policy.user or policy.group else {}
-        cwd = os.path.join(store.project, fill(policy.cwd, self.index))
-        return {"env": env, "cwd": cwd, "umask": int(policy.umask, 8), "ids": ids}
-
-    def ask_anew(self) -> None:
-        """Ask by the probes that are configured now; holds the lock."""
-        view = self.view
-        self.asking.set()
-        view.is_ready |= view.policy.ready is None or bool(self.note.get("ready"))
-        view.lapses, view.last_sign, self.is_unasked = 0, Clock.mono(), False
-        if any(one.kind != "notify" for one in self.probes):
-            self.asking = threading.Event()
-            args = (self.asking, self.ward)
-            name = "probe-" + self.id
-            try:
-                threading.Thread(target=self._ask, args=args, name=name, daemon=True).start()
-            except RuntimeError:  # no thread to be had: tried again
-                self.is_unasked = True
-        self.moved.notify_all()
-
-    def _ask(self, is_over: threading.Event, ward: Ward) -> None:
-        """Ask whether it is ready, then whether it lives."""
-        view, pause_s = self.view, 0.0
-        while not is_over.wait(pause_s):
-            is_ready = view.is_ready
-            probe = view.policy.live if is_ready else view.policy.ready
-            if probe is None or (is_ready and probe.kind == "notify"):
-                return
-            pause_s = min(probe.interval, 1.0) if probe.kind == "notify" else probe.interval
-            if probe.kind != "notify":
-                is_command = probe.kind == "command"
-                is_well = self._ask_command(probe) if is_command else ask(probe, self.index)
-                with self.moved:
-                    if self.ward is ward and not is_over.is_set() and is_well is not None:
-                        self.take_sign(is_well)
-
-    def _ask_command(self, probe: Probe) -> bool | None:
-        """Run a probe's command as a child of the keeper; None: it could not be asked."""
-        told: queue.SimpleQueue[Begun | Result] = queue.SimpleQueue()
-        command, keeper = fill(probe.target, self.index), self.keepers.standing()
-        run_id, deadline = f"?{self.id}-{os.urandom(8).hex()}", Clock.mono() + probe.timeout
-        if keeper is None or not self.word:
-            return None
-        ward = Ward(
-            run_id=run_id, keeper=keeper, boot_id=Platform.boot_id(), user=Platform.user(),
-            log_path=os.devnull, is_process=False, tell=lambda run, what: told.put(what),
-        )  # fmt: skip
-        argv = [*Platform.SHELL, command] if isinstance(command, str) else command
-        word = {key: self.word[key] for key in ("env", "cwd", "umask", "ids")}
-        self.keepers.start(ward, {**word, "argv": argv, "log": os.devnull, "sweep": True})
-        self.keepers.flush()
-        is_well: bool | None = None
-        try:
-            while True:
-                what = told.get(timeout=max(deadline - Clock.mono(), 0.001))
-                is_well = False
-                if isinstance(what, Result):
-                    return None if what.never_ran else what.exit_code == 0
-        except queue.Empty:  # began, but gave no answer; or the keeper does not answer
-            self.keepers.end(run_id, int(Platform.kill), 0.0)
-            return is_well
-        finally:
-            self.keepers.forget([run_id])
-
-    def _hear(self, hearing: socket.socket) -> None:
-        """Hear what it says of itself (sd_notify(3)); called when there is something."""
-        view = self.view
-        try:
-            words = hearing.recv(4096).decode("utf-8", "replace").split("\n")
-        except OSError:
-            return
-        with self.moved:
-            if self.hearing is not hearing or self.ward is None:
-                return
-            if "WATCHDOG=trigger" in words and view.policy.live:
-                view.lapses = view.policy.live.failures
-                self.moved.notify_all()
-            elif "READY=1" in words or ("WATCHDOG=1" in words and view.is_ready):
-                self.take_sign(True)
-            for word in words:
-                if word.startswith("STATUS="):
-                    self.remark = word[len("STATUS=") :][:1000]
+        self.watch.ask_anew()
 
     def end(self, name: str, grace_s: float) -> None:
         """Ask all of the run to end by a signal, KILL it after a grace."""
@@ -4709,9 +4727,8 @@ class Instance:
 
     def take_end(self, result: Result) -> None:
         """Note that the run has ended; holds the lock."""
-        view, self.ward, self.failure, self.word = self.view, None, None, {}
-        self.asking.set()
-        self._stop_hearing()
+        view, self.ward, self.failure = self.view, None, None
+        self.watch.stop()
         if result.ran_s is not None:
             view.started = Clock.mono() - result.ran_s
         if result.reason is not None:
@@ -4894,7 +4911,7 @@ class Supervisor:
         with self.moved:
             self.halted.set()
             for instance in self._instances.values():
-                instance.asking.set()
+                instance.watch.asking.set()
             self.moved.notify_all()
 
     def reload(self, old: Config) -> None:
@@ -4990,8 +5007,8 @@ class Supervisor:
                 view = instance.view
                 if instance.failure is not None:
                     instance.take_end(instance.failure)
-                if instance.is_unasked and now >= view.last_sign + 1.0:
-                    instance.ask_anew()
+                if instance.watch.is_unasked and now >= view.last_sign + 1.0:
+                    instance.watch.ask_anew()
                 view.is_spawned = instance.ward is not None
                 if not view.is_wanted:  # what needs it, and is to end too, ends first
                     view.is_held = instance.name in holding
@@ -5013,7 +5030,7 @@ class Supervisor:
             self._on_stopped()
         times = [when_due(one.view) for one in everyone]
         times += [one.log.due_mono for one in everyone if one.ward]
-        times += [now + 1.0 for one in everyone if one.is_unasked]
+        times += [now + 1.0 for one in everyone if one.watch.is_unasked]
         if any(one.ward and one.view.policy.memory_restart_mb for one in everyone):
             times.append(self._next_check)
         first = min(times, default=float("inf"))
