@@ -3326,7 +3326,8 @@ class Keepers:
         self._is_open = False
         self._next_spawn = 0.0  # monotonic
         self._obstacle = "it is being started"  # why no keeper stands
-        self.on_standing: Callable[[], None] = lambda: None
+        self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
+        self._has_news = False  # it is to be called
         self.is_owner: Callable[[], bool] = lambda: True  # of the project, still
         self._selector = selectors.DefaultSelector()
         self._waker, self._wakee = socket.socketpair()
@@ -3501,6 +3502,9 @@ class Keepers:
         with self._lock:
             self._told += [(ward, ward.result) for ward in self._sweeper.look() if ward.result]
             told, self._told = self._told, []
+            has_news, self._has_news = self._has_news, False
+        if has_news:
+            self.on_standing()
         for ward, what in told:
             ward.tell(ward.run_id, what)
 
@@ -3635,7 +3639,7 @@ class Keepers:
         for ward in [ward for ward in self._wards.values() if ward.keeper == link.name]:
             if ward.result is None and ward.run_id not in known:
                 self._settle(ward, Result(never_ran=True))
-        self.on_standing()
+        self._has_news = True
 
     def _begin(self, ward: Ward, told: Mapping[str, Any], is_adopted: bool) -> None:
         ward.pid, ward.start_time = int(told["pid"]), told["at"]
