@@ -3483,6 +3483,12 @@ class Keepers:
             is_silent = link is not None and link.is_silent()
             return f"its keeper (PID {link.pid}) does not answer" if link and is_silent else ""
 
+    def has_ended(self, run_id: str | None) -> bool:
+        """Tell whether the end of a run is known, though perhaps not told yet."""
+        with self._lock:
+            ward = self._wards.get(run_id or "")
+            return ward is not None and ward.result is not None
+
     @property
     def obstacle(self) -> str:
         """Why nothing can be started, "" when it can."""
@@ -3497,7 +3503,8 @@ class Keepers:
         """Read what keepers tell, and do what is due; return when something happened."""
         with self._lock:
             due_s = 0.0 if self._told else max(min(self._tend(), timeout_s), 0.0)
-        for key, _ in self._selector.select(None if due_s == float("inf") else due_s):
+        ready = self._selector.select(None if due_s == float("inf") else due_s)
+        for key, _ in ready or self._selector.select(0.0):  # frozen meanwhile: it says nothing
             key.data()
         with self._lock:
             self._told += [(ward, ward.result) for ward in self._sweeper.look() if ward.result]
@@ -3967,7 +3974,7 @@ class DaemonRunner:
                 return 0.0
             for run in self._running.values():
                 times.append(run.log.due_mono)
-                if not run.is_ending:
+                if self._can_end(run):
                     times += (run.deadline_mono, self._drain_at)
         if self._attempts.next_due is not None and not self.is_draining:
             times.append(now + self._attempts.next_due - Clock.now())
@@ -4085,10 +4092,14 @@ class DaemonRunner:
         stop_s = self.store.config.daemon.stop_timeout if stop_s is None else stop_s
         self.keepers.end(run.task.run_id or "", signal.SIGTERM, stop_s)
 
+    def _can_end(self, run: _Run) -> bool:
+        ended = run.is_ending or run.is_told or self.keepers.has_ended(run.task.run_id)
+        return not ended
+
     def _enforce(self) -> None:
         """End what is out of time; holds the lock."""
         now = Clock.mono()
-        runs = [run for run in self._running.values() if not run.is_ending and not run.is_told]
+        runs = [run for run in self._running.values() if self._can_end(run)]
         late = [run for run in runs if now >= run.deadline_mono]
         rest = [run for run in runs if run not in late] if now >= self._drain_at else []
         for wish, ending in ((Outcome.TIMEOUT, late), (Outcome.INTERRUPTED, rest)):
