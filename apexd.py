@@ -985,7 +985,7 @@ else:
                 os.kill(pid, signum)
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
-            """Return ({"uid", "gid", "groups"}, environment) of a child that acts as user and group.
+            """Return ({"uid", "gid", "groups"}, environment) of a child that acts as they say.
 
             Raises ValueError: there is no such, or only root may become it.
             """
@@ -2896,12 +2896,12 @@ class Keeper:
         self._fd = self._make_file()
 
     def _make_file(self) -> int:
-        """Make the file: it appears whole and locked."""
-        fd = open_file(self._path + ".new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
-        Platform.lock(fd)
+        """Make the file, and lock it for life."""
+        fd = open_file(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+        while not Platform.lock(fd):  # the daemon is having a look
+            threading.Event().wait(0.001)
         head = {"keeper": KEEPER_PROTOCOL, "pid": os.getpid(), "boot": Platform.boot_id()}
         os.write(fd, json.dumps({**head, **self._endpoint}).encode() + b"\n")
-        insist(os.rename, self._path + ".new", self._path)
         return fd
 
     def run(self) -> int:
@@ -3199,14 +3199,14 @@ class _Link:
         """Try to connect; None: perhaps later, else it has gone and this is what its file says."""
         self.retry_mono = Clock.mono() + self.pause_s
         self.pause_s = min(self.pause_s * 1.2, 1.0)
-        is_gone = self.process is None or self.process.poll() is not None
+        is_ended = self.process is None or self.process.poll() is not None
         try:
             fd = os.open(self.path, os.O_RDONLY | _O_SAFE)
         except OSError:
-            return b"" if is_gone else None
+            return b"" if is_ended else None
         with os.fdopen(fd, "rb") as file:
-            if Platform.lock(fd):
-                return file.read(KEEPER_FILE_MAX_BYTES)
+            if Platform.lock(fd):  # else it has it, or is about to
+                return file.read(KEEPER_FILE_MAX_BYTES) if is_ended else None
             info = os.fstat(fd)
             self.file_id = [info.st_dev, info.st_ino]
             with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
