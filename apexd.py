@@ -3994,7 +3994,8 @@ class DaemonRunner:
             living = [(task, what) for task, what in begun if task.run_id not in gone]
             room = max(most - len(active), 0)
             claimed = self._attempts.turn(results, living, room, busy, self._find_keeper)
-            failpoint("commit")
+            if claimed:
+                failpoint("commit")
             del self._results[: len(results)], self._begun[: len(begun)]
             self._running = {i: r for i, r in self._running.items() if r.task.run_id not in gone}
             for task in claimed:

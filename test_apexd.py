@@ -409,6 +409,9 @@ class Box:
                 child.kill()
             child.communicate()
         was_up = os.path.exists(self.file("endpoint")) and lives_in(self.file("daemon.pid"))
+        for pid in () if was_up or not IS_LINUX else keepers(self):
+            if not read(f"/proc/{pid}/task/{pid}/children"):
+                kill(pid)  # it would wait 10 s for a daemon that the test has killed
         if IS_LINUX and not was_up and not self.processes():
             return complaints
         stop = subprocess.run(
@@ -3078,7 +3081,7 @@ def command_of(box, task_id):
 def keepers(box):
     """Return {PID: name} of the keepers that live."""
     found = {}
-    for name in os.listdir(box.file("run")):
+    for name in os.listdir(box.file("run")) if os.path.isdir(box.file("run")) else ():
         match = re.fullmatch("keeper-([0-9a-f]{16})", name)
         if match:
             pid = json.loads(read(box.file("run", name)).partition("\n")[0])["pid"]
@@ -3476,6 +3479,147 @@ class TestKeeper:
         assert ask(shared, "logs", task_id) == "1\n"
 
 
+@linux
+@needs("flock")
+class TestCrashWindows:
+    """Daemon or keeper kills itself at each step of a run; the other one lives or is killed, too."""
+
+    others = pytest.mark.parametrize("other", ["lives", "is killed"])
+
+    def hold(self, box, *words):
+        """Return the command of a worker that ends once there is a file `go`."""
+        return f"until [ -e go ]; do sleep 0.02; done; exec {' '.join([*worker(box), *words])}"
+
+    HOLDER = {"holder": {"command": ["sleep", "300"]}}  # without a child a keeper leaves
+
+    def die(self, box, point, *lines):
+        """Have a daemon kill itself as it claims these tasks; its keeper lives; return the ids."""
+        box.config({"daemon": {"max_concurrent": 4}}, process=self.HOLDER)
+        box.start(env={"APEXD_FAILPOINT": point})
+        pids(box, "holder", 1)
+        box.request({"type": "pause"})
+        ids = box.batch(lines)
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            box.request({"type": "resume"})
+        eventually(lambda: not lives_in(box.file("daemon.pid")), why="it killed itself")
+        assert len(keepers(box)) == 1, "the keeper did not notice"
+        return ids
+
+    def go_on(self, box, other):
+        if other == "is killed":
+            kill(keeper_of(box))
+        box.start()
+        put(box, "go")
+
+    @others
+    @pytest.mark.parametrize("point", ["claim", "commit", "sent"])
+    def test_a_daemon_that_dies_within_a_start_neither_loses_nor_doubles_it(self, box, point, other):
+        work = lambda name: {"command": self.hold(box, name, "0", "7")}
+        for number in range(ROUNDS if SLOW else 1):
+            lines = [work(f"{number}a"), {**work(f"{number}b"), "on_lost": "fail"}]
+            again, never = self.die(box, point, *lines)
+            with box.database() as db:
+                rows = db.execute("SELECT state, attempts FROM tasks ORDER BY id").fetchall()
+                found = {tuple(row) for row in rows[-2:]}
+            self.go_on(box, other)
+            settle(box, [again, never])
+            assert found == {("queued", 0)} if point == "claim" else {("running", 1)}
+            is_lost = point != "claim" and other == "is killed"
+            assert history_of(box, again) == ["lost"] * is_lost + ["failed"]
+            assert history_of(box, never) == (["lost"] if is_lost else ["failed"])
+            task = box.look(again)
+            assert (task["exit_code"], task["losses"]) == (7, 0)
+            box.stop()
+            put(box, "go", None)
+            expected = [f"{number}a"] + [f"{number}b"] * (not is_lost)
+            assert [name for name in lines_of(box, "begun") if name[:-1] == str(number)] == expected
+        assert lines_of(box, "overlaps") == []
+
+    @others
+    def test_a_result_on_disk_counts_though_the_keeper_was_not_told(self, box, other):
+        for number in range(ROUNDS):
+            put(box, "go")
+            (task_id,) = self.die(box, "result", self.hold(box, str(number), "0", "7"))
+            self.go_on(box, other)
+            task = box.look(task_id)
+            assert (task["exit_code"], task["attempts"], task["losses"]) == (7, 1, 0)
+            box.stop()
+        assert lines_of(box, "begun") == [str(number) for number in range(ROUNDS)]
+
+    @others
+    @pytest.mark.parametrize("point", ["read:2", "spawn:2", "fork", "exited"])
+    def test_what_a_dying_keeper_had_is_ended_and_lost_then_run_again(self, box, point, other):
+        work, count = worker(box), ROUNDS if SLOW else 1
+        for number in range(count):
+            box.config({"daemon": {"max_concurrent": 4}}, process=self.HOLDER)
+            box.start(env={"APEXD_FAILPOINT": point})
+            pids(box, "holder", 1)
+            keeper = keeper_of(box)
+            box.kill9()  # the next daemon starts keepers that live
+            more = {"limits": {"nice": 1}} if point == "fork" else {}
+            box.config({"daemon": {"max_concurrent": 4}}, process=self.HOLDER, **more)
+            box.start()
+            assert keeper_of(box) == keeper
+            seconds = "0" if point == "exited" else "0.2"
+            (again,) = enqueue(box, [*work, f"{number}a", seconds, "7", "closed"])
+            (never,) = enqueue(box, [*work, f"{number}b", "60", "7"], on_lost="fail")
+            eventually(lambda: not lives(keeper), why="it killed itself")
+            if other == "is killed":
+                box.kill9()
+                box.start()
+            if box.until(never, "running", "failed")["state"] == "running":
+                ask(box, "cancel", never)  # the keeper was gone before it was started
+            first, second = settle(box, [again, never])
+            assert (first["exit_code"], first["losses"]) == (7, 0)
+            assert history_of(box, again) == ["lost", "failed"]
+            assert second["outcome"] in ("lost", "cancelled") and second["attempts"] == 1
+            box.stop()
+            assert not box.processes()
+        assert lines_of(box, "overlaps") == []
+        ended = [f"{number}a" for number in range(count)] * (1 + (point == "exited"))
+        assert lines_of(box, "ended") == sorted(ended)
+
+    @others
+    @pytest.mark.parametrize("wish", ["cancelled", "timeout"])
+    def test_a_wish_on_disk_is_carried_out_by_the_next_daemon(self, box, wish, other):
+        box.start(env={"APEXD_FAILPOINT": "wish"})
+        work = [*worker(box), "a", "60", "7", "closed"]
+        options = {"timeout": 0.5} if wish == "timeout" else {}
+        (task_id,) = enqueue(box, work, **options)
+        eventually(lambda: lines_of(box, "begun"))
+        if wish == "cancelled":
+            with contextlib.suppress(OSError):
+                box.request({"type": "cancel", "ids": [task_id]})
+        eventually(lambda: not lives_in(box.file("daemon.pid")), why="it killed itself")
+        self.go_on(box, other)
+        task = box.until(task_id)
+        assert (task["outcome"], task["attempts"], task["losses"]) == (wish, 1, 0)
+        assert lines_of(box, "begun") == ["a"] and lines_of(box, "ended") == []
+        assert not [words for words in box.processes().values() if "sleep" in words]
+
+    @others
+    def test_a_process_that_was_noted_and_not_started_is_started_once(self, box, other):
+        web = {"command": ["sh", "-c", "echo x >>begun; exec sleep 301"], "backoff": 0.1}
+        for number in range(ROUNDS):
+            box.config({}, process={**self.HOLDER, "web": web})
+            box.warm()
+            box.quick("start", env={"APEXD_FAILPOINT": "note:2"}, rc=None)
+            eventually(lambda: not lives_in(box.file("daemon.pid")), why="it killed itself")
+            assert len(keepers(box)) == 1 and len(lines_of(box, "begun")) == number
+            self.go_on(box, other)
+            pids(box, "web", 1)
+            eventually(lambda: len(lines_of(box, "begun")) == number + 1)
+            assert instances(box)[0]["restart_count"] == (other == "is killed")
+            assert len([c for c in box.processes().values() if c.startswith("sleep 301")]) == 1
+            box.stop()
+
+    def test_the_places_to_crash_at_are_those_of_the_protocol(self):
+        points = set(re.findall(r'failpoint\("(\w+)"', read(PROGRAM)))
+        assert points - {"migration"} == {
+            "claim", "commit", "sent", "read", "spawn", "fork", "exited", "result", "wish", "note",
+        }  # fmt: skip
+
+
 # ============================================================================
 # 13. RUNNER - the polling loop over the store
 # ============================================================================
@@ -3803,7 +3947,7 @@ class Trial(apexd.Supervisor):
 
     def close(self):
         for one in self._instances.values():
-            one._stop_hearing()
+            one.watch.stop()
         self.keepers.close(False)
         self.store.close()
 
@@ -4551,7 +4695,10 @@ class TestSupervisor:
         assert [one["pid"] for one in shown[:3]] == first
         for one, at in zip(shown, (port, port + 1, port + 2, port + 5)):
             command = read(f"/proc/{one['pid']}/cmdline").split("\0")
-            assert command[:3] == words[:3] and command[5] == str(at), one
+            if one["name"] == "text":
+                assert command[-2] == text, "the shell is its command"
+            else:
+                assert command[:3] == words[:3] and command[5] == str(at), one
             assert 0 <= one["uptime_secs"] < 60 and one["memory_bytes"] > 5e6, one
             assert (one["state"], one["restart_count"]) == ("running", 0)
         box.run("scale", "web", 5)
@@ -4578,7 +4725,7 @@ class TestSupervisor:
         supervise(box, web=served(box, port, command=command, instances=3, min_uptime=0.2))
         for number in range(1, rounds + 1):
             before = pids(box, "web")
-            eventually(lambda: all(one["uptime_secs"] > 0.2 for one in instances(box, "web")))
+            pause(0.25)  # that is min_uptime
             for index, pid in enumerate(before):
                 lines = functools.partial(told, box, f"began.{index}")
                 killed = time.time()
@@ -4706,7 +4853,7 @@ class TestSupervisor:
                 assert ended[f"web.{kind}.0"] < ended[f"db-{kind}.0"], ended
         states = {one["state"] for kind in dbs for one in instances(box, f"web-{kind}")}
         assert states == {"stopped"}
-        assert not set(box.processes()) - {box.pid()}
+        assert not set(box.processes()) - {box.pid(), keeper_of(box)}
 
     def test_a_rolling_reload_keeps_all_but_one_ready_and_stops_at_one_that_fails(self, box):
         port, fewest, looks = free_ports(3), 3, 0
@@ -4750,14 +4897,14 @@ class TestSupervisor:
         eventually(lambda: len(told(box, "begun")) > (600 if SLOW else 60))
         began = time.monotonic()
         box.run("down", "deaf")
-        assert 0.4 <= time.monotonic() - began < 3 and "exit 137" in why(box, "deaf")
+        assert 0.4 <= time.monotonic() - began < 3 and "signal 9" in why(box, "deaf")
         box.run("down", "away", "forks")
         assert not told(box, "overlaps"), "what a run had left was gone before the next"
-        left = {}
+        left, ours = {}, {box.pid(), *keepers(box)}
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 environment = read(f"/proc/{pid}/environ").split("\0")
-                if f"HOME={box.home}" in environment and int(pid) != box.pid():
+                if f"HOME={box.home}" in environment and int(pid) not in ours:
                     left[pid] = [one for one in environment if one.startswith("APEX_")]
         assert left == {}
 
@@ -5535,10 +5682,10 @@ class Stranger:
 SLEEP = {"command": "exec sleep 1000", "stop_timeout": 1, "backoff": 0.1, "backoff_max": 0.2}
 # What each answer holds, by the table: its fields by their type.
 ERROR = {str: "type code message hint"}
-USED = "cpu_percent uptime_secs"
-PROCESS = {str: "name status", int: "instances running memory_bytes restart_count", float: USED}
+USED = "memory_bytes restart_count uptime_secs"
+PROCESS = {str: "name status", int: "instances running " + USED, float: "cpu_percent"}
 DETAILS = {str: "name id command cwd", int: "instances", list: "args instance_details"}
-INSTANCE = {str: "state", int: "index pid memory_bytes restart_count", float: USED}
+INSTANCE = {str: "state", int: "index pid " + USED, float: "cpu_percent"}
 LINE = {str: "timestamp process_name stream content", int: "instance"}
 
 
@@ -5627,7 +5774,7 @@ class TestProcessVerbs:
         box.start()
         running(box, 2)
         peer = Stranger(box.file("control.sock"))
-        pong = has_form({str: "type version", float: "uptime_secs"}, peer.ask("ping"))
+        pong = has_form({str: "type version", int: "uptime_secs"}, peer.ask("ping"))
         status = peer.ask("status")
         ours = {"version", "pid", "uptime_secs", "process_count", "running_instances"}
         assert pong["type"] == "pong" and status["type"] == "status" and ours <= set(status)
@@ -5637,7 +5784,7 @@ class TestProcessVerbs:
         (one,) = listed["processes"]
         has_form(PROCESS, one)
         assert (listed["type"], one["status"], one["running"]) == ("process_list", "running", 2)
-        assert one["memory_bytes"] > 0 and one["uptime_secs"] > 0 and one["restart_count"] == 0
+        assert one["memory_bytes"] > 0 and one["uptime_secs"] >= 0 and one["restart_count"] == 0
 
         def details():
             answer = has_form({str: "type", dict: "process"}, peer.ask("get_process", name="web"))
@@ -6080,11 +6227,12 @@ class TestProcessVerbs:
     def test_what_has_no_command_yet_uses_nothing(self, box):
         box.config({}, process={"web": {**SLEEP, "stop_timeout": 3, "autostart": False}})
         box.start()
-        with open(write(box.file("logs", "proc-web.0.log"), ""), "rb") as held:
-            assert apexd.Platform.lock(held.fileno())
-            later = Later(box, "up", "web")
-            one = eventually(lambda: (got := instances(box)[0])["state"] == "starting" and got)
-            assert (one["pid"], one["cpu_percent"], one["memory_bytes"]) == (None,) * 3
+        keeper = keeper_of(box)
+        os.kill(keeper, signal.SIGSTOP)
+        later = Later(box, "up", "web")
+        one = eventually(lambda: (got := instances(box)[0])["state"] == "starting" and got)
+        assert (one["pid"], one["cpu_percent"], one["memory_bytes"]) == (None,) * 3
+        os.kill(keeper, signal.SIGCONT)
         later.result()
         running(box)
 
@@ -6488,7 +6636,7 @@ class TestDaemon:
             pids = read(f"/proc/{daemon}/task/{daemon}/children").split()
             return [pid for pid in pids if not lives(int(pid))]
 
-        eventually(lambda: not box.processes().keys() - {daemon, child.pid})
+        eventually(lambda: len(box.processes().keys() - {daemon, child.pid}) == 1, why="a keeper")
         eventually(lambda: not zombies(), why="orphans are reaped")
         def inside(verb):
             words = ["nsenter", f"--target={daemon}", "--pid", "--mount"]
