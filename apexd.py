@@ -40,6 +40,7 @@ Files, all in `.apex/` (mode 0700):
     apex.db        the queue
     control.sock   the control socket; `endpoint` says how to reach the daemon
     heartbeat      rewritten while the loops turn; state.json: a readable snapshot
+    ballast        given up when the disk is full, so that results can be recorded
     run/           one exit record a slot or instance
     logs/          task-12.1.log: task 12, attempt 1; proc-web.0.log: instance 0 of web
 
@@ -53,6 +54,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import errno
 import functools
@@ -96,11 +98,15 @@ START_TIMEOUT_S = 10.0  # for the daemon to answer; each `progress` line extends
 STOP_MARGIN_S = 5.0  # what `stop` adds to the daemon's own two waits before it KILLs
 CONFIRM_TIMEOUT_S = 10.0  # how long a client tries to confirm a request that was cut off
 PROCESS_ANSWER_S = 600.0  # a rolling reload of many instances takes its time
+SETTLE_S = 0.5  # a process without `ready` that is still there then has come up
+INSTANCE_STOP_S = 0.1  # what each instance adds to the time that stopping may take
 ANSWER_TIMEOUT_S = 5.0  # a daemon that says nothing for so long counts as hung
 RETURN_TIMEOUT_S = 30.0  # `wait`, `run`, `logs -f` outlive a daemon that is away so long
 CLIENT_HOLD_S = 5.0  # a client holds the lock for one call; longer means another program
 
 FRAME_MAX_BYTES = 16 * 1024 * 1024  # a request or a response
+FRAME_ITEMS_MAX = 1_000_000  # values in a request: each costs up to 125 bytes of memory
+FRAME_DIGITS_MAX = 400  # of a number in it
 FRAMES_MAX_BYTES = 4 * FRAME_MAX_BYTES  # large requests being read, all connections together
 FRAME_FREE_BYTES = 64 * 1024  # requests up to this size are not counted
 FRAME_TIMEOUT_S = 10.0  # from a frame's first byte to its last
@@ -111,6 +117,7 @@ SOCKET_PATH_MAX_BYTES = 103  # sun_path of macOS; Linux allows 107 (unix(7))
 KEEPER_PROTOCOL = 1
 KEEPER_PATIENCE_S = 10.0  # a new keeper waits so long for its daemon
 KEEPER_ANSWER_S = 10.0  # one that owes an answer for longer takes no more starts
+STANDING_S = 2.0  # `start` waits so long for a keeper, then answers without
 KEEPER_QUIT_S = 5.0  # for keepers without children to leave
 KEEPER_BUFFER_BYTES = 64 * 1024  # of words on their way to the daemon
 KEEPER_FILE_MAX_BYTES = 64 * 1024 * 1024
@@ -119,7 +126,8 @@ CALLED = "call"  # stands for the keeper of what a function of the program carri
 NOTE_S = 0.1  # a PID is on disk so soon after its start
 NOTE_BYTES = 512  # a process's note: one sector, written as a whole
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
-LINES_A_FRAME = 10_000  # with what stands around each, well below FRAME_MAX_BYTES
+LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of processes
+LINES_MAX = 100_000  # of a log at once
 STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for others
 LOOK_S = 5.0  # between two looks whether database and socket are where they were
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
@@ -127,6 +135,7 @@ LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
 LOG_CHECK_MAX_S = 30.0  # the same while it does not grow
 SWEEP_PAUSE_S = 0.001  # between two looks for what a run left; doubles up to a second
 SWEEP_MAX_S = 5.0  # then a status counts though something that is hidden holds the log
+BALLAST_BYTES = 64 * 1024  # what a cancel, a timeout, a result need on a full disk
 FIRST_TERM_S = 1.0  # a second TERM counts only so long after the first
 
 BACKOFF_S = 1.0  # before the first retry; doubles, with full jitter
@@ -137,7 +146,11 @@ DEFERRALS_MAX = 100
 LOST_MAX = 3  # a task that took a keeper of its own along so often is poison
 TOKEN_KEPT_S = 3600.0
 MAINTENANCE_S = 60.0  # between two rounds of pruning
+PRUNE_MAX_S = 2.0  # of one round; it forgets tens of thousands of tasks
+PRUNE_BATCH = 1000  # tasks, in one transaction
+CLOCK_JUMP_S = 60.0  # a round in which the clock moved so far by itself goes by no age
 PRIORITY_MAX = 1_000_000
+DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
 
 ENVIRONMENT_KEPT = (
@@ -478,17 +491,25 @@ def command_line(value: object) -> str | list[str]:
     return value  # type: ignore[return-value]
 
 
-def task_ids(value: object) -> list[int]:
-    """Read ids: 3, "3", "3,5-9" or a list of such; in that order, none twice."""
-    found: dict[int, None] = {}
+def task_ids(value: object) -> list[range]:
+    """Read ids: 3, "3", "3,5-9" or a list of such; as ranges, in that order, none twice."""
+    found: list[range] = []
+    taken: list[int] = []  # sorted: the first id of a range, the one after its last, ...
     for item in value if isinstance(value, (list, tuple)) else [value]:
         for word in str(item).split(","):
             match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-            if isinstance(item, bool) or not 0 <= last - first < 1_000_000:
+            first, end = (int(match[1]), int(match[2] or match[1]) + 1) if match else (1, 0)
+            if isinstance(item, bool) or first >= end:
                 raise ValueError("task ids: 3 or 3,5-9")
-            found.update(dict.fromkeys(range(first, last + 1)))
-    return list(found)
+            low, high = bisect.bisect_left(taken, first), bisect.bisect_right(taken, end)
+            before, after = [first][low % 2 :], [end][high % 2 :]
+            edges = [*before, *taken[low:high], *after]  # of the gaps that this range fills
+            taken[low:high] = before + after
+            for start, stop in zip(edges[::2], edges[1::2]):
+                if found and found[-1].stop == start:
+                    start = found.pop().start
+                found += [range(start, stop)] if start < stop else []
+    return found
 
 
 def dependencies(value: object) -> list[tuple[int, str]]:
@@ -497,8 +518,10 @@ def dependencies(value: object) -> list[tuple[int, str]]:
     for item in value if isinstance(value, (list, tuple)) else [value]:
         for word in str(item).split(","):
             ids, _, need = word.strip().partition(":")
-            need = need or "ok"
-            for task_id in task_ids(ids):
+            need, ranges = need or "ok", task_ids(ids)
+            if len(found) + sum(map(len, ranges)) > DEPENDENCIES_MAX:
+                raise ValueError(f"at most {DEPENDENCIES_MAX} task ids")
+            for task_id in (task_id for ids in ranges for task_id in ids):
                 if need not in NEEDS or found.setdefault(task_id, need) != need:
                     raise ValueError("task ids, each once, with :ok, :fail or :any: 3,4:any,7-9")
     return list(found.items())
@@ -1368,6 +1391,21 @@ def read_text(path: str) -> str | None:
 
 
 _LOG_LOCK = threading.Lock()  # between a cut and its new base a reader would be misled
+_complaints: set[str] = set()  # the logs that were warned of
+
+
+def log_path(folder: str, task_id: int, number: int) -> str:
+    """Return where an attempt's output goes."""
+    return os.path.join(folder, "logs", f"task-{task_id}.{number}.log")
+
+
+def remove_logs(folder: str, tasks: Iterable[tuple[int, int]]) -> None:
+    """Remove the logs of tasks, given as (id, number of attempts)."""
+    for task_id, attempts in tasks:
+        for number in range(1, attempts + 2):  # an attempt that never ran is not counted
+            for ending in ("", ".1", ".base"):
+                with contextlib.suppress(OSError):
+                    os.unlink(log_path(folder, task_id, number) + ending)
 
 
 def log_base(path: str) -> int:
@@ -1379,28 +1417,64 @@ def log_base(path: str) -> int:
 def cap_log(path: str, most_bytes: int) -> bool:
     """Move the head of a log that is over `most_bytes` to `.1`; tell whether it was.
 
-    A crash between copy and cut leaves the head in both. One caller at a time.
+    A crash between copy and cut leaves the head in both. One caller at a time. On a full disk
+    the head is dropped. Never raises: what is wrong with a log is warned of, once.
     """
-    if not os.path.exists(path) or os.stat(path).st_size <= most_bytes:
+    try:
+        if not os.path.exists(path) or os.stat(path).st_size <= most_bytes:
+            return False
+        with os.fdopen(open_file(path, os.O_RDWR), "rb") as file, _LOG_LOCK:
+            fd, block = file.fileno(), 4096
+            cut = max((os.fstat(fd).st_size - most_bytes // 2) // block * block, block)
+            _keep_head(file, path + ".1", cut, most_bytes)
+            if os.fstat(fd).st_size < cut:
+                return False  # somebody else cut it meanwhile
+            if not Platform.collapse(fd, cut):
+                cut = os.fstat(fd).st_size
+                _keep_head(file, path + ".1", cut, most_bytes)
+                os.ftruncate(fd, 0)
+            write_atomically(path + ".base", str(log_base(path) + cut))
+        return True
+    except (OSError, DaemonError) as error:
+        _complain(path, error)
         return False
-    with os.fdopen(open_file(path, os.O_RDWR), "rb") as file, _LOG_LOCK:
-        fd, block = file.fileno(), 4096
-        cut = max((os.fstat(fd).st_size - most_bytes // 2) // block * block, block)
-        _copy_head(file, path + ".1", cut, most_bytes)
-        if not Platform.collapse(fd, cut):
-            cut = os.fstat(fd).st_size
-            _copy_head(file, path + ".1", cut, most_bytes)
-            os.ftruncate(fd, 0)
-        write_atomically(path + ".base", str(log_base(path) + cut))
-    return True
 
 
-def _copy_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
+def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
     """Write a log's bytes up to `end`, the last `most_bytes` of them, to a file of their own."""
-    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as copy:
-        file.seek(max(0, end - most_bytes))
-        while file.tell() < end:
-            copy.write(file.read(min(1 << 20, end - file.tell())))
+    try:
+        with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as copy:
+            data, left = b"x", min(end, most_bytes)
+            file.seek(end - left)
+            while data and left:  # the log may shrink meanwhile
+                data = file.read(min(1 << 20, left))
+                left -= copy.write(data)
+    except (OSError, DaemonError) as error:
+        if getattr(error.__context__ or error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        _complain(path, error)
+
+
+def _complain(path: str, error: Exception) -> None:
+    import logging
+
+    if path not in _complaints and len(_complaints) < 1000:
+        _complaints.add(path)
+        logging.getLogger("apexd").warning("%s: its head cannot be kept: %s", path, error)
+
+
+def keep_ballast(folder: str) -> None:
+    """Have a file of BALLAST_BYTES in a state folder, or give it up while the disk is full."""
+    path = os.path.join(folder, "ballast")
+    with contextlib.suppress(OSError, DaemonError):
+        free = shutil.disk_usage(folder).free
+        if free < BALLAST_BYTES:
+            os.unlink(path)
+        elif free > 16 * BALLAST_BYTES and not os.path.exists(path):
+            with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
+                file.write(os.urandom(BALLAST_BYTES))  # zeros may take no space
 
 
 def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes, int]:
@@ -1442,6 +1516,80 @@ class LogWatch:
             self._size = size
             cap_log(self.path, most_bytes)
         self.due_mono = Clock.mono() + self._pause_s
+
+
+def cut_lines(data: bytes) -> tuple[list[bytes], bytes]:
+    """Return (lines, what is no line yet); lines over LINE_MAX_BYTES are cut."""
+    parts = [
+        line[at : at + LINE_MAX_BYTES]
+        for line in data.split(b"\n")
+        for at in range(0, max(len(line), 1), LINE_MAX_BYTES)
+    ]
+    return parts[:-1], parts[-1]
+
+
+def follow_lines(
+    read: Callable[[dict[str, int], int], Mapping[str, tuple[bytes, int]]], lines: int,
+    to_end: bool,
+) -> Iterator[list[tuple[str, bytes]]]:  # fmt: skip
+    """Yield the lines of several logs as they come, [("web.0", line), ...]; [] for none.
+
+    read(offsets, lines) gives what is there from `offsets` on, {"web.0": (data, next offset)};
+    of a log that is not in `offsets` the last `lines` lines. to_end False: once.
+    """
+    offsets: dict[str, int] = {}
+    rests: dict[str, bytes] = {}
+    while True:
+        found = []
+        for name, (data, following) in read(offsets, lines).items():
+            offsets[name] = following
+            whole, rests[name] = cut_lines(rests.get(name, b"") + data)
+            if rests[name] and not to_end:
+                whole.append(rests[name])
+            found += [(name, line) for line in whole]
+        yield found
+        if not to_end:
+            return
+        lines = LINES_MAX  # of a log that comes later: all
+
+
+def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
+    """Yield a file's last lines, then, with to_end, what comes, through its rotations.
+
+    A file is known by its inode. Rotation only ever makes a file older, so the ages are read
+    from the newest on, and what was read from a name counts if the name is the same file then.
+    """
+    inode, offset = 0, -lines
+    while True:
+        ages = list(_find_rotated(path)) or [(path, 0)]
+        at = max((n for n, (_, number) in enumerate(ages) if number == inode), default=-1)
+        if at < 0:  # the first look; or it is gone, and what followed it may be
+            at, offset = (len(ages) - 1, 0) if inode else (0, offset)
+        name, inode = ages[at]
+        data, following = read_log(name, offset)
+        if inode and not (os.path.exists(name) and os.stat(name).st_ino == inode):
+            continue  # rotated meanwhile
+        offset = following
+        if data:
+            yield data
+        elif at > 0:
+            inode, offset = ages[at - 1][1], 0
+            continue
+        elif to_end:
+            threading.Event().wait(STREAM_PAUSE_S)
+        if not to_end:
+            return
+
+
+def _find_rotated(path: str) -> Iterator[tuple[str, int]]:
+    """Yield (name, inode) of a log, PATH, PATH.1 ..., from the newest to the oldest."""
+    folder, name = os.path.split(path)
+    entries = os.listdir(folder) if os.path.isdir(folder) else []
+    numbers = [re.fullmatch(re.escape(name) + r"\.([0-9]{1,6})", entry) for entry in entries]
+    for number in [0, *sorted(int(match[1]) for match in numbers if match)]:
+        with contextlib.suppress(FileNotFoundError):
+            one = f"{path}.{number}" if number else path
+            yield one, os.stat(one).st_ino
 
 
 # ============================================================================
@@ -1587,6 +1735,7 @@ class Config:
         for name in self.processes:
             self._follow_needs(path, [name])
         self.stop_timeout_s = max(self._stop_s.values(), default=0.0)  # of all, one by one
+        self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
 
     def _follow_needs(self, path: str | None, chain: list[str]) -> None:
         """Check and measure what the last of a chain needs. Raises CONFIG_INVALID for a ring."""
@@ -2052,7 +2201,11 @@ PRAGMAS = (
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
     "trusted_schema = OFF",  # sqlite.org/security.html
     "cell_size_check = ON",
+    "temp_store = MEMORY",  # of `asked`
 )
+# The ids that a statement is about: as literals they would make it a new one each time, which
+# sqlite3 keeps. `place` is their order.
+ASKED = "CREATE TEMP TABLE asked (place INTEGER PRIMARY KEY, first INTEGER, last INTEGER)"
 
 
 class Database:
@@ -2085,6 +2238,7 @@ class Database:
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
                 self._migrate(version)
+                self._db.execute(ASKED)
             except BaseException:
                 self._db.close()
                 raise
@@ -2104,7 +2258,7 @@ class Database:
                 raise self._errors(f"malformed: {verdict}")
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translated(self, is_vital: bool = True) -> Iterator[None]:
         try:
             yield
         except self._errors as error:
@@ -2113,7 +2267,17 @@ class Database:
                 hint = "it is kept as it is: restore a backup, or move it away and start anew"
                 code = "DATABASE_CORRUPT"
             what = " ".join(str(error).split())
+            if is_vital and what == "database or disk is full" and self.path != ":memory:":
+                self._make_room()
             raise DaemonError(code, f"{self.path}: {what}", hint) from None
+
+    def _make_room(self) -> None:
+        """Give up the ballast; without one write the log's pages where they belong, to reuse it."""
+        try:
+            os.unlink(os.path.join(os.path.dirname(self.path), "ballast"))
+        except OSError:
+            with contextlib.suppress(self._errors):
+                self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
         """Return the rows of a statement that changes nothing."""
@@ -2121,9 +2285,21 @@ class Database:
             return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection within one transaction; on disk when it returns."""
+    def asking(self, ids: Iterable[int | range]) -> Iterator[sqlite3.Connection]:
+        """Give the connection with these ids in the table `asked`, to read only."""
         with self._lock, self._translated():
+            self._db.execute("DELETE FROM asked")
+            rows = ((one.start, one.stop - 1) for one in as_ranges(ids))
+            self._db.executemany("INSERT INTO asked (first, last) VALUES (?, ?)", rows)
+            yield self._db
+
+    @contextlib.contextmanager
+    def write(self, is_vital: bool = True) -> Iterator[sqlite3.Connection]:
+        """Give the connection within one transaction; on disk when it returns.
+
+        is_vital: on a full disk the ballast is given up for it.
+        """
+        with self._lock, self._translated(is_vital):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -2137,6 +2313,21 @@ class Database:
         """Checkpoint and close."""
         with self._lock, contextlib.suppress(self._errors):
             self._db.close()
+
+
+def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a method of a store try again once: a full disk has the ballast's room then."""
+
+    @functools.wraps(method)
+    def act(self: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return method(self, *args, **options)
+        except DaemonError as error:
+            if error.code != "DATABASE_FAILED":
+                raise
+        return method(self, *args, **options)
+
+    return act
 
 
 _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
@@ -2169,6 +2360,12 @@ TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "max_tokens": integer(1),
     "max_cost": number,
 }
+
+
+class Added(list[int]):
+    """The ids of one `add`, in order; `existing`: those whose tasks had the key already."""
+
+    existing: Sequence[int] = ()
 
 
 def unknown_task(task_id: int) -> DaemonError:
@@ -2223,7 +2420,7 @@ def _row_to_task(row: sqlite3.Row, after: Sequence[str] = ()) -> Task:
 def _insert_tasks(
     db: sqlite3.Connection, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
     request: int,
-) -> list[int]:  # fmt: skip
+) -> Added:  # fmt: skip
     """Insert the tasks of one request: the plain ones of a large batch in one statement."""
     common = read_options(given, config)
     is_plain = not common.after and not common.key
@@ -2231,7 +2428,7 @@ def _insert_tasks(
     seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
     next_id = (seq[0] if seq else 0) + 1
     rows: list[tuple[object, ...]] = []
-    ids: list[int] = []
+    ids, existing = Added(), dict[int, None]()
     plain_count = 0
     for line, item in enumerate(commands, 1):
         try:
@@ -2250,6 +2447,7 @@ def _insert_tasks(
                 db.executemany(_INSERT_SQL, rows)
                 rows.clear()
                 ids.append(_insert_one(db, next_id, command, read_options(own, config), request))
+                existing.update({ids[-1]: None} if ids[-1] != next_id else {})
             next_id = max(next_id, ids[-1] + 1)
         except (ValueError, DaemonError) as error:
             place = f"line {line}: " if len(commands) > 1 else ""
@@ -2258,6 +2456,7 @@ def _insert_tasks(
             raise DaemonError(error.code, place + error.message, error.hint) from None
     db.executemany(_INSERT_SQL, rows)
     db.execute(_COUNT_SQL, (common.state.value, common.group, plain_count))
+    ids.existing = list(existing)
     return ids
 
 
@@ -2336,21 +2535,26 @@ def _cancel(db: sqlite3.Connection, task_id: int, state: State) -> bool:
 
 
 def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
-    """Put a finished task back as if new; count again what comes after it, reopen the skipped."""
+    """Put a finished task back as if new; count again what comes after it, reopen the skipped.
+
+    Of those with one key the newest is reopened. Raises ILLEGAL_STATE when the key is taken.
+    """
     work = [(task_id, state)] if state in DONE else []
-    sql = """
+    holder_sql = """
         SELECT other.id FROM tasks t JOIN tasks other ON other.key = t.key
         WHERE t.id = ? AND other.finished_at IS NULL AND other.id <> t.id
     """
-    holder = db.execute(sql, (task_id,)).fetchone()
-    if work and holder:
-        what = f"task {holder[0]} has the key of task {task_id} now"
-        raise DaemonError("ILLEGAL_STATE", what, f"wait for task {holder[0]}, or cancel it")
     while work:
         named, old = work.pop()
         open_deps, unmet = _count_open(db, named)
         if old == State.SKIPPED and unmet and named != task_id:
             continue  # another of its parents still keeps it skipped
+        holder = db.execute(holder_sql, (named,)).fetchone()
+        if holder and named == task_id:
+            what = f"task {holder[0]} has the key of task {task_id} now"
+            raise DaemonError("ILLEGAL_STATE", what, f"wait for task {holder[0]}, or cancel it")
+        if holder and old == State.SKIPPED:
+            continue
         db.execute(
             """
             UPDATE tasks SET open_deps = ?, progress = NULL, failures = 0, losses = 0,
@@ -2376,9 +2580,19 @@ def _remove(db: sqlite3.Connection, task_id: int, state: State) -> bool:
 
 
 def set_wish(db: sqlite3.Connection, task_id: int, wish: Outcome) -> None:
-    """Write down why a running attempt is about to be ended; the first wish stays."""
-    sql = "UPDATE attempts SET wish = coalesce(wish, ?) WHERE task_id = ? AND outcome IS NULL"
+    """Write down why a running attempt is about to be ended; the first wish stays.
+
+    But a user's `cancel` overrides what would let the task run again.
+    """
+    kept = "?" if wish == Outcome.CANCELLED else "coalesce(wish, ?)"
+    sql = f"UPDATE attempts SET wish = {kept} WHERE task_id = ? AND outcome IS NULL"
     db.execute(sql, (wish.value, task_id))
+
+
+def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
+    """Yield ranges of ids, also for single ones."""
+    for one in ids:
+        yield one if isinstance(one, range) else range(one, one + 1)
 
 
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
@@ -2401,6 +2615,7 @@ def make_state_folder(folder: str) -> None:
             os.chmod(folder, 0o700)  # made by hand, for its configuration
     except OSError as error:
         raise cannot_create(folder, error) from None
+    keep_ballast(folder)
     ignore = os.path.join(folder, ".gitignore")
     if not os.path.exists(ignore):
         write_atomically(ignore, "*\n")
@@ -2421,6 +2636,7 @@ class TaskStore:
         self.folder = os.path.dirname(os.path.abspath(path))
         self.project = project or os.path.dirname(self.folder)
         self.config = config or Config({})
+        self.last_upkeep: Any = None  # what `prune_all` saw the last time
         self._own_lock = PidFile(os.path.join(self.folder, "daemon.pid"))
         if lock is None:
             make_state_folder(self.folder)
@@ -2442,7 +2658,7 @@ class TaskStore:
         self, commands: Sequence[Any], options: Mapping[str, Any] | None = None, *,
         token: str | None = None, cwd: str | None = None, env: Mapping[str, str] | None = None,
         umask: int | None = None,
-    ) -> list[int]:  # fmt: skip
+    ) -> Added:  # fmt: skip
         """Put commands into the queue, all or none; return their ids in order.
 
         A command is a string (run by sh), a list (argv), {"command": ..., OPTION: ...} with
@@ -2450,26 +2666,36 @@ class TaskStore:
         the ids of the first time. Raises BAD_REQUEST (naming the line), UNKNOWN_GROUP,
         UNKNOWN_TASK, QUEUE_FULL.
         """
-        with self.database.write() as db:
+        if cwd is not None and not os.path.isdir(cwd):
+            raise bad(f"{cwd} is no folder", "name a folder that exists with --dir")
+        with self.database.write(is_vital=False) as db:
             known = db.execute("SELECT answer FROM requests WHERE token = ?", (token,)).fetchone()
             if known:
-                return list(json.loads(known[0]))
+                answer = json.loads(known[0]) or []
+                ids = Added(answer["ids"] if isinstance(answer, dict) else answer)
+                ids.existing = answer["existing"] if isinstance(answer, dict) else ()
+                return ids
             sql = f"SELECT coalesce(sum(n), 0) FROM counts WHERE state NOT IN {_DONE}"
             (unfinished,) = db.execute(sql).fetchone()
             if unfinished + len(commands) > self.config.retention.max_queue:
                 hint = "wait, remove some, or raise retention.max_queue"
                 raise DaemonError("QUEUE_FULL", f"{unfinished} unfinished tasks are queued", hint)
-            (request,) = db.execute("SELECT coalesce(max(id), 0) + 1 FROM requests").fetchone()
-            ids = _insert_tasks(db, commands, options or {}, self.config, request)
             context = (json.dumps(cwd or here()), json.dumps(dict(env or {})), umask)
+            sql = """
+                INSERT INTO requests (token, cwd, env, umask, created_at, answer)
+                VALUES (?, ?, ?, ?, ?, '')
+            """
+            request = db.execute(sql, (token, *context, Clock.now())).lastrowid or 0
+            ids = _insert_tasks(db, commands, options or {}, self.config, request)
+            answer = {"ids": ids, "existing": ids.existing} if ids.existing else ids
             bounds = (min(ids, default=0), max(ids, default=0))
-            row = (request, token, *context, *bounds, Clock.now(), json.dumps(ids))
-            db.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            sql = "UPDATE requests SET first_task = ?, last_task = ?, answer = ? WHERE id = ?"
+            db.execute(sql, (*bounds, json.dumps(answer), request))
         return ids
 
     def find(
         self, state: str | None = None, group: str | None = None, before: int | None = None,
-        limit: int = 100, ids: Sequence[int] | None = None,
+        limit: int = 100, ids: Iterable[int | range] | None = None,
     ) -> list[Task]:  # fmt: skip
         """Return the newest tasks with ids below `before`, ascending; at most `limit`."""
         sql = _TASK_SQL + "WHERE t.id < :before"
@@ -2478,10 +2704,14 @@ class TaskStore:
         if group is not None:
             sql += " AND t.grp = :grp"
         if ids is not None:
-            sql += f" AND t.id IN ({','.join(map(str, map(int, ids)))})"
+            sql += """
+                AND t.id IN (SELECT one.id FROM asked
+                             CROSS JOIN tasks one ON one.id BETWEEN asked.first AND asked.last)
+            """
         before = before or INTEGER_MAX
         values = {"state": state, "grp": group, "before": before, "most": limit}
-        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
+        with self.database.asking(ids or ()) as db:
+            rows = db.execute(sql + " ORDER BY t.id DESC LIMIT :most", values).fetchall()
         return [_row_to_task(row, self._after(row["id"])) for row in reversed(rows)]
 
     def _after(self, task_id: int) -> list[str]:
@@ -2490,19 +2720,49 @@ class TaskStore:
 
     def get(self, task_id: int) -> Task:
         """Return one task. Raises UNKNOWN_TASK."""
-        found = self.find(ids=[task_id])
-        if not found:
-            raise unknown_task(task_id)
-        return found[0]
-
-    def get_progress(self, task_id: int) -> tuple[State, float, int]:
-        """Return (state, percent, exit status so far) of a task, at little cost."""
-        sql = f"SELECT state, progress, exit_code FROM ({_TASK_SQL} WHERE t.id = ?)"
-        rows = self.database.fetch(sql, (task_id,))
+        rows = self.database.fetch(_TASK_SQL + "WHERE t.id = ?", (task_id,))
         if not rows:
             raise unknown_task(task_id)
-        task = Task(state=State(rows[0][0]), exit_code=rows[0][2])
-        return task.state, 100.0 if task.state in DONE else rows[0][1] or 0.0, task.status
+        return _row_to_task(rows[0], self._after(task_id))
+
+    def is_done(self, task_id: int) -> bool:
+        """Tell whether a task has finished, at little cost; one that was removed has."""
+        rows = self.database.fetch("SELECT state FROM tasks WHERE id = ?", (task_id,))
+        return not rows or State(rows[0][0]) in DONE
+
+    def get_progress(self, ids: Sequence[int | range]) -> tuple[dict[str, Any], int | None]:
+        """Return what `wait` answers of tasks, and the last one that is not done.
+
+        Raises UNKNOWN_TASK.
+        """
+        with self.database.asking(ids) as db:
+            total, pending, percent, running, last = db.execute(
+                f"""
+                SELECT count(*), coalesce(sum(state NOT IN {_DONE}), 0),
+                       sum(CASE WHEN state IN {_DONE} THEN 100.0 ELSE coalesce(progress, 0) END),
+                       group_concat(CASE state WHEN 'running' THEN id END),
+                       max(CASE WHEN state NOT IN {_DONE} THEN id END)
+                FROM asked CROSS JOIN tasks ON id BETWEEN first AND last
+                """
+            ).fetchone()
+            if total != sum(map(len, as_ranges(ids))):
+                sql = "SELECT 1 FROM tasks WHERE id = ?"
+                named = (task_id for one in as_ranges(ids) for task_id in one)
+                raise unknown_task(next(i for i in named if not db.execute(sql, (i,)).fetchone()))
+            bad_end = db.execute(
+                """
+                SELECT coalesce(a.exit_code, 1)
+                FROM asked CROSS JOIN tasks t ON t.id BETWEEN first AND last
+                LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
+                WHERE t.state IN ('failed', 'cancelled', 'skipped') AND a.exit_code IS NOT 0
+                ORDER BY place, t.id
+                LIMIT 1
+                """
+            ).fetchone()
+        answer = {"total": total, "pending": pending, "status": bad_end[0] if bad_end else 0}
+        answer["progress"] = percent / total if total else 0.0
+        answer["running"] = [*map(int, (running or "").split(",")[:10])] if running else []
+        return answer, last
 
     def get_attempts(self, task_id: int) -> list[dict[str, Any]]:
         """Return the attempts of a task, first to last, one dict a row of `attempts`."""
@@ -2517,22 +2777,38 @@ class TaskStore:
             counts.setdefault(state, {})[group] = n
         return counts
 
-    def change(self, verb: str, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    @insisting
+    def change(self, verb: str, ids: Sequence[int | range]) -> tuple[list[int], list[int]]:
         """Cancel, retry or remove tasks, all or (an unknown id) none.
 
         Return (ids it was done to, ids whose state did not allow it). Of a running task
-        that is cancelled the wish is on disk now; whoever runs it sends the signals.
+        that is cancelled the wish is on disk now; whoever runs it sends the signals. Raises
+        UNKNOWN_TASK; ILLEGAL_STATE when the keys of all that could be retried are taken.
         """
         act = {"cancel": _cancel, "retry": _retry, "remove": _remove}[verb]
-        done: list[int] = []
+        done: list[tuple[int, int]] = []
         not_done: list[int] = []
+        taken: DaemonError | None = None
+        sql = "SELECT state, attempts FROM tasks WHERE id = ?"
         with self.database.write() as db:
-            for task_id in ids:
-                row = db.execute("SELECT state FROM tasks WHERE id = ?", (task_id,)).fetchone()
+            for task_id in (task_id for one in as_ranges(ids) for task_id in one):
+                row = db.execute(sql, (task_id,)).fetchone()
                 if row is None:
                     raise unknown_task(task_id)
-                (done if act(db, task_id, State(row[0])) else not_done).append(task_id)
-        return done, not_done
+                try:
+                    if act(db, task_id, State(row[0])):
+                        done.append((task_id, row[1]))
+                        continue
+                except DaemonError as error:
+                    if error.code != "ILLEGAL_STATE":
+                        raise
+                    taken = error
+                not_done.append(task_id)
+        if taken is not None and not done:
+            raise taken
+        if verb == "remove":
+            remove_logs(self.folder, done)
+        return [task_id for task_id, _ in done], not_done
 
     def pause(self, group: str | None, on: bool) -> list[str]:
         """Stop or go on with claiming from a group, None: from all; return `get_paused`."""
@@ -2732,31 +3008,49 @@ class AttemptStore:
             self._contexts[task.request_id] = (json.loads(env), umask)
         return self._contexts[task.request_id]
 
+    @insisting
     def set_wishes(self, ids: Sequence[int], wish: Outcome) -> None:
         """Write down why these running tasks are about to be ended."""
         with self._database.write() as db:
             for task_id in ids:
                 set_wish(db, task_id, wish)
 
-    def prune(self) -> list[int]:
-        """Forget some tasks past retention, none that others still wait for; return their ids."""
-        keep, now = self._store.config.retention, Clock.now()
+    def prune(self, by_age: bool = True) -> list[int]:
+        """Forget some tasks past retention, with their logs; return their ids.
+
+        None that others still wait for, at most PRUNE_BATCH. by_age False: only those beyond
+        `retention.tasks`.
+        """
+        keep = self._store.config.retention
+        cutoff = Clock.now() - keep.days * 86400 if by_age else 0.0
         with self._database.write() as db:
             sql = f"SELECT coalesce(sum(n), 0) - ? FROM counts WHERE state IN {_DONE}"
             (excess,) = db.execute(sql, (keep.tasks,)).fetchone()
             rows = db.execute(
                 """
-                SELECT id, finished_at FROM tasks
-                WHERE finished_at IS NOT NULL
+                SELECT id, attempts, finished_at FROM tasks
+                WHERE finished_at < ?
                   AND NOT EXISTS (SELECT 1 FROM deps JOIN tasks c ON c.id = deps.child
                                   WHERE deps.parent = tasks.id AND c.finished_at IS NULL)
                 ORDER BY finished_at
-                LIMIT 1000
-                """
+                LIMIT ?
+                """,
+                (INTEGER_MAX if excess > 0 else cutoff, PRUNE_BATCH),
             ).fetchall()
-            cutoff = now - keep.days * 86400
-            ids = [row[0] for n, row in enumerate(rows) if n < excess or row[1] < cutoff]
+            gone = [tuple(row)[:2] for n, row in enumerate(rows) if n < excess or row[2] < cutoff]
+            ids = [task_id for task_id, _ in gone]
             delete_tasks(db, ids)
+        remove_logs(self._store.folder, gone)
+        return ids
+
+    def get_last_finish(self) -> float:
+        """Return when the last task finished that is still known, 0 for none."""
+        sql = "SELECT max(finished_at) FROM tasks WHERE finished_at IS NOT NULL"
+        return self._database.fetch(sql)[0][0] or 0.0
+
+    def prune_requests(self) -> None:
+        """Forget old requests whose tasks are gone."""
+        with self._database.write() as db:
             db.execute(
                 """
                 DELETE FROM requests
@@ -2765,9 +3059,8 @@ class AttemptStore:
                                   WHERE id BETWEEN first_task AND last_task
                                     AND request_id = requests.id)
                 """,
-                (now - TOKEN_KEPT_S,),
+                (Clock.now() - TOKEN_KEPT_S,),
             )
-        return ids
 
 
 # ============================================================================
@@ -3578,6 +3871,8 @@ class Keepers:
                 has_left = word["type"] == "left"
                 if not has_left:
                     results[str(word["run"])] = read_result(word)
+        if link.pid and not has_left:
+            log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
         self._conclude(link.name, results, has_left)
 
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
@@ -3694,11 +3989,6 @@ def is_unlocked(path: str) -> bool:
         os.close(fd)
 
 
-def log_path(folder: str, task_id: int, number: int) -> str:
-    """Return where an attempt's output goes."""
-    return os.path.join(folder, "logs", f"task-{task_id}.{number}.log")
-
-
 def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: TaskStore) -> Any:
     """Return what `start` says of a task's running attempt."""
     group = store.config.groups.get(task.group)
@@ -3777,21 +4067,35 @@ class _Run(Value):
 
 
 def prune_all(store: TaskStore, running: Container[int]) -> None:
-    """Forget tasks and logs past retention; never those of running tasks."""
-    gone = set(AttemptStore(store).prune())
+    """Forget tasks and logs past retention; never those of running tasks.
+
+    Ages count from the second look on: the clock may have jumped. Logs and requests are
+    looked through only when a task has finished since the last time.
+    """
+    attempts, last, began = AttemptStore(store), store.last_upkeep, Clock.mono()
+    jump_s = Clock.now() - began  # it differs from the last one's by how far the clock jumped
+    by_age = last is not None and abs(jump_s - last[0]) < CLOCK_JUMP_S
+    keep_ballast(store.folder)
+    pruned = count = len(attempts.prune(by_age))
+    while count == PRUNE_BATCH and Clock.mono() < began + PRUNE_MAX_S:
+        count = len(attempts.prune(by_age))
+    store.last_upkeep = jump_s, attempts.get_last_finish()
+    if by_age and not pruned and store.last_upkeep[1] == last[1]:
+        return
+    if by_age:
+        attempts.prune_requests()
     files = []
     with os.scandir(os.path.join(store.folder, "logs")) as entries:
         for entry in entries:
             match = re.match(r"task-(\d+)\.", entry.name)
-            if match and int(match[1]) in gone:
-                os.unlink(entry.path)
-            elif match and int(match[1]) not in running:
-                info = entry.stat()
-                files.append((info.st_mtime, info.st_size, entry.path))
+            if match and int(match[1]) not in running:
+                with contextlib.suppress(FileNotFoundError):
+                    files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
     excess = sum(size for _, size, _ in files) - store.config.log.total_mb * 1e6
     for _, size, path in sorted(files):
         if excess > 0:
-            os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
             excess -= size
 
 
@@ -4589,15 +4893,6 @@ class Instance:
         """Tell whether it was wanted, but ended."""
         return self.view.state in _DOWN
 
-    def has_begun(self) -> bool:
-        """Tell whether, since it was wanted, it was started, or found that it must wait."""
-        view, ward = self.view, self.ward
-        if view.is_stale or view.state == ProcessState.STOPPING:
-            return False
-        if view.state == ProcessState.STARTING:
-            return bool(ward.pid if ward is not None else view.is_held)
-        return view.state != ProcessState.STOPPED or view.result is not None
-
     def take_on(self, policy: Any) -> None:
         """Go on by another policy that asks for no other run; holds the lock."""
         before, self.view.policy = self.view.policy, policy
@@ -4816,21 +5111,27 @@ def get_process(config: Config, name: str) -> Any:
 
 
 def read_process_logs(
-    folder: str, name: str, offsets: Mapping[str, int], lines: int
+    store: TaskStore, name: str, offsets: Mapping[str, int], lines: int
 ) -> dict[str, tuple[bytes, int]]:
     """Return {"web.0": (data, next offset)} of a process, or of one instance, from `offsets` on.
 
-    Of an instance that is not in `offsets`: the last `lines` lines; 0: all.
+    Of an instance that is not in `offsets`: the last `lines` lines. Instances that were
+    scaled away must be named. Raises PROCESS_NOT_FOUND.
     """
     found, entries = {}, list[str]()
+    policy = store.config.processes.get(name)  # None: an instance, or its process was removed
+    count = store.get_decisions().get(name, (None, None))[1]
+    most = INTEGER_MAX if policy is None else policy.instances if count is None else count
     with contextlib.suppress(FileNotFoundError):  # no daemon has been there yet
-        entries = os.listdir(os.path.join(folder, "logs"))
-    pattern = re.escape(name) + ("" if "." in name else r"\.[0-9]+")
+        entries = os.listdir(os.path.join(store.folder, "logs"))
+    pattern = re.escape(name) + ("()" if "." in name else r"\.([0-9]+)")
     for entry in sorted(entries):
         match = re.fullmatch(rf"proc-({pattern})\.log", entry)
-        path = os.path.join(folder, "logs", entry)
-        if match and os.path.isfile(path):
+        path = os.path.join(store.folder, "logs", entry)
+        if match and int(match[2] or 0) < most and os.path.isfile(path):
             found[match[1]] = read_log(path, offsets.get(match[1], -lines))
+    if not found:
+        get_process(store.config, name.partition(".")[0])
     return found
 
 
@@ -4941,20 +5242,20 @@ class Supervisor:
                 self.arrange()
 
     def status(self) -> dict[str, Any]:
-        """Return {"process_count", "running_instances", "failed": [ids], "health"}.
+        """Return {"process_count", "running_instances", "failed": [ids], "down", "health"}.
 
-        health: "degraded" while an instance is in backoff, crashed or failed, else "healthy".
+        down: {id: "backoff", "crashed" or "failed"}; health: "degraded" then, else "healthy".
         """
         with self.moved:
             everyone = self._instances.values()
             given_up = (ProcessState.FAILED, ProcessState.CRASHED)
             failed = [one.id for one in everyone if one.view.state in given_up]
-            is_down = any(one.is_failing() for one in everyone)
+            down = {one.id: one.view.state.value for one in everyone if one.is_failing()}
             count = len(self.store.config.processes)
             running = sum(one.view.state in _READY for one in everyone)
-            health = "degraded" if is_down else "healthy"
+            health = "degraded" if down else "healthy"
             counts = {"process_count": count, "running_instances": running}
-            return {**counts, "failed": failed, "health": health}
+            return {**counts, "failed": failed, "down": down, "health": health}
 
     def arrange(self) -> None:
         """Have the instances that configuration and users' decisions ask for; holds the lock."""
@@ -5127,7 +5428,7 @@ class Supervisor:
             left_s = deadline - Clock.mono()
             if left_s <= 0 or self.halted.is_set():
                 return False
-            self.moved.wait(left_s)
+            self.moved.wait(min(left_s, SETTLE_S / 5))
         return True
 
 
@@ -5156,7 +5457,7 @@ def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
 
 def receive_frame(
     connection: socket.socket, idle_s: float,
-    reserve: Callable[[int], Any] = contextlib.nullcontext,
+    reserve: Callable[[int], Any] = contextlib.nullcontext, most_items: int = INTEGER_MAX,
 ) -> Fields | None:  # fmt: skip
     """Receive one message; None when the peer closed between two.
 
@@ -5168,13 +5469,16 @@ def receive_frame(
     if not first:
         return None
     deadline = Clock.mono() + FRAME_TIMEOUT_S
-    (length,) = struct.unpack(">I", first + _receive(connection, 3, deadline))
+    (length,) = struct.unpack(">I", first + bytes(_receive(connection, 3, deadline)))
     if not 0 < length <= FRAME_MAX_BYTES:
         raise bad(f"a frame of {length} bytes: from 1 to {FRAME_MAX_BYTES}")
     with reserve(length):
         data = _receive(connection, length, deadline)
-        try:
-            message = json.loads(data, parse_constant=int)  # refuses NaN and Infinity
+        if sum(map(data.count, (b",", b"[", b"{"))) > most_items:  # they need not be built
+            raise bad(f"a frame of more than {most_items} values", "send it in several parts")
+        whole, real = functools.partial(_number, int), functools.partial(_number, float)
+        try:  # `int` refuses NaN and Infinity
+            message = json.loads(data, parse_constant=int, parse_int=whole, parse_float=real)
         except (ValueError, RecursionError):
             raise bad("a frame that is no JSON") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
@@ -5182,7 +5486,13 @@ def receive_frame(
     return message
 
 
-def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
+def _number(kind: Callable[[str], float], text: str) -> float:
+    if len(text) > FRAME_DIGITS_MAX:  # quadratic time
+        raise ValueError
+    return kind(text)
+
+
+def _receive(connection: socket.socket, length: int, deadline: float) -> bytearray:
     data = bytearray()
     while len(data) < length:
         connection.settimeout(max(deadline - Clock.mono(), 0.001))
@@ -5190,7 +5500,24 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
         if not part:
             raise ConnectionResetError("closed within a frame")
         data += part
-    return bytes(data)
+    return data
+
+
+_PEER = threading.local()  # .connection: whose request this thread answers
+
+
+def has_hung_up() -> bool:
+    """Tell whether the client whose request this thread answers has gone."""
+    connection = getattr(_PEER, "connection", None)
+    if connection is None:
+        return False
+    connection.settimeout(0.0)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except (BlockingIOError, InterruptedError):
+        return False
+    except OSError:
+        return True
 
 
 def absolute_path(value: object) -> str:
@@ -5242,7 +5569,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "progress": number, "note": line_of_text, "keep": bool,
     "name": process_name, "names": process_names, "instances": integer(0, 1000),
     "signal": signal_number,
-    "offsets": log_offsets, "lines": integer(1, 100_000), "follow": truth,
+    "offsets": log_offsets, "lines": integer(1, LINES_MAX), "follow": truth, "wait": truth,
 }  # fmt: skip
 
 
@@ -5296,15 +5623,13 @@ class TaskVerbs:
             self._runner.wake()
         return answer
 
-    def _is_done(self, task_id: int) -> bool:
-        return self._store.get_progress(task_id)[0] in DONE
-
     def _pause(self, task_id: int, deadline: float, most_s: float) -> bool:
-        """Wait for a task to move; False when there is nothing more to wait for."""
+        """Wait for a task to move; False when there is nothing, or nobody, to wait for."""
         left_s = deadline - Clock.mono()
-        if self._runner is None or left_s <= 0 or self._runner.halted.is_set():
+        if self._runner is None or left_s <= 0 or self._runner.halted.is_set() or has_hung_up():
             return False
-        self._runner.wait_for(task_id, min(left_s, most_s), lambda: self._is_done(task_id))
+        is_done = functools.partial(self._store.is_done, task_id)
+        self._runner.wait_for(task_id, min(left_s, most_s), is_done)
         return True
 
     def _describe(self, task: Task) -> Fields:
@@ -5313,7 +5638,9 @@ class TaskVerbs:
         return task.to_dict()
 
     def _add(self, **request: Any) -> Fields:
-        return self._wake({"ids": self._store.add(**request)})
+        """Return {"ids", "existing": those of tasks that had the key already}."""
+        ids = self._store.add(**request)
+        return self._wake({"ids": ids, "existing": ids.existing})
 
     def _list(self, **where: Any) -> Fields:
         return {"tasks": [self._describe(task) for task in self._store.find(**where)]}
@@ -5322,32 +5649,22 @@ class TaskVerbs:
         task = self._store.get(id)
         return {"task": self._describe(task), "history": self._store.get_attempts(id)}
 
-    def _wait(self, ids: Sequence[int], within: float = 0.0) -> Fields:
+    def _wait(self, ids: Sequence[range], within: float = 0.0) -> Fields:
         """Answer when all `ids` are done or `within` seconds have passed.
 
         {"total", "pending", "status": the first that is not 0, in the order given,
          "progress": percent, "running": ids}
         """
-        deadline, left = Clock.mono() + within, list(ids[::-1])
-        while left:  # for one after the other: no change costs more than a look
-            if self._is_done(left[-1]):
-                left.pop()
-            elif not self._pause(left[-1], deadline, 1.0):
-                break
-        pending, first_status, percent = 0, 0, 0.0
-        running: list[int] = []
-        for task_id in ids:
-            state, progress, status = self._store.get_progress(task_id)
-            percent += progress / len(ids)
-            pending += state not in DONE
-            if state in DONE:
-                first_status = first_status or status
-            elif state == State.RUNNING:
-                running.append(task_id)
-        answer = {"total": len(ids), "pending": pending, "status": first_status}
-        return {**answer, "progress": percent, "running": running[:10]}
+        deadline = Clock.mono() + within
+        while True:
+            answer, last = self._store.get_progress(ids)
+            while last is not None and not self._store.is_done(last):
+                if not self._pause(last, deadline, 1.0):
+                    return self._store.get_progress(ids)[0] if within else answer
+            if last is None:
+                return answer
 
-    def _change(self, verb: str, ids: Sequence[int]) -> Fields:
+    def _change(self, verb: str, ids: Sequence[range]) -> Fields:
         done, not_done = self._store.change(verb, ids)
         if self._runner is not None:
             if verb == "cancel":
@@ -5404,9 +5721,7 @@ class TaskVerbs:
 
         Of an instance that is not in `offsets`: the last `lines` lines.
         """
-        logs = read_process_logs(self._store.folder, name, offsets or {}, lines)
-        if not logs:
-            get_process(self._store.config, name.partition(".")[0])
+        logs = read_process_logs(self._store, name, offsets or {}, lines)
         return {
             "logs": {
                 instance: {"data": base64.b64encode(data).decode(), "next": following}
@@ -5510,7 +5825,7 @@ class ProcessVerbs:
             "stop_process": ("name!", lambda name: self._down([name])),
             "restart_process": ("name!", lambda name: self._replace(name, False)),
             "reload_process": ("name!", lambda name: self._replace(name, True)),
-            "up": ("names!", self._up),
+            "up": ("names! wait", self._up),
             "down": ("names!", self._down),
             "scale_process": ("name! instances!", self._scale),
             "signal_process": ("name! signal!", self._signal),
@@ -5540,10 +5855,10 @@ class ProcessVerbs:
         process.update(instances=len(details), instance_details=details)
         return {"type": "process_details", "process": process}
 
-    def _up(self, names: list[str]) -> Fields:
-        """Have processes up, and what they need; answer when they have begun, or wait."""
+    def _up(self, names: list[str], wait: bool = True) -> Fields:
+        """Have processes up, and what they need; answer when they are, or will not be."""
         with self._supervisor.acting(names) as mine:
-            if mine and all(one.is_up() for one in mine):
+            if mine and all(one.is_up() and (one.is_ready() or not wait) for one in mine):
                 what = f"{', '.join(names)} runs already"
                 raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
             todo = list(names)
@@ -5554,11 +5869,46 @@ class ProcessVerbs:
                 for one in self._supervisor.find(name):
                     if not one.is_up():
                         one.want()
-            self._supervisor.wait_until(
-                lambda: all(one.has_begun() or not one.view.is_wanted for one in mine),
-                START_TIMEOUT_S,
-            )
+            if wait:
+                self._await_up(mine)
+            self._supervisor.moved.notify_all()
         return {"message": f"started: {', '.join(names)}"}
+
+    def _has_come_up(self, one: Instance) -> bool:
+        """Tell whether an instance is ready; without `ready`, whether it stays."""
+        if not one.is_ready() or one.view.is_stale:
+            return False
+        return bool(one.view.policy.ready) or Clock.mono() - one.view.started >= SETTLE_S
+
+    def _is_settled(self, one: Instance) -> bool:
+        """Tell whether an instance has come up, or will not for now."""
+        view = one.view
+        if view.is_stale or view.state == ProcessState.STOPPING:
+            return not view.is_wanted
+        needed = [need.view for name in view.policy.needs for need in self._supervisor.find(name)]
+        is_stuck = one.ward is None and any(
+            need.state in _DOWN or not (need.is_wanted or is_good_enough(need)) for need in needed
+        )
+        return not view.is_wanted or is_stuck or one.is_failing() or self._has_come_up(one)
+
+    def _await_up(self, instances: Sequence[Instance], hint: str = "") -> None:
+        """Wait until these are up, or one that others follow failed. Raises PROCESS_FAILED."""
+
+        def is_over() -> bool:
+            is_failing = any(one.is_failing() and one.is_rolling for one in instances)
+            return is_failing or all(map(self._is_settled, instances))
+
+        self._supervisor.wait_until(is_over, PROCESS_ANSWER_S - START_TIMEOUT_S)
+        failed = [one for one in instances if one.is_failing()] or [
+            one
+            for one in instances
+            if not self._has_come_up(one) and (one.view.is_wanted or not is_good_enough(one.view))
+        ]
+        if failed:
+            more = f"; {len(failed) - 3} more" if len(failed) > 3 else ""
+            hint = hint or "see `why NAME` and `logs NAME`; it is tried again by its policy"
+            what = "; ".join(one.explain() for one in failed[:3])
+            raise DaemonError("PROCESS_FAILED", what + more, hint)
 
     def _down(self, names: list[str]) -> Fields:
         """Stop processes; answer when nothing of them is left."""
@@ -5576,6 +5926,7 @@ class ProcessVerbs:
     def _see_off(self, instances: Sequence[Instance]) -> None:
         """Wait until these are gone, or wanted again. Raises STOP_FAILED."""
         most_s = self._store.config.stop_timeout_s + 2 * STOP_MARGIN_S
+        most_s += INSTANCE_STOP_S * len(instances)
         if not self._supervisor.wait_until(
             lambda: all(one.ward is None or one.view.is_wanted for one in instances), most_s
         ):
@@ -5584,35 +5935,23 @@ class ProcessVerbs:
     def _replace(self, name: str, is_rolling: bool) -> Fields:
         """Restart a process; rolling: the next instance only when the last one is ready."""
         with self._supervisor.acting([name]) as mine:
-            policy = self._store.config.processes[name]
             self._store.decide_process(name, "is_up", True)
             for one in mine:
                 one.view.is_stale, one.is_rolling = one.ward is not None, is_rolling
                 if not one.is_up():
                     one.want()
-
-            def is_replaced(one: Instance) -> bool:
-                return one.is_ready() if is_rolling else one.has_begun()
-
-            def is_done() -> bool:
-                is_failing = is_rolling and any(one.is_failing() for one in mine)
-                is_over = [is_replaced(one) and not one.view.is_stale for one in mine]
-                return is_failing or all(is_over) or not all(one.view.is_wanted for one in mine)
-
-            within_s = policy.stop_timeout + (policy.ready.within if policy.ready else 0.0)
-            self._supervisor.wait_until(is_done, (within_s + STOP_MARGIN_S) * (len(mine) + 1))
-            for one in mine:
-                if one.is_failing() or not is_replaced(one):
-                    hint = "the others run on as they were; they follow when it is ready"
-                    raise DaemonError("PROCESS_FAILED", one.explain(), hint if is_rolling else "")
+            hint = "the others run on as they were; they follow when it is ready"
+            self._await_up(mine, hint if is_rolling else "")
         return {"message": f"{'reloaded' if is_rolling else 'restarted'}: {name}"}
 
     def _scale(self, name: str, instances: int) -> Fields:
-        """Have so many instances; answer when those too many are gone."""
+        """Have so many instances; answer when new ones are up, and those too many gone."""
         with self._supervisor.acting([name]) as before:
             self._store.decide_process(name, "instances", instances)
             self._supervisor.arrange()
             self._see_off([one for one in before if one.is_surplus])
+            new = [one for one in self._supervisor.find(name) if one not in before]
+            self._await_up([one for one in new if one.view.is_wanted])
         return {"message": f"scaled: {name} has {instances}"}
 
     def _signal(self, name: str, signal: int) -> Fields:
@@ -5635,43 +5974,30 @@ class ProcessVerbs:
         return {"name": name, "reasons": reasons or [f"{name} has no instances: `scale {name} 1`"]}
 
     def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Any]:
-        logs = read_process_logs(self._store.folder, name, {}, lines)
-        if not logs:
-            get_process(self._store.config, name.partition(".")[0])
+        read = functools.partial(read_process_logs, self._store, name)
         if follow:
-            return self._follow(name, logs)
-        rests: dict[str, bytes] = {}
-        lines_found = self._read_lines(logs, {}, rests)
-        unended = {one: (b"\n", 0) for one, rest in rests.items() if rest}
-        lines_found += self._read_lines(unended, {}, rests)
-        return {"type": "log_lines", "lines": lines_found}
+            read({}, 1)  # raises PROCESS_NOT_FOUND
+            return _frame_lines(follow_lines(read, lines, True))
+        (found,) = follow_lines(read, lines, False)
+        last = next(_frame_lines([found[::-1]])) or {"lines": []}  # those that fit
+        return {"type": "log_lines", "lines": last["lines"][::-1]}
 
-    def _follow(self, name: str, logs: Mapping[str, tuple[bytes, int]]) -> Iterator[Any]:
-        """Yield {"lines": [...]} as lines come, None when there is none."""
-        rests: dict[str, bytes] = {}
-        offsets: dict[str, int] = {}
-        while True:
-            lines = self._read_lines(logs, offsets, rests)
-            for at in range(0, len(lines), LINES_A_FRAME):
-                yield {"lines": lines[at : at + LINES_A_FRAME]}
-            if not lines:
-                yield None
-            logs = read_process_logs(self._store.folder, name, offsets, 0)
 
-    def _read_lines(
-        self, logs: Mapping[str, tuple[bytes, int]], offsets: dict[str, int],
-        rests: dict[str, bytes],
-    ) -> list[Fields]:  # fmt: skip
-        """Turn parts of logs into lines; note the next offsets, and what is no line yet."""
-        found = []
-        for instance, (data, offsets[instance]) in logs.items():
-            *whole, rests[instance] = (rests.get(instance, b"") + data).split(b"\n")
-            process, _, index = instance.partition(".")
-            about = {"process_name": process, "instance": int(index), "stream": "stdout"}
-            for line in whole:
-                moment = {"timestamp": timestamp(Clock.now()), **about}
-                found.append({**moment, "content": line.decode("utf-8", "replace")})
-        return found
+def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields | None]:
+    """Yield {"lines": [...]} as lines come, below FRAME_MAX_BYTES; None when there is none."""
+    for lines in found:
+        frame: list[Fields] = []
+        moment, left = timestamp(Clock.now()), FRAME_MAX_BYTES // 2
+        for one, line in lines:
+            name, _, index = one.partition(".")
+            about = {"process_name": name, "instance": int(index), "stream": "stdout"}
+            content = line.decode("utf-8", "replace")
+            left -= len(json.dumps(content)) + 200
+            if left < 0:
+                yield {"lines": frame}
+                frame, left = [], FRAME_MAX_BYTES // 2
+            frame.append({"timestamp": moment, **about, "content": content})
+        yield {"lines": frame} if frame else None
 
 
 class ControlServer:
@@ -5688,6 +6014,7 @@ class ControlServer:
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
         self._lock = threading.Lock()  # guards _reserved
         self._reserved = 0
+        self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._endpoint: Fields = {}
         self._is_stopping = False
 
@@ -5717,13 +6044,17 @@ class ControlServer:
             os.rmdir(os.path.dirname(path))  # the short path's own folder; ours is not empty
 
     def _accept_all(self, listener: socket.socket) -> None:
-        """Give each connection to a thread; wait for room rather than spin."""
+        """Give each connection to a thread; if all are taken, the longest idle one's."""
         while True:
             try:
                 peer = listener.accept()[0]
                 if self._is_stopping:
                     return
-                self._room.acquire()
+                while not self._room.acquire(timeout=0.02):
+                    for idle in list(self._idle)[:1]:
+                        self._idle.pop(idle, None)
+                        with contextlib.suppress(OSError):  # it has just gone
+                            idle.shutdown(socket.SHUT_RDWR)
                 threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
             except (OSError, RuntimeError) as error:  # no descriptor, no thread
                 log.warning("a connection was refused: %s", error)
@@ -5733,14 +6064,18 @@ class ControlServer:
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer requests until the peer leaves or sends what is none."""
-        is_sound = True
+        is_sound, _PEER.connection = True, connection
         try:
             with connection:
                 while is_sound:
                     try:
                         if not Platform.is_peer_allowed(connection):
                             raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
-                        request = receive_frame(connection, IDLE_TIMEOUT_S, self._reserve)
+                        self._idle[connection] = None
+                        request = receive_frame(
+                            connection, IDLE_TIMEOUT_S, self._reserve, FRAME_ITEMS_MAX
+                        )
+                        self._idle.pop(connection, None)
                         if request is None:
                             return
                         answer: Any = self._answer(request)
@@ -5759,6 +6094,7 @@ class ControlServer:
         except Exception:  # this thread's top frame
             log.exception("a connection failed")
         finally:
+            self._idle.pop(connection, None)
             self._room.release()
 
     def _stream(self, connection: socket.socket, answers: Iterable[Fields | None]) -> None:
@@ -5776,6 +6112,8 @@ class ControlServer:
                 with contextlib.suppress(socket.timeout):
                     connection.recv(1, socket.MSG_PEEK)
                     return
+        except DaemonError as error:  # the process was removed
+            send_frame(connection, {"type": "error", **error.to_dict()})
         finally:
             self._streams.release()
 
@@ -5812,6 +6150,8 @@ class ControlServer:
             answer = act(**read_fields(form, request))
             return {"type": "ok", **answer} if isinstance(answer, dict) else answer
         except DaemonError as error:
+            if self._is_stopping and error.code == "DATABASE_FAILED":  # closed
+                raise ConnectionAbortedError("the daemon has ended") from None
             return {"type": "error", **error.to_dict()}
         except Exception as error:  # a request handler
             log.exception("request %s failed", name)
@@ -5880,6 +6220,7 @@ class Client:
     ) -> None:
         self.project = find_project(project_path, state, config)
         self.is_live = self.was_live = False  # the last request, any, reached a daemon
+        self.existing: Sequence[int] = ()  # of the last add: ids of tasks that had the key
         self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
         self._connection: socket.socket | None = None
         self._auth: dict[str, str] = {}
@@ -5984,7 +6325,10 @@ class Client:
         return dict(answer)
 
     def add(self, command: str | list[str], **options: Any) -> int:
-        """Add a task, return its id; it is on disk. Options: those of `add_all`."""
+        """Add a task, return its id; it is on disk. Options: those of `add_all`.
+
+        If an unfinished task had the key, its id, and `existing` is [id] then.
+        """
         return self.add_all([command], **options)[0]
 
     def add_all(
@@ -6007,13 +6351,12 @@ class Client:
             "env": capture_environment(keep, env),
             "umask": umask,
         }
-        return list(self.call("add", request)["ids"])
+        answer = self.call("add", request)
+        self.existing = answer.get("existing", ())
+        return list(answer["ids"])
 
     def list(self, limit: int | None = None, **where: Any) -> Sequence[Fields]:
         """Return tasks as dicts, ascending; the newest `limit` or all. where: state, group, ids."""
-        if len(where.get("ids") or ()) > 1000:
-            parts = [where["ids"][at : at + 1000] for at in range(0, len(where["ids"]), 1000)]
-            return [task for ids in parts for task in self.list(**{**where, "ids": ids})]
         found: Sequence[Fields] = []
         size, before = 1000, None
         while size == 1000 and (limit is None or len(found) < limit):
@@ -6028,10 +6371,10 @@ class Client:
         return self.call("get", {"id": task_id})
 
     def wait(
-        self, ids: Sequence[int], timeout: float | None = None,
+        self, ids: Sequence[int | str], timeout: float | None = None,
         on_change: Callable[[Fields], None] = lambda answer: None,
     ) -> int:  # fmt: skip
-        """Wait until tasks are done; return the first status that is not 0, in their order.
+        """Wait until tasks, such as 3 or "5-9", are done; return the first status but 0.
 
         124 when `timeout` seconds were not enough. Outlives a restart of the daemon.
         Raises NOT_RUNNING when there is no daemon to wait for.
@@ -6167,6 +6510,7 @@ class Daemon:
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
         self._exit_status = self._inode = 0
+        self._standing = threading.Event()  # a keeper takes starts
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
         self._store: TaskStore
@@ -6248,6 +6592,7 @@ class Daemon:
         self._control.start()
         self._supervisor.start()
         self._runner.start()
+        self._standing.wait(STANDING_S)
         self._report({"event": "ready", "pid": os.getpid()})
         log.info("ready")
         try:
@@ -6262,6 +6607,7 @@ class Daemon:
                 self._write_state()
 
     def _note_standing(self) -> None:
+        self._standing.set()
         self._runner.wake()
         self._supervisor.wake()
 
@@ -6398,7 +6744,7 @@ class Daemon:
         self._write_state()
 
     def _identity(self) -> Fields:
-        return {"version": __version__, "uptime_secs": self._runner.get_metrics().uptime}
+        return {"version": __version__, "uptime_secs": int(self._runner.get_metrics().uptime)}
 
     def _status(self) -> Fields:
         """Return the answer of `status`: identity, the queue's counts, the metrics by name."""
@@ -6671,7 +7017,13 @@ COMMON = (
     arg("--json", "-j", action="store_true", help="print JSON only"),
 )
 ID = arg("id", type=reads(integer(0)), metavar="ID", help="a task id")
-IDS = arg("ids", nargs="+", type=reads(task_ids), metavar="ID", help="task ids: 3 5-9 or 3,5-9")
+def id_words(text: str) -> str:
+    """Check ids, and leave them as they are: a range need never be a list."""
+    task_ids(text)
+    return text
+
+
+IDS = arg("ids", nargs="+", type=reads(id_words), metavar="ID", help="task ids: 3 5-9 or 3,5-9")
 GROUP = arg("--group", "-g", help="only this group")
 PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default: the daemon")
 ONE = arg("name", metavar="PROCESS", help="a process")
@@ -6723,11 +7075,6 @@ def client_of(args: Args) -> Client:
 def manager_of(args: Args) -> DaemonManager:
     """Make the manager of the project that the arguments name."""
     return DaemonManager(args.project, args.state, args.config)
-
-
-def flat(lists: Iterable[Sequence[int]]) -> list[int]:
-    """Join lists of ids."""
-    return [task_id for ids in lists for task_id in ids]
 
 
 def refuse_ids(verb: str, args: Args) -> None:
@@ -6817,8 +7164,8 @@ def cmd_status(args: Args) -> int:
         text = f"running, PID {status.pid}, for {since}, {details['project']}\ntasks: {tasks}"
         if details["process_count"]:
             text += f"\nprocesses: {details['running_instances']} running"
-            failed = ", ".join(details["failed"])
-            text += f", failed: {failed}; see `why`" if failed else ""
+            down = ", ".join(f"{name} ({state})" for name, state in details.get("down", {}).items())
+            text += f"; degraded, down: {down}; see `why`" if down else ""
         if details["paused"]:
             text += "\npaused: " + ", ".join(details["paused"]).replace("*", "everything")
         if details["draining"]:
@@ -6833,7 +7180,13 @@ def cmd_status(args: Args) -> int:
 def cmd_ps(args: Args) -> int:
     """List the instances of processes."""
     client = client_of(args)
-    known = [process["name"] for process in client.call("list_processes", {})["processes"]]
+    try:
+        known = [process["name"] for process in client.call("list_processes", {})["processes"]]
+    except DaemonError as error:
+        if error.code == "NOT_RUNNING" and os.path.exists(client.project.folder + "/run"):
+            left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
+            error.message += f"; {', '.join(left)} may still run" if left else ""
+        raise
     rows = [("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")]
     found = []
     for name in args.names or known:
@@ -6863,10 +7216,10 @@ def find_names(args: Args) -> list[str]:
     return names
 
 
-@register("up", NAMES)
+@register("up", NAMES, arg("--no-wait", action="store_true", help="do not wait until ready"))
 def cmd_up(args: Args) -> int:
-    """Start processes, and what they need."""
-    return ask_for("up", args, names=find_names(args))
+    """Start processes, and what they need; returns when they are ready, 1 when they failed."""
+    return ask_for("up", args, names=find_names(args), **({"wait": False} if args.no_wait else {}))
 
 
 @register("down", NAMES)
@@ -6950,8 +7303,14 @@ def cmd_add(args: Args) -> int:
         limit = load_config(client.project.config_path).limits.timeout
         default = f", timeout {span(limit)}" if limit and args.timeout is None else ""
         text = f"{len(ids)} tasks added" if args.batch else f"task {text} added{default}"
+        if client.existing and not args.batch:
+            text = f"task {ids[0]} has the key {args.key!r} already; nothing was added"
+        elif client.existing:
+            text = f"{len(ids)} tasks, {len(client.existing)} of them had their keys already"
         text += "" if client.is_live else "; no daemon runs: `start` it"
-    return emit({"ids": ids} if args.batch else {"id": ids[0], "ids": ids}, args, text)
+    data = {"ids": ids} if args.batch else {"id": ids[0], "ids": ids}
+    existing = client.existing if args.batch else bool(client.existing)
+    return emit({**data, "existing": existing}, args, text)
 
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
@@ -6964,7 +7323,7 @@ def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
     return tell_end(client, ids, client.wait(ids), args)
 
 
-def tell_end(client: Client, ids: Sequence[int], status: int, args: Args) -> int:
+def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) -> int:
     """Say how tasks ended that did not end by themselves; return `status`."""
     tasks = client.list(ids=ids) if args.json or status else []
     for task in () if args.json else tasks:
@@ -7023,7 +7382,7 @@ def task_table(tasks: Sequence[Fields]) -> str:
         words = task["command"]
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
         cells = (task["id"], state, task["group"], task["priority"], task["attempts"], code, took)
-        rows.append((*map(str, cells), text.replace("\n", " ")))  # type: ignore[arg-type]
+        rows.append((*map(str, cells), text))  # type: ignore[arg-type]
     return columns(rows)
 
 
@@ -7032,7 +7391,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in [*zip(*rows)][:-1]]
     most = width() if sys.stdout.isatty() else 10000
     lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows)
-    return "\n".join(printable(line)[:most].rstrip() for line in lines)
+    return "\n".join(printable(line.replace("\n", " "))[:most].rstrip() for line in lines)
 
 
 @register("show", ID)
@@ -7055,7 +7414,7 @@ def cmd_show(args: Args) -> int:
 @register("wait", IDS, arg("--timeout", type=reads(duration), metavar="TIME", help="then exit 124"))
 def cmd_wait(args: Args) -> int:
     """Wait for tasks; exits with the first status that is not 0, in the order given."""
-    client, ids = client_of(args), flat(args.ids)
+    client, ids = client_of(args), args.ids
     is_drawn = sys.stderr.isatty() and not args.json
 
     def draw(answer: Fields) -> None:
@@ -7078,7 +7437,7 @@ def register_change(verb: str, done: str, problem: str, text: str) -> None:
     """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
 
     def change(args: Args) -> int:
-        answer = client_of(args).call(verb, {"ids": flat(args.ids)})
+        answer = client_of(args).call(verb, {"ids": args.ids})
         emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
         if answer["not_done"]:
             notice(f"{problem}: {', '.join(map(str, answer['not_done']))}")
@@ -7091,7 +7450,7 @@ def register_change(verb: str, done: str, problem: str, text: str) -> None:
 ENDS = "Cancel tasks; running ones are ended with all they started."
 AGAIN = "Run finished tasks again; what was skipped because of them waits again."
 register_change("cancel", "cancelled", "finished already", ENDS)
-register_change("retry", "queued", "not finished", AGAIN)
+register_change("retry", "queued", "not finished, or another task has the key", AGAIN)
 register_change("remove", "removed", "running, cancel first", "Forget tasks that do not run.")
 
 
@@ -7161,40 +7520,22 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
 
     Lines of several instances begin with "web.0 | ".
     """
-    until, offsets = Clock.mono() + RETURN_TIMEOUT_S, dict[str, int]()
-    rests: dict[str, bytes] = {}
-    while True:
+    until, count = Clock.mono() + RETURN_TIMEOUT_S, 0
+
+    def read(offsets: dict[str, int], lines: int) -> dict[str, tuple[bytes, int]]:
+        nonlocal count
         fields = {"name": name, "lines": lines, "offsets": offsets}
-        logs, is_news = client.call("process_logs", fields)["logs"], False
-        lines = 100_000  # of an instance that comes later: all
-        for instance, part in logs.items():
-            data, offsets[instance] = base64.b64decode(part["data"]), part["next"]
-            is_news = is_news or bool(data)
-            *whole, rest = (rests.get(instance, b"") + data).split(b"\n")
-            rests[instance] = rest if to_end else b""
-            whole += [rest] if rest and not to_end else []
-            mark = f"{instance} | ".encode() if len(logs) > 1 else b""
-            if whole:
-                yield b"".join(mark + line + b"\n" for line in whole)
-        if not to_end:
-            return
-        if not is_news:
+        logs = client.call("process_logs", fields)["logs"]
+        count = len(logs)
+        return {one: (base64.b64decode(part["data"]), part["next"]) for one, part in logs.items()}
+
+    for found in follow_lines(read, lines, to_end):
+        marks = {one: f"{one} | ".encode() if count > 1 else b"" for one, _ in found}
+        if found:
+            yield b"".join(marks[one] + line + b"\n" for one, line in found)
+        elif to_end:
             until = client.outwait(until)
             threading.Event().wait(STREAM_PAUSE_S)
-
-
-def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
-    """Yield a file's last lines, then, with to_end, what comes, through its rotations."""
-    data, offset = read_log(path, -lines)
-    yield data
-    while to_end:
-        if os.path.exists(path) and os.stat(path).st_size < offset:
-            offset = 0  # rotated: a new file
-        data, offset = read_log(path, offset)
-        if data:
-            yield data
-        else:
-            threading.Event().wait(0.2)
 
 
 @register(
@@ -7221,24 +7562,26 @@ def cmd_report(args: Args) -> int:
 @register(
     "dlq",
     arg("action", nargs="?", default="list", choices=("list", "show", "retry", "drop")),
-    arg("ids", nargs="*", type=reads(task_ids), metavar="ID", help="default: all failed ones"),
+    arg("ids", nargs="*", type=reads(id_words), metavar="ID", help="default: all failed ones"),
 )
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
     failed = [task["id"] for task in client_of(args).list(state="failed")]
-    args.ids = [flat(args.ids) or failed]
     if args.action == "list":
         args.in_state, args.group, args.lines = "failed", None, None
         return cmd_list(args)
-    wrong = [task_id for task_id in args.ids[0] if task_id not in failed]
-    if args.action != "show" and wrong:
-        raise DaemonError("ILLEGAL_STATE", f"task {wrong[0]} is no dead letter", "see `dlq list`")
-    if args.action != "show":
-        return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
-    for task_id in args.ids[0]:
-        args.id = task_id
-        cmd_show(args)
-    return 0
+    known = set(failed)
+    for task_id in (task_id for ids in task_ids(args.ids or failed) for task_id in ids):
+        if args.action == "show":
+            args.id = task_id
+            cmd_show(args)
+        elif task_id not in known:
+            what = f"task {task_id} is no dead letter"
+            raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
+    args.ids = args.ids or failed
+    if args.action == "show":
+        return 0
+    return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
 
 
 @register("config")
@@ -7348,27 +7691,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     while null <= 2:  # no file of ours may become standard input, output or error
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
+    told = argparse.Namespace(json=False)
     if words[:1] == ["_keeper"]:
-        return run_keeper(*words[1:])
+        os._exit(_guarded(lambda: run_keeper(*words[1:]), told))
     if words[:1] == ["_daemon"]:  # what `start` makes
-        os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), False))
+        os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), told))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by an embedding program
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
+    own = words[: words.index("--")] if "--" in words else words  # as far as is known yet
+    told = argparse.Namespace(json="--json" in own or "-j" in own)
+
     def run() -> int:
         args = parse(words)
+        told.json = args.json
         return int(args.handler(args))
 
-    return _guarded(run, "--json" in words or "-j" in words)
+    return _guarded(run, told)
 
 
-def _guarded(run: Callable[[], int], as_json: bool) -> int:
-    """Turn whatever a command raises into lines on standard error and a status."""
+def _guarded(run: Callable[[], int], told: Args) -> int:
+    """Turn whatever a command raises into lines on standard error, JSON or not, and a status."""
     try:
         return run()
     except DaemonError as error:
-        if as_json:
+        if told.json:
             print(json.dumps({"error": error.to_dict()}), file=sys.stderr)
         else:
             notice(error.message + (f"\n       {error.hint}" if error.hint else ""))
