@@ -3829,6 +3829,266 @@ class TestCrashWindows:
         }  # fmt: skip
 
 
+def greet(box, name, since_s=10.0):
+    """Connect to a keeper as a daemon would; it hangs up on the former one."""
+    path = box.file("run", "keeper-" + name)
+    head = json.loads(read(path).partition("\n")[0])
+    connection = apexd.Platform.connect_near(path, head)
+    connection.settimeout(since_s)
+    return connection
+
+
+def patch(box, **constants):
+    """Change constants in the project's own copy of apexd.py."""
+    path = os.path.join(box.path, "apexd.py")
+    text = read(path)
+    for name, value in constants.items():
+        text, count = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value!r}  ", text)
+        assert count == 1, name
+    write(path, text)
+
+
+@linux
+@needs("flock", "setsid")
+class TestKeeperLife:
+    """What a keeper does while daemons come and go, stand still, or are of another version."""
+
+    WAIT = "until [ -e go ]; do sleep 0.02; done; "
+
+    @pytest.mark.parametrize("half", ["", "before", "after"])
+    def test_what_a_dead_daemon_sent_to_a_frozen_keeper_runs_once(self, box, half):
+        work = worker(box)
+        box.config({}, process={"holder": {"command": ["sleep", "300"]}})
+        box.start()
+        pids(box, "holder", 1)
+        (keeper, name) = next(iter(keepers(box).items()))
+        for number in range(ROUNDS if SLOW else 1):
+            os.kill(keeper, signal.SIGSTOP)
+            (task_id,) = enqueue(box, [*work, str(number), "0.1", "7"])
+            box.until(task_id, "running")
+            daemon = box.kill9()
+            raw = half and greet(box, name)
+            if half == "after":
+                box.start()
+                eventually(lambda: times_logged(box, "Adopting task") > number)
+            if half:
+                raw.sendall(struct.pack(">I", 4000) + b'{"type": "start", "run": "')
+            if half == "before":
+                raw.close()
+            if half != "after":
+                box.start()
+            os.kill(keeper, signal.SIGCONT)
+            task = settle(box, [task_id])[0]
+            assert (task["exit_code"], task["attempts"], task["losses"]) == (7, 1, 0)
+            assert list(keepers(box)) == [keeper] and box.pid() != daemon
+            if half == "after":
+                raw.close()
+        assert lines_of(box, "begun") == [str(n) for n in range(ROUNDS if SLOW else 1)]
+
+    def test_a_daemon_that_reads_nothing_does_not_hang_its_keeper(self, box):
+        os.makedirs(box.file("run"), mode=0o700, exist_ok=True)
+        os.chmod(box.state, 0o700)
+        name, count = "0" * 16, 20_000 if SLOW else 500
+        keeper = box.popen("_keeper", box.state, name)
+        eventually(lambda: keepers(box))
+        runs = [f"1-{number:0200d}" for number in range(count)]
+        word = {"type": "start", "argv": ["true"], "env": {}, "cwd": box.path, "umask": 18}
+        word["log"] = os.devnull
+        with greet(box, name, 60.0) as connection:
+            for run in runs:
+                connection.sendall(apexd.pack_frame({**word, "run": run}))
+            children = f"/proc/{keeper.pid}/task/{keeper.pid}/children"
+            pause(0.3)
+            eventually(lambda: not read(children), 120, "all have run, though nobody listens")
+            told, inbox = {}, bytearray()
+            while len(told) < count:
+                inbox += connection.recv(1 << 16)
+                for word in apexd.take_frames(inbox):
+                    if word["type"] == "exited":
+                        assert word["run"] not in told and word["code"] == 0, word
+                        told[word["run"]] = word
+            assert set(told) == set(runs)
+            connection.sendall(apexd.pack_frame({"type": "forget", "runs": runs}))
+            connection.sendall(apexd.pack_frame({"type": "quit"}))
+            assert connection.recv(1) == b"", "nothing is told twice"
+        assert keeper.wait(20) == 0
+
+    def test_an_update_leaves_the_keeper_and_all_that_runs(self, box):
+        box.config({}, process={"web": {"command": ["sleep", "300"]}})
+        box.start()
+        (task_id,) = enqueue(box, self.WAIT + "exit 6")
+        before = keeper_of(box), command_of(box, task_id), pids(box, "web", 1)
+        patch(box, __version__="99.0.0")
+        box.run("restart", quick=False)
+        eventually(lambda: box.look(task_id)["pid"])
+        assert (keeper_of(box), command_of(box, task_id), pids(box, "web", 1)) == before
+        assert box.json("status", quick=False)["version"] == "99.0.0"
+        put(box, "go")
+        task = box.until(task_id)
+        assert (task["exit_code"], task["attempts"], task["losses"]) == (6, 1, 0)
+        assert instances(box)[0]["restart_count"] == 0
+
+    def test_a_keeper_of_another_protocol_is_left_to_finish_and_starts_go_to_a_new_one(self, box):
+        box.start()
+        (old,) = enqueue(box, self.WAIT + "exit 6")
+        keeper, command = keeper_of(box), command_of(box, old)
+        patch(box, KEEPER_PROTOCOL=99)
+        box.run("restart", quick=False)
+        (new,) = enqueue(box, "exit 5")
+        assert settle(box, [new])[0]["exit_code"] == 5
+        assert len(keepers(box)) == 2 and lives(keeper) and lives(command)
+        put(box, "go")
+        task = settle(box, [old])[0]
+        assert (task["exit_code"], task["attempts"], task["losses"]) == (6, 1, 0)
+        eventually(lambda: not lives(keeper), why="it has left")
+        assert box.stop() and not box.processes()
+
+    def test_all_that_a_killed_keeper_had_is_ended_then_run_again_or_failed(self, box):
+        work, web = " ".join(worker(box)), "exec 9>>lock.web; flock -n 9 || echo web >>overlaps; "
+        web += "setsid sleep 303 & setsid sleep 304 9>&- & exec sleep 305"
+        box.config({}, process={"web": {"command": web, "backoff": 0.05}})
+        box.start()
+        for number in range(ROUNDS):
+            away = f"[ $APEX_ATTEMPT = 1 ] && s=60; setsid {work} {number}a ${{s:-0}} 0 & wait $!"
+            (again,) = enqueue(box, away)
+            (never,) = enqueue(box, f"setsid {work} {number}b 60 0 & sleep 60", on_lost="fail")
+            eventually(lambda: set(lines_of(box, "begun")) >= {f"{number}a", f"{number}b"})
+            (before,) = pids(box, "web", 1)
+            kill(keeper_of(box))
+            task, failed = settle(box, [again, never])
+            assert (task["state"], task["losses"]) == ("succeeded", 0)
+            assert history_of(box, again) == ["lost", "ok"]
+            assert (failed["state"], failed["outcome"], failed["attempts"]) == ("failed", "lost", 1)
+            assert not lives(before)
+            eventually(lambda: pids(box, "web", 1) != [before])
+            sleeps = lambda: [words for words in box.processes().values() if "sleep 60" in words]
+            assert not sleeps(), "all that they started is gone"
+        assert lines_of(box, "overlaps") == []
+
+    def test_a_task_that_kills_its_keeper_costs_its_neighbours_nothing(self, box):
+        """FAULTS M2, DESIGN 6.13."""
+        box.config({"daemon": {"max_concurrent": 6}})
+        box.start()
+        first = "echo x >>ready; [ $APEX_ATTEMPT = 1 ] && "
+        all_run = "until [ $(wc -l <ready) -ge 6 ]; do sleep 0.02; done; "
+        neighbours = enqueue(box, *[f"{first} sleep 60; exit 0"] * 5)
+        (poison,) = enqueue(box, f"{first} {all_run} kill -9 $PPID; sleep 60")
+        tasks = settle(box, [*neighbours, poison])
+        assert [task["state"] for task in tasks] == ["succeeded"] * 5 + ["failed"]
+        assert {task["attempts"] for task in tasks[:5]} == {2}
+        assert {task["losses"] for task in tasks[:5]} == {0}
+        assert (tasks[5]["losses"], tasks[5]["outcome"]) == (3, "lost")
+        assert history_of(box, poison) == ["lost"] * 4
+        assert [task["id"] for task in ask_json(box, "dlq")] == [poison]
+        (task_id,) = enqueue(box, "exit 3")
+        assert settle(box, [task_id])[0]["exit_code"] == 3, "the queue goes on"
+
+    def test_a_signal_is_told_from_a_status_and_what_was_used_is_shown(self, box):
+        box.start()
+        burn = "i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done; "
+        killed, exited = enqueue(box, burn + "kill -9 $$", "exit 137")
+        tasks = settle(box, [killed, exited])
+        ends = [(task["exit_code"], task["signal"], task["state"]) for task in tasks]
+        assert ends == [(137, 9, "failed"), (137, None, "failed")]
+        for task in (box.task(killed), ask_json(box, "list")[0], box.look(killed)):
+            assert task["id"] == killed and 0.01 < task["cpu_s"] < 60
+            assert 1e5 < task["max_rss"] < 1e9
+        assert box.look(exited)["cpu_s"] < tasks[0]["cpu_s"]
+
+    def test_while_a_keeper_is_frozen_all_answer_then_all_goes_on(self, box):
+        patch(box, KEEPER_ANSWER_S=1.0)
+        box.start()
+        (before,) = enqueue(box, "echo up; " + self.WAIT + "exit 4")
+        keeper = keeper_of(box)
+        command_of(box, before)
+        os.kill(keeper, signal.SIGSTOP)
+        began = time.monotonic()
+        (held,) = enqueue(box, "exit 5")
+        box.until(held, "running")
+        put(box, "go")
+        for words in (["status"], ["list"], ["logs", before], ["show", held], ["add", "true"]):
+            ask(box, *words)
+        assert time.monotonic() - began < 5
+        eventually(lambda: "does not answer" in ask(box, "why", held))
+        (other,) = enqueue(box, "exit 6")
+        assert settle(box, [other])[0]["exit_code"] == 6, "a second keeper takes it"
+        assert tasks_of(box, [before, held])[0]["state"] == "running"
+        os.kill(keeper, signal.SIGCONT)
+        codes = [(task["exit_code"], task["attempts"]) for task in settle(box, [before, held])]
+        assert codes == [(4, 1), (5, 1)]
+
+    def test_results_outlive_daemon_and_keeper(self, box):
+        box.config({"daemon": {"max_concurrent": 8}})
+        for _ in range(ROUNDS):
+            box.start()
+            ends = ("exit 0", "exit 7", "kill -9 $$", "kill -15 $$", "exit 137")
+            ids = enqueue(box, *(self.WAIT + end for end in ends))
+            for task_id in ids:
+                command_of(box, task_id)
+            keeper, name = next(iter(keepers(box).items()))
+            box.kill9()
+            put(box, "go")
+            eventually(lambda: not lives(keeper), why="nobody needs it any more")
+            assert '"left"' in read(box.file("run", "keeper-" + name))
+            box.start()
+            tasks = settle(box, ids)
+            found = [(task["exit_code"], task["signal"], task["attempts"]) for task in tasks]
+            assert found == [(0, None, 1), (7, None, 1), (137, 9, 1), (143, 15, 1), (137, None, 1)]
+            eventually(lambda: not os.path.exists(box.file("run", "keeper-" + name)))
+            put(box, "go", None)
+            box.stop()
+
+    @root
+    def test_on_a_full_disk_a_keeper_stays_and_tells_later(self, box):
+        shutil.rmtree(box.state)
+        os.mkdir(box.state)
+        with mounted(box.state, "size=4m,mode=0700"):
+            try:
+                box.config({"daemon": {"max_concurrent": 8}})
+                box.start()
+                ids = enqueue(box, *(self.WAIT + f"exit {code}" for code in (0, 7, 9)))
+                commands = [command_of(box, task_id) for task_id in ids]
+                keeper = keeper_of(box)
+                box.kill9()
+                with open(box.file("filler"), "wb", buffering=0) as filler:
+                    for size in (1 << 16, 4096, 1):
+                        with contextlib.suppress(OSError):
+                            while filler.write(b"x" * size):
+                                pass
+                # What is left of its file's last page must be filled, too.
+                with open(box.file("run", "keeper-" + keepers(box)[keeper]), "ab", 0) as file:
+                    with contextlib.suppress(OSError):
+                        while file.write(b"\n"):
+                            pass
+                put(box, "go")
+                eventually(lambda: not any(map(lives, commands)))
+                pause(1.2)  # it has tried twice
+                assert lives(keeper), "what it knows is not written yet"
+                os.unlink(box.file("filler"))
+                box.start()
+                found = [(t["exit_code"], t["attempts"]) for t in settle(box, ids)]
+                assert found == [(0, 1), (7, 1), (9, 1)]
+            finally:
+                put(box, "go")
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(box.file("filler"))
+                box.run("stop", rc=None)
+
+    @pytest.mark.parametrize("daemon", ["lives", "is killed"])
+    def test_when_the_project_is_removed_all_is_ended(self, box, daemon):
+        box.config({}, process={"web": {"command": ["sleep", "300"]}})
+        box.start()
+        (task_id,) = enqueue(box, "trap '' TERM; while :; do sleep 0.1; done")
+        command_of(box, task_id), pids(box, "web", 1)
+        pid = box.pid()
+        if daemon == "is killed":
+            os.kill(pid, signal.SIGSTOP)
+        shutil.rmtree(box.state, ignore_errors=True)
+        if daemon == "is killed":
+            kill(pid)
+        eventually(lambda: not box.processes(), 30, "children, keeper and daemon are gone")
+
+
 # ============================================================================
 # 13. RUNNER - the polling loop over the store
 # ============================================================================
