@@ -19,7 +19,7 @@ Map (a section uses only sections above it):
      2. ERRORS      DaemonError and the table of codes
      3. VALUES      records and enums that cross a border; durations, times; Clock
      4. PLATFORM    the only place that asks which system this is
-     5. FILES       atomic replace, safe open, logs that lose their head
+     5. FILES       safe reading and replacing, the state folder, logs that lose their head
      6. CONFIG      load, check, compare for reload
      7. LOG         the daemon's own log
      8. PIDFILE     the lock and the PID file
@@ -43,6 +43,7 @@ Files, all in `.apex/` (mode 0700):
     ballast        given up when the disk is full, so that results can be recorded
     run/           one exit record a slot or instance
     logs/          task-12.1.log: task 12, attempt 1; proc-web.0.log: instance 0 of web
+    apexd          this command line for this project, from the bytecode in cache/
 
 Exit statuses: 0 ok, 1 failed, 2 usage; `status` 0 running, 1 dead with a PID file,
 3 not running, 4 unknown; `wait` and `run` the task's own, 124 when waiting timed out;
@@ -52,24 +53,30 @@ else sysexits.h: 65 corrupt, 69 not reachable, 70 a bug of ours, 73 cannot creat
 
 from __future__ import annotations
 
+import gc
+import sys
+
+if sys.hexversion < 0x3090000:
+    _text = "apexd needs Python 3.9 or newer, this is %d.%d"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(_text % sys.version_info[:2])
+if __name__ == "__main__":
+    gc.disable()  # until all is imported: a twentieth of a short command's time
+    if not getattr(sys.flags, "safe_path", sys.flags.isolated):
+        del sys.path[0]  # the script's folder: no file there may stand in for a standard module
+
 import argparse
-import base64
 import bisect
 import contextlib
 import errno
 import functools
 import json
 import os
-import queue
-import random
 import re
 import selectors
-import shutil
 import signal
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -78,6 +85,10 @@ from types import SimpleNamespace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import binascii
+    import queue
+    import random
+    import shutil
     import sqlite3
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
@@ -88,12 +99,35 @@ __all__ = [
     "PidFile", "Supervisor", "Task", "TaskStore", "main",
 ]  # fmt: skip
 
+
+class _Lazy:
+    """A module that is imported at its first use: few commands need it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(__import__(self._name), name)
+
+
+if not TYPE_CHECKING:
+    binascii, queue, random, shutil = map(_Lazy, ("binascii", "queue", "random", "shutil"))
+
+# Kept so that `start` can store it: to compile this file takes longer than all else it does.
+_BYTECODE = sys._getframe().f_code if __name__ == "__main__" else None
+# (project, state folder) of the launcher that runs this, see FILES.
+_LAUNCHED_FOR: tuple[str, str] | None = globals().get("launched_for")
+
 # ============================================================================
 # 1. CONSTANTS - every default and limit, with its unit and its reason
 #    Uses nothing. Read by all; changed by none.
 # ============================================================================
 
 STATE_FOLDER = ".apex"
+SMALL_FILE_BYTES = 64 * 1024  # of a PID file, lock file, `endpoint` and the like
+USER_FILE_BYTES = 4 * 1024 * 1024  # of a configuration or env_file
+NESTED_MAX = 200  # brackets in a small file: json recurses
+FRESH_S = 2.0  # apexd.py may have been replaced since it was read if it is newer than this
 START_TIMEOUT_S = 10.0  # for the daemon to answer; each `progress` line extends it
 STOP_MARGIN_S = 5.0  # what `stop` adds to the daemon's own two waits before it KILLs
 CONFIRM_TIMEOUT_S = 10.0  # how long a client tries to confirm a request that was cut off
@@ -172,7 +206,7 @@ CODES: dict[str, tuple[int, str]] = {
     "ALREADY_RUNNING": (75, "a daemon of this project runs already"),
     "BAD_REQUEST": (2, "the request is malformed or a value is out of range"),
     "BUSY": (75, "somebody else has the project for now; try again"),
-    "CANNOT_CREATE": (73, "a file or folder cannot be created or written"),
+    "CANNOT_CREATE": (73, "a file or folder cannot be created, read or written"),
     "CONFIG_INVALID": (78, "the configuration is broken; nothing was changed"),
     "DATABASE_CORRUPT": (65, "the database is damaged; it is kept as it is"),
     "DATABASE_FAILED": (73, "the database cannot be read or written now"),
@@ -192,6 +226,7 @@ CODES: dict[str, tuple[int, str]] = {
     "QUEUE_FULL": (75, "retention.max_queue unfinished tasks are in the queue"),
     "START_FAILED": (1, "the daemon did not come up"),
     "STOP_FAILED": (1, "the daemon did not go away"),
+    "STOP_KILLED": (1, "the daemon did not stop in time and was killed"),
     "UNKNOWN_COMMAND": (2, "there is no such verb"),
     "UNKNOWN_GROUP": (2, "the configuration names no such group"),
     "UNKNOWN_TASK": (2, "there is no task with that id"),
@@ -630,6 +665,8 @@ def span(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """Escape what could move a terminal's cursor or reverse its text (CWE-150)."""
+    if all(map(str.isprintable, text.split("\n"))):
+        return text  # as nearly always; to compile the expression takes a while
     bidi = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
     unsafe = f"[\x00-\x08\x0b-\x1f\x7f-\x9f{bidi}\ud800-\udfff]"
     return re.sub(unsafe, lambda match: ascii(match[0])[1:-1], text)
@@ -813,8 +850,8 @@ if sys.platform == "win32":
             return connection
 
         user = staticmethod(lambda: 0)
-        is_peer_allowed = staticmethod(lambda connection: True)  # the token decides
-        is_foreign = staticmethod(lambda info: False)  # ACLs say who may write
+        peer_uid = staticmethod(lambda connection: None)  # the token decides
+        distrust = staticmethod(lambda info, root_too=True: None)  # ACLs say who may write
         is_root = staticmethod(lambda: False)
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
@@ -1072,7 +1109,7 @@ else:
 
         def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
             """Open the control socket; return it and what `endpoint` says of it."""
-            path = os.path.join(folder, "control.sock")
+            near = path = os.path.join(folder, "control.sock")
             if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
                 path = os.path.join(_outer_folder(folder), "control.sock")
             with contextlib.suppress(FileNotFoundError):
@@ -1080,7 +1117,7 @@ else:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(path)
             listener.listen(128)
-            return listener, {"socket": path}
+            return listener, {"socket": "control.sock" if path == near else path}
 
         def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
             """Connect to the daemon that `endpoint` describes."""
@@ -1109,7 +1146,7 @@ else:
                 connection.settimeout(1.0)
                 with _short_path(place) as name:
                     connection.connect(name)
-                if not self.is_peer_allowed(connection):
+                if self.peer_uid(connection) is not None:
                     raise PermissionError(errno.EPERM, "another user's", place)
             except BaseException:
                 connection.close()
@@ -1120,18 +1157,24 @@ else:
             """Return the user whom our children are started as."""
             return os.geteuid()
 
-        def is_peer_allowed(self, connection: socket.socket) -> bool:
-            """Tell whether the peer is root or our own user (SO_PEERCRED, unix(7))."""
+        def peer_uid(self, connection: socket.socket) -> int | None:
+            """Return a peer's user when it is not our own, else None (SO_PEERCRED, unix(7))."""
             if sys.platform == "linux":
                 data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
                 uid = struct.unpack("3i", data)[1]
             else:  # macOS: LOCAL_PEERCRED of sys/un.h, struct xucred
                 uid = struct.unpack_from("II", connection.getsockopt(0, 1, 76))[1]
-            return uid in (0, os.geteuid())
+            return None if uid == os.geteuid() else int(uid)
 
-        def is_foreign(self, info: os.stat_result) -> bool:
-            """Tell whether somebody but us and root owns the file or may write it."""
-            return info.st_uid not in (0, os.geteuid()) or bool(info.st_mode & 0o022)
+        def distrust(self, info: os.stat_result, root_too: bool = True) -> str | None:
+            """Name who else can write a file, but for root: a user, "others", None: nobody."""
+            if info.st_uid != os.geteuid() and (info.st_uid or not root_too):
+                import pwd
+
+                with contextlib.suppress(KeyError):
+                    return pwd.getpwuid(info.st_uid).pw_name
+                return f"#{info.st_uid}"
+            return "others" if info.st_mode & 0o022 else None
 
         def network_file_system(self, path: str, table: str = "/proc/self/mountinfo") -> str | None:
             """Name the network file system `path` lies on: WAL is not safe there."""
@@ -1305,7 +1348,7 @@ def reset_signals() -> None:
 
 
 # ============================================================================
-# 5. FILES - atomic replace, safe open, logs that lose their head
+# 5. FILES - safe reading and replacing, the state folder, logs that lose their head
 #    Uses 1-4. Any thread; holds no state.
 # ============================================================================
 
@@ -1321,19 +1364,33 @@ def cannot_create(path: str, error: OSError) -> DaemonError:
     return DaemonError(code, f"{path}: {error.strerror or error}", hint)
 
 
-def open_file(path: str, flags: int) -> int:
-    """Open a regular file of ours, never through a symbolic link, mode 0600.
+def open_regular(path: str, flags: int) -> int:
+    """Open a regular file, never through a symbolic link, a new one for us alone.
 
-    Raises CANNOT_CREATE or PERMISSION_DENIED.
+    Raises OSError.
     """
+    fd = os.open(path, flags | _O_SAFE, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
+
+
+def open_file(path: str, flags: int) -> int:
+    """Open like `open_regular`. Raises CANNOT_CREATE or PERMISSION_DENIED."""
     try:
-        fd = os.open(path, flags | _O_SAFE, 0o600)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise OSError(errno.EINVAL, "not a regular file")
+        return open_regular(path, flags)
     except OSError as error:
         raise cannot_create(path, error) from None
-    return fd
+
+
+def file_id(path: str) -> tuple[int, int] | None:
+    """Identify what is at a path, a link itself, by device and inode; None: nothing is."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 def here() -> str:
@@ -1357,15 +1414,15 @@ def insist(act: Callable[..., Any], *args: Any) -> Any:
         threading.Event().wait(0.001)
 
 
-def write_atomically(path: str, text: str) -> None:
+def write_atomically(path: str, data: str | bytes, mode: int = 0o600) -> None:
     """Replace a file's content: readers see the old or the new one, never a part."""
     temporary = f"{path}.{os.getpid()}.new"
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _O_SAFE, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _O_SAFE, mode)
+        with open(fd, "wb") as file:
+            file.write(data if isinstance(data, bytes) else data.encode())
         insist(os.replace, temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -1373,15 +1430,195 @@ def write_atomically(path: str, text: str) -> None:
         raise cannot_create(path, error) from None
 
 
-def read_text(path: str) -> str | None:
-    """Return a small file's text, None when it is not there; bad bytes become U+FFFD."""
+def refuse_foreign(path: str, info: os.stat_result, root_too: bool = True) -> None:
+    """Raise PERMISSION_DENIED when others than us and root could have written a file."""
+    who = Platform.distrust(info, root_too)
+    if who == "others":
+        hint = "take that right from them: `chmod go-w` it"
+        raise DaemonError("PERMISSION_DENIED", f"{path} can be written by others", hint)
+    if who is not None:
+        hint = f"act as its owner (`sudo -u {who} ...`), or name another folder with --state"
+        raise DaemonError("PERMISSION_DENIED", f"{path} belongs to {who}", hint)
+
+
+def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> bytes | None:
+    """Return a small file's bytes, None when it is missing; never blocks, follows no link.
+
+    trusted: what the file says is believed, so only we and root may be able to write it.
+    Raises PERMISSION_DENIED (of others, or unreadable), CANNOT_CREATE (a link, a FIFO),
+    ValueError (more than `most` bytes).
+    """
     try:
-        with insist(open, path, "rb") as file:
-            return str(file.read(65536), "utf-8", "replace")
+        fd = insist(open_regular, path, os.O_RDONLY)
+        with open(fd, "rb") as file:
+            if trusted:
+                refuse_foreign(path, os.fstat(fd))
+            data: bytes = file.read(most + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise cannot_create(path, error) from None
+    if len(data) > most:
+        raise ValueError(f"{path} has more than {most} bytes")
+    return data
+
+
+def read_json(path: str) -> dict[str, Any] | None:
+    """Read a small file of ours that holds a JSON object, None when it is missing.
+
+    Raises ValueError (damaged, or it holds what no file of ours does), and as `read_file`.
+    """
+    data = read_file(path)
+    if data is None:
+        return None
+    is_flat = data.count(b"[") + data.count(b"{") < NESTED_MAX
+    found = json.loads(data, parse_constant=int) if is_flat else None
+    if not isinstance(found, dict) or float("inf") in found.values():
+        raise ValueError("no object")
+    return found
+
+
+# The state folder has one door. What lies in it is believed and, as bytecode, executed: so the
+# folder must be a real one, belong to the user who acts (root acts in no other's), and be
+# writable by nobody else, before anything in it is opened.
+#
+# Who makes it also writes the launcher, `.apex/apexd`: a program for sh and for Python at once,
+# since the first line of a script takes no long path of an interpreter and no space in it.
+
+_LAUNCHER = """#!/bin/sh
+# -*- coding: latin-1 -*- the command line of this project; written by apexd.py
+''':'
+[ -x {python} ] && exec {python} -I -S "$0" "$@"
+echo {gone} >&2
+exit 78
+'''
+import gc, os, sys
+from importlib.machinery import SourceFileLoader
+gc.disable()
+folder = os.path.dirname(os.path.realpath(__file__))
+source = os.path.normpath(os.path.join(folder, {source}))
+launched_for = os.path.normpath(os.path.join(folder, {project})), folder
+info, umask = os.stat(folder), os.umask(0o077)
+is_ours = not hasattr(os, "geteuid") or info.st_uid == os.geteuid() and not info.st_mode & 0o022
+for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_ours:]:
+    try:
+        code = SourceFileLoader("apexd", source).get_code("apexd")
+        break
+    except OSError:
+        print("apexd: cannot read", source, file=sys.stderr)
+        print("       if it has moved, run `python3 NEWPLACE/apexd.py start`", file=sys.stderr)
+        sys.exit(78)
+    except (EOFError, TypeError, ValueError):
+        pass  # damaged bytecode: without
+os.umask(umask)
+sys.pycache_prefix = None
+exec(code, {{"__name__": "__main__", "__file__": source, "launched_for": launched_for}})
+"""
+
+
+def check_state_folder(folder: str) -> bool:
+    """Tell whether a state folder is there; call it before anything in it is opened.
+
+    Raises PERMISSION_DENIED (of others, writable by others, a link), CANNOT_CREATE.
+    """
+    try:
+        info = os.lstat(folder)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise cannot_create(folder, error) from None
+    if stat.S_ISLNK(info.st_mode):
+        hint = "name the folder that it points to with --state"
+        raise DaemonError("PERMISSION_DENIED", f"{folder} is a symbolic link", hint)
+    refuse_foreign(folder, info, root_too=False)
+    return True
+
+
+def make_state_folder(folder: str, project: str) -> bool:
+    """Make the state folder, 0700 and ignored by git, with the launcher; tell if it is new.
+
+    Raises CANNOT_CREATE, PERMISSION_DENIED, CONFIG_INVALID.
+    """
+    kind = Platform.network_file_system(os.path.realpath(os.path.dirname(folder)))
+    if kind is not None:
+        hint = "use --state DIR (or APEX_STATE_DIR) with a folder on a local disk"
+        raise DaemonError("CONFIG_INVALID", f"{folder} is on {kind}: sqlite is unsafe there", hint)
+    is_new = not check_state_folder(folder)
+    try:
+        for part in ("", "run", "logs", "cache"):
+            os.makedirs(os.path.join(folder, part), mode=0o700, exist_ok=True)
+        if Platform.is_posix and os.stat(folder).st_mode & 0o077:
+            os.chmod(folder, 0o700)  # made by hand, for its configuration
+    except OSError as error:
+        raise cannot_create(folder, error) from None
+    keep_ballast(folder)
+    ignore = os.path.join(folder, ".gitignore")
+    if not os.path.lexists(ignore):
+        write_atomically(ignore, "*\n")
+    for path, text in _launchers(folder, project):
+        with contextlib.suppress(DaemonError, ValueError):  # a link, or too large: replaced
+            if read_file(path) == text.encode("latin-1"):
+                continue
+        write_atomically(path, text.encode("latin-1"), 0o700)
+    return is_new
+
+
+def launcher_path(folder: str) -> str:
+    """Return the program that runs this file for a state folder: `python -I -S THIS VERB`."""
+    return os.path.join(folder, "apexd")
+
+
+def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
+    """Yield the launcher's path and text. What lies in the project is named relatively."""
+    source, python = os.path.abspath(__file__), sys.executable or "python3"
+    folder, project = os.path.realpath(folder), os.path.realpath(project)
+    call = f'@"{python}" -I -S "%~dp0apexd" %*\r\n'
+
+    def seen(path: str) -> str:
+        inner = os.path.realpath(path)
+        is_inner = all(one.startswith(project + os.sep) for one in (inner + os.sep, folder))
+        return ascii(os.path.relpath(inner, folder) if is_inner else path)
+
+    def quoted(text: str) -> str:
+        text = os.fsencode(text).decode("latin-1").replace("\\", "/")
+        return "'" + text.replace("'", "'\"'\"'") + "'"
+
+    gone = quoted(f"apexd: {python} is gone: run `python3 {source} start`")
+    names = {"python": quoted(python), "gone": gone}
+    names.update(source=seen(source), project=seen(project))
+    yield launcher_path(folder), _LAUNCHER.format(**names)
+    if not Platform.is_posix:
+        yield launcher_path(folder) + ".cmd", os.fsencode(call).decode("latin-1")
+
+
+def store_bytecode(folder: str) -> None:
+    """Put the bytecode of this file into the launcher's cache: of what runs now, if it can be.
+
+    A file that has just been written may be another than the one that runs: it is compiled.
+    """
+    from importlib import machinery, util
+
+    path, info = os.path.abspath(__file__), os.stat(__file__)
+    kept, umask = (sys.pycache_prefix, sys.dont_write_bytecode), os.umask(0o077)
+    sys.pycache_prefix, sys.dont_write_bytecode = os.path.join(folder, "cache"), False
+    try:
+        target = util.cache_from_source(path)
+        numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
+        head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
+        if (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
+            return
+        if _BYTECODE and Clock.now() - max(info.st_mtime, info.st_ctime) > FRESH_S:
+            import marshal
+
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            write_atomically(target, head + marshal.dumps(_BYTECODE))
+        else:
+            machinery.SourceFileLoader("apexd", path).get_code("apexd")
+    except OSError as error:
+        raise cannot_create(folder, error) from None
+    finally:
+        sys.pycache_prefix, sys.dont_write_bytecode = kept
+        os.umask(umask)
 
 
 # A log that grows over its cap loses its head to `.1`. Offsets that users of this section
@@ -1409,9 +1646,10 @@ def remove_logs(folder: str, tasks: Iterable[tuple[int, int]]) -> None:
 
 
 def log_base(path: str) -> int:
-    """Return how many bytes of a log's head are gone."""
-    text = read_text(path + ".base") or ""
-    return int(text) if text.isdigit() else 0
+    """Return how many bytes of a log's head are gone; 0 when that cannot be told."""
+    with contextlib.suppress(DaemonError, ValueError):
+        return max(int((read_file(path + ".base") or b"0")[:20]), 0)
+    return 0
 
 
 def cap_log(path: str, most_bytes: int) -> bool:
@@ -1818,23 +2056,63 @@ def find_config(folder: str) -> str | None:
     return next(filter(os.path.lexists, paths), None)
 
 
+def read_users_file(path: str) -> bytes:
+    """Read a configuration or an env_file, also through links. Raises CONFIG_INVALID.
+
+    Root takes only what nobody else can write.
+    """
+    try:
+        data = read_file(os.path.realpath(path), USER_FILE_BYTES, trusted=Platform.is_root())
+    except DaemonError as error:
+        raise _broken(path, error.message.partition(": ")[2] or error.message, error.hint) from None
+    except ValueError as error:
+        raise _broken(path, str(error)) from None
+    if data is None:
+        raise _broken(path, "no such file", "make it, or name another")
+    return data
+
+
 def load_config(path: str | None) -> Config:
     """Read and check a configuration file; None gives the defaults.
 
     Raises CONFIG_INVALID with file, key and reason; then nothing has changed.
     """
-    if path is None:
-        return _with_environment(Config({}))
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise _broken(path, "is no regular file", "remove it, or name another with --config")
+    config = Config(_load(path) if path else {}, path)
+    milliseconds = os.environ.get("APEX_POLL_INTERVAL")
+    if milliseconds is not None:
+        try:
+            config.daemon.poll_interval = number(milliseconds) / 1000
+        except ValueError as error:
+            raise _broken(None, f"APEX_POLL_INTERVAL {milliseconds!r}: must be {error}") from None
+    return config
+
+
+def load_good_part(path: str | None) -> tuple[Config, list[DaemonError]]:
+    """Return what of a configuration is sound, and what is wrong with the rest."""
     try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
-            if Platform.is_root() and Platform.is_foreign(os.fstat(file.fileno())):
-                raise _broken(path, "others than root may write it", "chown root, chmod go-w")
-        data = _parse(path, text)
-    except OSError as error:
-        raise _broken(path, f"cannot be read: {error.strerror}") from None
+        data = _load(path) if path else {}
+    except DaemonError as error:
+        return Config({}), [error]
+    tables = {kind: one if isinstance(one, dict) else {"": one} for kind, one in data.items()}
+    places = [(kind, key) for kind, table in tables.items() for key in table]
+    good: dict[str, Any] = {}
+    is_more = True
+    while is_more:  # again: a process may need a later one
+        is_more, faults = False, dict[str, DaemonError]()
+        for kind, key in [place for place in places if place[1] not in good.get(place[0], {})]:
+            trial = {**good.get(kind, {}), key: tables[kind][key]}
+            try:
+                Config({**good, kind: trial}, path)
+            except DaemonError as error:
+                faults[error.message] = error
+            else:
+                good[kind], is_more = trial, True
+    return Config(good, path), [*faults.values()]
+
+
+def _load(path: str) -> dict[str, Any]:
+    try:
+        data = _parse(path, read_users_file(path).decode("utf-8-sig").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise _broken(path, f"is not UTF-8 at byte {error.start}", "save it as UTF-8") from None
     except ImportError as error:
@@ -1844,17 +2122,7 @@ def load_config(path: str | None) -> Config:
         raise _broken(path, f"cannot be parsed: {error}") from None
     if not isinstance(data, dict):
         raise _broken(path, "must be a table at the top")
-    return _with_environment(Config(data, path))
-
-
-def _with_environment(config: Config) -> Config:
-    milliseconds = os.environ.get("APEX_POLL_INTERVAL")
-    if milliseconds is not None:
-        try:
-            config.daemon.poll_interval = number(milliseconds) / 1000
-        except ValueError as error:
-            raise _broken(None, f"APEX_POLL_INTERVAL {milliseconds!r}: must be {error}") from None
-    return config
+    return data
 
 
 def _parse(path: str, text: str) -> object:
@@ -1968,11 +2236,18 @@ class Holder(Value):
     start_time: str | None
     boot_id: str | None
     role: str  # "daemon" or "client VERB"
+    config: str | None  # the configuration that the daemon was told to use
 
     def is_alive(self) -> bool:
         """Tell whether exactly this process lives: PID, start time and boot must agree."""
         is_known = self.pid > 0 and self.start_time and self.boot_id == Platform.boot_id()
         return bool(is_known) and Platform.start_time(self.pid) == self.start_time
+
+    @classmethod
+    def of_pid(cls, pid: int, role: str, config: str | None = None) -> Holder:
+        """Describe a process that lives."""
+        start_time, boot_id = Platform.start_time(pid), Platform.boot_id()
+        return cls(pid=pid, start_time=start_time, boot_id=boot_id, role=role, config=config)
 
 
 class PidFile:
@@ -1986,7 +2261,10 @@ class PidFile:
         self.lock_path = os.path.splitext(path)[0] + ".lock"
         self._fd: int | None = None
 
-    def acquire(self, role: str = "daemon", project: str = "", wait_s: float = 0.0) -> bool:
+    def acquire(
+        self, role: str = "daemon", project: str = "", wait_s: float = 0.0,
+        config: str | None = None,
+    ) -> bool:  # fmt: skip
         """Take the lock, waiting `wait_s` at most; False when somebody else has it.
 
         A daemon's PID file is written too:
@@ -1999,12 +2277,11 @@ class PidFile:
                 os.close(fd)
                 return False
             threading.Event().wait(0.01)
-        pid = os.getpid()
-        me = {"pid": pid, "start_time": Platform.start_time(pid), "boot_id": Platform.boot_id()}
-        fields = {"pid": pid, "startedAt": timestamp(Clock.now()), "version": __version__}
+        me = Holder.of_pid(os.getpid(), role, config).to_dict()
+        fields = {"pid": os.getpid(), "startedAt": timestamp(Clock.now()), "version": __version__}
         try:
             os.ftruncate(fd, 0)
-            os.write(fd, json.dumps({**me, "role": role}).encode())
+            os.write(fd, json.dumps(me).encode())
             if role == "daemon":
                 write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
         except BaseException as error:
@@ -2012,25 +2289,33 @@ class PidFile:
             if isinstance(error, OSError):
                 raise cannot_create(self.lock_path, error) from None
             raise
-        self._fd = fd
+        former, self._fd = self._fd, fd
+        if former is not None:  # of a lock file that was removed
+            os.close(former)
         return True
+
+    def is_held(self) -> bool:
+        """Tell whether the file that we have locked is still the one at the path."""
+        if self._fd is None:
+            return False
+        info = os.fstat(self._fd)
+        return file_id(self.lock_path) == (info.st_dev, info.st_ino)
 
     def release(self) -> None:
         """Remove the PID file if it is ours, then let go of the lock."""
         if self._fd is not None:
             with contextlib.suppress(DaemonError, OSError):
-                if self.read().get("pid") == os.getpid():
+                if self.is_held() and self.read().get("pid") == os.getpid():
                     insist(os.unlink, self.path)
             os.close(self._fd)
             self._fd = None
 
     def read(self) -> dict[str, Any]:
         """Return the PID file's content, {} when there is none. Raises PID_FILE_CORRUPTED."""
-        text = read_text(self.path)
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            fields = {} if text is None else json.loads(text)
-            if text is None or (type(fields["pid"]) is int and 1 <= fields["pid"] < 2**31):
-                return dict(fields)
+        with contextlib.suppress(ValueError, KeyError):
+            fields = read_json(self.path)
+            if fields is None or (type(fields["pid"]) is int and 1 <= fields["pid"] < 2**31):
+                return fields or {}
         hint = f"no process is signalled because of it; remove {self.path}"
         raise DaemonError("PID_FILE_CORRUPTED", f"{self.path} holds no PID", hint)
 
@@ -2040,40 +2325,20 @@ class PidFile:
         Raises PERMISSION_DENIED when the lock file belongs to somebody who could name any
         process in it.
         """
-        try:
-            os.lstat(self.lock_path)
-        except FileNotFoundError:
+        if file_id(self.lock_path) is None:
             return None
-        except OSError as error:
-            raise cannot_create(self.lock_path, error) from None
-        fd = open_file(self.lock_path, os.O_RDWR)
+        fd = open_file(self.lock_path, os.O_RDONLY)  # all that flock needs
         try:
-            if Platform.is_foreign(os.fstat(fd)):
-                hint = "chown and chmod go-w it, or act as its owner"
-                raise DaemonError("PERMISSION_DENIED", f"{self.lock_path} is not ours", hint)
             if Platform.lock(fd):
                 return None
-            fields = json.loads(os.read(fd, 4096))
-            return Holder(**{**fields, "pid": int(fields["pid"])})
-        except (ValueError, TypeError, KeyError):
-            return Holder(pid=0, role="another program")
         finally:
             os.close(fd)
-
-
-# Bytecode from a cache in the state folder and no site-packages: a quicker start, and no module
-# that lies beside apexd.py can stand in for one of the standard library.
-_BOOT = (
-    "import sys;from importlib.machinery import SourceFileLoader as L;"
-    "sys.pycache_prefix,__file__=sys.argv[1:3];del sys.argv[1:3];"
-    "code=L('apexd',__file__).get_code('apexd');sys.pycache_prefix=None;exec(code)"
-)
-
-
-def boot_command(folder: str) -> list[str]:
-    """Return the words that run this file for a project, from cached bytecode."""
-    cache = os.path.join(folder, "cache")
-    return [sys.executable, "-I", "-S", "-c", _BOOT, cache, os.path.abspath(__file__)]
+        with contextlib.suppress(ValueError, TypeError):  # damaged, or another program's
+            fields = read_json(self.lock_path) or {}  # a newer one's may be more
+            holder = Holder(**{name: fields.get(name) for name in Holder.__annotations__})
+            if type(holder.pid) is int and 0 < holder.pid < 2**31:
+                return holder
+        return Holder(pid=0, role="another program")
 
 
 # ============================================================================
@@ -2222,11 +2487,9 @@ class Database:
         self.path = path
         self._errors = sqlite3.Error
         self._lock = threading.RLock()
-        if path != ":memory:":
-            os.close(open_file(path, os.O_RDWR | os.O_CREAT))
-            if os.stat(path).st_nlink != 1:
-                raise cannot_create(path, OSError(errno.EMLINK, "has other hard links"))
         with self._translated():
+            if path != ":memory:":
+                self._find_or_make()
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row
             try:
@@ -2237,18 +2500,44 @@ class Database:
                     raise DaemonError("DATABASE_NEWER", f"{path} has schema {version}", hint)
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
-                self._migrate(version)
+                self._migrate(self._db, version)
                 self._db.execute(ASKED)
             except BaseException:
                 self._db.close()
                 raise
 
-    def _migrate(self, version: int) -> None:
+    def _find_or_make(self) -> None:
+        """Check the file, or make it under another name: so an empty one was cut off.
+
+        Raises DATABASE_CORRUPT, CANNOT_CREATE.
+        """
+        import sqlite3
+
+        temporary, wal = self.path + ".new", self.path + "-wal"
+        with contextlib.suppress(FileNotFoundError):
+            info = os.lstat(self.path)
+            os.close(open_file(self.path, os.O_RDWR))
+            if info.st_nlink != 1:
+                raise cannot_create(self.path, OSError(errno.EMLINK, "has other hard links"))
+            if not info.st_size:
+                raise self._errors("malformed: it is empty, which no queue is")
+            return
+        if os.path.exists(wal) and os.path.getsize(wal):
+            raise self._errors(f"malformed: it is gone, and {wal} is left")
+        for name in (temporary, temporary + "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+        os.close(open_file(temporary, os.O_RDWR | os.O_CREAT))
+        with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as db:
+            self._migrate(db, 0)
+        insist(os.replace, temporary, self.path)  # on disk with the first commit: -wal is new
+
+    def _migrate(self, db: sqlite3.Connection, version: int) -> None:
         steps = enumerate(MIGRATIONS[version:], version + 1)
         for number, script in steps if version else [(len(MIGRATIONS), SCHEMA)]:
-            self._db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number};")
+            db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number};")
             failpoint("migration")
-            self._db.execute("COMMIT")
+            db.execute("COMMIT")
 
     def check(self) -> None:
         """Read every page once. Raises DATABASE_CORRUPT."""
@@ -2602,25 +2891,6 @@ def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
         db.executemany(f"DELETE FROM {place} = ?", [(task_id,) for task_id in ids])
 
 
-def make_state_folder(folder: str) -> None:
-    """Make the state folder, 0700 and ignored by git. Raises CANNOT_CREATE, CONFIG_INVALID."""
-    kind = Platform.network_file_system(os.path.realpath(os.path.dirname(folder)))
-    if kind is not None:
-        hint = "use --state DIR (or APEX_STATE_DIR) with a folder on a local disk"
-        raise DaemonError("CONFIG_INVALID", f"{folder} is on {kind}: sqlite is unsafe there", hint)
-    try:
-        for part in ("", "run", "logs", "cache"):
-            os.makedirs(os.path.join(folder, part), mode=0o700, exist_ok=True)
-        if Platform.is_posix and os.stat(folder).st_mode & 0o077:
-            os.chmod(folder, 0o700)  # made by hand, for its configuration
-    except OSError as error:
-        raise cannot_create(folder, error) from None
-    keep_ballast(folder)
-    ignore = os.path.join(folder, ".gitignore")
-    if not os.path.exists(ignore):
-        write_atomically(ignore, "*\n")
-
-
 class TaskStore:
     """The durable queue: what users do to tasks. AttemptStore is the runner's side.
 
@@ -2639,7 +2909,7 @@ class TaskStore:
         self.last_upkeep: Any = None  # what `prune_all` saw the last time
         self._own_lock = PidFile(os.path.join(self.folder, "daemon.pid"))
         if lock is None:
-            make_state_folder(self.folder)
+            make_state_folder(self.folder, self.project)
             # A killed daemon's other threads can hold it for a moment longer.
             if not self._own_lock.acquire("client store", self.project, wait_s=1.0):
                 raise DaemonError("BUSY", f"{path} is in use", "use Client, or stop the daemon")
@@ -3257,7 +3527,7 @@ class Keeper:
         token = self._endpoint.get("token", "")
         with contextlib.suppress(OSError):
             shown = peer.recv(len(token), socket.MSG_WAITALL).decode("ascii", "replace")
-            if shown == token and Platform.is_peer_allowed(peer):
+            if shown == token and Platform.peer_uid(peer) in (None, 0):
                 self._drop_daemon()
                 peer.setblocking(False)
                 self._daemon, self._is_wanted = peer, True
@@ -3837,7 +4107,8 @@ class Keepers:
         self._next_spawn = Clock.mono() + 1.0
         name, null = os.urandom(8).hex(), subprocess.DEVNULL
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
-        argv = [*boot_command(self._folder), "_keeper", self._folder, name]
+        program = launcher_path(self._folder)
+        argv = [sys.executable, "-I", "-S", program, "_keeper", self._folder, name]
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _O_SAFE
         for options in Platform.KEEPER:
             try:  # what it cannot say otherwise, a traceback, goes to the daemon's log
@@ -4006,7 +4277,8 @@ def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: Tas
 
 def make_marks(store: TaskStore, **marks: object) -> dict[str, str]:
     """Return the APEX_ variables of a child."""
-    marks.update(PROJECT_PATH=store.project, STATE_DIR=store.folder)
+    program = launcher_path(store.folder) + ("" if Platform.is_posix else ".cmd")
+    marks.update(PROJECT_PATH=store.project, STATE_DIR=store.folder, CLI=program)
     return {f"APEX_{name}": str(value) for name, value in marks.items()}
 
 
@@ -4605,22 +4877,18 @@ def fill(value: Any, index: int) -> Any:
 def read_environment(path: str) -> dict[str, str]:
     """Read NAME=VALUE lines; quotes around a value, `export` and # lines are allowed.
 
-    Raises OSError, ValueError with the line.
+    Raises CONFIG_INVALID, ValueError with the line.
     """
     found = {}
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a FIFO would hang
-    with os.fdopen(fd, encoding="utf-8") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError(f"{path} is no regular file")
-        for number, line in enumerate(file, 1):
-            text = line.strip()
-            if text and not text.startswith("#"):
-                match = re.fullmatch(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", text)
-                if match is None or "\0" in text:
-                    raise ValueError(f"{path}:{number} is not NAME=VALUE")
-                value = match[2].strip()
-                is_quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
-                found[match[1]] = value[1:-1] if is_quoted else value
+    for number, line in enumerate(read_users_file(path).decode("utf-8").split("\n"), 1):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            match = re.fullmatch(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", text)
+            if match is None or "\0" in text:
+                raise ValueError(f"{path}:{number} is not NAME=VALUE")
+            value = match[2].strip()
+            is_quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
+            found[match[1]] = value[1:-1] if is_quoted else value
     return found
 
 
@@ -5520,6 +5788,11 @@ def has_hung_up() -> bool:
         return True
 
 
+def in_base64(data: bytes) -> str:
+    """Write bytes so that they can stand in JSON."""
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
 def absolute_path(value: object) -> str:
     """Read the path of a folder, from the root."""
     with contextlib.suppress(ValueError):
@@ -5707,7 +5980,7 @@ class TaskVerbs:
                 break
         return {
             "attempt": number,
-            "data": base64.b64encode(data).decode(),
+            "data": in_base64(data),
             "next": following,
             "done": is_over and len(data) < LOG_CHUNK_BYTES,
             "attempts": task.attempts,
@@ -5724,7 +5997,7 @@ class TaskVerbs:
         logs = read_process_logs(self._store, name, offsets or {}, lines)
         return {
             "logs": {
-                instance: {"data": base64.b64encode(data).decode(), "next": following}
+                instance: {"data": in_base64(data), "next": following}
                 for instance, (data, following) in logs.items()
             }
         }
@@ -6000,6 +6273,16 @@ def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields | 
         yield {"lines": frame} if frame else None
 
 
+def remove_socket(path: str, *others: str) -> None:
+    """Remove a control socket, the folder that was made for a short path, and other files."""
+    for name in (path, *others):
+        with contextlib.suppress(OSError):
+            if not os.path.isdir(name):  # on Windows there is no socket
+                insist(os.unlink, name)
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(path))  # the state folder is not empty
+
+
 class ControlServer:
     """Answers requests on the control socket with the verbs it is given.
 
@@ -6012,44 +6295,71 @@ class ControlServer:
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
-        self._lock = threading.Lock()  # guards _reserved
+        self._lock = threading.Lock()  # guards what follows
         self._reserved = 0
         self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
-        self._endpoint: Fields = {}
         self._is_stopping = False
+        self._path = os.path.join(folder, "endpoint")
+        self._endpoint: Fields = {}
+        self._listener: socket.socket | None = None
+        self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id`
 
-    def start(self) -> None:
-        """Listen and say where; again: if these files were removed. Raises CANNOT_CREATE."""
-        path = os.path.join(self._folder, "endpoint")
-        if self._endpoint and os.path.exists(self._endpoint.get("socket", self._folder)):
-            if not os.path.exists(path):
-                write_atomically(path, json.dumps(self._endpoint))
-            return
+    def start(self, told: Fields) -> None:
+        """Listen and say where; again: if that is not there any more. Raises CANNOT_CREATE.
+
+        told: what clients may know without asking. The folder's identity stands beside it, so
+        that nobody takes the endpoint of a copied folder for that folder's own.
+        """
+        with self._lock:
+            if self._is_stopping:
+                return
+            if self._listener is None or file_id(self._socket[0]) != self._socket[1]:
+                self._bind()
+            self._endpoint.update(told)
+            if self._read_endpoint() != self._endpoint:
+                write_atomically(self._path, json.dumps(self._endpoint))
+
+    def _bind(self) -> None:
+        self._hang_up()
         try:
-            listener, self._endpoint = Platform.listen(self._folder)
+            self._listener, where = Platform.listen(self._folder)
         except OSError as error:
             raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
-        write_atomically(path, json.dumps(self._endpoint))
-        args = (listener,)
+        path = os.path.join(self._folder, where.get("socket", ""))
+        self._socket = (path, file_id(path))
+        about = {"pid": os.getpid(), "folder": file_id(self._folder)}
+        self._endpoint = json.loads(json.dumps({**where, **about}))
+        args = (self._listener,)
         threading.Thread(target=self._accept_all, args=args, name="control", daemon=True).start()
 
-    def stop(self) -> None:
-        """Accept nothing more and remove the socket; requests under way go on."""
-        self._is_stopping = True
-        path = self._endpoint.get("socket", "")
-        for name in (path, os.path.join(self._folder, "endpoint")):
+    def _read_endpoint(self) -> Fields | None:
+        with contextlib.suppress(ValueError, DaemonError):
+            return read_json(self._path)
+        return None
+
+    def _hang_up(self) -> None:
+        """Accept nothing more: a listener that is only closed would stay in accept(2)."""
+        if self._listener is not None:
+            listener, self._listener = self._listener, None
             with contextlib.suppress(OSError):
-                insist(os.unlink, name)
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(path))  # the short path's own folder; ours is not empty
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+    def stop(self) -> None:
+        """Accept nothing more, remove what is ours still; requests under way go on."""
+        with self._lock:
+            self._is_stopping = True
+            self._hang_up()
+            path, known = self._socket
+            if known is not None and file_id(path) == known:
+                others = [self._path] if self._read_endpoint() == self._endpoint else []
+                remove_socket(path, *others)
 
     def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; if all are taken, the longest idle one's."""
-        while True:
+        while listener is self._listener:
             try:
                 peer = listener.accept()[0]
-                if self._is_stopping:
-                    return
                 while not self._room.acquire(timeout=0.02):
                     for idle in list(self._idle)[:1]:
                         self._idle.pop(idle, None)
@@ -6057,6 +6367,8 @@ class ControlServer:
                             idle.shutdown(socket.SHUT_RDWR)
                 threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
             except (OSError, RuntimeError) as error:  # no descriptor, no thread
+                if listener is not self._listener:
+                    return
                 log.warning("a connection was refused: %s", error)
                 if isinstance(error, RuntimeError):
                     self._room.release()
@@ -6069,7 +6381,7 @@ class ControlServer:
             with connection:
                 while is_sound:
                     try:
-                        if not Platform.is_peer_allowed(connection):
+                        if Platform.peer_uid(connection):  # neither ours nor root
                             raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
                         self._idle[connection] = None
                         request = receive_frame(
@@ -6158,6 +6470,11 @@ class ControlServer:
             return {"type": "error", **DaemonError("INTERNAL", str(error)).to_dict()}
 
 
+def settings_of(config: Config) -> Fields:
+    """Return what clients need of a configuration: {"env_keep": [...], "timeout": seconds}."""
+    return {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
+
+
 READING_VERBS = frozenset("list get wait why logs queue process_logs".split())
 DAEMON_VERBS = frozenset(  # these mean nothing without one
     "ping status reload shutdown list_processes get_process start_process stop_process "
@@ -6172,22 +6489,31 @@ class Project(Value):
     folder: str
     config_path: str | None
 
+    @property
+    def named_config(self) -> str | None:
+        """The configuration that was named; None: it was found in the state folder."""
+        path = self.config_path
+        return path if path and os.path.dirname(path) != self.folder else None
+
 
 def find_project(
     path: str | None = None, state: str | None = None, config: str | None = None
 ) -> Project:
     """Decide which project is meant: named, from the environment, or by the current folder.
 
-    That is the nearest folder with `.apex` from here up to the repository's root (`.git`),
-    else this one. The state is in `state`, APEX_STATE_DIR, or PROJECT/.apex.
+    That is the launcher's own; or the nearest folder with `.apex` from here up to the
+    repository's root (`.git`), else, if it has one, the folder of this file; else this one.
+    The state is in `state`, APEX_STATE_DIR, or PROJECT/.apex. Raises PERMISSION_DENIED.
     """
     if path is None:
-        state = state or os.environ.get("APEX_STATE_DIR")
-        path = os.environ.get("APEX_PROJECT_PATH") or _nearest_project()
+        given = (os.environ.get("APEX_PROJECT_PATH"), os.environ.get("APEX_STATE_DIR"))
+        path, own_state = _LAUNCHED_FOR or given
+        path, state = path or _nearest_project(), state or own_state
     path = os.path.realpath(path)
     if not os.path.isdir(path):
         raise bad(f"{path} is no folder", "name the project's folder")
     folder = os.path.realpath(state) if state else os.path.join(path, STATE_FOLDER)
+    check_state_folder(folder)
     if config is not None and not os.path.isfile(config):
         raise DaemonError("CONFIG_INVALID", f"{config}: no such file", "name the file")
     found = os.path.realpath(config) if config else find_config(folder)
@@ -6203,8 +6529,40 @@ def _nearest_project() -> str:
         if os.path.exists(os.path.join(folder, ".git")):
             return found or start
         if folder == os.path.dirname(folder):
-            return start  # no repository: only this folder counts
+            break  # no repository: only this folder counts, or that of apexd.py
         folder = os.path.dirname(folder)
+    own = os.path.dirname(os.path.abspath(__file__))
+    has_state = [one for one in (start, own) if os.path.isdir(os.path.join(one, STATE_FOLDER))]
+    return (has_state or [start])[0]
+
+
+def read_endpoint(folder: str) -> Fields:
+    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = read_json(os.path.join(folder, "endpoint")) or {}
+        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
+            if "socket" in found:
+                found["socket"] = os.path.join(folder, found["socket"])
+            return found
+    return {}
+
+
+def connect_to(folder: str) -> tuple[socket.socket, Fields]:
+    """Connect to the daemon of a state folder; return what its `endpoint` says, too.
+
+    Raises OSError (there is none), PERMISSION_DENIED.
+    """
+    check_state_folder(folder)
+    found = read_endpoint(folder)
+    try:
+        connection = Platform.connect(found, ANSWER_TIMEOUT_S)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise ConnectionRefusedError("no endpoint") from None
+    if Platform.peer_uid(connection) is not None:
+        connection.close()
+        what = f"another user answers at {found['socket']}"
+        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
+    return connection, found
 
 
 class Client:
@@ -6216,14 +6574,16 @@ class Client:
     """
 
     def __init__(
-        self, project_path: str | None = None, state: str | None = None, config: str | None = None
-    ) -> None:
+        self, project_path: str | None = None, state: str | None = None,
+        config: str | None = None, notice: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
         self.project = find_project(project_path, state, config)
+        self._notice = notice  # told what people should know
         self.is_live = self.was_live = False  # the last request, any, reached a daemon
         self.existing: Sequence[int] = ()  # of the last add: ids of tasks that had the key
         self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
         self._connection: socket.socket | None = None
-        self._auth: dict[str, str] = {}
+        self._endpoint: Fields = {}  # what the daemon wrote there, while we are connected
 
     def close(self) -> None:
         """Hang up; the next request connects again."""
@@ -6253,17 +6613,15 @@ class Client:
         """Ask the daemon; None: there is none, or it was cut off. Raises NOT_ANSWERING."""
         is_fresh = self._connection is None
         try:
-            connection = self._connection or self._connect()
+            connection = self._connect()
             self.was_live = True
             connection.settimeout(answer_s)
-            send_frame(connection, {"type": verb, **fields, **self._auth})
+            token = self._endpoint.get("token")
+            send_frame(connection, {"type": verb, **fields, **({"auth": token} if token else {})})
             answer = receive_frame(connection, answer_s)
         except socket.timeout:
             self.close()
             raise self._explain_silence(fields) from None
-        except PermissionError:
-            what = f"{self.project.folder} is not ours"
-            raise DaemonError("PERMISSION_DENIED", what, "act as its owner") from None
         except OSError:
             answer = None
         if answer is None:
@@ -6274,14 +6632,17 @@ class Client:
         return answer
 
     def _connect(self) -> socket.socket:
-        try:
-            with insist(open, os.path.join(self.project.folder, "endpoint"), "rb") as file:
-                endpoint = json.load(file)
-            self._connection = Platform.connect(endpoint, ANSWER_TIMEOUT_S)
-        except (ValueError, KeyError, TypeError):
-            raise ConnectionRefusedError("endpoint is damaged") from None
-        self._auth = {"auth": endpoint["token"]} if "token" in endpoint else {}
+        if self._connection is None:
+            self._connection, self._endpoint = connect_to(self.project.folder)
         return self._connection
+
+    def find_settings(self) -> Fields:
+        """Return `settings_of` the daemon's configuration, else of the file's."""
+        with contextlib.suppress(OSError):
+            self._connect()
+            if "env_keep" in self._endpoint:
+                return self._endpoint
+        return settings_of(load_config(self.project.config_path))
 
     def _explain_silence(self, fields: Fields) -> DaemonError:
         if "token" in fields:
@@ -6303,10 +6664,11 @@ class Client:
                 raise DaemonError("NOT_RUNNING", "no daemon runs here", "start it with `start`")
             return None
         path = os.path.join(folder, "apex.db")
-        if verb in READING_VERBS and not os.path.exists(path):
+        if verb in READING_VERBS and not any(map(os.path.exists, (path, path + "-wal"))):
             path = ":memory:"  # nothing to read, and nothing is left behind
         else:
-            make_state_folder(folder)
+            if make_state_folder(folder, self.project.path):
+                self._notice(f"made {folder}; no daemon runs there, `start` one")
             if not self._pid_file.acquire("client " + verb):
                 return None
         try:
@@ -6342,7 +6704,7 @@ class Client:
         """
         umask = os.umask(0o077)
         os.umask(umask)
-        keep = load_config(self.project.config_path).daemon.env_keep
+        keep = self.find_settings()["env_keep"]
         request = {
             "commands": commands,
             "options": {name: value for name, value in options.items() if value is not None},
@@ -6404,7 +6766,7 @@ class Client:
             fields = {"id": task_id, "attempt": attempt, "offset": offset, "within": float(to_end)}
             answer = self.call("logs", fields, 1.0 + ANSWER_TIMEOUT_S)
             attempt, offset = answer["attempt"], answer["next"]
-            data = base64.b64decode(answer["data"])
+            data = binascii.a2b_base64(answer["data"])
             if data:
                 yield data
             if answer["done"] and attempt < answer["attempts"] and to_end:
@@ -6509,7 +6871,7 @@ class Daemon:
         self._wakee: socket.socket
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
-        self._exit_status = self._inode = 0
+        self._exit_status, self._files = 0, dict[str, object]()  # the database's, with `file_id`
         self._standing = threading.Event()  # a keeper takes starts
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
@@ -6531,7 +6893,7 @@ class Daemon:
             self._store = TaskStore(path, self._config, lock, self._project.path)
             with contextlib.closing(self._store):
                 self._store.database.check()
-                self._inode = os.stat(path).st_ino
+                self._files = {name: file_id(name) for name in (path, path + "-wal")}
                 self._serve()
             log.info("stopped; metrics %s", json.dumps(self._runner.get_metrics().to_dict()))
             return self._exit_status
@@ -6558,13 +6920,14 @@ class Daemon:
                 signal.signal(number, lambda number, _: self._messages.put(("signal", number)))
         reset_signals()
         os.umask(0o077)
-        make_state_folder(self._project.folder)
+        make_state_folder(self._project.folder, self._project.path)
         os.chdir(self._project.folder)
 
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
         deadline = Clock.mono() + CLIENT_HOLD_S
-        while not self._pid_file.acquire("daemon", self._project.path):
+        path, config = self._project.path, self._project.named_config
+        while not self._pid_file.acquire("daemon", path, config=config):
             holder = self._pid_file.holder()
             if holder and holder.role == "daemon" and holder.is_alive():
                 what = f"already running, PID {holder.pid}"
@@ -6589,12 +6952,12 @@ class Daemon:
             "shutdown": ("keep", self._shutdown),
         }
         self._control = ControlServer(self._project.folder, verbs)
-        self._control.start()
+        self._control.start(settings_of(self._config))
         self._supervisor.start()
         self._runner.start()
         self._standing.wait(STANDING_S)
-        self._report({"event": "ready", "pid": os.getpid()})
         log.info("ready")
+        self._report({"event": "ready", "pid": os.getpid()})
         try:
             self._obey()
         finally:
@@ -6604,7 +6967,8 @@ class Daemon:
             self._runner.join()
             self._keepers.close(self._is_over)
             with contextlib.suppress(DaemonError):
-                self._write_state()
+                if self._pid_file.is_held():
+                    self._write_state()
 
     def _note_standing(self) -> None:
         self._standing.set()
@@ -6695,6 +7059,7 @@ class Daemon:
             old, self._config, self._store.config = self._config, new, new
             self._supervisor.reload(old)
             self._next_heartbeat = self._next_look = 0.0
+            self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
             self._runner.wake()
             return plan
@@ -6716,18 +7081,25 @@ class Daemon:
 
     def _inspect(self) -> None:
         """Look whether database and socket are where they were."""
-        try:
-            is_there = os.stat(self._store.path).st_ino == self._inode
-        except OSError:
-            is_there = False
-        if not is_there and not self._exit_status:
-            log.error("%s was removed or replaced while in use: stopping", self._store.path)
+        gone = [path for path, known in self._files.items() if file_id(path) != known]
+        if gone and not self._exit_status:
+            log.error("%s was removed or replaced while in use: stopping", gone[0])
             self._post("failed", CODES["DATABASE_CORRUPT"][0])
-        if not is_there:
+        if gone:
             return  # nothing here is ours to write any more
-        self._control.start()
+        self._keep_lock()
+        self._control.start(settings_of(self._config))
         if os.getpid() == 1:
             Platform.reap_orphans(self._keepers.has_child)
+
+    def _keep_lock(self) -> None:
+        """Lock a new file when the lock file was removed; leave if another daemon has."""
+        lock, project = self._pid_file, self._project
+        if lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config):
+            return
+        holder = lock.holder()
+        if holder is not None and holder.role == "daemon":
+            self._post("leave")
 
     def _write_state(self) -> None:
         write_atomically(self._path("state.json"), json.dumps(self._status(), indent=1) + "\n")
@@ -6744,13 +7116,14 @@ class Daemon:
         self._write_state()
 
     def _identity(self) -> Fields:
-        return {"version": __version__, "uptime_secs": int(self._runner.get_metrics().uptime)}
+        uptime_s = int(self._runner.get_metrics().uptime)
+        about = {"version": __version__, "uptime_secs": uptime_s}
+        return {**about, "pid": os.getpid(), "folder": self._project.folder}
 
     def _status(self) -> Fields:
         """Return the answer of `status`: identity, the queue's counts, the metrics by name."""
         return {
             **self._identity(),
-            "pid": os.getpid(),
             **self._supervisor.status(),
             "project": self._project.path,
             "counts": self._store.get_counts(),
@@ -6774,7 +7147,7 @@ def run_daemon(options: Fields) -> int:
     try:
         return Daemon(Project(**options), report, foreground).run()
     except DaemonError as error:
-        report({"event": "error", **error.to_dict()})
+        report({"event": "error", "pid": os.getpid(), **error.to_dict()})
         if foreground:
             raise
         return error.exit_status
@@ -6785,18 +7158,12 @@ class DaemonManager(Client):
 
     def _command(self, foreground: bool) -> tuple[list[str], dict[str, str]]:
         """Return (argv, environment) that become the daemon."""
-        from importlib.machinery import SourceFileLoader
-
+        folder = self.project.folder
         load_config(self.project.config_path)
-        make_state_folder(self.project.folder)
-        cache = os.path.join(self.project.folder, "cache")
-        kept, umask = (sys.pycache_prefix, sys.dont_write_bytecode), os.umask(0o077)
-        sys.pycache_prefix, sys.dont_write_bytecode = cache, False
-        SourceFileLoader("apexd", os.path.abspath(__file__)).get_code("apexd")  # 10 MB to compile
-        sys.pycache_prefix, sys.dont_write_bytecode = kept
-        os.umask(umask)
+        make_state_folder(folder, self.project.path)
+        store_bytecode(folder)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
-        argv = [sys.executable, "-I", "-S", "-c", _BOOT, cache, os.path.abspath(__file__)]
+        argv = [sys.executable, "-I", "-S", launcher_path(folder)]
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
         env.update(APEX_DAEMON_MODE="1", MALLOC_ARENA_MAX="2")  # else an arena a thread
         return [*argv, "_daemon", options], env
@@ -6860,7 +7227,8 @@ class DaemonManager(Client):
                 event = json.loads(line)
                 if event["event"] == "ready":
                     return int(event["pid"])
-                if event["event"] == "error":
+                if event["event"] == "error":  # what follows must not meet it any more
+                    self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
                     raise DaemonError.from_dict(event)
             except (ValueError, TypeError, KeyError):
                 last = line.decode("utf-8", "replace").strip() or last
@@ -6876,12 +7244,19 @@ class DaemonManager(Client):
         """Return the daemon that lives, None when there is none. Raises BUSY."""
         deadline = Clock.mono() + CLIENT_HOLD_S
         while True:
-            holder = self._pid_file.holder()
+            holder = self._pid_file.holder() or self._find_unlocked()
             if holder is None or (holder.role == "daemon" and holder.is_alive()):
                 return holder
             if Clock.mono() > deadline:
                 raise held_by(holder)
             threading.Event().wait(0.02)
+
+    def _find_unlocked(self) -> Holder | None:
+        """Ask the socket, before anybody says that no daemon runs: its lock file may be gone."""
+        with contextlib.suppress(DaemonError):
+            pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
+            return Holder.of_pid(pid, "daemon") if pid else None
+        return None
 
     def is_daemon_running(self) -> bool:
         """Tell whether a daemon holds the lock."""
@@ -6891,14 +7266,14 @@ class DaemonManager(Client):
         """Ask it to end, wait, then KILL it; return its PID, None when there was none.
 
         timeout_s None: what the configuration allows all to take, and a margin. force: more
-        TERMs follow, and what runs is interrupted. Raises STOP_FAILED.
+        TERMs follow, and what runs is interrupted. Raises STOP_KILLED, STOP_FAILED.
         """
         holder = self.find_holder()
         if holder is None:
             return None
         config = Config({})
         with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
-            config = load_config(self.project.config_path)
+            config = load_config(holder.config or self.project.config_path)
         if timeout_s is None:
             timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + STOP_MARGIN_S
             timeout_s += config.stop_timeout_s
@@ -6910,7 +7285,8 @@ class DaemonManager(Client):
         else:
             self.call("shutdown", {})
         if not self._await_gone(holder, timeout_s):
-            self._kill(holder)
+            what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
+            raise DaemonError("STOP_KILLED", what, "`start` goes on with it; see `logs` for why")
         return holder.pid
 
     def _await_gone(self, holder: Holder, timeout_s: float) -> bool:
@@ -6922,11 +7298,36 @@ class DaemonManager(Client):
             pause_s = min(pause_s * 1.5, 0.05)
         return True
 
-    def _kill(self, holder: Holder) -> None:
+    def _kill(self, holder: Holder) -> str:
+        """SIGKILL a daemon, remove what it leaves, and say what runs on. Raises STOP_FAILED."""
         Platform.send(holder.pid, Platform.kill)
         if not self._await_gone(holder, STOP_MARGIN_S):
             what = f"PID {holder.pid} survived SIGKILL"
             raise DaemonError("STOP_FAILED", what, "it hangs in the kernel; see `ps`")
+        try:
+            # A killed daemon's other threads can hold the lock for a moment longer.
+            if not self._pid_file.acquire("client stop", wait_s=1.0):
+                return "another program has the project now"
+            try:
+                return self._clear_away()
+            finally:
+                self._pid_file.release()
+        except DaemonError as error:  # a read-only disk
+            return f"what it started runs on; {error.message}"
+
+    def _clear_away(self) -> str:
+        """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
+        folder, tasks, processes = self.project.folder, 0, 0
+        place = read_endpoint(folder).get("socket", os.path.join(folder, "control.sock"))
+        remove_socket(place, os.path.join(folder, "endpoint"), self._pid_file.path)
+        path, lock = os.path.join(folder, "apex.db"), self._pid_file
+        if os.path.exists(path):
+            with contextlib.closing(TaskStore(path, None, lock, self.project.path)) as store:
+                tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
+        for _, _, note in find_notes(folder):
+            processes += note["pid"] > 0 and Platform.start_time(note["pid"]) == note.get("at")
+        of_tasks = f"{tasks} task{'s' * (tasks != 1)}"
+        return f"{of_tasks} and {processes} process{'es' * (processes != 1)} run on"
 
     def kill_daemon(self, with_children: bool = False) -> int | None:
         """SIGKILL it, its children too if wanted; return its PID, None without one.
@@ -7064,17 +7465,19 @@ def notice(text: str) -> None:
 
 def width() -> int:
     """Return the columns of the terminal; some say 0, which Python 3.9 believes."""
-    return shutil.get_terminal_size().columns or 80
+    with contextlib.suppress(ValueError, OSError):
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size().columns) or 80
+    return 80
 
 
 def client_of(args: Args) -> Client:
     """Make the client of the project that the arguments name."""
-    return Client(args.project, args.state, args.config)
+    return Client(args.project, args.state, args.config, notice)
 
 
 def manager_of(args: Args) -> DaemonManager:
     """Make the manager of the project that the arguments name."""
-    return DaemonManager(args.project, args.state, args.config)
+    return DaemonManager(args.project, args.state, args.config, notice)
 
 
 def refuse_ids(verb: str, args: Args) -> None:
@@ -7133,11 +7536,20 @@ def cmd_restart(args: Args) -> int:
     if args.name is not None:
         return ask_for("restart_process", args, name=args.name)
     manager = manager_of(args)
+    holder = manager.find_holder()
+    if args.config is None and holder is not None and holder.config is not None:
+        args.config = holder.config
+        manager = manager_of(args)
     load_config(manager.project.config_path)
-    if args.drain:
-        manager.stop_daemon()
-    else:
-        manager.leave_daemon()
+    try:
+        if args.drain:
+            manager.stop_daemon()
+        else:
+            manager.leave_daemon()
+    except DaemonError as error:
+        if error.code != "STOP_KILLED":
+            raise
+        notice(error.message)
     args.foreground = False
     return cmd_start(args)
 
@@ -7209,7 +7621,10 @@ def cmd_ps(args: Args) -> int:
 
 def find_names(args: Args) -> list[str]:
     """Return the processes that are named, else all that are configured."""
-    names = args.names or [*load_config(client_of(args).project.config_path).processes]
+    names: list[str] = args.names
+    if not names:
+        found = client_of(args).call("list_processes", {})["processes"]
+        names = [process["name"] for process in found]
     if not names:
         hint = "write [process.NAME] into it, see README.md"
         raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
@@ -7300,7 +7715,7 @@ def cmd_add(args: Args) -> int:
         return show_output(client, ids, args)
     text = "\n".join(map(str, ids))
     if sys.stdout.isatty() and not args.print_id:
-        limit = load_config(client.project.config_path).limits.timeout
+        limit = client.find_settings()["timeout"]
         default = f", timeout {span(limit)}" if limit and args.timeout is None else ""
         text = f"{len(ids)} tasks added" if args.batch else f"task {text} added{default}"
         if client.existing and not args.batch:
@@ -7527,7 +7942,7 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
         fields = {"name": name, "lines": lines, "offsets": offsets}
         logs = client.call("process_logs", fields)["logs"]
         count = len(logs)
-        return {one: (base64.b64decode(part["data"]), part["next"]) for one, part in logs.items()}
+        return {one: (binascii.a2b_base64(part["data"]), part["next"]) for one, part in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
         marks = {one: f"{one} | ".encode() if count > 1 else b"" for one, _ in found}
@@ -7586,15 +8001,27 @@ def cmd_dlq(args: Args) -> int:
 
 @register("config")
 def cmd_config(args: Args) -> int:
-    """Check the configuration and print the effective values."""
-    path = manager_of(args).project.config_path
-    values = load_config(path).to_dict()
+    """Check the configuration and print the effective values, of a broken one the good part."""
+    path, faults = manager_of(args).project.config_path, list[DaemonError]()
+    try:
+        config = load_config(path)
+    except DaemonError as error:
+        if args.json:
+            raise
+        config, faults = load_good_part(path)
+        faults = faults or [error]
+    values = config.to_dict()
     lines = [f"{key} = {json.dumps(setting)}" for key, setting in values.items()]
     data: dict[str, Any] = {"path": path}
     for key, setting in values.items():
         *sections, name = key.split(".")
         functools.reduce(lambda at, part: at.setdefault(part, {}), sections, data)[name] = setting
-    return emit(data, args, "\n".join([f"# {path or 'no file: defaults'}", *lines]))
+    emit(data, args, "\n".join([f"# {path or 'no file: defaults'}", *lines]))
+    for fault in faults[1:]:
+        notice(fault.message)
+    if faults:
+        raise faults[0]
+    return 0
 
 
 @register("doctor")
@@ -7620,9 +8047,8 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     yield "file system", kind is None, f"{kind}: use --state DIR" if kind else "local"
     places = [os.path.abspath(__file__), project.folder, project.config_path or project.folder]
     for place in filter(os.path.exists, dict.fromkeys(places)):
-        is_foreign = Platform.is_foreign(os.stat(place))
-        text = "can be written by others" if is_foreign else "only its owner writes it"
-        yield place, not is_foreign, text
+        who = Platform.distrust(os.stat(place))
+        yield place, who is None, f"can be written by {who or 'its owner only'}"
     try:
         load_config(project.config_path)
         yield "configuration", True, project.config_path or "defaults"
@@ -7648,15 +8074,20 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """Make the parser of all commands, or of one: a tenth of the time."""
-    parser = _Parser(prog="apexd.py", description="A project's work in the background, not lost.")
+    # With a width a formatter asks nobody for it: shutil would cost as much as json.
+    made_by = functools.partial(argparse.HelpFormatter, width=width() - 2)
+    text = "A project's work in the background, not lost."
+    parser = _Parser(prog="apexd.py", description=text, formatter_class=made_by)
     for names, options in COMMON:
         parser.add_argument(*names, **options)
-    commands = parser.add_subparsers(dest="verb", metavar="COMMAND")
+    commands = parser.add_subparsers(prog="apexd.py", dest="verb", metavar="COMMAND")
     for name, (handler, arguments) in REGISTRY.items():
         if only in (None, name):
             text = handler.__doc__ or ""
             aliases = [alias for alias, full in ALIASES.items() if full == name]
-            sub = commands.add_parser(name, help=text, description=text, aliases=aliases)
+            sub = commands.add_parser(
+                name, help=text, description=text, aliases=aliases, formatter_class=made_by
+            )
             taken = {option for names, _ in arguments for option in names}
             for names, options in COMMON:
                 if taken.isdisjoint(names):
@@ -7706,7 +8137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         args = parse(words)
         told.json = args.json
-        return int(args.handler(args))
+        status = int(args.handler(args))
+        print(end="", flush=True)
+        return status
 
     return _guarded(run, told)
 
@@ -7734,4 +8167,5 @@ def _guarded(run: Callable[[], int], told: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    gc.enable()
+    os._exit(main())  # to tidy up would take a sixth of a short command's time

@@ -16,9 +16,11 @@ import ast
 import concurrent.futures
 import contextlib
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
+import marshal
 import os
 import random
 import re
@@ -363,7 +365,7 @@ class Box:
         if "socket" in endpoint:
             connection = socket.socket(socket.AF_UNIX)
             connection.settimeout(timeout)
-            connection.connect(endpoint["socket"])
+            connection.connect(os.path.join(self.state, endpoint["socket"]))
             return connection
         return socket.create_connection(("127.0.0.1", endpoint["port"]), timeout)
 
@@ -785,7 +787,7 @@ class TestShape:
         "a probe of os": (
             platform_faults, 'def bad(', 'X = hasattr(os, "fork")\n\n\ndef bad(',
         ),
-        "an import of fcntl": (platform_faults, "import base64", "import base64\nimport fcntl"),
+        "an import of fcntl": (platform_faults, "import errno", "import errno\nimport fcntl"),
         "a long function": (
             size_faults, 'def bad(', 'def worse() -> None:\n' + "    pass\n" * 60 + '\n\ndef bad(',
         ),
@@ -795,7 +797,7 @@ class TestShape:
         "a bare except": (
             size_faults, 'def bad(', 'try:\n    X = 1\nexcept:\n    X = 2\n\n\ndef bad(',
         ),
-        "a foreign module": (import_faults, "import base64", "import base64\nimport requests"),
+        "a foreign module": (import_faults, "import errno", "import errno\nimport requests"),
         "newer grammar": (grammar_faults, 'def bad(', 'match 1:\n    case 1:\n        pass\n\n\ndef bad('),
         "a section out of order": (banner_faults, "# 5. FILES", "# 50. FILES"),
         "a section the map lacks": (banner_faults, "# 5. FILES", "# 5. FOLDERS"),
@@ -838,6 +840,31 @@ class TestShape:
         done = subprocess.run(argv, cwd=tmp_path, stdout=subprocess.PIPE, check=True)
         assert done.stdout.split() == [b"[]", b"1", b"True"], done
         assert os.listdir(tmp_path) == ["apexd.py"]
+
+
+    @pytest.mark.parametrize("minor", [7, 8])
+    def test_an_old_python_is_told_in_one_line(self, tmp_path, minor):
+        """L14"""
+        places = glob.glob(os.path.expanduser(f"~/.pyenv/versions/3.{minor}.*/bin/python3"))
+        python = shutil.which(f"python3.{minor}", path="/usr/bin:/usr/local/bin")
+        if not (python or places):
+            pytest.skip(f"no Python 3.{minor} here")
+        shutil.copy(PROGRAM, tmp_path)
+        for words in (["apexd.py", "status"], ["apexd.py", "start"], ["-c", "import apexd"]):
+            done = subprocess.run([python or places[0], *words], cwd=tmp_path, capture_output=True)
+            told = f"apexd needs Python 3.9 or newer, this is 3.{minor}"
+            assert done.returncode == 1 and done.stderr.decode().split("\n")[-2].endswith(told)
+        assert os.listdir(tmp_path) in (["apexd.py"], ["__pycache__", "apexd.py"], ["apexd.py", "__pycache__"])
+
+    def test_no_module_beside_it_is_imported_unless_it_is_imported_itself(self, box):
+        """S4"""
+        for name in ("json", "socket", "argparse", "sqlite3", "logging", "contextlib", "typing", "gc"):
+            write(os.path.join(box.path, name + ".py"), "raise SystemExit('hostile')\n")
+        for words in (["version"], ["add", "--", "true"], ["start"], ["list"], ["stop"]):
+            box.run(*words, quick=False)
+        code = "import sys; sys.path.insert(0, '.'); old = list(sys.path); import apexd; print(old == sys.path)"
+        argv = [sys.executable, "-B", "-I", "-c", code]
+        assert subprocess.run(argv, cwd=HERE, capture_output=True).stdout == b"True\n"
 
 
 @pytest.mark.skipif(not os.path.exists(os.path.join(HERE, "README.md")), reason="no README.md")
@@ -1562,6 +1589,240 @@ class TestFiles:
         found = [line for _ in range(49) for _, line in next(follower)]
         assert len(found) >= 70 and {len(line) for line in found} == {most}
 
+    @posix
+    def test_missing_foreign_and_damaged_small_files_are_told_apart(self, tmp_path):
+        """L13"""
+        path = str(tmp_path / "small")
+        assert apexd.read_file(path) is None and apexd.read_json(path) is None
+        damaged = [b"", b"{", b"[1]", b'{"a": 1e999}', b'{"a": NaN}', b" " * 70000, b"\xff"]
+        damaged += [b'{"a":' * 30000, b"[" * 60000, b'{"a":' * 5000 + b"1" + b"}" * 5000]
+        for data in damaged:
+            write(path, data)
+            with pytest.raises(ValueError):
+                apexd.read_json(path)
+        assert apexd.read_json(write(path, '{"a": [1]}')) == {"a": [1]}
+        others = [("PERMISSION_DENIED", lambda: write(path, "{}") and os.chmod(path, 0o622))]
+        others += [("CANNOT_CREATE", act) for act in (
+            lambda: os.mkfifo(path), lambda: os.mkdir(path), lambda: os.symlink("/etc/hosts", path)
+        )]
+        if IS_ROOT:
+            others.append(("PERMISSION_DENIED", lambda: write(path, "{}") and os.chown(path, 65534, 0)))
+        for code, make in others:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            make()
+            for read_it in (apexd.read_file, apexd.read_json):
+                assert refused(code, read_it, path).startswith(path)
+            if os.path.isdir(path) and not os.path.islink(path):
+                os.rmdir(path)
+
+    @posix
+    def test_a_spoilt_base_of_a_log_hinders_nobody(self, tmp_path):
+        """L13"""
+        path = write(str(tmp_path / "log"), "one\ntwo\n")
+        for data in ("x", "9" * 70000, "-1e9", "", "\0"):
+            write(path + ".base", data)
+            assert apexd.read_log(path, 4) == (b"two\n", 8)
+        os.unlink(path + ".base")
+        os.mkfifo(path + ".base")
+        assert apexd.read_log(path, 4) == (b"two\n", 8)
+
+    @posix
+    @pytest.mark.parametrize("name", ["daemon.lock", "endpoint", "daemon.pid"])
+    def test_whatever_is_in_a_small_files_place_no_command_hangs_or_fails_oddly(self, box, name):
+        """L13"""
+        box.start()
+        for data in (b"[" * 60000, b'{"pid": 1e999, "role": "daemon", "socket": 1e999}', b'{"folder": 7}'):
+            write(box.file(name), data)
+            for verb in ("status", "list"):
+                assert box.run(verb, rc=None, timeout=30).returncode != 70
+        pids = [pid for pid, words in box.processes().items() if "_daemon" in words]
+        os.unlink(box.file(name))
+        os.mkfifo(box.file(name))
+        for verb in ("status", "list"):
+            assert box.run(verb, rc=None, timeout=30).returncode != 70
+        for pid in pids:
+            kill(pid)
+            eventually(lambda: not lives(pid))
+        box.run("status", rc=None, timeout=30)
+        os.unlink(box.file(name))
+
+
+def give(path, user=65534):
+    """Make a folder and all in it another user's."""
+    for folder, _, names in os.walk(path):
+        for one in (folder, *(os.path.join(folder, name) for name in names)):
+            os.lchown(one, user, user)
+
+
+@posix
+class TestStateFolder:
+    COMMANDS = (["list"], ["add", "--", "true"], ["status"], ["kill", "--all"], ["stop"], ["start"])
+
+    def refuse(self, box, cwd=None):
+        """Check that nothing in the folder is opened, written or run."""
+        before = {one: os.lstat(one) for one in glob.glob(box.state + "/**", recursive=True)}
+        for words in self.COMMANDS:
+            error = box.error(*words, rc=77, cwd=cwd)
+            assert error["code"] == "permission_denied" and error["hint"], words
+        after = {one: os.lstat(one) for one in glob.glob(box.state + "/**", recursive=True)}
+        changed = [p for p, a in after.items() if p not in before or a.st_mtime != before[p].st_mtime]
+        assert changed == [] and not box.processes()
+        return error
+
+    @root
+    def test_root_opens_nothing_in_a_folder_of_another_user(self, box):
+        """S1: a prepared queue, and prepared bytecode (S1c), are not run."""
+        box.add("touch", os.path.join(box.path, "ran"))
+        for path in glob.glob(box.file("cache") + "/**/*.pyc", recursive=True):
+            os.unlink(path)
+        give(box.state)
+        error = self.refuse(box)
+        assert "belongs to nobody" in error["message"] and "sudo -u nobody" in error["hint"]
+        done = subprocess.run([box.file("apexd"), "list"], env=box.env, capture_output=True)
+        assert done.returncode == 77 and not os.path.exists(os.path.join(box.path, "ran"))
+        assert os.listdir(box.file("cache")) == []
+        give(box.state, 0)
+
+    @root
+    def test_root_runs_no_bytecode_that_another_user_prepared(self, box):
+        """S1c"""
+        box.start()
+        box.stop()
+        (path,) = glob.glob(box.file("cache") + "/**/*.pyc", recursive=True)
+        ran = os.path.join(box.path, "ran")
+        evil = marshal.dumps(compile(f"open({ran!r}, 'w').close()", "x", "exec"))
+        with open(path, "r+b") as file:
+            head = file.read(16)
+        write(path, head + evil)
+        give(box.state)
+        for words in (["start"], ["list"]):
+            box.run(*words, rc=77)
+            done = subprocess.run([box.file("apexd"), *words], env=box.env, capture_output=True)
+            assert done.returncode == 77 and not os.path.exists(ran)
+        give(box.state, 0)
+
+    def test_a_symbolic_link_is_no_state_folder(self, box):
+        """S1b"""
+        target = os.path.join(box.root, "target")
+        os.rename(box.state, target)
+        os.symlink(target, box.state)
+        os.chmod(target, 0o755)
+        assert "--state" in self.refuse(box)["hint"]
+        assert os.listdir(target) == ["config.json"] and os.stat(target).st_mode & 0o777 == 0o755
+        box.run("--state", target, "add", "--", "true")
+        os.unlink(box.state)
+        os.rename(target, box.state)
+
+    @root
+    def test_a_project_of_another_user_above_is_not_used(self, box):
+        """S1d"""
+        os.mkdir(os.path.join(box.path, ".git"))
+        mine = os.path.join(box.path, "mine")
+        os.mkdir(mine)
+        box.add("true")
+        give(box.state)
+        os.chmod(box.path, 0o1777)
+        self.refuse(box, cwd=mine)
+        give(box.state, 0)
+
+    def test_a_folder_that_others_may_write_is_refused(self, box):
+        """S1e"""
+        box.add("true")
+        os.chmod(box.state, 0o770)
+        assert "chmod go-w" in self.refuse(box)["hint"]
+        os.chmod(box.state, 0o755)
+        box.run("list")
+
+
+class TestLauncher:
+    def call(self, box, *words, rc=0, **options):
+        """Run .apex/apexd."""
+        program = [box.file("apexd")] if not IS_WINDOWS else [box.file("apexd.cmd")]
+        options = {"env": box.env, "cwd": "/", "timeout": 60, **options}
+        done = subprocess.run([*program, *words], capture_output=True, text=True, **options)
+        assert rc is None or done.returncode == rc, done
+        return done
+
+    def pyc(self, box):
+        (path,) = glob.glob(box.file("cache") + "/**/*.pyc", recursive=True)
+        return path
+
+    def test_it_is_the_command_line_of_its_project_from_any_folder(self, box, boxes):
+        other = boxes()
+        assert box.add("true") == 1
+        env = {**box.env, "APEX_PROJECT_PATH": other.path, "PYTHONPATH": "/nonexistent/x"}
+        add = ["add", "-p", "--", "sh", "-c", "echo $PYTHONPATH $PWD; exit 5"]
+        assert self.call(box, *add, env=env, cwd=other.path).stdout == "2\n"
+        box.start()
+        assert self.call(box, "wait", "1", "2", rc=5).stdout == ""
+        assert self.call(box, "logs", "2").stdout == f"/nonexistent/x {other.path}\n"
+        assert json.loads(self.call(box, "--json", "status").stdout)["project"] == box.path
+        assert json.loads(self.call(box, "--project", other.path, "-j", "list").stdout) == []
+        link = os.path.join(box.root, "linked")
+        os.symlink(box.file("apexd"), link)
+        done = subprocess.run([link, "status"], env=box.env, cwd="/", capture_output=True)
+        assert done.returncode == 0, done
+
+    @linux
+    def test_ps_shows_what_the_daemon_is(self, box):
+        """L16"""
+        pid = box.start()
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().decode().split("\0")
+        assert words[1:5] == ["-I", "-S", box.file("apexd"), "_daemon"]
+
+    def test_a_start_stores_what_it_has_compiled(self, box):
+        program = os.path.join(box.path, "apexd.py")
+        eventually(lambda: time.time() - os.stat(program).st_ctime > 2.5, why="it is not fresh")
+        marked = read(program).replace('__version__ = "', 'HERE = __file__\n__version__ = "')
+        box.run("start", quick=False)
+        data = open(self.pyc(box), "rb").read()
+        assert data[8:12] == struct.pack("<I", int(os.stat(program).st_mtime))
+        assert os.stat(self.pyc(box)).st_mode & 0o777 == 0o600
+        box.run("restart", quick=False)
+        assert open(self.pyc(box), "rb").read() == data, "stored once"
+        write(program, marked)
+        assert self.call(box, "status").stdout.startswith("running")
+        assert open(self.pyc(box), "rb").read() != data, "compiled anew after a change"
+
+    @pytest.mark.parametrize("size", [0, 8, 16, 5000])
+    def test_damaged_bytecode_does_no_harm(self, box, size):
+        box.start()
+        data = open(self.pyc(box), "rb").read()
+        write(self.pyc(box), data[:size] + bytes(5000 if size > 8 else 0))
+        assert self.call(box, "status").stdout.startswith("running")
+
+    def test_it_follows_what_moves_and_says_so_when_it_cannot(self, box):
+        box.add("true")
+        copy = os.path.join(box.root, "copy of it's")
+        shutil.copytree(box.path, copy)
+        command = [os.path.join(copy, ".apex", "apexd"), "-j", "doctor"]
+        done = subprocess.run(command, env=box.env, cwd="/", capture_output=True, text=True)
+        assert os.path.join(copy, "apexd.py") in done.stdout, "what is relative stays relative"
+        program = os.path.join(box.path, "apexd.py")
+        os.rename(program, os.path.join(box.root, "apexd.py"))
+        done = self.call(box, "list", rc=78)
+        assert program in done.stderr and "NEWPLACE/apexd.py start" in done.stderr
+        words = [sys.executable, os.path.join(box.root, "apexd.py"), "--project", box.path, "add", "true"]
+        subprocess.run(words, env=box.env, check=True, stdout=subprocess.DEVNULL)
+        assert self.call(box, "list").stdout.count("true") == 2
+        os.rename(os.path.join(box.root, "apexd.py"), program)
+
+    @posix
+    def test_the_interpreters_path_may_hold_anything_and_may_go(self, box):
+        strange = os.path.join(box.root, "it's \"a\" $HOME " + "x" * 150)
+        os.mkdir(strange)
+        python = os.path.join(strange, "python3")
+        os.symlink(sys.executable, python)
+        env = {**box.env, "PYTHONHOME": sys.base_prefix}
+        words = [python, os.path.join(box.path, "apexd.py"), "add", "true"]
+        subprocess.run(words, env=env, check=True, stdout=subprocess.DEVNULL, cwd=box.path)
+        assert strange in read(box.file("apexd")).replace("'\"'\"'", "'")
+        assert self.call(box, "version", rc=None, env=env).returncode in (0, 1)
+        os.unlink(python)
+        assert "is gone" in self.call(box, "list", rc=78).stderr
+
 
 # ============================================================================
 # 6. CONFIG - what is wrong is named, and then nothing has changed
@@ -1859,6 +2120,35 @@ class TestConfig:
             os.kill(pid, signal.SIGHUP)
         eventually(lambda: box.task(box.add("true"))["retries"] == 40)
         assert "Traceback" not in box.log()
+
+
+    def test_a_broken_file_hinders_no_client_of_a_running_daemon_and_its_good_part_is_shown(self, box):
+        """T15"""
+        box.config({"daemon": {"env_keep": ["KEPT"]}, "limits": {"timeout": 77}})
+        box.start()
+        data = {"daemon": {"env_keep": ["KEPT"], "pol_interval": 1}, "process": {
+            "b": {"command": "x", "needs": ["a"]}, "a": {"command": "y"}, "c": {"command": 7}}, "z": 1}
+        write(box.file("config.json"), json.dumps(data))
+        done = box.run("add", "--wait", "--", "sh", "-c", "echo $KEPT", env={"KEPT": "k"})
+        assert done.stdout == "k\n"
+        for words in (["show", "1"], ["list"], ["status"], ["run", "--", "true"]):
+            box.run(*words)
+        done = box.run("config", rc=78)
+        shown, told = done.stdout, done.stderr
+        assert "process.b.needs" in shown and "process.a.command" in shown and "process.c" not in shown
+        assert "KEPT" in shown and all(one in told for one in ("pol_interval", "process.c", "z is"))
+        assert box.error("config", rc=78)["code"] == "config_invalid"
+        for text in ("[", "[]", ""):
+            write(box.file("config.json"), text)
+            assert "daemon.poll_interval" in box.run("config", rc=78).stdout
+        box.config({})
+        box.stop()
+
+    @posix
+    def test_a_configuration_may_be_a_link(self, box):
+        os.rename(box.file("config.json"), os.path.join(box.path, "mine.json"))
+        os.symlink("../mine.json", box.file("config.json"))
+        assert json.loads(box.run("config", "--json").stdout)["daemon"]["poll_interval"] == 0.2
 
 
 # ============================================================================
@@ -2349,8 +2639,60 @@ class TestPidFile:
             assert each.returncode == 75, (each.args, out, err)
             assert out == b"" and (b"hint" in err or b"apexd: " in err)
         assert self.daemons(box) == []
-        left = {"config.json", "daemon.lock", "run", "logs", "cache", ".gitignore", "apex.db"}
+        left = {"config.json", "daemon.lock", "run", "logs", "cache", ".gitignore", "apex.db", "apexd"}
         assert set(os.listdir(box.state)) <= left
+
+
+    @pytest.mark.parametrize("verb", ["stop", "kill"])
+    def test_a_removed_lock_file_hides_no_daemon(self, box, verb):
+        """L6"""
+        box.config({"daemon": {"poll_interval": 60}})
+        pid = box.start()
+        os.unlink(box.file("daemon.lock"))
+        assert str(pid) in box.run(verb).stdout and not lives(pid)
+
+    def test_a_daemon_makes_its_removed_lock_file_anew(self, box):
+        """L6"""
+        pid = box.start()
+        os.unlink(box.file("daemon.lock"))
+        held = apexd.PidFile(box.file("daemon.pid"))
+        assert eventually(held.holder).pid == pid
+        os.unlink(box.file("daemon.lock"))
+        with locked(box.file("daemon.lock")):
+            assert box.run("status").stdout.startswith("running"), "a client's hold is waited for"
+        eventually(lambda: (held.holder() or apexd.Holder()).pid == pid)
+
+    @root
+    @linux
+    def test_a_read_only_disk_keeps_nobody_from_asking_and_stopping(self, box):
+        """L7"""
+        view = os.path.join(box.root, "view")
+        os.mkdir(view)
+        words = ["mount", "--bind", box.path, view], ["mount", "-o", "remount,bind,ro", view]
+        for verb in ("stop", "kill"):
+            pid = box.start()
+            if any(subprocess.run(one, capture_output=True).returncode for one in words):
+                pytest.skip("cannot mount here")
+            try:
+                where = ("--project", view)
+                assert box.run(*where, "status").stdout.startswith("running")
+                assert str(pid) in box.run(*where, verb).stdout and not lives(pid)
+            finally:
+                subprocess.run(["umount", "-l", view], check=True)
+            for name in ("daemon.pid", "control.sock", "endpoint"):  # of the one that was killed
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(box.file(name))
+
+    def test_an_old_daemon_leaves_the_files_of_a_new_one_alone(self, box):
+        """L8"""
+        box.config({"daemon": {"poll_interval": 0.5}})
+        old = box.start()
+        shutil.rmtree(box.state)
+        box.config({"daemon": {"poll_interval": 60}})
+        new = box.start()
+        eventually(lambda: not lives(old))
+        assert box.run("status").stdout.startswith(f"running, PID {new}")
+        assert box.pid() == new and os.path.exists(box.file("state.json"))
 
 
 # ============================================================================
@@ -3094,16 +3436,43 @@ class TestDatabase:
                 assert db.execute("PRAGMA user_version").fetchone() == (len(apexd.MIGRATIONS),)
                 assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
+    @pytest.mark.parametrize("how", ["cut to nothing", "gone, its -wal left"])
+    def test_a_database_that_is_cut_or_gone_is_no_empty_queue(self, box, how):
+        """T9"""
+        box.add("true", delay="1h")
+        path, wal = box.file("apex.db"), box.file("apex.db-wal")
+        if how == "cut to nothing":
+            os.truncate(path, 0)
+        else:
+            box.start()
+            box.add("true", delay="1h")
+            box.kill9()
+            os.unlink(path)
+        before = sorted(name for name in os.listdir(box.state) if name.startswith("apex.db"))
+        for words in (["start"], ["list"], ["add", "--", "true"]):
+            assert box.error(*words, rc=65)["code"] == "database_corrupt"
+        assert before == sorted(name for name in os.listdir(box.state) if name.startswith("apex.db"))
+        assert (os.path.getsize(path) if os.path.exists(path) else -os.path.getsize(wal)) <= 0
+
+    def test_a_write_ahead_log_that_is_removed_loses_nothing_after_the_next_look(self, box):
+        """T9b"""
+        pid = box.start()
+        first = box.add("true", delay="1h")
+        os.unlink(box.file("apex.db-wal"))
+        eventually(lambda: not lives(pid), why="it notices, and saves what it has")
+        second = box.add("true", delay="1h")
+        assert "apex.db-wal was removed" in box.log()
+        box.start()
+        box.kill9()
+        assert [task["id"] for task in box.json("list")] == [first, second]
+
     @posix
     def test_a_migration_that_was_killed_is_done_by_the_next_start(self, box):
         fail = {"APEXD_FAILPOINT": "migration"}
         for args in (["start"], ["add", "true"]):
             done = box.run(*args, rc=None, env=fail)
             assert done.returncode not in (0, 70), done
-            with box.database() as db:
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            assert (version, tables) == (0, 0), "all or nothing"
+            assert not os.path.exists(box.file("apex.db")), "all or nothing"
         assert not box.processes()
         assert box.add("true") == 1
         box.start()
@@ -4965,6 +5334,17 @@ class TestProcessConfig:
         with pytest.raises(ValueError, match=r"env:2 is not NAME=VALUE"):
             apexd.read_environment(path)
 
+    @posix
+    @root
+    @pytest.mark.parametrize("owner, mode", [(65534, 0o600), (0, 0o666), (0, 0o620)])
+    def test_root_reads_no_environment_file_that_others_may_write(self, tmp_path, owner, mode):
+        """S3"""
+        path = write(str(tmp_path / "env"), "LD_PRELOAD=/nonexistent/evil.so\n")
+        assert apexd.read_environment(path)
+        os.chmod(path, mode)
+        os.chown(path, owner, owner)
+        assert path in refused("CONFIG_INVALID", apexd.read_environment, path)
+
     @pytest.mark.parametrize("text", [18, 0o22, None, True, "", "8", "0o27", "-1", "27\n", "00000"])
     def test_a_umask_is_a_string_of_octal_digits(self, text):
         for good in ("0", "27", "027", "0777"):
@@ -6041,6 +6421,66 @@ class TestControl:
         assert int(ask(box, "add", "-p", "--", "true")) > 0
         assert stat.S_IMODE(os.stat(box.file("control.sock")).st_mode) & 0o077 == 0
 
+    def test_a_socket_that_is_removed_or_replaced_costs_no_descriptor(self, server):
+        """L9, L9b"""
+        box = server
+        pid, path = box.pid(), box.file("control.sock")
+        box.request({"type": "ping"})
+        used = [os.listdir(f"/proc/{pid}/{what}") for what in ("fd", "task")] if IS_LINUX else []
+        for number in range(10):
+            os.unlink(path)
+            if number % 2:
+                write(path, "no socket")
+            eventually(lambda: stat.S_ISSOCK(os.lstat(path).st_mode) and box.request({"type": "ping"}))
+        if IS_LINUX:
+            eventually(lambda: all(
+                len(os.listdir(f"/proc/{pid}/{what}")) <= len(former) + 3
+                for what, former in zip(("fd", "task"), used)
+            ), why="the old listeners are closed")
+
+    @linux
+    @root
+    def test_a_client_tells_nothing_to_another_users_daemon(self, box):
+        """S2"""
+        box.add("true")
+        place = os.path.join(box.root, "theirs")
+        os.chmod(box.root, 0o711)
+        os.mkdir(place)
+        os.chown(place, 65534, 65534)
+        code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n"
+        code += "print(1, flush=True)\nwhile True: print(s.accept()[0].recv(9999), flush=True)"
+        words = ["setpriv", "--reuid=65534", "--clear-groups", "/usr/bin/python3", "-c", code, place + "/s"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as fake:
+            assert fake.stdout.readline() == b"1\n"
+            info = os.stat(box.state)
+            for owner in (0, 65534):
+                where = {"socket": place + "/s", "folder": [info.st_dev, info.st_ino]}
+                os.chown(write(box.file("endpoint"), json.dumps(where)), owner, owner)
+                for words in (["add", "--env", "S=hunter2", "--", "true"], ["status"]):
+                    status = box.run(*words, rc=None).returncode
+                    assert status == (77 if words[0] == "add" else 4), (owner, words)
+            fake.kill()
+            assert b"hunter2" not in fake.stdout.read()
+        os.unlink(box.file("endpoint"))
+
+    @pytest.mark.parametrize("depth", [0, 2])
+    def test_a_copied_project_never_talks_to_the_original(self, box, depth):
+        """T10: also when the socket lies elsewhere, as its path is too long."""
+        deep = os.path.join(box.path, *["d" * 60] * depth)
+        os.makedirs(deep, exist_ok=True)
+        where, copy = ("--project", deep), ("--project", os.path.join(box.root, "copy"))
+        box.run(*where, "start")
+        shutil.copytree(deep, copy[1], ignore=shutil.ignore_patterns("*.sock"))
+        box.run(*copy, "add", "--", "true")
+        assert json.loads(box.run(*where, "-j", "list").stdout) == []
+        assert box.run(*copy, "status", rc=None).returncode in (1, 3)
+        assert box.run(*copy, "kill").stdout == "not running\n"
+        assert box.run(*where, "status").returncode == 0
+        with open(os.path.join(deep, ".apex", "endpoint")) as file:
+            path = json.load(file)["socket"]
+        assert os.path.isabs(path) == bool(depth)
+        box.run(*where, "stop")
+
     def test_a_path_too_long_for_a_socket_works_all_the_same(self, box):
         deep = os.path.join(box.path, "d" * 100, "e" * 100)
         os.makedirs(deep)
@@ -6138,11 +6578,10 @@ class TestControl:
         program = os.path.join(box.path, "apexd.py")
         os.chmod(program, 0o644)
         env = {**box.env, "HOME": "/"}
-        for words in ("list", "add -- true", "stop", "kill", "start", "cancel 1"):
+        for words in ("list", "add -- true", "stop", "kill", "start", "cancel 1", "status"):
             done = as_nobody("-B", program, *words.split(), cwd=box.path, env=env)
             assert done.returncode == 77, (words, done)
             assert "Traceback" not in done.stderr and done.stdout == ""
-        assert as_nobody("-B", program, "status", cwd=box.path, env=env).returncode == 4
         os.chmod(box.state, 0o711)
         os.chmod(box.file("control.sock"), 0o666)
         text = (
@@ -6310,7 +6749,7 @@ class TestProcessVerbs:
         box.start()
         running(box, 2)
         peer = Stranger(box.file("control.sock"))
-        pong = has_form({str: "type version", int: "uptime_secs"}, peer.ask("ping"))
+        pong = has_form({str: "type version folder", int: "pid uptime_secs"}, peer.ask("ping"))
         status = peer.ask("status")
         ours = {"version", "pid", "uptime_secs", "process_count", "running_instances"}
         assert pong["type"] == "pong" and status["type"] == "status" and ours <= set(status)
@@ -7261,7 +7700,8 @@ class TestDaemon:
         assert box.json("kill")["pid"] == daemon
         assert not lives(daemon) and lives(command)
         assert box.run("kill").stdout == "not running\n"
-        assert box.run("status", rc=1).stdout.count(str(daemon)) == 1
+        assert box.run("status", rc=3).stdout == "not running\n", "L5: no PID file is left"
+        assert not {"daemon.pid", "control.sock", "endpoint"} & set(os.listdir(box.state))
         box.run("kill", "--all")
         eventually(lambda: not lives(command))
         box.start()
@@ -7272,6 +7712,54 @@ class TestDaemon:
         task = settle(box, [task_id])[0]
         assert (task["exit_code"], task["losses"]) == (4, 0)
         assert history_of(box, task_id) == ["interrupted", "interrupted", "failed"]
+
+    def test_a_stop_that_has_to_kill_says_what_runs_on_and_clears_up(self, box):
+        """L5"""
+        box.config({}, process={"p": {"command": "exec sleep 1000", "stop_timeout": 1}})
+        pid = box.start()
+        ids = enqueue(box, ["sleep", "60"], ["sleep", "60"])
+        for task_id in ids:
+            box.until(task_id, "running")
+        eventually(lambda: box.json("ps")[0]["state"] == "running")
+        os.kill(pid, signal.SIGSTOP)
+        error = box.error("stop", "--timeout", "0.3", rc=1)
+        assert error["code"] == "stop_killed" and not lives(pid)
+        assert error["message"] == "killed after 300ms; 2 tasks and 1 process run on"
+        assert not {"daemon.pid", "control.sock", "endpoint"} & set(os.listdir(box.state))
+        assert box.run("status", rc=3).stdout == "not running\n"
+        pid = box.start()
+        assert [box.task(task_id)["attempts"] for task_id in ids] == [1, 1]
+        os.kill(pid, signal.SIGSTOP)
+        box.config({"daemon": {"graceful_timeout": 0, "stop_timeout": 0}})
+        assert "killed" in box.run("restart", "--drain", timeout=90).stderr
+        assert [box.task(task_id)["attempts"] for task_id in ids] == [1, 1]
+
+    def test_a_restart_keeps_the_configuration_that_was_named(self, box):
+        """L12"""
+        process = {"command": "exec sleep 1000", "stop_timeout": 0.2}
+        names = [
+            write(os.path.join(box.path, f"{name}.json"), json.dumps({"process": {name: process}}))
+            for name in ("one", "two")
+        ]
+        box.start("--config", names[0])
+        before = eventually(lambda: box.json("ps")[0]["pid"])
+        box.run("restart")
+        assert eventually(lambda: box.json("ps")[0]["pid"]) == before
+        assert box.run("reload").stdout == "nothing changed\n"
+        box.run("restart", "--config", names[1])
+        assert [one["name"] for one in box.json("ps")] == ["two"]
+        os.unlink(names[1])
+        assert box.error("restart", rc=78)["code"] == "config_invalid"
+        assert box.run("status").returncode == 0
+        box.run("down", "two")
+
+    def test_a_start_that_failed_has_gone_when_it_answers(self, box):
+        """L15"""
+        box.add("true")
+        write(box.file("apex.db"), b"no database" * 1000)
+        for _ in range(5 if not SLOW else 50):
+            box.run("start", rc=65)
+            assert not box.processes()
 
     @pytest.mark.parametrize("how", ["removed", "replaced"])
     def test_a_database_that_goes_away_ends_the_daemon_with_65(self, box, how):
@@ -7800,6 +8288,20 @@ class TestCli:
         os.makedirs(inner)
         assert box.run("add", "-p", "--", "true", cwd=inner).stdout == "1\n"
         assert os.path.exists(box.file("apex.db")), "the nearest .apex above"
+
+    def test_outside_a_repository_the_folder_of_the_program_counts(self, box):
+        """T16"""
+        elsewhere = os.path.join(box.root, "elsewhere")
+        os.mkdir(elsewhere)
+        assert box.run("add", "-p", "--", "true", cwd=elsewhere).stderr == ""
+        assert os.listdir(elsewhere) == [] and box.task(1)["cwd"] == elsewhere
+        shutil.rmtree(box.state)
+        done = box.run("add", "-p", "--", "true", cwd=elsewhere)
+        assert done.stdout == "1\n" and f"made {elsewhere}" in done.stderr, "without a terminal too"
+        assert box.run("add", "-p", "--", "true", cwd=elsewhere).stderr == ""
+        os.mkdir(os.path.join(elsewhere, ".git"))
+        box.add("true")
+        assert box.run("add", "-p", "--", "true", cwd=elsewhere).stdout == "3\n"
 
     def test_a_reader_that_leaves_is_no_error_to_talk_about(self, box):
         box.batch(["true"] * 5000)
