@@ -3696,7 +3696,7 @@ class Keeper:
             self._hang_up()
             return
         if self._selector.get_key(self._daemon).events != mask:
-            self._selector.modify(self._daemon, mask)
+            self._selector.modify(self._daemon, mask, "daemon")
 
     def _leave(self) -> None:
         """Say that all results are in the file; then let go of it."""
