@@ -4091,7 +4091,7 @@ class Keepers:
             key = self._selector.get_key(link.connection)
             if key.events != mask:
                 self._selector.modify(link.connection, mask, key.data)
-            if link.asked_mono is not None:
+            if link.asked_mono is not None and not link.is_silent():
                 times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
         links = [link for link in self._links.values() if not link.is_private]
         if self._is_open and all(link.is_foreign or link.is_silent() for link in links):
