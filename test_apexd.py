@@ -4366,6 +4366,7 @@ class TestKeeperLife:
 
     def test_while_a_keeper_is_frozen_all_answer_then_all_goes_on(self, box):
         patch(box, KEEPER_ANSWER_S=1.0)
+        box.config({"daemon": {"max_concurrent": 8}})
         box.start()
         (before,) = enqueue(box, "echo up; " + self.WAIT + "exit 4")
         keeper = keeper_of(box)
@@ -4445,7 +4446,8 @@ class TestKeeperLife:
 
     @pytest.mark.parametrize("daemon", ["lives", "is killed"])
     def test_when_the_project_is_removed_all_is_ended(self, box, daemon):
-        box.config({}, process={"web": {"command": ["sleep", "300"]}})
+        soon = {"graceful_timeout": 0.2, "stop_timeout": 0.5}
+        box.config({"daemon": soon}, process={"web": {"command": ["sleep", "300"]}})
         box.start()
         (task_id,) = enqueue(box, "trap '' TERM; while :; do sleep 0.1; done")
         command_of(box, task_id), pids(box, "web", 1)
@@ -7798,7 +7800,7 @@ class TestDaemon:
                         with contextlib.suppress(OSError):
                             while filler.write(b"x" * size):
                                 pass
-                refused = box.run("add", "--", "true", rc=73)
+                refused = box.run("add", "--", "true", "x" * 100_000, rc=73)
                 assert len(refused.stderr.splitlines()) == 2
                 write(go, "")
                 eventually(lambda: not any(map(lives, commands)))
