@@ -3722,7 +3722,7 @@ class Keeper:
             self._hang_up()
             return
         if self._selector.get_key(self._daemon).events != mask:
-            self._selector.modify(self._daemon, mask)
+            self._selector.modify(self._daemon, mask, "daemon")
 
     def _leave(self) -> None:
         """Say that all results are in the file; then let go of it."""
@@ -3921,7 +3921,8 @@ class Keepers:
         self._is_open = False
         self._next_spawn = 0.0  # monotonic
         self._obstacle = "it is being started"  # why no keeper stands
-        self.on_standing: Callable[[], None] = lambda: None
+        self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
+        self._has_news = False  # it is to be called
         self.is_owner: Callable[[], bool] = lambda: True  # of the project, still
         self._selector = selectors.DefaultSelector()
         self._waker, self._wakee = socket.socketpair()
@@ -4077,6 +4078,12 @@ class Keepers:
             is_silent = link is not None and link.is_silent()
             return f"its keeper (PID {link.pid}) does not answer" if link and is_silent else ""
 
+    def has_ended(self, run_id: str | None) -> bool:
+        """Tell whether the end of a run is known, though perhaps not told yet."""
+        with self._lock:
+            ward = self._wards.get(run_id or "")
+            return ward is not None and ward.result is not None
+
     @property
     def obstacle(self) -> str:
         """Why nothing can be started, "" when it can."""
@@ -4091,11 +4098,15 @@ class Keepers:
         """Read what keepers tell, and do what is due; return when something happened."""
         with self._lock:
             due_s = 0.0 if self._told else max(min(self._tend(), timeout_s), 0.0)
-        for key, _ in self._selector.select(None if due_s == float("inf") else due_s):
+        ready = self._selector.select(None if due_s == float("inf") else due_s)
+        for key, _ in ready or self._selector.select(0.0):  # frozen meanwhile: it says nothing
             key.data()
         with self._lock:
             self._told += [(ward, ward.result) for ward in self._sweeper.look() if ward.result]
             told, self._told = self._told, []
+            has_news, self._has_news = self._has_news, False
+        if has_news:
+            self.on_standing()
         for ward, what in told:
             ward.tell(ward.run_id, what)
 
@@ -4112,7 +4123,7 @@ class Keepers:
             key = self._selector.get_key(link.connection)
             if key.events != mask:
                 self._selector.modify(link.connection, mask, key.data)
-            if link.asked_mono is not None:
+            if link.asked_mono is not None and not link.is_silent():
                 times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
         links = [link for link in self._links.values() if not link.is_private]
         if self._is_open and all(link.is_foreign or link.is_silent() for link in links):
@@ -4233,7 +4244,7 @@ class Keepers:
         for ward in [ward for ward in self._wards.values() if ward.keeper == link.name]:
             if ward.result is None and ward.run_id not in known:
                 self._settle(ward, Result(never_ran=True))
-        self.on_standing()
+        self._has_news = True
 
     def _begin(self, ward: Ward, told: Mapping[str, Any], is_adopted: bool) -> None:
         ward.pid, ward.start_time = int(told["pid"]), told["at"]
@@ -4573,7 +4584,7 @@ class DaemonRunner:
                 return 0.0
             for run in self._running.values():
                 times.append(run.log.due_mono)
-                if not run.is_ending:
+                if self._can_end(run):
                     times += (run.deadline_mono, self._drain_at)
         if self._attempts.next_due is not None and not self.is_draining:
             times.append(now + self._attempts.next_due - Clock.now())
@@ -4593,7 +4604,8 @@ class DaemonRunner:
             living = [(task, what) for task, what in begun if task.run_id not in gone]
             room = max(most - len(active), 0)
             claimed = self._attempts.turn(results, living, room, busy, self._find_keeper)
-            failpoint("commit")
+            if claimed:
+                failpoint("commit")
             del self._results[: len(results)], self._begun[: len(begun)]
             self._running = {i: r for i, r in self._running.items() if r.task.run_id not in gone}
             for task in claimed:
@@ -4699,10 +4711,14 @@ class DaemonRunner:
         stop_s = self.store.config.daemon.stop_timeout if stop_s is None else stop_s
         self.keepers.end(run.task.run_id or "", signal.SIGTERM, stop_s)
 
+    def _can_end(self, run: _Run) -> bool:
+        ended = run.is_ending or run.is_told or self.keepers.has_ended(run.task.run_id)
+        return not ended
+
     def _enforce(self) -> None:
         """End what is out of time; holds the lock."""
         now = Clock.mono()
-        runs = [run for run in self._running.values() if not run.is_ending and not run.is_told]
+        runs = [run for run in self._running.values() if self._can_end(run)]
         late = [run for run in runs if now >= run.deadline_mono]
         rest = [run for run in runs if run not in late] if now >= self._drain_at else []
         for wish, ending in ((Outcome.TIMEOUT, late), (Outcome.INTERRUPTED, rest)):
