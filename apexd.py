@@ -3442,6 +3442,53 @@ def take_frames(inbox: bytearray) -> Iterator[dict[str, Any]]:
         yield message
 
 
+class Watched:
+    """Sockets that a loop waits for, and a wakeup that is kept until the loop has seen it."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self.waker, wakee = socket.socketpair()
+        for end in (self.waker, wakee):
+            end.setblocking(False)
+        self.add(wakee, functools.partial(self._calm, wakee))
+
+    def _calm(self, wakee: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            wakee.recv(4096)
+
+    def wake(self) -> None:
+        """Make `wait` return."""
+        with contextlib.suppress(OSError):  # full: it is awake
+            self.waker.send(b"x")
+
+    def add(self, place: socket.socket, act: Callable[[], object]) -> None:
+        """Have `act` called by `wait` whenever a socket can be read."""
+        self._selector.register(place, selectors.EVENT_READ, act)
+        self.wake()
+
+    def expect(self, place: socket.socket, is_full: bool) -> None:
+        """Have it called also when the socket, now full, can be written."""
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if is_full else 0)
+        key = self._selector.get_key(place)
+        if key.events != mask:
+            self._selector.modify(place, mask, key.data)
+
+    def remove(self, place: socket.socket) -> None:
+        """End that, before the socket is closed."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(place)
+
+    def wait(self, seconds: float) -> None:
+        """Wait, so long at most, for sockets, and call what is to be called."""
+        ready = self._selector.select(None if seconds == float("inf") else seconds)
+        for key, _ in ready or self._selector.select(0.0):  # frozen meanwhile: it says nothing
+            key.data()
+
+    def close(self) -> None:
+        """Forget all sockets."""
+        self._selector.close()
+
+
 class _Child:
     """What a keeper knows of a living child."""
 
@@ -3471,14 +3518,10 @@ class Keeper:
         self._is_wanted = True  # until `quit`, or a hang-up, or no daemon came
         self._is_terminated = False
         self._patience_mono = Clock.mono() + KEEPER_PATIENCE_S
-        self._selector = selectors.DefaultSelector()
-        self._waker, wakee = socket.socketpair()
-        for end in (self._waker, wakee):
-            end.setblocking(False)
-        self._selector.register(wakee, selectors.EVENT_READ, "wake")
+        self._watched = Watched()
         self._listener, self._endpoint = Platform.listen_near(self._path + ".sock")
         self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ, "listen")
+        self._watched.add(self._listener, self._meet)
         self._fd = self._make_file()
 
     def _make_file(self) -> int:
@@ -3494,14 +3537,7 @@ class Keeper:
         """Serve until nobody needs it; return the exit status."""
         self._take_signals()
         while self._is_needed() or self._find_unwritten():
-            ready = {key.data: key for key, _ in self._selector.select(self._next_wake_s())}
-            if "wake" in ready:
-                with contextlib.suppress(BlockingIOError):
-                    ready["wake"].fileobj.recv(4096)  # type: ignore[union-attr]
-            if "listen" in ready:  # first: what a former daemon sent and nobody read is dropped
-                self._meet()
-            elif "daemon" in ready:
-                self._read()
+            self._watched.wait(self._next_wake_s())
             for pid, how in Platform.reap(self._sweep):
                 self._note_end(pid, how)
             self._kill_late()
@@ -3516,20 +3552,15 @@ class Keeper:
         def note(number: int, _: object) -> None:
             self._is_terminated |= number == signal.SIGTERM
 
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._watched.waker.fileno(), warn_on_full_buffer=False)
         for name in Platform.SIGNALS:
             signal.signal(getattr(signal, name), note)
 
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            self._waker.send(b"x")
-
-    def _next_wake_s(self) -> float | None:
+    def _next_wake_s(self) -> float:
         times = [child.kill_mono for child in self._children.values()]
         if self._daemon is None:
             times.append(Clock.mono() + 1.0 if self._find_unwritten() else self._patience_mono)
-        first = min(times, default=float("inf"))
-        return None if first == float("inf") else max(first - Clock.mono(), 0.0)
+        return max(min(times, default=float("inf")) - Clock.mono(), 0.0)
 
     def _is_needed(self) -> bool:
         if self._daemon is None and Clock.mono() >= self._patience_mono:
@@ -3539,13 +3570,15 @@ class Keeper:
     def _find_unwritten(self) -> list[dict[str, Any]]:
         return [word for run, word in self._ended.items() if run not in self._written]
 
-    def _meet(self) -> None:
-        """Take the next daemon in the place of the former one, and greet it."""
+    def _meet(self) -> bool:
+        """Take the next daemon in the place of the former one, and greet it, if there is one."""
         try:
             peer = self._listener.accept()[0]
+        except BlockingIOError:
+            return False
         except OSError:
             threading.Event().wait(0.05)  # no descriptor: do not spin
-            return
+            return False
         peer.settimeout(1.0)
         token = self._endpoint.get("token", "")
         with contextlib.suppress(OSError):
@@ -3555,7 +3588,7 @@ class Keeper:
                 peer.setblocking(False)
                 self._daemon, self._is_wanted = peer, True
                 self._patience_mono = float("inf")
-                self._selector.register(peer, selectors.EVENT_READ, "daemon")
+                self._watched.add(peer, self._read)
                 info, now = os.fstat(self._fd), Clock.mono()
                 runs = [
                     {"run": c.run, "pid": c.pid, "at": c.at, "age_s": round(now - c.began_mono, 3)}
@@ -3564,12 +3597,13 @@ class Keeper:
                 hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid()}
                 hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
                 self._untold.extend((hello, *self._ended.values()))
-                return
+                return True
         peer.close()
+        return False
 
     def _drop_daemon(self) -> None:
         if self._daemon is not None:
-            self._selector.unregister(self._daemon)
+            self._watched.remove(self._daemon)
             self._daemon.close()
         self._daemon = None
         self._inbox, self._outbox = bytearray(), bytearray()
@@ -3585,7 +3619,8 @@ class Keeper:
             self._is_terminated = True
 
     def _read(self) -> None:
-        assert self._daemon is not None
+        if self._daemon is None or self._meet():  # what a former daemon sent is dropped
+            return
         try:
             data = self._daemon.recv(1 << 18)
         except BlockingIOError:
@@ -3632,7 +3667,7 @@ class Keeper:
             log_fd = os.open(path, flags, 0o600)
         try:
             Platform.lock(log_fd, shared=True)
-            pid = Platform.spawn(word, log_fd, self._wake)
+            pid = Platform.spawn(word, log_fd, self._watched.wake)
         finally:
             os.close(log_fd)
         failpoint("spawn")
@@ -3715,14 +3750,12 @@ class Keeper:
                 while self._untold and len(self._outbox) < KEEPER_BUFFER_BYTES:
                     self._outbox += pack_frame(self._untold.popleft())
                 del self._outbox[: self._daemon.send(self._outbox)]
-            mask = selectors.EVENT_READ
         except BlockingIOError:
-            mask = selectors.EVENT_READ | selectors.EVENT_WRITE
+            pass
         except OSError:
             self._hang_up()
             return
-        if self._selector.get_key(self._daemon).events != mask:
-            self._selector.modify(self._daemon, mask, "daemon")
+        self._watched.expect(self._daemon, bool(self._outbox))
 
     def _leave(self) -> None:
         """Say that all results are in the file; then let go of it."""
@@ -3745,7 +3778,41 @@ def run_keeper(folder: str, name: str) -> int:
     os.umask(0o077)
     os.chdir(folder)
     reset_signals()
-    return Keeper(folder, name).run()
+    try:
+        return Keeper(folder, name).run()
+    except Exception:  # this process's top frame
+        import traceback
+
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with open(open_file(os.path.join(folder, "daemon.log"), flags), "a") as file:
+            file.write(f"keeper {name}: {traceback.format_exc()}")
+        return CODES["INTERNAL"][0]
+
+
+def spawn_keeper(folder: str, name: str) -> Any:
+    """Start a keeper, return its Popen. Raises OSError."""
+    import subprocess
+
+    env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
+    argv = [sys.executable, "-I", "-S", launcher_path(folder), "_keeper", folder, name]
+    null = subprocess.DEVNULL
+    for options in Platform.KEEPER:  # the first that the system permits
+        with contextlib.suppress(PermissionError):
+            return subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, env=env, **options)
+    raise PermissionError(errno.EPERM, "not permitted", argv[0])
+
+
+def read_results(text: bytes) -> tuple[dict[str, Result], bool]:
+    """Read the file of a keeper that has gone: ({run id: result}, whether it left by itself)."""
+    results: dict[str, Result] = {}
+    has_left = False
+    for line in filter(None, text.split(b"\n")[1:]):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            word = json.loads(line)
+            has_left = word["type"] == "left"
+            if not has_left:
+                results[str(word["run"])] = read_result(word)
+    return results, has_left
 
 
 class Ward(Value):
@@ -3924,30 +3991,8 @@ class Keepers:
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
         self._has_news = False  # it is to be called
         self.is_owner: Callable[[], bool] = lambda: True  # of the project, still
-        self._selector = selectors.DefaultSelector()
-        self._waker, self._wakee = socket.socketpair()
-        for end in (self._waker, self._wakee):
-            end.setblocking(False)
-        self.add_reader(self._wakee, self._calm)
-
-    def _calm(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wakee.recv(4096)
-
-    def wake(self) -> None:
-        """Make `look` return; a wakeup is kept until it did."""
-        with contextlib.suppress(OSError):  # full: it is awake
-            self._waker.send(b"x")
-
-    def add_reader(self, place: socket.socket, act: Callable[[], None]) -> None:
-        """Have `act` called by `look` whenever a socket can be read."""
-        self._selector.register(place, selectors.EVENT_READ, act)
-        self.wake()
-
-    def remove_reader(self, place: socket.socket) -> None:
-        """End that, before the socket is closed."""
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(place)
+        self.watched = Watched()
+        self.wake = self.watched.wake  # makes `look` return
 
     def adopt(self, ward: Ward) -> None:
         """Find out what became of a former daemon's run; before `open`."""
@@ -4098,9 +4143,7 @@ class Keepers:
         """Read what keepers tell, and do what is due; return when something happened."""
         with self._lock:
             due_s = 0.0 if self._told else max(min(self._tend(), timeout_s), 0.0)
-        ready = self._selector.select(None if due_s == float("inf") else due_s)
-        for key, _ in ready or self._selector.select(0.0):  # frozen meanwhile: it says nothing
-            key.data()
+        self.watched.wait(due_s)
         with self._lock:
             self._told += [(ward, ward.result) for ward in self._sweeper.look() if ward.result]
             told, self._told = self._told, []
@@ -4119,10 +4162,7 @@ class Keepers:
             if link.connection is None:
                 times.append(link.retry_mono)
                 continue
-            mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.outbox else 0)
-            key = self._selector.get_key(link.connection)
-            if key.events != mask:
-                self._selector.modify(link.connection, mask, key.data)
+            self.watched.expect(link.connection, bool(link.outbox))
             if link.asked_mono is not None and not link.is_silent():
                 times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
         links = [link for link in self._links.values() if not link.is_private]
@@ -4134,46 +4174,26 @@ class Keepers:
 
     def _spawn(self, is_private: bool = False) -> None:
         """Start a keeper; it is reached when its file is there."""
-        import subprocess
-
-        self._next_spawn = Clock.mono() + 1.0
-        name, null = os.urandom(8).hex(), subprocess.DEVNULL
-        env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
-        program = launcher_path(self._folder)
-        argv = [sys.executable, "-I", "-S", program, "_keeper", self._folder, name]
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _O_SAFE
-        for options in Platform.KEEPER:
-            try:  # what it cannot say otherwise, a traceback, goes to the daemon's log
-                fd = os.open(os.path.join(self._folder, "daemon.log"), flags, 0o600)
-                with os.fdopen(fd, "ab") as file:
-                    process = subprocess.Popen(
-                        argv, stdin=null, stdout=null, stderr=file, env=env, **options
-                    )
-                self._links[name] = _Link(name, self._path(name), process, is_private)
-                return
-            except OSError as error:
-                self._obstacle = f"no keeper can be started: {error.strerror}"
-        log.error("%s", self._obstacle)
+        self._next_spawn, name = Clock.mono() + 1.0, os.urandom(8).hex()
+        try:
+            process = spawn_keeper(self._folder, name)
+            self._links[name] = _Link(name, self._path(name), process, is_private)
+        except OSError as error:
+            self._obstacle = f"no keeper can be started: {error.strerror}"
+            log.error("%s", self._obstacle)
 
     def _reach(self, link: _Link) -> None:
         """Connect to a keeper, or find that it has gone and conclude on its runs."""
         text = link.reach(self.is_owner())
         if link.connection is not None:
-            self.add_reader(link.connection, functools.partial(self._read, link))
+            self.watched.add(link.connection, functools.partial(self._read, link))
         if text is None:
             return
         del self._links[link.name]
         if link.process is not None and not text and not link.is_quitting:
             self._obstacle = f"a keeper ended with status {link.process.wait()}"
             log.error("%s", self._obstacle)
-        results: dict[str, Result] = {}
-        has_left = False
-        for line in filter(None, text.split(b"\n")[1:]):
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                word = json.loads(line)
-                has_left = word["type"] == "left"
-                if not has_left:
-                    results[str(word["run"])] = read_result(word)
+        results, has_left = read_results(text)
         if link.pid and not has_left:
             log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
         self._conclude(link.name, results, has_left)
@@ -4206,7 +4226,7 @@ class Keepers:
             except (EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
                 if not isinstance(error, EOFError):
                     log.error("a keeper (PID %d) is not understood: %s", link.pid, error)
-                self.remove_reader(link.connection)
+                self.watched.remove(link.connection)
                 link.drop()
 
     def _take(self, link: _Link, word: dict[str, Any]) -> None:
@@ -4277,7 +4297,7 @@ class Keepers:
         with self._lock:
             for link in self._links.values():
                 link.drop()
-            self._selector.close()
+            self.watched.close()
 
 
 def is_unlocked(path: str) -> bool:
@@ -5041,7 +5061,7 @@ class Watch:
         self.hearing, path = Platform.bind_notify(near, owner)
         self.hearing.setblocking(False)
         self.instance.note["notify"] = path
-        self.instance.keepers.add_reader(self.hearing, functools.partial(self._hear, self.hearing))
+        self.instance.keepers.watched.add(self.hearing, functools.partial(self._hear, self.hearing))
         return path
 
     def stop(self) -> None:
@@ -5049,7 +5069,7 @@ class Watch:
         self.asking.set()
         self.word = {}
         if self.hearing is not None:
-            self.instance.keepers.remove_reader(self.hearing)
+            self.instance.keepers.watched.remove(self.hearing)
             self.hearing.close()
             self.hearing = None
         path = self.instance.note.get("notify")
