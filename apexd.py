@@ -3523,6 +3523,10 @@ class Keeper:
         self._listener.setblocking(False)
         self._watched.add(self._listener, self._meet)
         self._fd = self._make_file()
+        self._acts: dict[str, Callable[[dict[str, Any]], None]] = {
+            "start": self._start, "signal": self._signal, "end": self._end,
+            "forget": self._forget, "quit": self._quit,
+        }  # fmt: skip
 
     def _make_file(self) -> int:
         """Make the file, and lock it for life."""
@@ -3630,15 +3634,14 @@ class Keeper:
         self._inbox += data
         try:
             for word in take_frames(self._inbox):
-                act = getattr(self, "_do_" + str(word["type"]), None)
-                if act is not None:
-                    act(word)
+                if word["type"] in self._acts:
+                    self._acts[word["type"]](word)
         except (ValueError, TypeError, KeyError, AttributeError):
             data = b""  # not our protocol
         if not data:
             self._hang_up()
 
-    def _do_start(self, word: dict[str, Any]) -> None:
+    def _start(self, word: dict[str, Any]) -> None:
         run = str(word["run"])
         failpoint("read")
         if run in self._ended:
@@ -3681,23 +3684,23 @@ class Keeper:
         self._ended[run] = word
         self._untold.append(word)
 
-    def _do_signal(self, word: dict[str, Any]) -> None:
+    def _signal(self, word: dict[str, Any]) -> None:
         if word["run"] in self._runs:
             Platform.send(self._runs[word["run"]].pid, int(word["number"]))
 
-    def _do_end(self, word: dict[str, Any]) -> None:
+    def _end(self, word: dict[str, Any]) -> None:
         child = self._runs.get(word["run"])
         if child is not None:
             child.is_swept = True
             child.kill_mono = min(child.kill_mono, Clock.mono() + float(word["grace"]))
             Platform.signal_group(child.pid, int(word["number"]))
 
-    def _do_forget(self, word: dict[str, Any]) -> None:
+    def _forget(self, word: dict[str, Any]) -> None:
         for run in word["runs"]:
             self._ended.pop(run, None)
             self._written.discard(run)
 
-    def _do_quit(self, word: dict[str, Any]) -> None:
+    def _quit(self, word: dict[str, Any]) -> None:
         self._is_wanted = False
 
     def _sweep(self, pid: int) -> None:
@@ -4383,6 +4386,7 @@ class _Run(Value):
     """A running attempt as the runner sees it; times are monotonic, never: infinity."""
 
     task: Task
+    ward: Ward
     deadline_mono: float  # its timeout
     is_ending: bool
     is_known: bool  # its keeper says that it lives
@@ -4421,6 +4425,26 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             excess -= size
+
+
+def make_run(task: Task, store: TaskStore, tell: Callable[[str, Begun | Result], None]) -> _Run:
+    """Make what the runner knows of an attempt; `tell` hears of it."""
+    path = log_path(store.folder, task.id, task.attempts)
+    ward = Ward(
+        run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
+        log_path=path, is_process=False, tell=tell, pid=task.pid, start_time=task.start_time,
+    )  # fmt: skip
+    return _Run(task=task, ward=ward, deadline_mono=float("inf"), log=LogWatch(path))
+
+
+def call(task: Task, execute: Callable[[Task], object]) -> Result:
+    """Carry out a task by a function: an int is the exit status, None 0, an exception 1."""
+    try:
+        code = execute(task)
+    except Exception:  # the user's callback
+        log.exception("task %d raised", task.id)
+        code = 1
+    return Result(exit_code=code if isinstance(code, int) else 0)
 
 
 class Waiters:
@@ -4490,22 +4514,17 @@ class DaemonRunner:
         self.adopt()
         self._thread.start()
 
-    def join(self) -> None:
-        """Wait until the thread has ended, after `halt`."""
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(ANSWER_TIMEOUT_S)
-
     def adopt(self) -> None:
         """Take over what a former daemon left; the keepers tell what became of it."""
         self._metrics.started_at = Clock.now()
         is_old = False
         for task in self.store.find(state="running", limit=INTEGER_MAX):
-            run = self._running[task.id] = self._make_run(task)
+            run = self._running[task.id] = make_run(task, self.store, self._take)
             if self._execute is not None or task.keeper == CALLED:
                 self._take(task.run_id or "", Result())
                 continue
             is_old = is_old or task.keeper is None
-            self.keepers.adopt(self._make_ward(task))
+            self.keepers.adopt(run.ward)
             log.info("Adopting task %d", task.id)
             if task.wish is not None:
                 self._end(run)
@@ -4544,7 +4563,6 @@ class DaemonRunner:
         self.drain(self.store.config.daemon.graceful_timeout if timeout_s is None else timeout_s)
         self._drained.wait()
         self.halt()
-        self.join()
         self.keepers.close(True)
 
     def halt(self) -> None:
@@ -4552,6 +4570,8 @@ class DaemonRunner:
         self.halted.set()
         self.wake()
         self._waiters.end()
+        if self._thread.is_alive():
+            self._thread.join(ANSWER_TIMEOUT_S)
 
     def wake(self) -> None:
         """Make the loop take its turn now."""
@@ -4673,41 +4693,25 @@ class DaemonRunner:
             return CALLED
         return self.keepers.find_private() if is_suspect else self.keepers.standing()
 
-    def _make_run(self, task: Task) -> _Run:
-        watch = LogWatch(log_path(self.store.folder, task.id, task.attempts))
-        return _Run(task=task, deadline_mono=float("inf"), log=watch)
-
-    def _make_ward(self, task: Task) -> Ward:
-        return Ward(
-            run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
-            log_path=log_path(self.store.folder, task.id, task.attempts), is_process=False,
-            tell=self._take, pid=task.pid, start_time=task.start_time,
-        )  # fmt: skip
-
     def _start(self, task: Task) -> None:
         """Start an attempt whose claim is on disk; holds the lock."""
-        run = self._running[task.id] = self._make_run(task)
+        run = self._running[task.id] = make_run(task, self.store, self._take)
         if task.timeout is not None:
             run.deadline_mono = Clock.mono() + task.timeout
         if self._execute is None:
             env, umask = self._attempts.get_context(task)
-            self.keepers.start(self._make_ward(task), make_start(task, env, umask, self.store))
+            self.keepers.start(run.ward, make_start(task, env, umask, self.store))
             return
-        name, args = f"call-{task.id}", (task, self._execute)
-        try:
-            threading.Thread(target=self._call, name=name, args=args, daemon=True).start()
-        except RuntimeError:  # no thread to be had: it goes back, uncounted
-            self._take(task.run_id or "", Result(never_ran=True))
+        execute, run_id = self._execute, task.run_id or ""
 
-    def _call(self, task: Task, execute: Callable[[Task], object]) -> None:
-        """Carry out a task by a function: an int is the exit status, None 0, an exception 1."""
+        def carry_out() -> None:
+            self._take(run_id, call(task, execute))
+            self.keepers.wake()
+
         try:
-            code = execute(task)
-        except Exception:  # the user's callback
-            log.exception("task %d raised", task.id)
-            code = 1
-        self._take(task.run_id or "", Result(exit_code=code if isinstance(code, int) else 0))
-        self.keepers.wake()
+            threading.Thread(target=carry_out, name=f"call-{task.id}", daemon=True).start()
+        except RuntimeError:  # no thread to be had: it goes back, uncounted
+            self._take(run_id, Result(never_ran=True))
 
     def _take(self, run_id: str, what: Begun | Result) -> None:
         """Hear of an attempt: it lives, or it has ended; recorded by the next turn."""
@@ -4836,6 +4840,12 @@ class View(Value):
     restarts: list[float]  # those within the window
     has_given_up: bool
     jitter: float  # from 0 to 1
+
+    def shift(self, seconds: float) -> None:
+        """Leave a time in which the daemon stood still out of all that is measured."""
+        self.last_sign += seconds
+        self.started += seconds if self.state == ProcessState.STARTING else 0.0
+        self.due += seconds if self.state == ProcessState.STOPPING else 0.0
 
 
 class Action(Value):
@@ -5478,6 +5488,16 @@ def read_process_logs(
     return found
 
 
+def look_until(keepers: Keepers, halted: threading.Event) -> None:
+    """Look at keepers, as the runner does where there is one."""
+    while not halted.is_set():
+        try:
+            keepers.look(3600.0)
+        except Exception:  # this thread's top frame
+            log.exception("looking at the keepers failed")
+            halted.wait(1.0)
+
+
 class Supervisor:
     """Keeps the processes of the configuration as they are wanted.
 
@@ -5508,16 +5528,9 @@ class Supervisor:
         self.keepers.open("a")
         threading.Thread(target=self._loop, name="supervisor", daemon=True).start()
         if self._is_alone:
-            threading.Thread(target=self._look, name="keepers", daemon=True).start()
-
-    def _look(self) -> None:
-        self.keepers.on_standing = self.wake
-        while not self.halted.is_set():
-            try:
-                self.keepers.look(3600.0)
-            except Exception:  # this thread's top frame
-                log.exception("looking at the keepers failed")
-                self.halted.wait(1.0)
+            self.keepers.on_standing = self.wake
+            act = functools.partial(look_until, self.keepers, self.halted)
+            threading.Thread(target=act, name="keepers", daemon=True).start()
 
     def wake(self) -> None:
         """Have it decide anew: a keeper takes starts now."""
@@ -5635,20 +5648,12 @@ class Supervisor:
                     self.moved.wait(wait_s)
                     late_s = Clock.mono() - began - (wait_s or 0.0)
                     if wait_s is not None and late_s > 1.0:  # frozen: nobody could be heard
-                        self._shift(late_s)
+                        for one in self._instances.values():
+                            one.view.shift(late_s)
                 self._check()
             except Exception:  # this thread's top frame
                 log.exception("the supervisor failed")
                 self.halted.wait(1.0)
-
-    def _shift(self, seconds: float) -> None:
-        """Leave a time in which the daemon stood still out of all that is measured."""
-        for one in self._instances.values():
-            one.view.last_sign += seconds
-            if one.view.state == ProcessState.STARTING:
-                one.view.started += seconds
-            if one.view.state == ProcessState.STOPPING:
-                one.view.due += seconds
 
     def _settle(self) -> float | None:
         """Decide for all until nothing changes; return how long nothing can be due."""
@@ -7039,7 +7044,6 @@ class Daemon:
             self._control.stop()
             self._supervisor.halt()
             self._runner.halt()
-            self._runner.join()
             self._keepers.close(self._is_over)
             with contextlib.suppress(DaemonError):
                 if self._pid_file.is_held():
