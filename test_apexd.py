@@ -1510,7 +1510,7 @@ class TestFiles:
     def test_a_full_disk_costs_a_log_its_head(self, tmp_path, caplog):
         """T2b."""
         folder = str(tmp_path)
-        with mounted(folder, "size=1m"):
+        with mounted(folder, "size=1m,mode=0700"):
             path = write(os.path.join(folder, "log"), b"l" * 800_000)
             assert apexd.cap_log(path, 400_000)
             assert os.stat(path).st_size < 400_000 and not os.path.exists(path + ".1")
@@ -1520,7 +1520,7 @@ class TestFiles:
     def test_the_ballast_is_given_up_on_a_full_disk_and_made_anew(self, tmp_path):
         """T2b: what is recorded then has its room."""
         folder = str(tmp_path)
-        with mounted(folder, "size=3m"):
+        with mounted(folder, "size=3m,mode=0700"):
             store = apexd.TaskStore(os.path.join(folder, ".apex", "apex.db"))
             ballast = os.path.join(folder, ".apex", "ballast")
             assert os.path.getsize(ballast) == 65536
@@ -3662,8 +3662,9 @@ def keepers(box):
     for name in os.listdir(box.file("run")) if os.path.isdir(box.file("run")) else ():
         match = re.fullmatch("keeper-([0-9a-f]{16})", name)
         if match:
-            pid = json.loads(read(box.file("run", name)).partition("\n")[0])["pid"]
-            found.update({pid: match[1]} if lives(pid) else {})
+            with contextlib.suppress(ValueError):  # it is being made
+                pid = json.loads(read(box.file("run", name)).partition("\n")[0])["pid"]
+                found.update({pid: match[1]} if lives(pid) else {})
     return found
 
 
@@ -4716,6 +4717,283 @@ class TestRunner:
             assert lines_of(box, "begun") == lines_of(box, "ended") == names
         else:
             assert set(lines_of(box, "ended")) == set(names)
+
+
+@contextlib.contextmanager
+def few_pids(pids):
+    """Put processes into a pids cgroup; give a function that sets its limit."""
+    root = "/sys/fs/cgroup/pids" if os.path.isdir("/sys/fs/cgroup/pids") else "/sys/fs/cgroup"
+    group = f"{root}/ax-{os.getpid()}"
+
+    def put_in(name, text, where=group):
+        with open(f"{where}/{name}", "w") as file:
+            file.write(text)
+
+    try:
+        os.mkdir(group)
+        put_in("pids.max", "max")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.rmdir(group)
+        pytest.skip(f"no pids cgroup here: {error}")
+    try:
+        for pid in pids:
+            put_in("cgroup.procs", str(pid))
+        yield lambda more: put_in("pids.max", str(int(read(group + "/pids.current")) + more))
+    finally:
+        put_in("pids.max", "max")
+        for pid in read(group + "/cgroup.procs").split():
+            with contextlib.suppress(OSError):
+                put_in("cgroup.procs", pid, root)
+        eventually(lambda: os.rmdir(group) is None)
+
+
+@linux
+@needs("flock", "setsid")
+class TestTaskPromises:
+    """What was promised to a task holds when a step in between fails."""
+
+    DEAF = "trap '' TERM; echo up; while :; do sleep 0.05; done"
+
+    def deaf(self, box, **options):
+        """Run a task that ignores TERM; return (its id, its PID)."""
+        (task_id,) = enqueue(box, self.DEAF, **options)
+        eventually(lambda: box.output(task_id) == "up\n")
+        return task_id, command_of(box, task_id)
+
+    def end_all(self, box):
+        """SIGKILL all that there is, as a power cut would."""
+        eventually(lambda: [kill(pid) for pid in box.processes()] == [])
+
+    def test_a_cancel_counts_whatever_the_task_was_ended_for_before(self, box):
+        """T1"""
+        box.config({"daemon": {"graceful_timeout": 0.1, "stop_timeout": 1}})
+        box.start()
+        (interrupted,) = enqueue(box, [*worker(box), "a", "60", "0"])
+        eventually(lambda: lines_of(box, "begun") == ["a"])
+        box.run("kill", "--all")
+        ask(box, "cancel", interrupted)
+        box.start()
+        assert box.until(interrupted)["state"] == "cancelled" and lines_of(box, "begun") == ["a"]
+        late, _ = self.deaf(box, timeout=0.5, retries=3)
+        eventually(lambda: box.look(late)["wish"] == "timeout")
+        ask(box, "cancel", late)
+        task = box.until(late)
+        assert (task["state"], task["attempts"]) == ("cancelled", 1)
+        stopped, _ = self.deaf(box)
+        stopping = box.popen("stop", quick=True)
+        eventually(lambda: box.look(stopped)["wish"] == "interrupted")
+        ask(box, "cancel", stopped)
+        stopping.communicate(timeout=60)
+        assert box.task(stopped)["state"] == "cancelled"
+
+    def test_the_kill_comes_however_often_it_is_asked_for(self, box):
+        """T4"""
+        box.config({"daemon": {"stop_timeout": 1}})
+        box.start()
+        task_id, pid = self.deaf(box)
+        dear, other = self.deaf(box, max_tokens=5)
+        run_id = box.look(dear)["run_id"]
+        began = time.monotonic()
+        while lives(pid) or lives(other):
+            box.request({"type": "cancel", "ids": [task_id]})
+            box.request({"type": "report", "id": dear, "run_id": run_id, "tokens": 10})
+            assert time.monotonic() - began < 4, "a second was asked for"
+            pause(0.1)
+        assert [task["signal"] for task in settle(box, [task_id, dear])] == [9, 9]
+
+    @pytest.mark.parametrize("boot", ["this", "another"])
+    def test_what_run_held_was_lost_and_no_second_run_is_beside_the_first(self, box, boot):
+        """T5: a power cut leaves the database, and nothing of run/."""
+        box.config({"daemon": {"max_concurrent": 2}})
+        box.start()
+        (never,) = enqueue(box, [*worker(box), "a", "60", "0", "closed"], on_lost="fail")
+        again = " ".join([*worker(box), "b"])
+        (again,) = enqueue(box, f"[ $APEX_ATTEMPT = 1 ] && exec {again} 60 9; exec {again} 0 4")
+        eventually(lambda: lines_of(box, "begun") == ["a", "b"])
+        commands = [command_of(box, task_id) for task_id in (never, again)]
+        keeper = keeper_of(box)
+        box.kill9()
+        kill(keeper)
+        if boot == "another":
+            self.end_all(box)
+            with contextlib.closing(sqlite3.connect(box.file("apex.db"))) as db:
+                db.execute("UPDATE attempts SET boot_id = 'another'")
+                db.commit()
+        shutil.rmtree(box.file("run"))
+        box.start()
+        first, second = settle(box, [never, again])
+        assert (first["outcome"], first["attempts"]) == ("lost", 1)
+        assert (second["exit_code"], second["attempts"]) == (4, 2)
+        assert lines_of(box, "overlaps") == [] and not any(map(lives, commands))
+
+    def test_whatever_is_killed_as_it_starts_no_status_is_made_up(self, box):
+        """T6"""
+        box.config({"daemon": {"max_concurrent": 2}})
+        daemon = box.start()
+        fds = lambda: len(os.listdir(f"/proc/{daemon}/fd"))
+        keeper_of(box)
+        before, killed = fds(), []
+        ids = enqueue(box, *["sleep 0.03"] * 40)
+        children = lambda pid: read(f"/proc/{pid}/task/{pid}/children").split()
+        while {task["state"] for task in tasks_of(box, ids)} & {"queued", "running"}:
+            for keeper in keepers(box):
+                killed += [pid for pid in children(keeper) if pid not in killed]
+                if len(killed) in (5, 12):  # within any step of a start
+                    kill(keeper)
+            kill(int(killed[-1])) if killed else None
+        for task_id in ids:
+            for attempt in box.request({"type": "get", "id": task_id})["history"]:
+                end = attempt["outcome"], attempt["exit_code"]
+                assert end in (("ok", 0), ("failed", 137), ("lost", None)), attempt
+        assert len(killed) > 5
+        eventually(lambda: fds() <= before + 1, why="no descriptor is lost")
+
+    def test_what_a_killed_command_left_is_ended_before_the_next_try(self, box):
+        """T7"""
+        box.start()
+        work = " ".join([*worker(box), "a"])
+        command = f"[ $APEX_ATTEMPT = 2 ] && exec {work} 0 5; setsid {work} 60 0 & wait"
+        (task_id,) = enqueue(box, command, retries=1)
+        eventually(lambda: lines_of(box, "begun") == ["a"])
+        kill(command_of(box, task_id))
+        assert settle(box, [task_id])[0]["exit_code"] == 5
+        assert history_of(box, task_id) == ["failed", "failed"]
+        assert lines_of(box, "overlaps") == [] and lines_of(box, "begun") == ["a", "a"]
+        assert not [words for words in box.processes().values() if "sleep 60" in words]
+
+    @pytest.mark.parametrize("words", ["kill --all", "cancel 1,2"])
+    def test_without_a_daemon_the_same_is_ended_and_a_status_counts(self, box, words):
+        """T8: also what left its session; what hides from us holds nothing up for long."""
+        box.config({"daemon": {"max_concurrent": 3, "stop_timeout": 0.5}})
+        hidden = os.path.join(box.path, "hidden")
+        shutil.copy(shutil.which("sleep"), hidden)
+        patch(box, SWEEP_MAX_S=1.0)
+        box.start()
+        away, hides, done = enqueue(
+            box, "setsid sleep 61 & sleep 60", f"env -i setsid {hidden} 62 & echo up; sleep 60",
+            {"command": "until [ -e go ]; do sleep 0.02; done; exit 7", "on_lost": "fail"},
+        )  # fmt: skip
+        ends, pid = command_of(box, done), command_of(box, hides)
+        eventually(lambda: box.output(hides) == "up\n")
+        find = lambda text: [pid for pid, words in box.processes().items() if text in words]
+        eventually(lambda: find("sleep 61"))
+        holds = lambda: [
+            int(pid) for pid in filter(str.isdigit, os.listdir("/proc"))
+            if read(f"/proc/{pid}/cmdline").startswith(hidden)
+        ]  # fmt: skip
+        (holder,) = eventually(holds)
+        try:
+            box.kill9()
+            put(box, "go")
+            eventually(lambda: not lives(ends))
+            began = time.monotonic()
+            box.run(*words.split(), rc=None, quick=False)
+            assert time.monotonic() - began < 20
+            eventually(lambda: not find("sleep 6") and not lives(pid))
+        finally:
+            kill(holder)
+        box.start()
+        task = settle(box, [done])[0]
+        assert (task["exit_code"], task["attempts"], task["outcome"]) == (7, 1, "failed")
+        state = {"kill --all": "interrupted", "cancel 1,2": "cancelled"}[words]
+        assert history_of(box, away)[0] == state
+        box.request({"type": "cancel", "ids": [away, hides]})
+        settle(box, [away, hides])
+
+    def test_a_copied_project_keeps_its_hands_off_the_original(self, boxes):
+        """T10"""
+        box, copy = boxes(), boxes()
+        daemon = box.start()
+        (task_id,) = enqueue(box, ["sleep", "60"])
+        pid, keeper = command_of(box, task_id), keeper_of(box)
+        shutil.rmtree(copy.state)
+        subprocess.run(["cp", "-a", box.state, copy.state], check=True)
+        assert copy.run("add", "-p", "--delay", "1h", "--", "true", rc=None)
+        assert len(ask_json(box, "list")) == 1, "it went to the copy"
+        copy.run("stop", "--force", rc=None)
+        assert lives(daemon) and box.look(task_id)["state"] == "running"
+        box.kill9()
+        copy.start()
+        assert copy.pid() != daemon and not lives_in(box.file("daemon.pid"))
+        copy.until(task_id, "running", "queued")
+        copy.run("kill", "--all")
+        assert lives(pid) and lives(keeper), "what the original runs is not the copy's"
+        box.start()
+        assert command_of(box, task_id) == pid
+        cancel_all(box)
+
+    def test_a_clock_that_jumps_times_out_nothing_that_is_adopted(self, box):
+        """T18b"""
+        clock = put(box, "clock", "0") or os.path.join(box.path, "clock")
+        path = os.path.join(box.path, "apexd.py")
+        now = f"now = staticmethod(lambda: time.time() + float(open({clock!r}).read()))"
+        text, count = re.subn(r"now = staticmethod\(time\.time\)", now, read(path))
+        assert count == 1
+        write(path, text)
+        box.start()
+        (task_id,) = enqueue(box, "until [ -e go ]; do sleep 0.02; done; exit 3", timeout=7200)
+        (soon,) = enqueue(box, ["sleep", "60"], timeout=2.5)
+        pid, other = command_of(box, task_id), command_of(box, soon)
+        box.kill9()
+        for jump in ("86400", "-86400"):
+            put(box, "clock", jump)
+            box.start()
+            eventually(lambda: box.look(task_id)["pid"] == pid)
+            pause(0.3)
+            assert box.look(task_id)["state"] == "running" and lives(pid) and lives(other)
+            box.kill9()
+        box.start()
+        assert box.until(soon)["outcome"] == "timeout", "by the time that has really passed"
+        put(box, "go")
+        assert settle(box, [task_id])[0]["exit_code"] == 3
+
+    def test_a_wakeup_that_comes_as_the_loop_turns_is_not_lost(self, box):
+        """L1"""
+        store = apexd.TaskStore(box.file("apex.db"))
+        store.config.daemon.poll_interval = 0.05
+        try:
+            for number in range(400 if SLOW else 30):
+                runner = apexd.DaemonRunner(store, execute=lambda task: 0)
+                runner.start()
+                end = time.perf_counter() + 0.05 + random.uniform(-0.002, 0.003)
+                while time.perf_counter() < end:  # the main thread is busy, as programs are
+                    pass
+                stopping = threading.Thread(target=runner.stop, daemon=True)
+                stopping.start()
+                stopping.join(5)
+                assert not stopping.is_alive(), f"round {number}: it does not stop"
+        finally:
+            store.close()
+
+    @root
+    def test_when_nothing_can_be_started_it_is_tried_again_and_nothing_hangs(self, box):
+        """L2"""
+        often = {"backoff": 0.1, "backoff_max": 0.2, "max_restarts": 1000}
+        web = {"command": "echo x >>starts; sleep 0.2; exit 1", **often}
+        box.config({"daemon": {"max_concurrent": 6, "graceful_timeout": 2}}, process={"web": web})
+        box.start()
+        eventually(lambda: told(box, "starts"))
+        with few_pids(box.processes()) as limit, box.connect() as connection:
+            ids = enqueue(box, *["true"] * 6, delay="0.5")
+            ping = apexd.pack_frame({"type": "ping"})
+            connection.sendall(ping)
+            assert read_frame(connection)["type"] == "pong", "it has its thread"
+            limit(0)
+            pause(1.5)
+            connection.sendall(ping)
+            assert read_frame(connection)["type"] == "pong"
+            limit(1000)
+            count = len(told(box, "starts"))
+            eventually(lambda: len(told(box, "starts")) > count, why="it is started again")
+            task = box.until(ids[0], "scheduled", "succeeded")
+            assert task["state"] == "succeeded" or task["reason"].startswith("spawn:EAGAIN")
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: all(t["state"] == "succeeded" for t in tasks_of(box, ids)), 5)
+            states = {task["state"] for task in tasks_of(box, ids)}
+            assert states <= {"succeeded", "scheduled"}, "later, uncounted, and not `failed`"
+            box.stop()
+        assert not box.processes()
 
 
 # ============================================================================
