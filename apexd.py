@@ -850,6 +850,7 @@ if sys.platform == "win32":
             return connection
 
         user = staticmethod(lambda: 0)
+        highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
         distrust = staticmethod(lambda info, root_too=True: None)  # ACLs say who may write
         is_root = staticmethod(lambda: False)
@@ -1156,6 +1157,19 @@ else:
         def user(self) -> int:
             """Return the user whom our children are started as."""
             return os.geteuid()
+
+        def highest_limit(self, name: str) -> int:
+            """Return how high a limit of setrlimit(2) can be set here."""
+            import resource
+
+            which = getattr(resource, name)
+            soft, hard = resource.getrlimit(which)
+            with contextlib.suppress(ValueError, OSError):
+                if os.geteuid() == 0 and hard != resource.RLIM_INFINITY:
+                    resource.setrlimit(which, (soft, hard + 1))  # if we may, we may always
+                    resource.setrlimit(which, (soft, hard))
+                    return INTEGER_MAX
+            return INTEGER_MAX if hard == resource.RLIM_INFINITY else hard
 
         def peer_uid(self, connection: socket.socket) -> int | None:
             """Return a peer's user when it is not our own, else None (SO_PEERCRED, unix(7))."""
@@ -1855,6 +1869,15 @@ def user_or_group(kind: str) -> Callable[[object], str]:
     return read
 
 
+def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
+    """Make a reader of a limit of setrlimit(2), in units, that can be set here."""
+
+    def read(value: object) -> int:
+        return integer(low, Platform.highest_limit(name) // unit)(value)
+
+    return read
+
+
 def paths(value: object) -> list[str]:
     """Read a path or a list of them."""
     return [line_of_text(path) for path in text_list([value] if isinstance(value, str) else value)]
@@ -1885,10 +1908,10 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "timeout": (duration, 7200.0, "of a task that names none; 0: none"),
         "retries": (integer(0, 1000), 0, "of a task that names none"),
         "log_mb": (number, 50.0, "one attempt's log; its head goes to .1"),
-        "memory_mb": (integer(1), None, "address space of a task"),
-        "cpu_seconds": (integer(1), None, "processor time of a task"),
-        "open_files": (integer(3), None, "descriptors of a task"),
-        "processes": (integer(1), None, "processes of the task's user (not for root)"),
+        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a task"),
+        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a task"),
+        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a task"),
+        "processes": (limit("RLIMIT_NPROC"), None, "processes of the task's user (not for root)"),
         "nice": (niceness, 0, "added to the niceness of a task"),
         "max_tokens": (integer(1), None, "reported tokens that end a task"),
         "max_cost": (number, None, "reported cost that ends a task"),
@@ -1920,10 +1943,10 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "user": (user_or_group("user"), None, "to run as (the daemon is root)"),
         "group": (user_or_group("group"), None, "to run as (the daemon is root)"),
         "umask": (octal, "022", "a string of octal digits"),
-        "memory_mb": (integer(1), None, "address space of a process"),
-        "cpu_seconds": (integer(1), None, "processor time of a process"),
-        "open_files": (integer(3), None, "descriptors of a process"),
-        "processes": (integer(1), None, "processes of its user (not for root)"),
+        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a process"),
+        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a process"),
+        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a process"),
+        "processes": (limit("RLIMIT_NPROC"), None, "processes of its user (not for root)"),
         "nice": (niceness, 0, "added to its niceness"),
         "memory_restart_mb": (number, None, "restarted when all of it uses more (Linux)"),
         "log_mb": (number, 50.0, "an instance's log; its head goes to .1"),
@@ -3672,12 +3695,15 @@ class Keeper:
         """Append the results that no daemon hears; a torn line must not swallow the next."""
         if self._daemon is not None and self._is_needed():
             return
-        with contextlib.suppress(OSError):  # a full disk: tried again each second
+        try:
             for word in self._find_unwritten():
                 line = f"\n{json.dumps(word)}\n".encode()
                 if os.write(self._fd, line) < len(line):
                     return
                 self._written.add(word["run"])
+        except OSError as error:  # a full disk: tried again each second
+            if error.errno in (errno.EROFS, errno.EIO):  # for good: what it knew is lost
+                self._ended.clear()
 
     def _tell(self) -> None:
         """Send what there is to tell, as far as the daemon takes it."""
@@ -3702,9 +3728,15 @@ class Keeper:
         """Say that all results are in the file; then let go of it."""
         with contextlib.suppress(OSError):
             os.unlink(self._path + ".sock")
-        with contextlib.suppress(OSError):
-            os.fsync(self._fd)
-            os.write(self._fd, b'\n{"type": "left"}\n')
+        while os.fstat(self._fd).st_nlink:
+            try:
+                os.fsync(self._fd)
+                os.write(self._fd, b'\n{"type": "left"}\n')
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    return
+            threading.Event().wait(1.0)
 
 
 def run_keeper(folder: str, name: str) -> int:
@@ -4531,6 +4563,8 @@ class DaemonRunner:
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
+                if Clock.mono() >= self._drain_at and not self._find_living():
+                    self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
                 log.exception("turn failed")
@@ -4589,7 +4623,15 @@ class DaemonRunner:
             log.info("Starting task %d", task.id)
         if results:
             self.tell([task.id for task, _ in results])
-        if is_drained and not self._drained.is_set():
+        if is_drained:
+            self._note_drained()
+
+    def _find_living(self) -> list[_Run]:
+        with self._lock:
+            return [run for run in self._running.values() if not run.is_told]
+
+    def _note_drained(self) -> None:
+        if not self._drained.is_set():
             self._drained.set()
             self._on_drained()
 
@@ -4680,8 +4722,13 @@ class DaemonRunner:
         late = [run for run in runs if now >= run.deadline_mono]
         rest = [run for run in runs if run not in late] if now >= self._drain_at else []
         for wish, ending in ((Outcome.TIMEOUT, late), (Outcome.INTERRUPTED, rest)):
-            if ending:
-                self._attempts.set_wishes([run.task.id for run in ending], wish)
+            try:
+                if ending:
+                    self._attempts.set_wishes([run.task.id for run in ending], wish)
+            except DaemonError as error:  # a read-only disk: TERM ends what runs all the same
+                if wish != Outcome.INTERRUPTED:
+                    raise
+                log.error("%s", error)
             for run in ending:
                 log.warning("Ending task %d: %s", run.task.id, wish.value)
                 self._end(run)
@@ -5176,7 +5223,8 @@ class Instance:
         log.info("Process %s is %s%s", self.id, state.value, f": {why}" if why else "")
         if state == ProcessState.RUNNING and self.ward is not None:
             self.view.last_sign, self.view.lapses = Clock.mono(), 0
-            self.write_note(ready=True)
+            with contextlib.suppress(OSError, ValueError, DaemonError):  # a full disk
+                self.write_note(ready=True)
         if state == ProcessState.STOPPING:
             self.flaw = why or ""
         is_given_up = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
