@@ -7626,6 +7626,266 @@ class TestProcessVerbs:
         assert "Traceback" not in box.log() and "spawn" not in box.log()
 
 
+# In a PID namespace: the group's number of a one-shot that has ended is given to a stranger.
+REUSED = """
+import json, os, signal, subprocess, sys, time
+program, killed = sys.argv[1:]
+def run(*words):
+    return subprocess.run([sys.executable, program, *words], stdout=subprocess.PIPE).stdout
+def until(fn, what):
+    for _ in range(1000):
+        try:
+            value = fn()
+        except (OSError, ValueError):
+            value = None
+        if value:
+            return value
+        time.sleep(0.01)
+    sys.exit("never: " + what)
+def pids():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) > 1]
+run("start")
+group = until(lambda: int(open("group").read()), "the one-shot ran")
+until(lambda: not os.path.exists(f"/proc/{group}"), "it has ended")
+until(lambda: b'"pid": null' in run("--json", "ps"), "its end is known")
+with open(".apex/daemon.pid") as file:
+    daemon = json.load(file)["pid"]
+for pid in [daemon] if killed == "daemon" else pids():
+    if pid != os.getpid():
+        os.kill(pid, signal.SIGKILL)
+until(lambda: not os.path.exists(f"/proc/{daemon}/exe"), "the daemon is dead")
+for _ in range(50):
+    with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+        file.write(str(group - 1))
+    leader = os.fork()
+    if leader == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execvp("sleep", ["sleep", "777"])
+        os._exit(0)
+    os.waitpid(leader, 0)
+    if leader == group:
+        break
+else:
+    sys.exit("the PID was not to be had")
+mine = until(lambda: [p for p in pids() if b"777" in open(f"/proc/{p}/cmdline", "rb").read()], "it")
+assert os.getpgid(mine[0]) == group
+for words in (["start"], ["restart"], ["kill", "--all"]):
+    run(*words)
+    time.sleep(0.1)
+    if not os.path.exists(f"/proc/{mine[0]}/exe"):
+        sys.exit(f"{words} ended a stranger")
+print("well")
+"""
+
+# Tries to write to whatever of apexd's a child can reach, and to take its parents' descriptors.
+THIEF = """
+import ctypes, glob, os, time
+reached, parents, libc, pid = [], [], ctypes.CDLL(None), os.getppid()
+while pid > 1:
+    parents.append(pid)
+    pid = int(open("/proc/%d/stat" % pid).read().rpartition(")")[2].split()[1])
+def attempt(fn, what):
+    try:
+        if fn() >= 0:
+            reached.append(what)
+    except OSError:
+        pass
+paths = glob.glob(os.environ["APEX_STATE_DIR"] + "/**", recursive=True)
+for parent in parents:
+    paths += glob.glob("/proc/%d/fd/*" % parent)
+    pidfd = libc.syscall(434, parent, 0)
+    for number in range(3, 64):
+        attempt(lambda: libc.syscall(438, pidfd, number, 0), (parent, number))
+for path in paths:
+    attempt(lambda: os.open(path, os.O_RDWR | os.O_NONBLOCK), path)
+for number in range(3, 64):
+    attempt(lambda: os.fstat(number).st_mode, number)
+print("reached", reached, flush=True)
+time.sleep(1000)
+"""
+
+
+@linux
+class TestProcessPromises:
+    """What was promised to a process, and to strangers, holds when a step in between fails."""
+
+    UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+
+    def as_pid_1(self, box, *words):
+        """Start a command as PID 1 of a namespace of its own; skip where that is not allowed."""
+        if subprocess.run([*self.UNSHARE, "true"], capture_output=True).returncode:
+            pytest.skip("unshare does not work here")
+        options = {"cwd": box.path, "env": box.env, "text": True}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen([*self.UNSHARE, *words], **options, **pipes)
+        box.children.append(child)
+        return child
+
+    def open_to_all(self, box):
+        """Let every user reach the project's folder, though not its state."""
+        for path in (box.root, box.path):
+            os.chmod(path, 0o755)
+
+    @root
+    @needs("unshare", "nsenter")
+    def test_as_pid_1_a_probe_that_fails_fails(self, box):
+        """P1"""
+        section = lambda **probes: {"command": ["sleep", "500"], "backoff": 0.05, **probes}
+        bad, good = ({"command": f"sleep 0.1; {end}", "interval": 0.1} for end in ("false", "true"))
+        live = {"command": "sleep 0.1; exit 1", "interval": 0.1, "failures": 2}
+        probes = {"bad": {"ready": bad}, "good": {"ready": good}, "hung": {"live": live}}
+        box.config({}, process={name: section(**probe) for name, probe in probes.items()})
+        child = self.as_pid_1(box, *box.command("start", "--foreground"))
+        until_all(box, "good")
+        eventually(lambda: instances(box, "hung")[0]["restart_count"] > 0)
+        pause(0.5)
+        assert box.pid() == 1 and instances(box, "bad")[0]["state"] == "starting"
+        child.kill()
+        eventually(lambda: not box.processes())
+        os.unlink(box.file("daemon.pid"))  # it says PID 1
+
+    @root
+    @needs("unshare")
+    @pytest.mark.parametrize("killed", ["daemon", "all"])
+    def test_a_number_that_is_used_again_is_not_signalled(self, box, killed):
+        """P2"""
+        setup = {"command": "cut -d' ' -f5 /proc/self/stat >group", "restart": "never"}
+        box.config({}, process={"setup": setup})
+        program = os.path.join(box.path, "apexd.py")
+        child = self.as_pid_1(box, sys.executable, "-c", REUSED, program, killed)
+        out, _ = child.communicate(timeout=60)
+        assert out == "well\n" and child.returncode == 0, out
+
+    @root
+    def test_a_process_of_another_user_reaches_nothing_of_ours(self, box):
+        """P3"""
+        self.open_to_all(box)
+        write(os.path.join(box.path, "thief.py"), THIEF)
+        os.chmod(os.path.join(box.path, "thief.py"), 0o644)
+        command = [find_public_python(), "thief.py"]
+        supervise(box, w={"command": command, "user": "nobody", "stop_timeout": 1})
+        assert eventually(lambda: box.run("logs", "w").stdout) == "reached []\n"
+
+    def test_an_adopted_process_is_asked_as_it_was_started(self, box):
+        """P5: its env_file is gone."""
+        probe = 'echo x >>asked; test -n "$APEX_PROCESS" && test "$A" = 1'
+        live = {"command": probe, "interval": 0.1, "failures": 1}
+        put(box, "w.env", "A=1\n")
+        supervise(box, w={"command": ["sleep", "500"], "env_file": "w.env", "live": live})
+        (pid,) = pids(box, "w")
+        put(box, "w.env", None)
+        box.run("restart")
+        asked = len(told(box, "asked"))
+        eventually(lambda: len(told(box, "asked")) > asked + 3)
+        assert pids(box, "w") == [pid] and instances(box, "w")[0]["restart_count"] == 0
+
+    def test_siblings_that_are_never_ready_do_not_hold_each_other(self, box):
+        """P12"""
+        ready = {"command": "test -f ok", "interval": 0.1, "within": 60}
+        section = {"command": ["sleep", "500"], "instances": 2, "ready": ready, "stop_timeout": 1}
+        supervise(box, w=section)
+        eventually(lambda: all(one["pid"] for one in instances(box, "w")))
+        box.config({}, process={"w": {**section, "command": "touch ok; exec sleep 501"}})
+        began = time.monotonic()
+        box.run("reload")
+        until_all(box, "w")
+        eventually(lambda: len(commands_of(box, "sleep 501")) == 2)
+        assert time.monotonic() - began < 10, "and not the 60 s of `within`"
+
+    def test_time_in_which_the_daemon_stood_still_does_not_count(self, box):
+        """P13"""
+        ready = {"command": "test -f ok", "interval": 0.1, "within": 1.5}
+        daemon = supervise(box, w={"command": ["sleep", "500"], "ready": ready})
+        eventually(lambda: instances(box, "w")[0]["pid"])
+        os.kill(daemon, signal.SIGSTOP)
+        pause(2.5)
+        put(box, "ok")
+        os.kill(daemon, signal.SIGCONT)
+        until_all(box, "w")
+        assert instances(box, "w")[0]["restart_count"] == 0 and "not ready within" not in box.log()
+
+    NOBODY = {"user": "nobody", "ready": {"notify": True}, "backoff": 0.05, "stop_timeout": 1}
+
+    def notifying(self, box):
+        """Have a process of nobody's that says READY=1; return its NOTIFY_SOCKET's folder."""
+        self.open_to_all(box)
+        put(box, "say", "READY=1")
+        os.chmod(os.path.join(box.path, "say"), 0o644)
+        command = [find_public_python(), "-S", "-c", NOTIFIER]
+        supervise(box, u={"command": command, **self.NOBODY})
+        return self.notify_folder(box)
+
+    def notify_folder(self, box):
+        (pid,) = pids(box, "u")
+        (path,) = re.findall(r"NOTIFY_SOCKET=([^\0]*)", read(f"/proc/{pid}/environ"))
+        return os.path.dirname(path)
+
+    @root
+    def test_a_link_in_the_place_of_the_notify_folder_is_not_followed(self, box):
+        """P14"""
+        folder = self.notifying(box)
+        target = os.path.join(box.root, "target")
+        os.mkdir(target, 0o755)
+        box.kill9()
+        for name in os.listdir(folder):
+            write(os.path.join(target, name), "precious")
+        names = os.listdir(target)
+        shutil.rmtree(folder)
+        os.symlink(target, folder)
+        try:
+            box.start()
+            box.run("restart", "u", rc=None)
+            assert sorted(os.listdir(target)) == sorted(names) and names
+            assert stat.S_IMODE(os.stat(target).st_mode) == 0o755
+            assert all(read(os.path.join(target, name)) == "precious" for name in names)
+            box.run("kill", "--all")
+        finally:
+            if os.path.islink(folder):
+                os.unlink(folder)
+
+    @root
+    @pytest.mark.parametrize("what", ["a long path", "another user"])
+    def test_folders_made_elsewhere_do_not_stay(self, box, what):
+        """P15"""
+        outer = lambda: {
+            os.path.join(base, name) for base in ("/run", "/tmp")
+            for name in os.listdir(base) if name.startswith("apexd-")
+        }  # fmt: skip
+        before, made = outer(), set()
+        if what == "a long path":
+            box.state = os.path.join(box.root, "s" * 120)
+            box.env["APEX_STATE_DIR"] = box.state
+            box.config({}, process={"u": {"command": ["sleep", "500"]}})
+            box.start()
+        else:
+            made.add(self.notifying(box))
+        for words in ("kill", "kill --all", "restart"):
+            pids(box, "u")
+            made |= outer() - before
+            box.run(*words.split())
+            box.start()
+        assert what == "a long path" or not self.notify_folder(box).startswith(box.state)
+        assert len(made) <= 1, "the next daemon finds it again"
+        box.stop()
+        assert outer() - before == set()
+
+    @root
+    def test_limits_are_set_before_the_rights_are_dropped(self, box):
+        """P16"""
+        box.config({}, process={
+            "nice": {"command": ["sleep", "500"], "user": "nobody", "cwd": "/", "nice": -5},
+            "many": {"command": ["sleep", "500"], "user": "nobody", "cwd": "/", "open_files": 8192},
+        })  # fmt: skip
+        words = ["prlimit", "--nofile=1024:4096", *box.command("start")]
+        subprocess.run(words, cwd=box.path, env=box.env, check=True, capture_output=True)
+        (nice,), (many,) = pids(box, "nice"), pids(box, "many")
+        assert os.getpriority(os.PRIO_PROCESS, nice) == -5
+        limits = [line.split() for line in read(f"/proc/{many}/limits").splitlines()]
+        assert ["Max", "open", "files", "8192", "8192", "files"] in limits
+        assert all(os.stat(f"/proc/{pid}").st_uid == 65534 for pid in (nice, many))
+
+
 # ============================================================================
 # 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
 # ============================================================================
@@ -8129,6 +8389,66 @@ class TestDaemon:
         pid, _ = manager.start_daemon()
         assert manager.kill_daemon() == pid and not lives(pid)
         assert manager.kill_daemon() is None
+
+
+@posix
+class TestDaemonPromises:
+    """A daemon lives on, and keeps its times, when something that it does fails."""
+
+    @linux
+    def test_a_signal_that_asks_for_what_cannot_be_written_does_not_end_it(self, box):
+        """L3"""
+        daemon = box.start()
+        shutil.rmtree(box.file("state.json"), ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(box.file("state.json"))
+        os.mkdir(box.file("state.json"))
+        os.kill(daemon, signal.SIGUSR1)
+        eventually(lambda: "state.json" in box.log())
+        os.rename(box.file("daemon.log"), box.file("kept"))
+        os.symlink(os.devnull, box.file("daemon.log"))
+        os.kill(daemon, signal.SIGUSR2)
+        pause(0.3)
+        for _ in range(ROUNDS):
+            os.kill(daemon, signal.SIGUSR2)
+            assert box.request({"type": "ping"})["type"] == "pong"
+        os.unlink(box.file("daemon.log"))
+        os.kill(daemon, signal.SIGUSR2)
+        (task_id,) = enqueue(box, "exit 3")
+        assert settle(box, [task_id])[0]["exit_code"] == 3 and box.pid() == daemon
+        eventually(lambda: "Finished task" in box.log())
+
+    def test_a_second_failure_is_no_second_term(self, box):
+        """L4"""
+        critical = {"critical": True, "max_restarts": 0, "stop_timeout": 10}
+        bye = "trap 'sleep 0.5; echo bye >bye; exit' TERM; while :; do sleep 0.05; done"
+        box.config({"daemon": {"graceful_timeout": 20}}, process={
+            "a": {**critical, "command": "until [ -e go ]; do sleep 0.02; done; exit 1"},
+            "b": {**critical, "command": "until [ -e go ]; do sleep 0.02; done; sleep 0.3; exit 1"},
+            "c": {"command": bye, "stop_timeout": 10},
+        })  # fmt: skip
+        daemon = box.start()
+        until_all(box, "c")
+        (task_id,) = enqueue(box, ["sleep", "1.5"])
+        box.until(task_id, "running")
+        put(box, "go")
+        eventually(lambda: not lives(daemon))
+        assert box.task(task_id)["state"] == "succeeded", "it had its graceful timeout"
+        assert told(box, "bye") == [["bye"]], "it had its stop timeout"
+
+    def test_each_timer_has_its_own_time_and_a_reload_takes_effect(self, box):
+        """L10"""
+        box.config({"daemon": {"poll_interval": 60, "heartbeat_interval": 1}})
+        daemon = box.start()
+        beats = set()
+        eventually(lambda: beats.add(read(box.file("heartbeat"))) or len(beats) > 2, 5)
+        polls = box.request({"type": "status"})["poll_count"]
+        box.config({"daemon": {"poll_interval": 0.1, "heartbeat_interval": 1}})
+        os.kill(daemon, signal.SIGHUP)
+        eventually(lambda: box.request({"type": "status"})["poll_count"] > polls + 3, 5)
+        for name in ("poll_interval", "heartbeat_interval"):
+            box.config({"daemon": {name: 9999999999}})
+            assert box.error("reload", rc=78)["code"] == "config_invalid"
 
 
 # ============================================================================
