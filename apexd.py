@@ -4407,6 +4407,35 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
             excess -= size
 
 
+class Waiters:
+    """Those who wait for tasks to move. Any thread."""
+
+    def __init__(self) -> None:
+        self._moved = threading.Condition()  # guards what follows
+        self._awaited: list[int] = []  # the task of each that waits
+        self.is_over = False
+
+    def tell(self, ids: Iterable[int]) -> None:
+        """Wake those who wait for any of these tasks: they have moved."""
+        with self._moved:
+            if not set(ids).isdisjoint(self._awaited):
+                self._moved.notify_all()
+
+    def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
+        """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
+        with self._moved:
+            self._awaited.append(task_id)
+            if not is_done() and not self.is_over:
+                self._moved.wait(timeout_s)
+            self._awaited.remove(task_id)
+
+    def end(self) -> None:
+        """Let nobody wait any more."""
+        with self._moved:
+            self.is_over = True
+            self._moved.notify_all()
+
+
 class DaemonRunner:
     """Claims tasks from a TaskStore, runs them, records how they ended.
 
@@ -4425,8 +4454,8 @@ class DaemonRunner:
         self._attempts = AttemptStore(store)
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
-        self._moved = threading.Condition()  # guards _awaited
-        self._awaited: list[int] = []  # the task of each that waits
+        self._waiters = Waiters()
+        self.tell, self.wait_for = self._waiters.tell, self._waiters.wait_for
         self._lock = threading.RLock()  # guards what follows; taken before the store's
         self._running: dict[int, _Run] = {}
         self._results: list[tuple[Task, Result]] = []  # not on disk yet
@@ -4506,26 +4535,12 @@ class DaemonRunner:
         """End the polling and leave the children to the next daemon."""
         self.halted.set()
         self.wake()
-        self.tell(self._awaited)
+        self._waiters.end()
 
     def wake(self) -> None:
         """Make the loop take its turn now."""
         self._is_woken = True
         self.keepers.wake()
-
-    def tell(self, ids: Iterable[int]) -> None:
-        """Wake those who wait for any of these tasks: they have moved."""
-        with self._moved:
-            if not set(ids).isdisjoint(self._awaited):
-                self._moved.notify_all()
-
-    def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
-        """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
-        with self._moved:
-            self._awaited.append(task_id)
-            if not is_done() and not self.halted.is_set():
-                self._moved.wait(timeout_s)
-            self._awaited.remove(task_id)
 
     def end(self, ids: Iterable[int]) -> None:
         """End running tasks whose wish is on disk."""
@@ -4554,7 +4569,8 @@ class DaemonRunner:
                     next_poll = now + self.store.config.daemon.poll_interval
                     self._metrics.last_poll_at = Clock.now()
                     self._metrics.poll_count += 1
-                if self._is_turn_due(is_polling):
+                    self._is_woken |= "queued" in self.store.get_counts()
+                if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
                 self._watch_logs()
                 next_care = now + self._on_poll()
@@ -4567,18 +4583,11 @@ class DaemonRunner:
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
-                if Clock.mono() >= self._drain_at and not self._find_living():
+                if Clock.mono() >= self._drain_at and all(r.is_told for r in self._runs()):
                     self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
                 log.exception("turn failed")
-
-    def _is_turn_due(self, is_polling: bool) -> bool:
-        """Tell whether a turn has something to do."""
-        if self._is_woken or self._results or self._next_wake_s(float("inf")) <= 0.0:
-            return True
-        is_due = bool(self._running) or self._attempts.next_due is not None
-        return is_polling and (is_due or "queued" in self.store.get_counts())
 
     def _next_wake_s(self, first: float) -> float:
         """Return how long nothing can be due; first: when something else is."""
@@ -4629,10 +4638,6 @@ class DaemonRunner:
             self.tell([task.id for task, _ in results])
         if is_drained:
             self._note_drained()
-
-    def _find_living(self) -> list[_Run]:
-        with self._lock:
-            return [run for run in self._running.values() if not run.is_told]
 
     def _note_drained(self) -> None:
         if not self._drained.is_set():
@@ -4716,8 +4721,7 @@ class DaemonRunner:
         self.keepers.end(run.task.run_id or "", signal.SIGTERM, stop_s)
 
     def _can_end(self, run: _Run) -> bool:
-        ended = run.is_ending or run.is_told or self.keepers.has_ended(run.task.run_id)
-        return not ended
+        return not (run.is_ending or run.is_told or self.keepers.has_ended(run.task.run_id))
 
     def _enforce(self) -> None:
         """End what is out of time; holds the lock."""
@@ -4737,11 +4741,14 @@ class DaemonRunner:
                 log.warning("Ending task %d: %s", run.task.id, wish.value)
                 self._end(run)
 
+    def _runs(self) -> list[_Run]:
+        with self._lock:
+            return list(self._running.values())
+
     def _watch_logs(self) -> None:
         """Cap the logs of what runs."""
-        with self._lock:
-            due = [run.log for run in self._running.values() if Clock.mono() >= run.log.due_mono]
-        for watch in due:
+        now = Clock.mono()
+        for watch in [run.log for run in self._runs() if now >= run.log.due_mono]:
             watch.look(int(self.store.config.limits.log_mb * 1e6))
 
 
