@@ -450,8 +450,8 @@ def duration(text: object) -> float:
 
 def interval(text: object) -> float:
     """Read a duration that is long enough to wait for, again and again."""
-    if duration(text) < 0.01:
-        raise ValueError("a duration of at least 0.01 s")
+    if not 0.01 <= duration(text) <= 86400:
+        raise ValueError("a duration from 0.01 s to a day")
     return duration(text)
 
 
@@ -3980,7 +3980,7 @@ class Keepers:
     ended runs left is ended. Life: adopt what ran, open -> look ... -> close.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, is_starter: bool = True) -> None:
         self._folder = os.path.abspath(folder)
         self._lock = threading.RLock()  # guards all that follows
         self._links: dict[str, _Link] = {}
@@ -3989,6 +3989,7 @@ class Keepers:
         self._told: list[tuple[Ward, Begun | Result]] = []
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
         self._is_open = False
+        self._is_starter = is_starter  # else it only ends what runs
         self._next_spawn = 0.0  # monotonic
         self._obstacle = "it is being started"  # why no keeper stands
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
@@ -4169,7 +4170,8 @@ class Keepers:
             if link.asked_mono is not None and not link.is_silent():
                 times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
         links = [link for link in self._links.values() if not link.is_private]
-        if self._is_open and all(link.is_foreign or link.is_silent() for link in links):
+        is_starter = self._is_open and self._is_starter
+        if is_starter and all(link.is_foreign or link.is_silent() for link in links):
             if now >= self._next_spawn:
                 self._spawn()
             times.append(self._next_spawn)
@@ -4294,6 +4296,8 @@ class Keepers:
                 if is_over and link.is_greeted:
                     link.is_quitting = True
                     link.send("quit")
+                elif is_over and link.process is not None:  # just started: it would wait for us
+                    link.process.terminate()
             self.flush()
         while any(link.is_quitting for link in self._links.values()) and Clock.mono() < deadline:
             self.look(0.05)
@@ -5084,10 +5088,12 @@ class Watch:
             self.hearing = None
         path = self.instance.note.get("notify")
         if path:
-            with contextlib.suppress(OSError):
+            folder = os.path.dirname(path)
+            with contextlib.suppress(OSError, DaemonError):
+                refuse_foreign(folder, os.lstat(folder))  # somebody's link, after a clean-up of /tmp
                 os.unlink(path)
-                if os.path.dirname(path) != os.path.dirname(self.instance.path):
-                    os.rmdir(os.path.dirname(path))  # with the last one's
+                if folder != os.path.dirname(self.instance.path):
+                    os.rmdir(folder)  # with the last one's
 
     def remember(self, pid: int) -> None:
         """Learn of an adopted run what its probes need. Raises OSError, ValueError, DaemonError."""
@@ -6907,7 +6913,7 @@ def held_by(holder: Holder) -> DaemonError:
 
 def end_attempts(store: TaskStore, ids: Sequence[int], deadline_mono: float) -> list[int]:
     """End running tasks whose wish is on disk, while there is no daemon; return what still runs."""
-    runner = DaemonRunner(store)
+    runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
     try:
         return runner.finish(ids, deadline_mono)
     finally:
@@ -6917,7 +6923,7 @@ def end_attempts(store: TaskStore, ids: Sequence[int], deadline_mono: float) -> 
 def end_everything(store: TaskStore) -> list[str]:
     """KILL tasks and processes, while there is no daemon; return what still runs."""
     deadline = Clock.mono() + 2 * STOP_MARGIN_S
-    runner = DaemonRunner(store)
+    runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
     supervisor = Supervisor(store, keepers=runner.keepers)
     ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
     try:
