@@ -24,7 +24,7 @@ Map (a section uses only sections above it):
      7. LOG         the daemon's own log
      8. PIDFILE     the lock and the PID file
      9. STORE       schema, migrations, all SQL
-    10. CHILD       the attempt protocol: start, adopt, wait, stop
+    10. KEEPER      the process that owns all children, and the daemon's end of it
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
     16. CONTROL     frames, verbs, server, Client
@@ -41,7 +41,7 @@ Files, all in `.apex/` (mode 0700):
     control.sock   the control socket; `endpoint` says how to reach the daemon
     heartbeat      rewritten while the loops turn; state.json: a readable snapshot
     ballast        given up when the disk is full, so that results can be recorded
-    run/           one exit record a slot or instance
+    run/           keeper-NAME: a keeper, and results it could not tell; proc-web.0: notes
     logs/          task-12.1.log: task 12, attempt 1; proc-web.0.log: instance 0 of web
     apexd          this command line for this project, from the bytecode in cache/
 
