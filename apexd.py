@@ -4630,7 +4630,9 @@ class DaemonRunner:
                     self._is_woken |= "queued" in self.store.get_counts()
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
-                self._watch_logs()
+                for run in self._runs():
+                    if now >= run.log.due_mono:
+                        run.log.look(int(self.store.config.limits.log_mb * 1e6))
                 next_care = now + self._on_poll()
                 if is_polling and now >= next_upkeep:
                     next_upkeep = now + MAINTENANCE_S
@@ -4781,12 +4783,6 @@ class DaemonRunner:
     def _runs(self) -> list[_Run]:
         with self._lock:
             return list(self._running.values())
-
-    def _watch_logs(self) -> None:
-        """Cap the logs of what runs."""
-        now = Clock.mono()
-        for watch in [run.log for run in self._runs() if now >= run.log.due_mono]:
-            watch.look(int(self.store.config.limits.log_mb * 1e6))
 
 
 # ============================================================================
@@ -5103,7 +5099,7 @@ class Watch:
         if path:
             folder = os.path.dirname(path)
             with contextlib.suppress(OSError, DaemonError):
-                refuse_foreign(folder, os.lstat(folder))  # somebody's link, after a clean-up of /tmp
+                refuse_foreign(folder, os.lstat(folder))  # somebody's link, in /tmp
                 os.unlink(path)
                 if folder != os.path.dirname(self.instance.path):
                     os.rmdir(folder)  # with the last one's
@@ -8038,7 +8034,8 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
         fields = {"name": name, "lines": lines, "offsets": offsets}
         logs = client.call("process_logs", fields)["logs"]
         count = len(logs)
-        return {one: (binascii.a2b_base64(part["data"]), part["next"]) for one, part in logs.items()}
+        from_base64 = binascii.a2b_base64
+        return {one: (from_base64(part["data"]), part["next"]) for one, part in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
         marks = {one: f"{one} | ".encode() if count > 1 else b"" for one, _ in found}
