@@ -3908,7 +3908,7 @@ class _Link:
             self.file_id = [info.st_dev, info.st_ino]
             with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
                 head = json.loads(file.readline(4096))
-                self.is_foreign = head["keeper"] != KEEPER_PROTOCOL
+                self.is_foreign |= head["keeper"] != KEEPER_PROTOCOL
                 if self.is_foreign or not may_connect:  # it ends by itself: look for its lock
                     self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
                 else:
@@ -4115,7 +4115,8 @@ class _Roster:
                 link.flush()
             except (EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
                 if not isinstance(error, EOFError):
-                    log.error("a keeper (PID %d) is not understood: %s", link.pid, error)
+                    log.error("the keeper %s is not understood: %s", link.name, error)
+                    link.is_foreign = True
                 self.watched.remove(link.connection)
                 link.drop()
 
@@ -4298,7 +4299,6 @@ class Keepers(_Roster):
     def _greet(self, link: _Link, word: dict[str, Any]) -> None:
         """Take over the runs that a keeper has; settle those that it never will start."""
         if word["keeper"] != KEEPER_PROTOCOL or word["file"] != link.file_id:
-            link.is_foreign = True
             raise ValueError("another project's, or of another protocol")
         link.is_greeted, link.pid, self._obstacle = True, int(word["pid"]), ""
         runs = {str(run["run"]): run for run in word["runs"]}
