@@ -4454,7 +4454,7 @@ class TestKeeperLife:
         for _ in range(ROUNDS):
             box.start()
             ends = ("exit 0", "exit 7", "kill -9 $$", "kill -15 $$", "exit 137")
-            ids = enqueue(box, *(self.WAIT + end for end in ends))
+            ids = enqueue(box, *(f"echo x >>begun; {self.WAIT} {end}" for end in ends))
             for task_id in ids:
                 command_of(box, task_id)
             keeper, name = next(iter(keepers(box).items()))
@@ -4467,7 +4467,9 @@ class TestKeeperLife:
             found = [(task["exit_code"], task["signal"], task["attempts"]) for task in tasks]
             assert found == [(0, None, 1), (7, None, 1), (137, 9, 1), (143, 15, 1), (137, None, 1)]
             eventually(lambda: not os.path.exists(box.file("run", "keeper-" + name)))
+            assert lines_of(box, "begun") == ["x"] * 5, "once each"
             put(box, "go", None)
+            put(box, "begun", None)
             box.stop()
 
     @root
@@ -4478,7 +4480,7 @@ class TestKeeperLife:
             try:
                 box.config({"daemon": {"max_concurrent": 8}})
                 box.start()
-                ids = enqueue(box, *(self.WAIT + f"exit {code}" for code in (0, 7, 9)))
+                ids = enqueue(box, *(f"echo x >>begun; {self.WAIT} exit {n}" for n in (0, 7, 9)))
                 commands = [command_of(box, task_id) for task_id in ids]
                 keeper = keeper_of(box)
                 box.kill9()
@@ -4500,6 +4502,7 @@ class TestKeeperLife:
                 box.start()
                 found = [(t["exit_code"], t["attempts"]) for t in settle(box, ids)]
                 assert found == [(0, 1), (7, 1), (9, 1)]
+                assert lines_of(box, "begun") == ["x"] * 3, "once each"
             finally:
                 put(box, "go")
                 with contextlib.suppress(FileNotFoundError):
