@@ -414,6 +414,12 @@ class DaemonMetrics(Value):
     last_poll_at: float | None
     poll_count: int
 
+    def count(self, result: Result) -> None:
+        """Count an attempt that has ended."""
+        self.tasks_processed += 1
+        self.tasks_succeeded += result.exit_code == 0
+        self.tasks_failed += result.exit_code != 0
+
 
 class DaemonStatus(Value):
     """What `DaemonManager.get_status` knows; `exit_status` follows LSB."""
@@ -3973,7 +3979,122 @@ class _Sweeper:
         return bool(is_lost and is_known and Platform.start_time(ward.pid or 0) == ward.start_time)
 
 
-class Keepers:
+class _Roster:
+    """The keepers that there are: found, started, connected to, gone. Keepers says what then."""
+
+    def __init__(self, folder: str, is_starter: bool) -> None:
+        self._folder = os.path.abspath(folder)
+        self._lock = threading.RLock()  # guards all that follows, there too
+        self._links: dict[str, _Link] = {}
+        self._is_open = False
+        self._is_starter = is_starter  # else nothing new is to be run
+        self._next_spawn = 0.0  # monotonic
+        self._obstacle = "it is being started"  # why no keeper stands
+        self.is_owner: Callable[[], bool] = lambda: True  # of the project, still
+        self.watched = Watched()
+        self.wake = self.watched.wake  # makes `look` return
+
+    def _take(self, link: _Link, word: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
+        raise NotImplementedError
+
+    def _find(self) -> None:
+        for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
+            match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
+            if match:
+                self._links.setdefault(match[1], _Link(match[1], self._path(match[1])))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._folder, "run", "keeper-" + name)
+
+    def standing(self) -> str | None:
+        """Return the name of the keeper that takes starts; None: none does now."""
+        with self._lock:
+            return next((link.name for link in self._links.values() if link.takes_starts()), None)
+
+    @property
+    def obstacle(self) -> str:
+        """Why nothing can be started, "" when it can."""
+        return "" if self.standing() else self._obstacle
+
+    def has_child(self, pid: int) -> bool:
+        """Tell whether a PID is that of a keeper that was started here."""
+        with self._lock:
+            return any(x.process is not None and x.process.pid == pid for x in self._links.values())
+
+    def flush(self) -> None:
+        """Send what there is to send, as far as the keepers take it now."""
+        with self._lock:
+            for link in self._links.values():
+                link.flush()
+                if link.outbox:
+                    self.wake()  # `look` waits until it can go on
+
+    def _tend(self) -> float:
+        """Reach keepers, start one if none takes starts; return how long nothing is due."""
+        now, times = Clock.mono(), [float("inf")]
+        for link in list(self._links.values()):
+            if link.connection is None and now >= link.retry_mono:
+                self._reach(link)
+            if link.connection is None:
+                times.append(link.retry_mono)
+                continue
+            self.watched.expect(link.connection, bool(link.outbox))
+            if link.asked_mono is not None and not link.is_silent():
+                times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
+        links = [link for link in self._links.values() if not link.is_private]
+        is_starter = self._is_open and self._is_starter
+        if is_starter and all(link.is_foreign or link.is_silent() for link in links):
+            if now >= self._next_spawn:
+                self._spawn()
+            times.append(self._next_spawn)
+        return min(times) - Clock.mono()
+
+    def _spawn(self, is_private: bool = False) -> None:
+        """Start a keeper; it is reached when its file is there."""
+        self._next_spawn, name = Clock.mono() + 1.0, os.urandom(8).hex()
+        try:
+            process = spawn_keeper(self._folder, name)
+            self._links[name] = _Link(name, self._path(name), process, is_private)
+        except OSError as error:
+            self._obstacle = f"no keeper can be started: {error.strerror}"
+            log.error("%s", self._obstacle)
+
+    def _reach(self, link: _Link) -> None:
+        """Connect to a keeper, or find that it has gone and conclude on its runs."""
+        text = link.reach(self.is_owner())
+        if link.connection is not None:
+            self.watched.add(link.connection, functools.partial(self._read, link))
+        if text is None:
+            return
+        del self._links[link.name]
+        if link.process is not None and not text and not link.is_quitting:
+            self._obstacle = f"a keeper ended with status {link.process.wait()}"
+            log.error("%s", self._obstacle)
+        results, has_left = read_results(text)
+        if link.pid and not has_left:
+            log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
+        self._conclude(link.name, results, has_left)
+
+    def _read(self, link: _Link) -> None:
+        """Take what a keeper tells; called by `look`."""
+        with self._lock:
+            if link.connection is None:
+                return
+            try:
+                for word in link.read():
+                    self._take(link, word)
+                link.flush()
+            except (EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+                if not isinstance(error, EOFError):
+                    log.error("a keeper (PID %d) is not understood: %s", link.pid, error)
+                self.watched.remove(link.connection)
+                link.drop()
+
+
+class Keepers(_Roster):
     """The daemon's end of its keepers: it starts them, starts and ends children, learns results.
 
     Any thread may call it; one of them calls `look` in a loop: there words are read, and what
@@ -3981,22 +4102,13 @@ class Keepers:
     """
 
     def __init__(self, folder: str, is_starter: bool = True) -> None:
-        self._folder = os.path.abspath(folder)
-        self._lock = threading.RLock()  # guards all that follows
-        self._links: dict[str, _Link] = {}
+        super().__init__(folder, is_starter)
         self._wards: dict[str, Ward] = {}  # by run id, until it is forgotten
         self._sweeper = _Sweeper(self._folder)
         self._told: list[tuple[Ward, Begun | Result]] = []
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
-        self._is_open = False
-        self._is_starter = is_starter  # else it only ends what runs
-        self._next_spawn = 0.0  # monotonic
-        self._obstacle = "it is being started"  # why no keeper stands
+        self._has_news = False  # `on_standing` is to be called
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
-        self._has_news = False  # it is to be called
-        self.is_owner: Callable[[], bool] = lambda: True  # of the project, still
-        self.watched = Watched()
-        self.wake = self.watched.wake  # makes `look` return
 
     def adopt(self, ward: Ward) -> None:
         """Find out what became of a former daemon's run; before `open`."""
@@ -4008,21 +4120,10 @@ class Keepers:
         with self._lock:
             self._is_open = True
             self._kinds.add(kind)
-            for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
-                match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
-                if match:
-                    self._links.setdefault(match[1], _Link(match[1], self._path(match[1])))
+            self._find()
             for name in {ward.keeper for ward in self._wards.values()} - self._links.keys():
                 self._conclude(name, {}, False)  # its file is gone, and so is it
             self._tend()
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._folder, "run", "keeper-" + name)
-
-    def standing(self) -> str | None:
-        """Return the name of the keeper that takes starts; None: none does now."""
-        with self._lock:
-            return next((link.name for link in self._links.values() if link.takes_starts()), None)
 
     def find_private(self) -> str | None:
         """Return a keeper that has no child and gets one alone; None: not now."""
@@ -4103,14 +4204,6 @@ class Keepers:
     def _has_wards(self, name: str) -> bool:
         return any(ward.keeper == name for ward in self._wards.values())
 
-    def flush(self) -> None:
-        """Send what there is to send, as far as the keepers take it now."""
-        with self._lock:
-            for link in self._links.values():
-                link.flush()
-                if link.outbox:
-                    self.wake()  # `look` waits until it can go on
-
     def pid_of(self, run_id: str | None) -> int | None:
         """Return the PID of a run's command while it runs."""
         with self._lock:
@@ -4127,27 +4220,11 @@ class Keepers:
             is_silent = link is not None and link.is_silent()
             return f"its keeper (PID {link.pid}) does not answer" if link and is_silent else ""
 
-    def has_ended(self, run_id: str | None) -> bool:
-        """Tell whether the end of a run is known, though perhaps not told yet."""
-        with self._lock:
-            ward = self._wards.get(run_id or "")
-            return ward is not None and ward.result is not None
-
-    @property
-    def obstacle(self) -> str:
-        """Why nothing can be started, "" when it can."""
-        return "" if self.standing() else self._obstacle
-
-    def has_child(self, pid: int) -> bool:
-        """Tell whether a PID is that of a keeper that was started here."""
-        with self._lock:
-            return any(x.process is not None and x.process.pid == pid for x in self._links.values())
-
     def look(self, timeout_s: float) -> None:
         """Read what keepers tell, and do what is due; return when something happened."""
         with self._lock:
-            due_s = 0.0 if self._told else max(min(self._tend(), timeout_s), 0.0)
-        self.watched.wait(due_s)
+            due_s = min(self._tend(), self._sweeper.due() - Clock.mono(), timeout_s)
+        self.watched.wait(0.0 if self._told else max(due_s, 0.0))
         with self._lock:
             self._told += [(ward, ward.result) for ward in self._sweeper.look() if ward.result]
             told, self._told = self._told, []
@@ -4157,52 +4234,6 @@ class Keepers:
         for ward, what in told:
             ward.tell(ward.run_id, what)
 
-    def _tend(self) -> float:
-        """Reach keepers, start one if none takes starts; return how long nothing is due."""
-        now, times = Clock.mono(), [self._sweeper.due()]
-        for link in list(self._links.values()):
-            if link.connection is None and now >= link.retry_mono:
-                self._reach(link)
-            if link.connection is None:
-                times.append(link.retry_mono)
-                continue
-            self.watched.expect(link.connection, bool(link.outbox))
-            if link.asked_mono is not None and not link.is_silent():
-                times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
-        links = [link for link in self._links.values() if not link.is_private]
-        is_starter = self._is_open and self._is_starter
-        if is_starter and all(link.is_foreign or link.is_silent() for link in links):
-            if now >= self._next_spawn:
-                self._spawn()
-            times.append(self._next_spawn)
-        return min(times) - Clock.mono()
-
-    def _spawn(self, is_private: bool = False) -> None:
-        """Start a keeper; it is reached when its file is there."""
-        self._next_spawn, name = Clock.mono() + 1.0, os.urandom(8).hex()
-        try:
-            process = spawn_keeper(self._folder, name)
-            self._links[name] = _Link(name, self._path(name), process, is_private)
-        except OSError as error:
-            self._obstacle = f"no keeper can be started: {error.strerror}"
-            log.error("%s", self._obstacle)
-
-    def _reach(self, link: _Link) -> None:
-        """Connect to a keeper, or find that it has gone and conclude on its runs."""
-        text = link.reach(self.is_owner())
-        if link.connection is not None:
-            self.watched.add(link.connection, functools.partial(self._read, link))
-        if text is None:
-            return
-        del self._links[link.name]
-        if link.process is not None and not text and not link.is_quitting:
-            self._obstacle = f"a keeper ended with status {link.process.wait()}"
-            log.error("%s", self._obstacle)
-        results, has_left = read_results(text)
-        if link.pid and not has_left:
-            log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
-        self._conclude(link.name, results, has_left)
-
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
         """Settle all runs of a keeper that has gone; its file goes with the last of them."""
         rest = Result(never_ran=True) if has_left else Result()
@@ -4211,6 +4242,8 @@ class Keepers:
                 self._settle(ward, results.get(ward.run_id, rest))
         if name is not None:
             self._remove(name)
+        else:
+            log.warning("what an older apexd left running is ended, then run again")
 
     def _remove(self, name: str) -> None:
         """Remove the file of a keeper that has gone, once it told all to those it concerns."""
@@ -4218,21 +4251,6 @@ class Keepers:
             for path in (self._path(name), self._path(name) + ".sock"):
                 with contextlib.suppress(OSError):
                     insist(os.unlink, path)
-
-    def _read(self, link: _Link) -> None:
-        """Take what a keeper tells; called by `look`."""
-        with self._lock:
-            if link.connection is None:
-                return
-            try:
-                for word in link.read():
-                    self._take(link, word)
-                link.flush()
-            except (EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
-                if not isinstance(error, EOFError):
-                    log.error("a keeper (PID %d) is not understood: %s", link.pid, error)
-                self.watched.remove(link.connection)
-                link.drop()
 
     def _take(self, link: _Link, word: dict[str, Any]) -> None:
         """Act on one word of a keeper's."""
@@ -4397,6 +4415,10 @@ class _Run(Value):
     is_told: bool  # its result waits to be recorded
     log: LogWatch
 
+    def can_end(self) -> bool:
+        """Tell whether it is neither being ended nor has ended, though perhaps not told yet."""
+        return not (self.is_ending or self.is_told or self.ward.result is not None)
+
 
 def prune_all(store: TaskStore, running: Container[int]) -> None:
     """Forget tasks and logs past retention; never those of running tasks.
@@ -4521,19 +4543,15 @@ class DaemonRunner:
     def adopt(self) -> None:
         """Take over what a former daemon left; the keepers tell what became of it."""
         self._metrics.started_at = Clock.now()
-        is_old = False
         for task in self.store.find(state="running", limit=INTEGER_MAX):
             run = self._running[task.id] = make_run(task, self.store, self._take)
             if self._execute is not None or task.keeper == CALLED:
                 self._take(task.run_id or "", Result())
                 continue
-            is_old = is_old or task.keeper is None
             self.keepers.adopt(run.ward)
             log.info("Adopting task %d", task.id)
             if task.wish is not None:
                 self._end(run)
-        if is_old:
-            log.warning("tasks of an older apexd are ended, then run again: it had no keeper")
         if self._execute is None:
             self.keepers.open("0")
 
@@ -4637,7 +4655,7 @@ class DaemonRunner:
                 return 0.0
             for run in self._running.values():
                 times.append(run.log.due_mono)
-                if self._can_end(run):
+                if run.can_end():
                     times += (run.deadline_mono, self._drain_at)
         if self._attempts.next_due is not None and not self.is_draining:
             times.append(now + self._attempts.next_due - Clock.now())
@@ -4685,9 +4703,7 @@ class DaemonRunner:
             self._on_drained()
 
     def _count(self, task: Task, result: Result) -> None:
-        self._metrics.tasks_processed += 1
-        self._metrics.tasks_succeeded += result.exit_code == 0
-        self._metrics.tasks_failed += result.exit_code != 0
+        self._metrics.count(result)
         took = span(Clock.now() - task.started_at if result.ran_s is None else result.ran_s)
         log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
 
@@ -4744,13 +4760,10 @@ class DaemonRunner:
         stop_s = self.store.config.daemon.stop_timeout if stop_s is None else stop_s
         self.keepers.end(run.task.run_id or "", signal.SIGTERM, stop_s)
 
-    def _can_end(self, run: _Run) -> bool:
-        return not (run.is_ending or run.is_told or self.keepers.has_ended(run.task.run_id))
-
     def _enforce(self) -> None:
         """End what is out of time; holds the lock."""
         now = Clock.mono()
-        runs = [run for run in self._running.values() if self._can_end(run)]
+        runs = [run for run in self._running.values() if run.can_end()]
         late = [run for run in runs if now >= run.deadline_mono]
         rest = [run for run in runs if run not in late] if now >= self._drain_at else []
         for wish, ending in ((Outcome.TIMEOUT, late), (Outcome.INTERRUPTED, rest)):
@@ -5551,8 +5564,6 @@ class Supervisor:
             instance = self._instances[f"{name}.{index}"] = Instance(name, index, policy, self)
             instance.view.is_wanted = decisions.get(name, (None, None))[0] is not False
             instance.note = note
-            if note.get("keeper") is None:
-                log.warning("process %s of an older apexd is started anew: it had no keeper", name)
             log.info("Adopting process %s", instance.id)
             instance.adopt()
 
