@@ -4294,6 +4294,28 @@ class TestKeeperLife:
                 raw.close()
         assert lines_of(box, "begun") == [str(n) for n in range(ROUNDS if SLOW else 1)]
 
+    @pytest.mark.parametrize("daemon", ["lives", "is dead"])
+    def test_half_a_frame_of_a_daemon_that_was_displaced_is_dropped(self, box, daemon):
+        box.config({}, process={"holder": {"command": ["sleep", "300"]}})
+        box.start()
+        (held,) = enqueue(box, self.WAIT + "exit 6")
+        pid = command_of(box, held)
+        (keeper, name) = next(iter(keepers(box).items()))
+        if daemon == "is dead":
+            box.kill9()
+        with greet(box, name) as raw:
+            raw.sendall(struct.pack(">I", 4000) + b'{"type": "start", "run": "')
+            assert raw.recv(1 << 16), "it is greeted"
+            pause(0.05)
+            if daemon == "is dead":
+                box.start()
+            with contextlib.suppress(ConnectionError):
+                eventually(lambda: raw.recv(1 << 16) == b"", why="the daemon took its place")
+        (task_id,) = enqueue(box, "exit 5")
+        put(box, "go")
+        codes = [(task["exit_code"], task["attempts"]) for task in settle(box, [held, task_id])]
+        assert codes == [(6, 1), (5, 1)] and list(keepers(box)) == [keeper] and not lives(pid)
+
     def test_a_daemon_that_reads_nothing_does_not_hang_its_keeper(self, box):
         os.makedirs(box.file("run"), mode=0o700, exist_ok=True)
         os.chmod(box.state, 0o700)
@@ -4380,8 +4402,8 @@ class TestKeeperLife:
         box.start()
         first = "echo x >>ready; [ $APEX_ATTEMPT = 1 ] && "
         all_run = "until [ $(wc -l <ready) -ge 6 ]; do sleep 0.02; done; "
-        neighbours = enqueue(box, *[f"{first} sleep 60; exit 0"] * 5)
-        (poison,) = enqueue(box, f"{first} {all_run} kill -9 $PPID; sleep 60")
+        neighbours = enqueue(box, *[f"{first} sleep 60; sleep 0.4; exit 0"] * 5)
+        (poison,) = enqueue(box, f"{first} {all_run} kill -9 $PPID; sleep 60", priority=9)
         tasks = settle(box, [*neighbours, poison])
         assert [task["state"] for task in tasks] == ["succeeded"] * 5 + ["failed"]
         assert {task["attempts"] for task in tasks[:5]} == {2}
@@ -4432,7 +4454,7 @@ class TestKeeperLife:
         for _ in range(ROUNDS):
             box.start()
             ends = ("exit 0", "exit 7", "kill -9 $$", "kill -15 $$", "exit 137")
-            ids = enqueue(box, *(self.WAIT + end for end in ends))
+            ids = enqueue(box, *(f"echo x >>begun; {self.WAIT} {end}" for end in ends))
             for task_id in ids:
                 command_of(box, task_id)
             keeper, name = next(iter(keepers(box).items()))
@@ -4445,7 +4467,9 @@ class TestKeeperLife:
             found = [(task["exit_code"], task["signal"], task["attempts"]) for task in tasks]
             assert found == [(0, None, 1), (7, None, 1), (137, 9, 1), (143, 15, 1), (137, None, 1)]
             eventually(lambda: not os.path.exists(box.file("run", "keeper-" + name)))
+            assert lines_of(box, "begun") == ["x"] * 5, "once each"
             put(box, "go", None)
+            put(box, "begun", None)
             box.stop()
 
     @root
@@ -4456,7 +4480,7 @@ class TestKeeperLife:
             try:
                 box.config({"daemon": {"max_concurrent": 8}})
                 box.start()
-                ids = enqueue(box, *(self.WAIT + f"exit {code}" for code in (0, 7, 9)))
+                ids = enqueue(box, *(f"echo x >>begun; {self.WAIT} exit {n}" for n in (0, 7, 9)))
                 commands = [command_of(box, task_id) for task_id in ids]
                 keeper = keeper_of(box)
                 box.kill9()
@@ -4478,6 +4502,7 @@ class TestKeeperLife:
                 box.start()
                 found = [(t["exit_code"], t["attempts"]) for t in settle(box, ids)]
                 assert found == [(0, 1), (7, 1), (9, 1)]
+                assert lines_of(box, "begun") == ["x"] * 3, "once each"
             finally:
                 put(box, "go")
                 with contextlib.suppress(FileNotFoundError):
