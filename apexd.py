@@ -86,10 +86,17 @@ from types import SimpleNamespace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
+    import difflib
+    import grp
+    import logging
+    import marshal
+    import pwd
     import queue
     import random
+    import resource
     import shutil
     import sqlite3
+    import subprocess
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
 
@@ -101,17 +108,21 @@ __all__ = [
 
 
 class _Lazy:
-    """A module that is imported at its first use: few commands need it."""
+    """Something that is imported at its first use: few commands need it."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, load: Callable[[], object]) -> None:
+        self._load = load
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(__import__(self._name), name)
+        return getattr(self._load(), name)
 
 
 if not TYPE_CHECKING:
-    binascii, queue, random, shutil = map(_Lazy, ("binascii", "queue", "random", "shutil"))
+    for _name in (
+        "binascii difflib grp logging marshal pwd queue random resource shutil sqlite3 subprocess"
+    ).split():
+        globals()[_name] = _Lazy(functools.partial(__import__, _name))
+log: Any = _Lazy(lambda: logging.getLogger("apexd"))
 
 # Kept so that `start` can store it: to compile this file takes longer than all else it does.
 _BYTECODE = sys._getframe().f_code if __name__ == "__main__" else None
@@ -751,8 +762,6 @@ if sys.platform == "win32":
         environment_of = staticmethod(lambda pid: {})
 
         def spawn(self, word: Mapping[str, Any], log_fd: int, on_end: Callable[[], object]) -> int:
-            import subprocess
-
             os.lseek(log_fd, 0, os.SEEK_END)  # the process knows nothing of O_APPEND
             process = subprocess.Popen(
                 word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
@@ -939,8 +948,6 @@ else:
             """
             if word.get("limits") or word.get("nice") or word.get("ids"):
                 return _fork_child(word, log_fd)
-            import subprocess
-
             process = subprocess.Popen(
                 word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
                 cwd=word["cwd"], env=word["env"], umask=word["umask"],
@@ -1050,9 +1057,6 @@ else:
 
             Raises ValueError: there is no such, or only root may become it.
             """
-            import grp
-            import pwd
-
             try:
                 account = pwd.getpwnam(user) if user else pwd.getpwuid(os.geteuid())
                 gid = grp.getgrnam(group).gr_gid if group else account.pw_gid
@@ -1160,8 +1164,6 @@ else:
 
         def highest_limit(self, name: str) -> int:
             """Return how high a limit of setrlimit(2) can be set here."""
-            import resource
-
             which = getattr(resource, name)
             soft, hard = resource.getrlimit(which)
             with contextlib.suppress(ValueError, OSError):
@@ -1183,8 +1185,6 @@ else:
         def distrust(self, info: os.stat_result, root_too: bool = True) -> str | None:
             """Name who else can write a file, but for root: a user, "others", None: nobody."""
             if info.st_uid != os.geteuid() and (info.st_uid or not root_too):
-                import pwd
-
                 with contextlib.suppress(KeyError):
                     return pwd.getpwuid(info.st_uid).pw_name
                 return f"#{info.st_uid}"
@@ -1270,8 +1270,6 @@ else:
 
     def _become_child(word: Mapping[str, Any], files: Sequence[int], writer: int) -> NoReturn:
         """Go the way from fork to exec; tell (errno, text, step) when a step fails."""
-        import resource
-
         step = "setsid"
         try:
             os.setsid()
@@ -1332,8 +1330,6 @@ else:
 
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
-        import subprocess
-
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         return done.stdout.strip() or None
 
@@ -1622,8 +1618,6 @@ def store_bytecode(folder: str) -> None:
         if (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
             return
         if _BYTECODE and Clock.now() - max(info.st_mtime, info.st_ctime) > FRESH_S:
-            import marshal
-
             os.makedirs(os.path.dirname(target), exist_ok=True)
             write_atomically(target, head + marshal.dumps(_BYTECODE))
         else:
@@ -1710,8 +1704,6 @@ def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
 
 
 def _complain(path: str, error: Exception) -> None:
-    import logging
-
     if path not in _complaints and len(_complaints) < 1000:
         _complaints.add(path)
         logging.getLogger("apexd").warning("%s: its head cannot be kept: %s", path, error)
@@ -2042,8 +2034,6 @@ def _broken(path: str | None, message: str, hint: str = "") -> DaemonError:
 
 
 def _unknown(path: str | None, where: str, key: str, known: Iterable[str]) -> DaemonError:
-    import difflib
-
     if key in FORMER_NAMES:
         return _broken(path, f"{where} is called {FORMER_NAMES[key]} here", "rename it")
     near = difflib.get_close_matches(key, list(known), 1, 0.0)
@@ -2176,18 +2166,6 @@ def _parse(path: str, text: str) -> object:
 # ============================================================================
 
 
-class _LazyLogger:
-    """logging.getLogger("apexd") at first use: a CLI call never pays for the import."""
-
-    def __getattr__(self, name: str) -> Any:
-        import logging
-
-        return getattr(logging.getLogger("apexd"), name)
-
-
-log: Any = _LazyLogger()
-
-
 def open_log(path: str, options: Any, to_stderr: bool) -> None:
     """Send the log to a rotating file, and to standard error in the foreground.
 
@@ -2233,8 +2211,6 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
 
 def close_log() -> None:
     """Flush and forget the handlers."""
-    import logging
-
     logger = logging.getLogger("apexd")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -2505,8 +2481,6 @@ class Database:
 
     def __init__(self, path: str) -> None:
         """Open and migrate. Raises DATABASE_CORRUPT, _NEWER, _FAILED, CANNOT_CREATE."""
-        import sqlite3
-
         self.path = path
         self._errors = sqlite3.Error
         self._lock = threading.RLock()
@@ -2534,8 +2508,6 @@ class Database:
 
         Raises DATABASE_CORRUPT, CANNOT_CREATE.
         """
-        import sqlite3
-
         temporary, wal = self.path + ".new", self.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
             info = os.lstat(self.path)
