@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     import shutil
     import sqlite3
     import subprocess
+    import tempfile
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
 
@@ -119,7 +120,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii difflib grp logging marshal pwd queue random resource shutil sqlite3 subprocess"
+        "binascii difflib grp logging marshal pwd queue random resource shutil sqlite3 subprocess "
+        "tempfile"
     ).split():
         globals()[_name] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -843,20 +845,13 @@ if sys.platform == "win32":
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
         kill = signal.SIGTERM
-        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
+
+        def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
 
-        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
-            return socket.create_connection(("127.0.0.1", int(endpoint["port"])), timeout_s)
-
-        def listen_near(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
-            return self.listen("")
-
-        def connect_near(self, path: str, endpoint: Mapping[str, Any]) -> socket.socket:
-            connection = socket.create_connection(("127.0.0.1", int(endpoint["port"])), 1.0)
-            connection.sendall(endpoint["token"].encode())
-            return connection
+        def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
+            return socket.create_connection(("127.0.0.1", int(told["port"])), timeout_s)
 
         user = staticmethod(lambda: 0)
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
@@ -873,7 +868,6 @@ if sys.platform == "win32":
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
-
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
@@ -906,7 +900,7 @@ else:
             midst of execve(2) shows no environment; look again. (Linux; else none, sure)
             """
             found, is_sure, users = [], True, set(runs.values())
-            for name in filter(str.isdigit, os.listdir("/proc") if _HAS_PROC else ()):
+            for name in _list_processes():
                 with contextlib.suppress(OSError):
                     user = os.stat(f"/proc/{name}").st_uid
                     if user not in users:
@@ -922,22 +916,19 @@ else:
 
         def kill_run(self, pid: int, run_id: str) -> None:
             """SIGKILL a process if it, not another of its number, carries this run id."""
-            with contextlib.suppress(OSError):
-                fd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
-                try:
-                    if (_environment(str(pid)) or {}).get("APEX_RUN_ID") == run_id:
-                        if fd < 0:
-                            os.kill(pid, signal.SIGKILL)
-                        else:
-                            signal.pidfd_send_signal(fd, signal.SIGKILL)
-                finally:
-                    if fd >= 0:
-                        os.close(fd)
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                send: Callable[[int], object] = functools.partial(os.kill, pid)
+                if hasattr(os, "pidfd_open"):
+                    fd = os.pidfd_open(pid)
+                    stack.callback(os.close, fd)
+                    send = functools.partial(signal.pidfd_send_signal, fd)
+                if self.environment_of(pid).get("APEX_RUN_ID") == run_id:
+                    send(signal.SIGKILL)
 
         def environment_of(self, pid: int) -> dict[str, str]:
             """Return the environment a process was started with, {} when it cannot be read."""
             with contextlib.suppress(OSError):
-                return _environment(str(pid)) or {}
+                return _environment(pid) or {}
             return {}
 
         def spawn(self, word: Mapping[str, Any], log_fd: int, on_end: Callable[[], object]) -> int:
@@ -963,13 +954,8 @@ else:
             can tell (waitid(2); macOS before Python 3.13 cannot).
             """
             with contextlib.suppress(ChildProcessError):
-                while True:
-                    which = -1
-                    if sys.platform == "linux" or hasattr(os, "waitid"):
-                        peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-                        if peek is None:
-                            return
-                        which = peek.si_pid
+                for which in iter(_find_ended, 0):
+                    if which > 0:
                         before(which)
                     pid, status, used = os.wait4(which, os.WNOHANG)
                     if pid == 0:
@@ -991,9 +977,9 @@ else:
             """
             found: dict[int, tuple[float, int]] = {}
             tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-            for name in filter(str.isdigit, os.listdir("/proc") if _HAS_PROC else ()):
-                with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
+            for name in _list_processes():
+                with contextlib.suppress(OSError):
+                    fields = _read_stat(name)
                     session = int(fields[3])
                     if session and session in sessions:
                         cpu_s, memory = found.get(session, (0.0, 0))
@@ -1042,8 +1028,8 @@ else:
             """
             if not _HAS_PROC:
                 return _output("ps", "-o", "lstart=", "-p", str(pid))
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
+            with contextlib.suppress(OSError):
+                fields = _read_stat(pid)
                 return None if fields[0] in b"ZX" else fields[19].decode()
             return None
 
@@ -1112,66 +1098,44 @@ else:
                 os.chown(path, owner or 0, -1)
             return bound, path
 
-        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
-            """Open the control socket; return it and what `endpoint` says of it."""
-            near = path = os.path.join(folder, "control.sock")
-            if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
-                path = os.path.join(_outer_folder(folder), "control.sock")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # we hold the lock: it is a dead daemon's
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(path)
-            listener.listen(128)
-            return listener, {"socket": "control.sock" if path == near else path}
-
-        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
-            """Connect to the daemon that `endpoint` describes."""
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.settimeout(timeout_s)
-            try:
-                connection.connect(endpoint["socket"])
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-
-        def listen_near(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
+        def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             """Listen at a path, however long; return the socket, and what a file beside it says."""
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # a dead process's
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with _short_path(path) as name:
                 listener.bind(name)
-            listener.listen(16)
+            listener.listen(128)
             return listener, {"socket": os.path.basename(path)}
 
-        def connect_near(self, path: str, endpoint: Mapping[str, Any]) -> socket.socket:
-            """Connect to the socket that the file at `path` names. Raises OSError."""
-            place = os.path.join(os.path.dirname(path), os.path.basename(endpoint["socket"]))
+        def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
+            """Connect to the socket that a file in `folder` tells of. Raises OSError."""
+            path = os.path.join(folder, told["socket"])
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                connection.settimeout(1.0)
-                with _short_path(place) as name:
+                connection.settimeout(timeout_s)
+                with _short_path(path) as name:
                     connection.connect(name)
                 if self.peer_uid(connection) is not None:
-                    raise PermissionError(errno.EPERM, "another user's", place)
+                    raise PermissionError(errno.EPERM, "another user answers", path)
             except BaseException:
                 connection.close()
                 raise
             return connection
 
-        def user(self) -> int:
-            """Return the user whom our children are started as."""
-            return os.geteuid()
+        user = staticmethod(os.geteuid)  # whom our children are started as
 
         def highest_limit(self, name: str) -> int:
             """Return how high a limit of setrlimit(2) can be set here."""
             which = getattr(resource, name)
             soft, hard = resource.getrlimit(which)
-            with contextlib.suppress(ValueError, OSError):
-                if os.geteuid() == 0 and hard != resource.RLIM_INFINITY:
+            if hard != resource.RLIM_INFINITY:
+                try:
                     resource.setrlimit(which, (soft, hard + 1))  # if we may, we may always
                     resource.setrlimit(which, (soft, hard))
-                    return INTEGER_MAX
-            return INTEGER_MAX if hard == resource.RLIM_INFINITY else hard
+                except (ValueError, OSError):
+                    return hard
+            return INTEGER_MAX
 
         def peer_uid(self, connection: socket.socket) -> int | None:
             """Return a peer's user when it is not our own, else None (SO_PEERCRED, unix(7))."""
@@ -1222,21 +1186,37 @@ else:
 
         def reap_orphans(self, known: Callable[[int], bool]) -> None:
             """Collect what a container's processes left to us as PID 1; never a known child."""
-            if sys.platform == "linux":
-                with contextlib.suppress(ChildProcessError):
-                    while True:
-                        peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-                        if peek is None or known(peek.si_pid):
-                            return
-                        os.waitpid(peek.si_pid, os.WNOHANG)
+            with contextlib.suppress(ChildProcessError):
+                for pid in iter(_find_ended, 0):
+                    if pid < 0 or known(pid):
+                        return
+                    os.waitpid(pid, os.WNOHANG)
 
-    def _environment(pid: str) -> dict[str, str] | None:
+    def _find_ended() -> int:
+        """Return the PID of a child that has ended and still holds its number; 0: none has.
+
+        -1: the system cannot tell (macOS before Python 3.13). Raises ChildProcessError.
+        """
+        if sys.platform == "linux" or hasattr(os, "waitid"):
+            peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            return peek.si_pid if peek else 0
+        return -1
+
+    def _list_processes() -> list[str]:
+        """Return the PIDs of all processes (Linux; else none)."""
+        return [name for name in os.listdir("/proc") if name.isdigit()] if _HAS_PROC else []
+
+    def _read_stat(pid: int | str) -> list[bytes]:
+        """Return the fields of /proc/PID/stat from the third of proc(5) on."""
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+
+    def _environment(pid: int | str) -> dict[str, str] | None:
         """Return a process's environment; None: it is in the midst of execve(2) and shows none."""
         with open(f"/proc/{pid}/environ", "rb") as file:
             data = file.read()
         if not data:
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
+            fields = _read_stat(pid)
             is_kernels = int(fields[6]) & 0x200000  # PF_KTHREAD
             is_loaded = fields[23] != b"0"  # startcode, set after all that concerns us here
             was_given_none = is_loaded and fields[47] == fields[48]  # env_start, env_end
@@ -1318,13 +1298,19 @@ else:
 
     @contextlib.contextmanager
     def _short_path(path: str) -> Iterator[str]:
-        """Give a name of a socket that fits into sun_path. (proc(5); else as it is)"""
+        """Give a name of a socket that fits into sun_path (unix(7)), through proc(5) or a link."""
         if len(os.fsencode(path)) <= SOCKET_PATH_MAX_BYTES:
             yield path
             return
-        fd = os.open(os.path.dirname(path), os.O_RDONLY)
+        folder, name = os.path.split(path)
+        if not _HAS_PROC:
+            with tempfile.TemporaryDirectory(prefix="apexd-") as temporary:
+                os.symlink(folder, f"{temporary}/x")
+                yield f"{temporary}/x/{name}"
+            return
+        fd = os.open(folder, os.O_RDONLY)
         try:
-            yield f"/proc/self/fd/{fd}/{os.path.basename(path)}"
+            yield f"/proc/self/fd/{fd}/{name}"
         finally:
             os.close(fd)
 
@@ -3448,7 +3434,7 @@ class Keeper:
         for end in (self._waker, wakee):
             end.setblocking(False)
         self._selector.register(wakee, selectors.EVENT_READ, "wake")
-        self._listener, self._endpoint = Platform.listen_near(self._path + ".sock")
+        self._listener, self._endpoint = Platform.listen(self._path + ".sock")
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, "listen")
         self._fd = self._make_file()
@@ -3782,7 +3768,9 @@ class _Link:
                 if self.is_foreign or not may_connect:  # it ends by itself: look for its lock
                     self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
                 else:
-                    self.connection = Platform.connect_near(self.path, head)
+                    folder = os.path.dirname(self.path)
+                    self.connection = Platform.connect(folder, head, 1.0)
+                    self.connection.sendall(head.get("token", "").encode())
                     self.connection.setblocking(False)
                     self.asked_mono = self.asked_mono or Clock.mono()
         return None
@@ -6342,7 +6330,7 @@ class ControlServer:
     def _bind(self) -> None:
         self._hang_up()
         try:
-            self._listener, where = Platform.listen(self._folder)
+            self._listener, where = Platform.listen(os.path.join(self._folder, "control.sock"))
         except OSError as error:
             raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
         path = os.path.join(self._folder, where.get("socket", ""))
@@ -6575,14 +6563,12 @@ def connect_to(folder: str) -> tuple[socket.socket, Fields]:
     check_state_folder(folder)
     found = read_endpoint(folder)
     try:
-        connection = Platform.connect(found, ANSWER_TIMEOUT_S)
+        return Platform.connect(folder, found, ANSWER_TIMEOUT_S), found
     except (ValueError, KeyError, TypeError, OverflowError):
         raise ConnectionRefusedError("no endpoint") from None
-    if Platform.peer_uid(connection) is not None:
-        connection.close()
-        what = f"another user answers at {found['socket']}"
-        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
-    return connection, found
+    except PermissionError as error:
+        what = f"{error.filename}: {error.strerror}"
+        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
 
 
 class Client:
