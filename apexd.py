@@ -501,25 +501,38 @@ def line_of_text(text: object) -> str:
     return text
 
 
-def choice(*words: str) -> Callable[[object], str]:
-    """Make a reader of one word of several."""
+def reader(form: str, is_good: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """Make a reader that takes what `is_good` is true for, as it is."""
 
-    def read(text: object) -> str:
-        if text not in words:
-            raise ValueError("one of " + ", ".join(words))
-        return str(text)
+    def read(value: Any) -> Any:
+        if not is_good(value):
+            raise ValueError(form)
+        return value
 
     return read
 
 
-def text_list(value: object) -> list[str]:
-    """Read a list of strings."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("a list of strings")
-    return value
+def choice(*words: str) -> Callable[[Any], Any]:
+    """Make a reader of one word of several."""
+    return reader("one of " + ", ".join(words), lambda value: value in words)
 
 
-def command_line(value: object) -> str | list[str]:
+def matching(pattern: str, form: str) -> Callable[[Any], Any]:
+    """Make a reader of strings that match a regular expression, described by `form`."""
+    return reader(form, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
+
+
+def is_text_list(value: object) -> bool:
+    """Tell whether it is a list of strings."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+text_list = reader("a list of strings", is_text_list)
+truth = reader("true or false", lambda value: isinstance(value, bool))
+mapping = reader("an object", lambda value: isinstance(value, dict))  # its values: see later
+
+
+def command_line(value: Any) -> Any:
     """Read a command: a string for sh, or a non-empty list of arguments.
 
     Bytes that are no UTF-8 come as surrogates (os.fsdecode) and are kept.
@@ -536,7 +549,7 @@ def command_line(value: object) -> str | list[str]:
             raise ValueError("a command without lone surrogates") from None
     if words is value and words[0].startswith("-"):
         raise ValueError(f"a command that does not begin with '-': write ./{words[0]}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def task_ids(value: object) -> list[range]:
@@ -575,14 +588,7 @@ def dependencies(value: object) -> list[tuple[int, str]]:
     return list(found.items())
 
 
-def mapping(value: object) -> dict[str, Any]:
-    """Read an object; where its values matter they are checked later."""
-    if not isinstance(value, dict):
-        raise ValueError("an object")
-    return value
-
-
-def environment(value: object) -> dict[str, str]:
+def environment(value: Any) -> Any:
     """Read an object of strings."""
     try:
         for name, text in mapping(value).items():
@@ -590,25 +596,7 @@ def environment(value: object) -> dict[str, str]:
                 raise ValueError
     except (TypeError, ValueError):
         raise ValueError("an object of names and strings that can be encoded") from None
-    return mapping(value)
-
-
-def truth(value: object) -> bool:
-    """Read true or false."""
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
     return value
-
-
-def matching(pattern: str, form: str) -> Callable[[object], str]:
-    """Make a reader of strings that match a regular expression, described by `form`."""
-
-    def read(value: object) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise ValueError(form)
-        return value
-
-    return read
 
 
 class Probe(Value):
@@ -808,6 +796,7 @@ if sys.platform == "win32":
 
         SHELL = ("cmd.exe", "/d", "/s", "/c")
         SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+        IS_OURS = "True"  # ACLs say who may write
         REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
         # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
@@ -856,7 +845,7 @@ if sys.platform == "win32":
         user = staticmethod(lambda: 0)
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
-        distrust = staticmethod(lambda info, root_too=True: None)  # ACLs say who may write
+        distrust = staticmethod(lambda info, root_too=True: None)
         is_root = staticmethod(lambda: False)
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
@@ -937,13 +926,20 @@ else:
             word: `start` of the keeper's protocol. Raises OSError; `filename` is the program,
             the folder, or the step that failed. (`on_end` is of Windows: here SIGCHLD tells.)
             """
-            if word.get("limits") or word.get("nice") or word.get("ids"):
-                return _fork_child(word, log_fd)
-            process = subprocess.Popen(
-                word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
-                cwd=word["cwd"], env=word["env"], umask=word["umask"],
-                start_new_session=True, close_fds=False,  # all of the keeper's close on exec
-            )  # fmt: skip
+            is_special = word.get("limits") or word.get("nice") or word.get("ids")
+            reader, writer = os.pipe() if is_special else (-1, -1)
+            try:
+                process = subprocess.Popen(
+                    word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
+                    cwd=None if is_special else word["cwd"], env=word["env"], umask=word["umask"],
+                    start_new_session=True, close_fds=False,  # all of the keeper's close on exec
+                    preexec_fn=functools.partial(_prepare, word, writer) if is_special else None,
+                )  # fmt: skip
+            except subprocess.SubprocessError:
+                raise OSError(*json.loads(os.read(reader, 4096))) from None
+            finally:
+                for fd in (reader, writer) if is_special else ():
+                    os.close(fd)
             process.returncode = 0  # `reap` collects it
             return process.pid
 
@@ -991,6 +987,7 @@ else:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SHELL = ("/bin/sh", "-c")
+        IS_OURS = "info.st_uid == os.geteuid() and not info.st_mode & 0o022"  # of a launcher
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
@@ -1224,35 +1221,14 @@ else:
         pairs = (item.partition("=") for item in os.fsdecode(data).split("\0"))
         return {name: value for name, _, value in pairs}
 
-    def _fork_child(word: Mapping[str, Any], log_fd: int) -> int:
-        """Start a child that Popen cannot: with limits, another niceness, another user.
+    def _prepare(word: Mapping[str, Any], writer: int) -> None:
+        """Become what a child is to be: with limits, another niceness, another user.
 
-        As root whatever needs root, then never again. Raises OSError, `filename` the step.
+        As root whatever needs root, then never again. A step that fails is told to `writer` as
+        (errno, text, step): Popen tells only that one did. The keeper has no other threads.
         """
-        reader, writer = os.pipe()
-        null = os.open(os.devnull, os.O_RDONLY)
+        step = ""
         try:
-            pid = os.fork()
-            if pid == 0:
-                _become_child(word, (null, log_fd, log_fd), writer)
-            os.close(writer)
-            writer = -1
-            with open(reader, "rb", closefd=False) as file:
-                failure = file.read()  # end-of-file: exec closed it
-        finally:
-            for fd in (null, reader, writer):
-                if fd >= 0:
-                    os.close(fd)
-        if failure:
-            os.waitpid(pid, 0)
-            raise OSError(*json.loads(failure))
-        return pid
-
-    def _become_child(word: Mapping[str, Any], files: Sequence[int], writer: int) -> NoReturn:
-        """Go the way from fork to exec; tell (errno, text, step) when a step fails."""
-        step = "setsid"
-        try:
-            os.setsid()
             for step, (soft, hard) in word.get("limits", {}).items():
                 resource.setrlimit(getattr(resource, step), (soft, hard))
             step = "nice"
@@ -1264,21 +1240,13 @@ else:
                 os.setgid(ids["gid"])
                 os.setuid(ids["uid"])
             failpoint("fork", os.getppid())
-            os.umask(word["umask"])
             step = word["cwd"]
             os.chdir(step)
-            for target, source in enumerate(files):
-                os.dup2(source, target)
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)  # Python ignores them
-            step = word["argv"][0]
-            os.execvpe(step, word["argv"], word["env"])
         except BaseException as error:
             failure = getattr(error, "errno", None) or errno.EPERM
             text = getattr(error, "strerror", None) or str(error)
             os.write(writer, json.dumps([failure, text, step]).encode())
-        finally:
-            os._exit(127)
+            raise
 
     def _outer_folder(state_folder: str) -> str:
         """Return a folder of ours for sockets that cannot be in the state folder; made if need be.
@@ -1429,12 +1397,13 @@ def write_atomically(path: str, data: str | bytes, mode: int = 0o600) -> None:
 def refuse_foreign(path: str, info: os.stat_result, root_too: bool = True) -> None:
     """Raise PERMISSION_DENIED when others than us and root could have written a file."""
     who = Platform.distrust(info, root_too)
+    what = f"{path} belongs to {who}"
+    hint = f"act as its owner (`sudo -u {who} ...`), or name another folder with --state"
     if who == "others":
+        what = f"{path} can be written by others"
         hint = "take that right from them: `chmod go-w` it"
-        raise DaemonError("PERMISSION_DENIED", f"{path} can be written by others", hint)
     if who is not None:
-        hint = f"act as its owner (`sudo -u {who} ...`), or name another folder with --state"
-        raise DaemonError("PERMISSION_DENIED", f"{path} belongs to {who}", hint)
+        raise DaemonError("PERMISSION_DENIED", what, hint)
 
 
 def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> bytes | None:
@@ -1495,7 +1464,7 @@ folder = os.path.dirname(os.path.realpath(__file__))
 source = os.path.normpath(os.path.join(folder, {source}))
 launched_for = os.path.normpath(os.path.join(folder, {project})), folder
 info, umask = os.stat(folder), os.umask(0o077)
-is_ours = not hasattr(os, "geteuid") or info.st_uid == os.geteuid() and not info.st_mode & 0o022
+is_ours = {is_ours}
 for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_ours:]:
     try:
         code = SourceFileLoader("apexd", source).get_code("apexd")
@@ -1580,7 +1549,7 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
         return "'" + text.replace("'", "'\"'\"'") + "'"
 
     gone = quoted(f"apexd: {python} is gone: run `python3 {source} start`")
-    names = {"python": quoted(python), "gone": gone}
+    names = {"python": quoted(python), "gone": gone, "is_ours": Platform.IS_OURS}
     names.update(source=seen(source), project=seen(project))
     yield launcher_path(folder), _LAUNCHER.format(**names)
     if not Platform.is_posix:
@@ -1588,31 +1557,26 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
 
 
 def store_bytecode(folder: str) -> None:
-    """Put the bytecode of this file into the launcher's cache: of what runs now, if it can be.
+    """Put the bytecode that runs now into the launcher's cache; else the launcher compiles.
 
-    A file that has just been written may be another than the one that runs: it is compiled.
+    Not that of a file so new that it may be another than the one that runs.
     """
-    from importlib import machinery, util
+    from importlib import util
 
-    path, info = os.path.abspath(__file__), os.stat(__file__)
-    kept, umask = (sys.pycache_prefix, sys.dont_write_bytecode), os.umask(0o077)
-    sys.pycache_prefix, sys.dont_write_bytecode = os.path.join(folder, "cache"), False
+    info = os.stat(__file__)
+    if not _BYTECODE or Clock.now() - max(info.st_mtime, info.st_ctime) < FRESH_S:
+        return
+    former, sys.pycache_prefix = sys.pycache_prefix, os.path.join(folder, "cache")
+    target = util.cache_from_source(os.path.abspath(__file__))
+    sys.pycache_prefix = former
+    numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
+    head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
     try:
-        target = util.cache_from_source(path)
-        numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
-        head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
-        if (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
-            return
-        if _BYTECODE and Clock.now() - max(info.st_mtime, info.st_ctime) > FRESH_S:
+        if not (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             write_atomically(target, head + marshal.dumps(_BYTECODE))
-        else:
-            machinery.SourceFileLoader("apexd", path).get_code("apexd")
     except OSError as error:
         raise cannot_create(folder, error) from None
-    finally:
-        sys.pycache_prefix, sys.dont_write_bytecode = kept
-        os.umask(umask)
 
 
 # A log that grows over its cap loses its head to `.1`. Offsets that users of this section
@@ -1692,7 +1656,7 @@ def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
 def _complain(path: str, error: Exception) -> None:
     if path not in _complaints and len(_complaints) < 1000:
         _complaints.add(path)
-        logging.getLogger("apexd").warning("%s: its head cannot be kept: %s", path, error)
+        log.warning("%s: its head cannot be kept: %s", path, error)
 
 
 def keep_ballast(folder: str) -> None:
