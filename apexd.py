@@ -87,6 +87,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
     import difflib
+    import graphlib
     import grp
     import logging
     import marshal
@@ -120,8 +121,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii difflib grp logging marshal pwd queue random resource shutil sqlite3 subprocess "
-        "tempfile"
+        "binascii difflib graphlib grp logging marshal pwd queue random resource shutil sqlite3 "
+        "subprocess tempfile"
     ).split():
         globals()[_name] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -1934,28 +1935,28 @@ class Config:
                 raise _broken(path, f"process.{name}: is no name of a process", hint)
             if process.command is None:
                 raise _broken(path, f"process.{name}.command is missing", "say what to run")
-        self._stop_s: dict[str, float] = {}  # by process, with all that it needs
-        for name in self.processes:
-            self._follow_needs(path, [name])
-        self.stop_timeout_s = max(self._stop_s.values(), default=0.0)  # of all, one by one
+        below_s: dict[str, float] = {}  # how long each takes to stop, after all that it needs
+        for name in self._order_processes(path):
+            process = self.processes[name]
+            needed_s = max((below_s[need] for need in process.needs), default=0.0)
+            below_s[name] = process.stop_timeout + needed_s
+        self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
 
-    def _follow_needs(self, path: str | None, chain: list[str]) -> None:
-        """Check and measure what the last of a chain needs. Raises CONFIG_INVALID for a ring."""
-        process = self.processes[chain[-1]]
-        if len(chain) > 500:
-            raise _broken(path, f"process.{chain[0]}.needs: a chain of more than 500")
-        for need in process.needs:
-            if need not in self.processes:
-                what = f"process.{chain[-1]}.needs: there is no process {need!r}"
-                raise _broken(path, what, "processes: " + ", ".join(self.processes))
-            if need in chain:
-                ring = " -> ".join([*chain[chain.index(need) :], need])
-                raise _broken(path, f"process.{chain[-1]}.needs: a ring: {ring}", "break it")
-            if need not in self._stop_s:
-                self._follow_needs(path, [*chain, need])
-        below_s = max((self._stop_s[need] for need in process.needs), default=0.0)
-        self._stop_s[chain[-1]] = process.stop_timeout + below_s
+    def _order_processes(self, path: str | None) -> list[str]:
+        """Return the processes, each after all that it needs. Raises CONFIG_INVALID."""
+        for name, process in self.processes.items():
+            for need in process.needs:
+                if need not in self.processes:
+                    what = f"process.{name}.needs: there is no process {need!r}"
+                    raise _broken(path, what, "processes: " + ", ".join(self.processes))
+        graph = {name: process.needs for name, process in self.processes.items()}
+        try:
+            return list(graphlib.TopologicalSorter(graph).static_order())
+        except ValueError as error:  # its CycleError
+            ring = error.args[1][::-1]
+            what = f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}"
+            raise _broken(path, what, "break it") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the effective values: {"daemon.poll_interval": 5.0, ...}."""
@@ -2094,10 +2095,11 @@ def _parse(path: str, text: str) -> object:
         import tomllib  # Python 3.11
 
         return tomllib.loads(text)
-    with contextlib.suppress(ValueError):
+    try:
         return json.loads(text)
-    if path.endswith(".json"):
-        return json.loads(text)
+    except ValueError:
+        if path.endswith(".json"):
+            raise
     if sys.flags.no_site:  # the daemon starts without site-packages
         import site
 
