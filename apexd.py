@@ -2417,11 +2417,7 @@ PRAGMAS = (
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
     "trusted_schema = OFF",  # sqlite.org/security.html
     "cell_size_check = ON",
-    "temp_store = MEMORY",  # of `asked`
 )
-# The ids that a statement is about: as literals they would make it a new one each time, which
-# sqlite3 keeps. `place` is their order.
-ASKED = "CREATE TEMP TABLE asked (place INTEGER PRIMARY KEY, first INTEGER, last INTEGER)"
 
 
 class Database:
@@ -2434,8 +2430,7 @@ class Database:
     def __init__(self, path: str) -> None:
         """Open and migrate. Raises DATABASE_CORRUPT, _NEWER, _FAILED, CANNOT_CREATE."""
         self.path = path
-        self._errors = sqlite3.Error
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         with self._translated():
             if path != ":memory:":
                 self._find_or_make()
@@ -2450,7 +2445,6 @@ class Database:
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
                 self._migrate(self._db, version)
-                self._db.execute(ASKED)
             except BaseException:
                 self._db.close()
                 raise
@@ -2467,10 +2461,10 @@ class Database:
             if info.st_nlink != 1:
                 raise cannot_create(self.path, OSError(errno.EMLINK, "has other hard links"))
             if not info.st_size:
-                raise self._errors("malformed: it is empty, which no queue is")
+                raise sqlite3.Error("malformed: it is empty, which no queue is")
             return
         if os.path.exists(wal) and os.path.getsize(wal):
-            raise self._errors(f"malformed: it is gone, and {wal} is left")
+            raise sqlite3.Error(f"malformed: it is gone, and {wal} is left")
         for name in (temporary, temporary + "-journal"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
@@ -2491,13 +2485,13 @@ class Database:
         with self._translated():
             ((verdict,),) = self.fetch("PRAGMA quick_check(1)")
             if verdict != "ok":
-                raise self._errors(f"malformed: {verdict}")
+                raise sqlite3.Error(f"malformed: {verdict}")
 
     @contextlib.contextmanager
     def _translated(self, is_vital: bool = True) -> Iterator[None]:
         try:
             yield
-        except self._errors as error:
+        except sqlite3.Error as error:
             code, hint = "DATABASE_FAILED", "check the disk's space and the file's mode"
             if re.search("not a database|malformed|corrupt", str(error)):
                 hint = "it is kept as it is: restore a backup, or move it away and start anew"
@@ -2512,22 +2506,13 @@ class Database:
         try:
             os.unlink(os.path.join(os.path.dirname(self.path), "ballast"))
         except OSError:
-            with contextlib.suppress(self._errors):
+            with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
         """Return the rows of a statement that changes nothing."""
-        with self._lock, self._translated():
+        with self.lock, self._translated():
             return self._db.execute(sql, values).fetchall()
-
-    @contextlib.contextmanager
-    def asking(self, ids: Iterable[int | range]) -> Iterator[sqlite3.Connection]:
-        """Give the connection with these ids in the table `asked`, to read only."""
-        with self._lock, self._translated():
-            self._db.execute("DELETE FROM asked")
-            rows = ((one.start, one.stop - 1) for one in as_ranges(ids))
-            self._db.executemany("INSERT INTO asked (first, last) VALUES (?, ?)", rows)
-            yield self._db
 
     @contextlib.contextmanager
     def write(self, is_vital: bool = True) -> Iterator[sqlite3.Connection]:
@@ -2535,7 +2520,7 @@ class Database:
 
         is_vital: on a full disk the ballast is given up for it.
         """
-        with self._lock, self._translated(is_vital):
+        with self.lock, self._translated(is_vital):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -2547,7 +2532,7 @@ class Database:
 
     def close(self) -> None:
         """Checkpoint and close."""
-        with self._lock, contextlib.suppress(self._errors):
+        with self.lock, contextlib.suppress(sqlite3.Error):
             self._db.close()
 
 
@@ -2573,6 +2558,12 @@ SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.
        (SELECT cwd FROM requests WHERE id = t.request_id) AS cwd
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
+"""
+# The tasks in :asked, [[first id, last id], ...], in that order (asked.key, t.id).
+_ASKED_SQL = """
+json_each(:asked) asked
+CROSS JOIN tasks t ON t.id BETWEEN json_extract(asked.value, '$[0]')
+                               AND json_extract(asked.value, '$[1]')
 """
 _INSERT_SQL = """
 INSERT INTO tasks (id, command, request_id, state, open_deps, grp, priority, label, key, due_at,
@@ -2657,64 +2648,65 @@ def _insert_tasks(
     db: sqlite3.Connection, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
     request: int,
 ) -> Added:  # fmt: skip
-    """Insert the tasks of one request: the plain ones of a large batch in one statement."""
+    """Insert the tasks of one request; the plain ones of a large batch in few statements."""
     common = read_options(given, config)
-    is_plain = not common.after and not common.key
-    plain = (request, common.state.value, 0, *common.row, None)
     seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
     next_id = (seq[0] if seq else 0) + 1
-    rows: list[tuple[object, ...]] = []
     ids, existing = Added(), dict[int, None]()
-    plain_count = 0
+    rows: list[tuple[Any, ...]] = []
+
+    def flush() -> None:
+        db.executemany(_INSERT_SQL, rows)
+        counts = Counter((row[3], row[5]) for row in rows)  # (state, group)
+        db.executemany(_COUNT_SQL, [(*where, count) for where, count in counts.items()])
+        rows.clear()
+
     for line, item in enumerate(commands, 1):
+        if item is None:
+            continue
         try:
-            if item is None:
-                continue
-            if is_plain and not isinstance(item, dict):
-                plain_count += 1
-                rows.append((next_id, json.dumps(command_line(item)), *plain))
-                ids.append(next_id)
-                if len(rows) == 1000:
-                    db.executemany(_INSERT_SQL, rows)
-                    rows.clear()
-            else:
-                own = {**given, **item} if isinstance(item, dict) else {**given, "command": item}
-                command = json.dumps(command_line(own.pop("command", None)))
-                db.executemany(_INSERT_SQL, rows)
-                rows.clear()
-                ids.append(_insert_one(db, next_id, command, read_options(own, config), request))
-                existing.update({ids[-1]: None} if ids[-1] != next_id else {})
-            next_id = max(next_id, ids[-1] + 1)
+            options = common
+            if isinstance(item, dict):
+                own = {**given, **item}
+                item = own.pop("command", None)
+                options = read_options(own, config)
+            command = json.dumps(command_line(item))
+            state, open_deps = options.state, 0
+            if options.after or options.key or len(rows) == 1000:
+                flush()  # what it asks for may be among them
+                sql = "SELECT id FROM tasks WHERE key = ? AND finished_at IS NULL"
+                holder = db.execute(sql, (options.key,)).fetchone()
+                if holder:
+                    ids.append(holder[0])
+                    existing[holder[0]] = None
+                    continue
+                state, open_deps = _insert_deps(db, next_id, options)
         except (ValueError, DaemonError) as error:
             place = f"line {line}: " if len(commands) > 1 else ""
             if isinstance(error, ValueError):
                 raise bad(f"{place}must be {error}") from None
             raise DaemonError(error.code, place + error.message, error.hint) from None
-    db.executemany(_INSERT_SQL, rows)
-    db.execute(_COUNT_SQL, (common.state.value, common.group, plain_count))
+        finished_at = Clock.now() if state == State.SKIPPED else None
+        head = (next_id, command, request, state.value, open_deps)
+        rows.append((*head, *options.row, finished_at))
+        ids.append(next_id)
+        next_id += 1
+    flush()
     ids.existing = list(existing)
     return ids
 
 
-def _insert_one(
-    db: sqlite3.Connection, task_id: int, command: str, options: SimpleNamespace, request: int
-) -> int:
-    """Insert a task with dependencies or a key; return its id or that of the key's holder."""
-    sql = "SELECT id FROM tasks WHERE key = ? AND finished_at IS NULL"
-    holder = db.execute(sql, (options.key,)).fetchone()
-    if holder:
-        return int(holder[0])
+def _insert_deps(
+    db: sqlite3.Connection, task_id: int, options: SimpleNamespace
+) -> tuple[State, int]:
+    """Insert what a new task comes after; return (its state, its open dependencies)."""
     for parent, need in options.after or ():
         if not db.execute("SELECT 1 FROM tasks WHERE id = ?", (parent,)).fetchone():
             raise unknown_task(parent)
         db.execute("INSERT INTO deps VALUES (?, ?, ?)", (parent, task_id, need))
     open_deps, unmet = _count_open(db, task_id)
     state = State.SKIPPED if unmet else State.WAITING if open_deps else options.state
-    finished_at = Clock.now() if state == State.SKIPPED else None
-    row = (task_id, command, request, state.value, open_deps, *options.row, finished_at)
-    db.execute(_INSERT_SQL, row)
-    db.execute(_COUNT_SQL, (state.value, options.group, 1))
-    return task_id
+    return state, open_deps
 
 
 def set_state(
@@ -2831,6 +2823,11 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
         yield one if isinstance(one, range) else range(one, one + 1)
 
 
+def ranges_as_json(ids: Iterable[int | range]) -> str:
+    """Write ids for _ASKED_SQL."""
+    return json.dumps([(one.start, one.stop - 1) for one in as_ranges(ids)])
+
+
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
     """Forget tasks and all that belongs to them."""
     places = ("tasks WHERE id", "attempts WHERE task_id", "deps WHERE parent", "deps WHERE child")
@@ -2915,20 +2912,16 @@ class TaskStore:
         limit: int = 100, ids: Iterable[int | range] | None = None,
     ) -> list[Task]:  # fmt: skip
         """Return the newest tasks with ids below `before`, ascending; at most `limit`."""
+        filters = {
+            "t.state = :state": state,
+            "t.grp = :grp": group,
+            f"t.id IN (SELECT t.id FROM {_ASKED_SQL})": ids,
+        }
         sql = _TASK_SQL + "WHERE t.id < :before"
-        if state is not None:
-            sql += " AND t.state = :state"
-        if group is not None:
-            sql += " AND t.grp = :grp"
-        if ids is not None:
-            sql += """
-                AND t.id IN (SELECT one.id FROM asked
-                             CROSS JOIN tasks one ON one.id BETWEEN asked.first AND asked.last)
-            """
-        before = before or INTEGER_MAX
-        values = {"state": state, "grp": group, "before": before, "most": limit}
-        with self.database.asking(ids or ()) as db:
-            rows = db.execute(sql + " ORDER BY t.id DESC LIMIT :most", values).fetchall()
+        sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
+        values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
+        values["asked"] = ranges_as_json(ids or ())
+        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
         return [_row_to_task(row, self._after(row["id"])) for row in reversed(rows)]
 
     def _after(self, task_id: int) -> list[str]:
@@ -2952,31 +2945,35 @@ class TaskStore:
 
         Raises UNKNOWN_TASK.
         """
-        with self.database.asking(ids) as db:
-            total, pending, percent, running, last = db.execute(
+        asked = {"asked": ranges_as_json(ids)}
+        with self.database.lock:
+            ((total, pending, percent, running, last),) = self.database.fetch(
                 f"""
                 SELECT count(*), coalesce(sum(state NOT IN {_DONE}), 0),
                        sum(CASE WHEN state IN {_DONE} THEN 100.0 ELSE coalesce(progress, 0) END),
-                       group_concat(CASE state WHEN 'running' THEN id END),
-                       max(CASE WHEN state NOT IN {_DONE} THEN id END)
-                FROM asked CROSS JOIN tasks ON id BETWEEN first AND last
-                """
-            ).fetchone()
+                       group_concat(CASE state WHEN 'running' THEN t.id END),
+                       max(CASE WHEN state NOT IN {_DONE} THEN t.id END)
+                FROM {_ASKED_SQL}
+                """,
+                asked,
+            )
             if total != sum(map(len, as_ranges(ids))):
                 sql = "SELECT 1 FROM tasks WHERE id = ?"
-                named = (task_id for one in as_ranges(ids) for task_id in one)
-                raise unknown_task(next(i for i in named if not db.execute(sql, (i,)).fetchone()))
-            bad_end = db.execute(
-                """
+                for task_id in (task_id for one in as_ranges(ids) for task_id in one):
+                    if not self.database.fetch(sql, (task_id,)):
+                        raise unknown_task(task_id)
+            bad_end = self.database.fetch(
+                f"""
                 SELECT coalesce(a.exit_code, 1)
-                FROM asked CROSS JOIN tasks t ON t.id BETWEEN first AND last
+                FROM {_ASKED_SQL}
                 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
                 WHERE t.state IN ('failed', 'cancelled', 'skipped') AND a.exit_code IS NOT 0
-                ORDER BY place, t.id
+                ORDER BY asked.key, t.id
                 LIMIT 1
-                """
-            ).fetchone()
-        answer = {"total": total, "pending": pending, "status": bad_end[0] if bad_end else 0}
+                """,
+                asked,
+            )
+        answer = {"total": total, "pending": pending, "status": bad_end[0][0] if bad_end else 0}
         answer["progress"] = percent / total if total else 0.0
         answer["running"] = [*map(int, (running or "").split(",")[:10])] if running else []
         return answer, last
