@@ -804,7 +804,7 @@ if sys.platform == "win32":
         KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
         is_posix = False
 
-        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
             os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
             try:
@@ -997,15 +997,14 @@ else:
         kill = signal.SIGKILL
         is_root = staticmethod(lambda: os.geteuid() == 0)
 
-        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False) -> bool:
             """Lock an open file; False when another has it. (flock(2), msvcrt.locking)
 
             The lock belongs to the open file description: a child that inherits the
             descriptor holds it too, and reading the file elsewhere does not drop it.
             """
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 return True
             return False
 
@@ -1330,10 +1329,7 @@ def cannot_create(path: str, error: OSError) -> DaemonError:
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, never through a symbolic link, a new one for us alone.
-
-    Raises OSError.
-    """
+    """Open a regular file, through no symbolic link, a new one for us alone. Raises OSError."""
     fd = os.open(path, flags | _O_SAFE, 0o600)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -1801,24 +1797,14 @@ def niceness(value: object) -> int:
     return integer(-20 if Platform.is_root() else 0, 19)(value)
 
 
-def user_or_group(kind: str) -> Callable[[object], str]:
-    """Make a reader of a "user" or a "group" that children can be started as."""
-
-    def read(value: object) -> str:
-        name = line_of_text(value)
-        Platform.identity(**{"user": None, "group": None, kind: name})
-        return name
-
-    return read
-
-
 def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
     """Make a reader of a limit of setrlimit(2), in units, that can be set here."""
+    return lambda value: integer(low, Platform.highest_limit(name) // unit)(value)
 
-    def read(value: object) -> int:
-        return integer(low, Platform.highest_limit(name) // unit)(value)
 
-    return read
+# Names that children can be started as; `identity` says what is wrong with one.
+user_name = reader("a user", lambda name: Platform.identity(line_of_text(name), None))
+group_name = reader("a group", lambda name: Platform.identity(None, line_of_text(name)))
 
 
 def paths(value: object) -> list[str]:
@@ -1883,8 +1869,8 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "env": (environment, {}, "variables on top of the daemon's own that are kept"),
         "env_file": (paths, [], "files of NAME=VALUE lines, read at each start"),
         "cwd": (line_of_text, ".", "seen from the project"),
-        "user": (user_or_group("user"), None, "to run as (the daemon is root)"),
-        "group": (user_or_group("group"), None, "to run as (the daemon is root)"),
+        "user": (user_name, None, "to run as (the daemon is root)"),
+        "group": (group_name, None, "to run as (the daemon is root)"),
         "umask": (octal, "022", "a string of octal digits"),
         "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a process"),
         "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a process"),
@@ -2555,7 +2541,8 @@ _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
 SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
        a.boot_id, a.pid, a.start_time, a.cpu_s, a.max_rss,
-       (SELECT cwd FROM requests WHERE id = t.request_id) AS cwd
+       (SELECT cwd FROM requests WHERE id = t.request_id) AS cwd,
+       (SELECT group_concat(parent || ':' || need) FROM deps WHERE child = t.id) AS after
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
 """
@@ -2632,16 +2619,18 @@ def read_options(given: Mapping[str, Any], config: Config) -> SimpleNamespace:
     return options
 
 
-def _row_to_task(row: sqlite3.Row, after: Sequence[str] = ()) -> Task:
-    fields = dict(zip(row.keys(), row))
+def _row_to_task(row: sqlite3.Row) -> Task:
+    fields = dict(row)
     del fields["open_deps"]
     fields["group"] = fields.pop("grp")
+    after = fields["after"].split(",") if fields["after"] else []
+    fields["after"] = sorted(after, key=lambda one: int(one.partition(":")[0]))
     fields["command"] = json.loads(fields["command"])
     fields["cwd"] = json.loads(fields["cwd"])
     fields["state"] = State(fields["state"])
     for name in ("outcome", "wish"):
         fields[name] = Outcome(fields[name]) if fields[name] else None
-    return Task(after=list(after), **fields)
+    return Task(**fields)
 
 
 def _insert_tasks(
@@ -2710,13 +2699,12 @@ def _insert_deps(
 
 
 def set_state(
-    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None,
-    has_children: bool = True,
-) -> None:  # fmt: skip
+    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None
+) -> None:
     """Move a task: the only writer of `state`, but for its insertion.
 
     A task that reaches a final state releases, or skips, what comes after it. One that runs
-    begins an attempt. has_children False: it is known that nothing comes after it.
+    begins an attempt.
     """
     work = [(task_id, old, new, due_at)]
     while work:
@@ -2727,7 +2715,7 @@ def set_state(
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
-        if new not in DONE or not has_children:
+        if new not in DONE:
             continue
         for child, due_at, open_deps, need in db.execute(
             """
@@ -2922,18 +2910,14 @@ class TaskStore:
         values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
         values["asked"] = ranges_as_json(ids or ())
         rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
-        return [_row_to_task(row, self._after(row["id"])) for row in reversed(rows)]
-
-    def _after(self, task_id: int) -> list[str]:
-        sql = "SELECT parent, need FROM deps WHERE child = ? ORDER BY parent"
-        return [f"{parent}:{need}" for parent, need in self.database.fetch(sql, (task_id,))]
+        return [_row_to_task(row) for row in reversed(rows)]
 
     def get(self, task_id: int) -> Task:
         """Return one task. Raises UNKNOWN_TASK."""
         rows = self.database.fetch(_TASK_SQL + "WHERE t.id = ?", (task_id,))
         if not rows:
             raise unknown_task(task_id)
-        return _row_to_task(rows[0], self._after(task_id))
+        return _row_to_task(rows[0])
 
     def is_done(self, task_id: int) -> bool:
         """Tell whether a task has finished, at little cost; one that was removed has."""
@@ -2981,7 +2965,7 @@ class TaskStore:
     def get_attempts(self, task_id: int) -> list[dict[str, Any]]:
         """Return the attempts of a task, first to last, one dict a row of `attempts`."""
         sql = "SELECT * FROM attempts WHERE task_id = ? ORDER BY number"
-        return [dict(zip(row.keys(), row)) for row in self.database.fetch(sql, (task_id,))]
+        return [dict(row) for row in self.database.fetch(sql, (task_id,))]
 
     def get_counts(self) -> dict[str, dict[str, int]]:
         """Return {state: {group: number}}, without the zeros."""
@@ -3177,8 +3161,7 @@ class AttemptStore:
         at: dict[str, Any] = {"id": task.id, "run": task.run_id, "number": task.attempts}
         at.update(result.to_dict(), now=result.finished_at or Clock.now())
         where = "WHERE task_id = :id AND number = :number AND run_id = :run AND outcome IS NULL"
-        sql = "SELECT wish, EXISTS (SELECT 1 FROM deps WHERE parent = :id) FROM attempts"
-        row = db.execute(f"{sql} {where}", at).fetchone()
+        row = db.execute(f"SELECT wish FROM attempts {where}", at).fetchone()
         if row is None:
             return
         outcome = outcome_of(result, Outcome(row[0]) if row[0] else None)
@@ -3210,7 +3193,7 @@ class AttemptStore:
             task = self._store.get(task.id)
         state, delay_s = next_state(task, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
-        set_state(db, task.id, State.RUNNING, state, due_at, bool(row[1]))
+        set_state(db, task.id, State.RUNNING, state, due_at)
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
