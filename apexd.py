@@ -86,10 +86,19 @@ from types import SimpleNamespace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
+    import difflib
+    import graphlib
+    import grp
+    import logging
+    import marshal
+    import pwd
     import queue
     import random
+    import resource
     import shutil
     import sqlite3
+    import subprocess
+    import tempfile
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
 
@@ -101,17 +110,22 @@ __all__ = [
 
 
 class _Lazy:
-    """A module that is imported at its first use: few commands need it."""
+    """Something that is imported at its first use: few commands need it."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, load: Callable[[], object]) -> None:
+        self._load = load
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(__import__(self._name), name)
+        return getattr(self._load(), name)
 
 
 if not TYPE_CHECKING:
-    binascii, queue, random, shutil = map(_Lazy, ("binascii", "queue", "random", "shutil"))
+    for _name in (
+        "binascii difflib graphlib grp logging marshal pwd queue random resource shutil sqlite3 "
+        "subprocess tempfile"
+    ).split():
+        globals()[_name] = _Lazy(functools.partial(__import__, _name))
+log: Any = _Lazy(lambda: logging.getLogger("apexd"))
 
 # Kept so that `start` can store it: to compile this file takes longer than all else it does.
 _BYTECODE = sys._getframe().f_code if __name__ == "__main__" else None
@@ -497,25 +511,38 @@ def line_of_text(text: object) -> str:
     return text
 
 
-def choice(*words: str) -> Callable[[object], str]:
-    """Make a reader of one word of several."""
+def reader(form: str, is_good: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """Make a reader that takes what `is_good` is true for, as it is."""
 
-    def read(text: object) -> str:
-        if text not in words:
-            raise ValueError("one of " + ", ".join(words))
-        return str(text)
+    def read(value: Any) -> Any:
+        if not is_good(value):
+            raise ValueError(form)
+        return value
 
     return read
 
 
-def text_list(value: object) -> list[str]:
-    """Read a list of strings."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("a list of strings")
-    return value
+def choice(*words: str) -> Callable[[Any], Any]:
+    """Make a reader of one word of several."""
+    return reader("one of " + ", ".join(words), lambda value: value in words)
 
 
-def command_line(value: object) -> str | list[str]:
+def matching(pattern: str, form: str) -> Callable[[Any], Any]:
+    """Make a reader of strings that match a regular expression, described by `form`."""
+    return reader(form, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
+
+
+def is_text_list(value: object) -> bool:
+    """Tell whether it is a list of strings."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+text_list = reader("a list of strings", is_text_list)
+truth = reader("true or false", lambda value: isinstance(value, bool))
+mapping = reader("an object", lambda value: isinstance(value, dict))  # its values: see later
+
+
+def command_line(value: Any) -> Any:
     """Read a command: a string for sh, or a non-empty list of arguments.
 
     Bytes that are no UTF-8 come as surrogates (os.fsdecode) and are kept.
@@ -532,7 +559,7 @@ def command_line(value: object) -> str | list[str]:
             raise ValueError("a command without lone surrogates") from None
     if words is value and words[0].startswith("-"):
         raise ValueError(f"a command that does not begin with '-': write ./{words[0]}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def task_ids(value: object) -> list[range]:
@@ -571,14 +598,7 @@ def dependencies(value: object) -> list[tuple[int, str]]:
     return list(found.items())
 
 
-def mapping(value: object) -> dict[str, Any]:
-    """Read an object; where its values matter they are checked later."""
-    if not isinstance(value, dict):
-        raise ValueError("an object")
-    return value
-
-
-def environment(value: object) -> dict[str, str]:
+def environment(value: Any) -> Any:
     """Read an object of strings."""
     try:
         for name, text in mapping(value).items():
@@ -586,25 +606,7 @@ def environment(value: object) -> dict[str, str]:
                 raise ValueError
     except (TypeError, ValueError):
         raise ValueError("an object of names and strings that can be encoded") from None
-    return mapping(value)
-
-
-def truth(value: object) -> bool:
-    """Read true or false."""
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
     return value
-
-
-def matching(pattern: str, form: str) -> Callable[[object], str]:
-    """Make a reader of strings that match a regular expression, described by `form`."""
-
-    def read(value: object) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise ValueError(form)
-        return value
-
-    return read
 
 
 class Probe(Value):
@@ -760,8 +762,6 @@ if sys.platform == "win32":
         environment_of = staticmethod(lambda pid: {})
 
         def spawn(self, word: Mapping[str, Any], log_fd: int, on_end: Callable[[], object]) -> int:
-            import subprocess
-
             os.lseek(log_fd, 0, os.SEEK_END)  # the process knows nothing of O_APPEND
             process = subprocess.Popen(
                 word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
@@ -806,13 +806,14 @@ if sys.platform == "win32":
 
         SHELL = ("cmd.exe", "/d", "/s", "/c")
         SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+        IS_OURS = "True"  # ACLs say who may write
         REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
         # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
         KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
         is_posix = False
 
-        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
             os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
             try:
@@ -843,25 +844,18 @@ if sys.platform == "win32":
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
         kill = signal.SIGTERM
-        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
+
+        def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
 
-        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
-            return socket.create_connection(("127.0.0.1", int(endpoint["port"])), timeout_s)
-
-        def listen_near(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
-            return self.listen("")
-
-        def connect_near(self, path: str, endpoint: Mapping[str, Any]) -> socket.socket:
-            connection = socket.create_connection(("127.0.0.1", int(endpoint["port"])), 1.0)
-            connection.sendall(endpoint["token"].encode())
-            return connection
+        def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
+            return socket.create_connection(("127.0.0.1", int(told["port"])), timeout_s)
 
         user = staticmethod(lambda: 0)
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
-        distrust = staticmethod(lambda info, root_too=True: None)  # ACLs say who may write
+        distrust = staticmethod(lambda info, root_too=True: None)
         is_root = staticmethod(lambda: False)
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
@@ -873,7 +867,6 @@ if sys.platform == "win32":
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
-
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
@@ -906,7 +899,7 @@ else:
             midst of execve(2) shows no environment; look again. (Linux; else none, sure)
             """
             found, is_sure, users = [], True, set(runs.values())
-            for name in filter(str.isdigit, os.listdir("/proc") if _HAS_PROC else ()):
+            for name in _list_processes():
                 with contextlib.suppress(OSError):
                     user = os.stat(f"/proc/{name}").st_uid
                     if user not in users:
@@ -922,22 +915,19 @@ else:
 
         def kill_run(self, pid: int, run_id: str) -> None:
             """SIGKILL a process if it, not another of its number, carries this run id."""
-            with contextlib.suppress(OSError):
-                fd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
-                try:
-                    if (_environment(str(pid)) or {}).get("APEX_RUN_ID") == run_id:
-                        if fd < 0:
-                            os.kill(pid, signal.SIGKILL)
-                        else:
-                            signal.pidfd_send_signal(fd, signal.SIGKILL)
-                finally:
-                    if fd >= 0:
-                        os.close(fd)
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                send: Callable[[int], object] = functools.partial(os.kill, pid)
+                if hasattr(os, "pidfd_open"):
+                    fd = os.pidfd_open(pid)
+                    stack.callback(os.close, fd)
+                    send = functools.partial(signal.pidfd_send_signal, fd)
+                if self.environment_of(pid).get("APEX_RUN_ID") == run_id:
+                    send(signal.SIGKILL)
 
         def environment_of(self, pid: int) -> dict[str, str]:
             """Return the environment a process was started with, {} when it cannot be read."""
             with contextlib.suppress(OSError):
-                return _environment(str(pid)) or {}
+                return _environment(pid) or {}
             return {}
 
         def spawn(self, word: Mapping[str, Any], log_fd: int, on_end: Callable[[], object]) -> int:
@@ -946,17 +936,22 @@ else:
             word: `start` of the keeper's protocol. Raises OSError; `filename` is the program,
             the folder, or the step that failed. (`on_end` is of Windows: here SIGCHLD tells.)
             """
-            if word.get("limits") or word.get("nice") or word.get("ids"):
-                return _fork_child(word, log_fd)
-            if sys.platform == "linux":  # 0.1 ms less than Popen, and vfork(2) with Python 3.9, too
+            is_special = word.get("limits") or word.get("nice") or word.get("ids")
+            if sys.platform == "linux" and not is_special:  # 0.1 ms less than Popen
                 return _spawn_child(word, log_fd)
-            import subprocess
-
-            process = subprocess.Popen(
-                word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
-                cwd=word["cwd"], env=word["env"], umask=word["umask"],
-                start_new_session=True, close_fds=False,  # all of the keeper's close on exec
-            )  # fmt: skip
+            reader, writer = os.pipe() if is_special else (-1, -1)
+            try:
+                process = subprocess.Popen(
+                    word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
+                    cwd=None if is_special else word["cwd"], env=word["env"], umask=word["umask"],
+                    start_new_session=True, close_fds=False,  # all of the keeper's close on exec
+                    preexec_fn=functools.partial(_prepare, word, writer) if is_special else None,
+                )  # fmt: skip
+            except subprocess.SubprocessError:
+                raise OSError(*json.loads(os.read(reader, 4096))) from None
+            finally:
+                for fd in (reader, writer) if is_special else ():
+                    os.close(fd)
             process.returncode = 0  # `reap` collects it
             return process.pid
 
@@ -967,13 +962,8 @@ else:
             can tell (waitid(2); macOS before Python 3.13 cannot).
             """
             with contextlib.suppress(ChildProcessError):
-                while True:
-                    which = -1
-                    if sys.platform == "linux" or hasattr(os, "waitid"):
-                        peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-                        if peek is None:
-                            return
-                        which = peek.si_pid
+                for which in iter(_find_ended, 0):
+                    if which > 0:
                         before(which)
                     pid, status, used = os.wait4(which, os.WNOHANG)
                     if pid == 0:
@@ -995,9 +985,9 @@ else:
             """
             found: dict[int, tuple[float, int]] = {}
             tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-            for name in filter(str.isdigit, os.listdir("/proc") if _HAS_PROC else ()):
-                with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
+            for name in _list_processes():
+                with contextlib.suppress(OSError):
+                    fields = _read_stat(name)
                     session = int(fields[3])
                     if session and session in sessions:
                         cpu_s, memory = found.get(session, (0.0, 0))
@@ -1009,6 +999,7 @@ else:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SHELL = ("/bin/sh", "-c")
+        IS_OURS = "info.st_uid == os.geteuid() and not info.st_mode & 0o022"  # of a launcher
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
@@ -1017,15 +1008,14 @@ else:
         kill = signal.SIGKILL
         is_root = staticmethod(lambda: os.geteuid() == 0)
 
-        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False) -> bool:
             """Lock an open file; False when another has it. (flock(2), msvcrt.locking)
 
             The lock belongs to the open file description: a child that inherits the
             descriptor holds it too, and reading the file elsewhere does not drop it.
             """
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 return True
             return False
 
@@ -1046,8 +1036,8 @@ else:
             """
             if not _HAS_PROC:
                 return _output("ps", "-o", "lstart=", "-p", str(pid))
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
+            with contextlib.suppress(OSError):
+                fields = _read_stat(pid)
                 return None if fields[0] in b"ZX" else fields[19].decode()
             return None
 
@@ -1061,9 +1051,6 @@ else:
 
             Raises ValueError: there is no such, or only root may become it.
             """
-            import grp
-            import pwd
-
             try:
                 account = pwd.getpwnam(user) if user else pwd.getpwuid(os.geteuid())
                 gid = grp.getgrnam(group).gr_gid if group else account.pw_gid
@@ -1119,68 +1106,44 @@ else:
                 os.chown(path, owner or 0, -1)
             return bound, path
 
-        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
-            """Open the control socket; return it and what `endpoint` says of it."""
-            near = path = os.path.join(folder, "control.sock")
-            if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
-                path = os.path.join(_outer_folder(folder), "control.sock")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # we hold the lock: it is a dead daemon's
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(path)
-            listener.listen(128)
-            return listener, {"socket": "control.sock" if path == near else path}
-
-        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
-            """Connect to the daemon that `endpoint` describes."""
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.settimeout(timeout_s)
-            try:
-                connection.connect(endpoint["socket"])
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-
-        def listen_near(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
+        def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             """Listen at a path, however long; return the socket, and what a file beside it says."""
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # a dead process's
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with _short_path(path) as name:
                 listener.bind(name)
-            listener.listen(16)
+            listener.listen(128)
             return listener, {"socket": os.path.basename(path)}
 
-        def connect_near(self, path: str, endpoint: Mapping[str, Any]) -> socket.socket:
-            """Connect to the socket that the file at `path` names. Raises OSError."""
-            place = os.path.join(os.path.dirname(path), os.path.basename(endpoint["socket"]))
+        def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
+            """Connect to the socket that a file in `folder` tells of. Raises OSError."""
+            path = os.path.join(folder, told["socket"])
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                connection.settimeout(1.0)
-                with _short_path(place) as name:
+                connection.settimeout(timeout_s)
+                with _short_path(path) as name:
                     connection.connect(name)
                 if self.peer_uid(connection) is not None:
-                    raise PermissionError(errno.EPERM, "another user's", place)
+                    raise PermissionError(errno.EPERM, "another user answers", path)
             except BaseException:
                 connection.close()
                 raise
             return connection
 
-        def user(self) -> int:
-            """Return the user whom our children are started as."""
-            return os.geteuid()
+        user = staticmethod(os.geteuid)  # whom our children are started as
 
         def highest_limit(self, name: str) -> int:
             """Return how high a limit of setrlimit(2) can be set here."""
-            import resource
-
             which = getattr(resource, name)
             soft, hard = resource.getrlimit(which)
-            with contextlib.suppress(ValueError, OSError):
-                if os.geteuid() == 0 and hard != resource.RLIM_INFINITY:
+            if hard != resource.RLIM_INFINITY:
+                try:
                     resource.setrlimit(which, (soft, hard + 1))  # if we may, we may always
                     resource.setrlimit(which, (soft, hard))
-                    return INTEGER_MAX
-            return INTEGER_MAX if hard == resource.RLIM_INFINITY else hard
+                except (ValueError, OSError):
+                    return hard
+            return INTEGER_MAX
 
         def peer_uid(self, connection: socket.socket) -> int | None:
             """Return a peer's user when it is not our own, else None (SO_PEERCRED, unix(7))."""
@@ -1194,8 +1157,6 @@ else:
         def distrust(self, info: os.stat_result, root_too: bool = True) -> str | None:
             """Name who else can write a file, but for root: a user, "others", None: nobody."""
             if info.st_uid != os.geteuid() and (info.st_uid or not root_too):
-                import pwd
-
                 with contextlib.suppress(KeyError):
                     return pwd.getpwuid(info.st_uid).pw_name
                 return f"#{info.st_uid}"
@@ -1233,21 +1194,37 @@ else:
 
         def reap_orphans(self, known: Callable[[int], bool]) -> None:
             """Collect what a container's processes left to us as PID 1; never a known child."""
-            if sys.platform == "linux":
-                with contextlib.suppress(ChildProcessError):
-                    while True:
-                        peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-                        if peek is None or known(peek.si_pid):
-                            return
-                        os.waitpid(peek.si_pid, os.WNOHANG)
+            with contextlib.suppress(ChildProcessError):
+                for pid in iter(_find_ended, 0):
+                    if pid < 0 or known(pid):
+                        return
+                    os.waitpid(pid, os.WNOHANG)
 
-    def _environment(pid: str) -> dict[str, str] | None:
+    def _find_ended() -> int:
+        """Return the PID of a child that has ended and still holds its number; 0: none has.
+
+        -1: the system cannot tell (macOS before Python 3.13). Raises ChildProcessError.
+        """
+        if sys.platform == "linux" or hasattr(os, "waitid"):
+            peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            return peek.si_pid if peek else 0
+        return -1
+
+    def _list_processes() -> list[str]:
+        """Return the PIDs of all processes (Linux; else none)."""
+        return [name for name in os.listdir("/proc") if name.isdigit()] if _HAS_PROC else []
+
+    def _read_stat(pid: int | str) -> list[bytes]:
+        """Return the fields of /proc/PID/stat from the third of proc(5) on."""
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+
+    def _environment(pid: int | str) -> dict[str, str] | None:
         """Return a process's environment; None: it is in the midst of execve(2) and shows none."""
         with open(f"/proc/{pid}/environ", "rb") as file:
             data = file.read()
         if not data:
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
+            fields = _read_stat(pid)
             is_kernels = int(fields[6]) & 0x200000  # PF_KTHREAD
             is_loaded = fields[23] != b"0"  # startcode, set after all that concerns us here
             was_given_none = is_loaded and fields[47] == fields[48]  # env_start, env_end
@@ -1278,37 +1255,14 @@ else:
             os.umask(umask)
             os.chdir("/")
 
-    def _fork_child(word: Mapping[str, Any], log_fd: int) -> int:
-        """Start a child that Popen cannot: with limits, another niceness, another user.
+    def _prepare(word: Mapping[str, Any], writer: int) -> None:
+        """Become what a child is to be: with limits, another niceness, another user.
 
-        As root whatever needs root, then never again. Raises OSError, `filename` the step.
+        As root whatever needs root, then never again. A step that fails is told to `writer` as
+        (errno, text, step): Popen tells only that one did. The keeper has no other threads.
         """
-        reader, writer = os.pipe()
-        null = os.open(os.devnull, os.O_RDONLY)
+        step = ""
         try:
-            pid = os.fork()
-            if pid == 0:
-                _become_child(word, (null, log_fd, log_fd), writer)
-            os.close(writer)
-            writer = -1
-            with open(reader, "rb", closefd=False) as file:
-                failure = file.read()  # end-of-file: exec closed it
-        finally:
-            for fd in (null, reader, writer):
-                if fd >= 0:
-                    os.close(fd)
-        if failure:
-            os.waitpid(pid, 0)
-            raise OSError(*json.loads(failure))
-        return pid
-
-    def _become_child(word: Mapping[str, Any], files: Sequence[int], writer: int) -> NoReturn:
-        """Go the way from fork to exec; tell (errno, text, step) when a step fails."""
-        import resource
-
-        step = "setsid"
-        try:
-            os.setsid()
             for step, (soft, hard) in word.get("limits", {}).items():
                 resource.setrlimit(getattr(resource, step), (soft, hard))
             step = "nice"
@@ -1320,21 +1274,13 @@ else:
                 os.setgid(ids["gid"])
                 os.setuid(ids["uid"])
             failpoint("fork", os.getppid())
-            os.umask(word["umask"])
             step = word["cwd"]
             os.chdir(step)
-            for target, source in enumerate(files):
-                os.dup2(source, target)
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)  # Python ignores them
-            step = word["argv"][0]
-            os.execvpe(step, word["argv"], word["env"])
         except BaseException as error:
             failure = getattr(error, "errno", None) or errno.EPERM
             text = getattr(error, "strerror", None) or str(error)
             os.write(writer, json.dumps([failure, text, step]).encode())
-        finally:
-            os._exit(127)
+            raise
 
     def _outer_folder(state_folder: str) -> str:
         """Return a folder of ours for sockets that cannot be in the state folder; made if need be.
@@ -1354,20 +1300,24 @@ else:
 
     @contextlib.contextmanager
     def _short_path(path: str) -> Iterator[str]:
-        """Give a name of a socket that fits into sun_path. (proc(5); else as it is)"""
+        """Give a name of a socket that fits into sun_path (unix(7)), through proc(5) or a link."""
         if len(os.fsencode(path)) <= SOCKET_PATH_MAX_BYTES:
             yield path
             return
-        fd = os.open(os.path.dirname(path), os.O_RDONLY)
+        folder, name = os.path.split(path)
+        if not _HAS_PROC:
+            with tempfile.TemporaryDirectory(prefix="apexd-") as temporary:
+                os.symlink(folder, f"{temporary}/x")
+                yield f"{temporary}/x/{name}"
+            return
+        fd = os.open(folder, os.O_RDONLY)
         try:
-            yield f"/proc/self/fd/{fd}/{os.path.basename(path)}"
+            yield f"/proc/self/fd/{fd}/{name}"
         finally:
             os.close(fd)
 
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
-        import subprocess
-
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         return done.stdout.strip() or None
 
@@ -1413,10 +1363,7 @@ def cannot_create(path: str, error: OSError) -> DaemonError:
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, never through a symbolic link, a new one for us alone.
-
-    Raises OSError.
-    """
+    """Open a regular file, through no symbolic link, a new one for us alone. Raises OSError."""
     fd = os.open(path, flags | _O_SAFE, 0o600)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -1481,12 +1428,13 @@ def write_atomically(path: str, data: str | bytes, mode: int = 0o600) -> None:
 def refuse_foreign(path: str, info: os.stat_result, root_too: bool = True) -> None:
     """Raise PERMISSION_DENIED when others than us and root could have written a file."""
     who = Platform.distrust(info, root_too)
+    what = f"{path} belongs to {who}"
+    hint = f"act as its owner (`sudo -u {who} ...`), or name another folder with --state"
     if who == "others":
+        what = f"{path} can be written by others"
         hint = "take that right from them: `chmod go-w` it"
-        raise DaemonError("PERMISSION_DENIED", f"{path} can be written by others", hint)
     if who is not None:
-        hint = f"act as its owner (`sudo -u {who} ...`), or name another folder with --state"
-        raise DaemonError("PERMISSION_DENIED", f"{path} belongs to {who}", hint)
+        raise DaemonError("PERMISSION_DENIED", what, hint)
 
 
 def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> bytes | None:
@@ -1547,7 +1495,7 @@ folder = os.path.dirname(os.path.realpath(__file__))
 source = os.path.normpath(os.path.join(folder, {source}))
 launched_for = os.path.normpath(os.path.join(folder, {project})), folder
 info, umask = os.stat(folder), os.umask(0o077)
-is_ours = not hasattr(os, "geteuid") or info.st_uid == os.geteuid() and not info.st_mode & 0o022
+is_ours = {is_ours}
 for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_ours:]:
     try:
         code = SourceFileLoader("apexd", source).get_code("apexd")
@@ -1632,7 +1580,7 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
         return "'" + text.replace("'", "'\"'\"'") + "'"
 
     gone = quoted(f"apexd: {python} is gone: run `python3 {source} start`")
-    names = {"python": quoted(python), "gone": gone}
+    names = {"python": quoted(python), "gone": gone, "is_ours": Platform.IS_OURS}
     names.update(source=seen(source), project=seen(project))
     yield launcher_path(folder), _LAUNCHER.format(**names)
     if not Platform.is_posix:
@@ -1640,33 +1588,26 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
 
 
 def store_bytecode(folder: str) -> None:
-    """Put the bytecode of this file into the launcher's cache: of what runs now, if it can be.
+    """Put the bytecode that runs now into the launcher's cache; else the launcher compiles.
 
-    A file that has just been written may be another than the one that runs: it is compiled.
+    Not that of a file so new that it may be another than the one that runs.
     """
-    from importlib import machinery, util
+    from importlib import util
 
-    path, info = os.path.abspath(__file__), os.stat(__file__)
-    kept, umask = (sys.pycache_prefix, sys.dont_write_bytecode), os.umask(0o077)
-    sys.pycache_prefix, sys.dont_write_bytecode = os.path.join(folder, "cache"), False
+    info = os.stat(__file__)
+    if not _BYTECODE or Clock.now() - max(info.st_mtime, info.st_ctime) < FRESH_S:
+        return
+    former, sys.pycache_prefix = sys.pycache_prefix, os.path.join(folder, "cache")
+    target = util.cache_from_source(os.path.abspath(__file__))
+    sys.pycache_prefix = former
+    numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
+    head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
     try:
-        target = util.cache_from_source(path)
-        numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
-        head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
-        if (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
-            return
-        if _BYTECODE and Clock.now() - max(info.st_mtime, info.st_ctime) > FRESH_S:
-            import marshal
-
+        if not (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             write_atomically(target, head + marshal.dumps(_BYTECODE))
-        else:
-            machinery.SourceFileLoader("apexd", path).get_code("apexd")
     except OSError as error:
         raise cannot_create(folder, error) from None
-    finally:
-        sys.pycache_prefix, sys.dont_write_bytecode = kept
-        os.umask(umask)
 
 
 # A log that grows over its cap loses its head to `.1`. Offsets that users of this section
@@ -1744,11 +1685,9 @@ def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
 
 
 def _complain(path: str, error: Exception) -> None:
-    import logging
-
     if path not in _complaints and len(_complaints) < 1000:
         _complaints.add(path)
-        logging.getLogger("apexd").warning("%s: its head cannot be kept: %s", path, error)
+        log.warning("%s: its head cannot be kept: %s", path, error)
 
 
 def keep_ballast(folder: str) -> None:
@@ -1892,24 +1831,14 @@ def niceness(value: object) -> int:
     return integer(-20 if Platform.is_root() else 0, 19)(value)
 
 
-def user_or_group(kind: str) -> Callable[[object], str]:
-    """Make a reader of a "user" or a "group" that children can be started as."""
-
-    def read(value: object) -> str:
-        name = line_of_text(value)
-        Platform.identity(**{"user": None, "group": None, kind: name})
-        return name
-
-    return read
-
-
 def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
     """Make a reader of a limit of setrlimit(2), in units, that can be set here."""
+    return lambda value: integer(low, Platform.highest_limit(name) // unit)(value)
 
-    def read(value: object) -> int:
-        return integer(low, Platform.highest_limit(name) // unit)(value)
 
-    return read
+# Names that children can be started as; `identity` says what is wrong with one.
+user_name = reader("a user", lambda name: Platform.identity(line_of_text(name), None))
+group_name = reader("a group", lambda name: Platform.identity(None, line_of_text(name)))
 
 
 def paths(value: object) -> list[str]:
@@ -1974,8 +1903,8 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "env": (environment, {}, "variables on top of the daemon's own that are kept"),
         "env_file": (paths, [], "files of NAME=VALUE lines, read at each start"),
         "cwd": (line_of_text, ".", "seen from the project"),
-        "user": (user_or_group("user"), None, "to run as (the daemon is root)"),
-        "group": (user_or_group("group"), None, "to run as (the daemon is root)"),
+        "user": (user_name, None, "to run as (the daemon is root)"),
+        "group": (group_name, None, "to run as (the daemon is root)"),
         "umask": (octal, "022", "a string of octal digits"),
         "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a process"),
         "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a process"),
@@ -2026,28 +1955,28 @@ class Config:
                 raise _broken(path, f"process.{name}: is no name of a process", hint)
             if process.command is None:
                 raise _broken(path, f"process.{name}.command is missing", "say what to run")
-        self._stop_s: dict[str, float] = {}  # by process, with all that it needs
-        for name in self.processes:
-            self._follow_needs(path, [name])
-        self.stop_timeout_s = max(self._stop_s.values(), default=0.0)  # of all, one by one
+        below_s: dict[str, float] = {}  # how long each takes to stop, after all that it needs
+        for name in self._order_processes(path):
+            process = self.processes[name]
+            needed_s = max((below_s[need] for need in process.needs), default=0.0)
+            below_s[name] = process.stop_timeout + needed_s
+        self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
 
-    def _follow_needs(self, path: str | None, chain: list[str]) -> None:
-        """Check and measure what the last of a chain needs. Raises CONFIG_INVALID for a ring."""
-        process = self.processes[chain[-1]]
-        if len(chain) > 500:
-            raise _broken(path, f"process.{chain[0]}.needs: a chain of more than 500")
-        for need in process.needs:
-            if need not in self.processes:
-                what = f"process.{chain[-1]}.needs: there is no process {need!r}"
-                raise _broken(path, what, "processes: " + ", ".join(self.processes))
-            if need in chain:
-                ring = " -> ".join([*chain[chain.index(need) :], need])
-                raise _broken(path, f"process.{chain[-1]}.needs: a ring: {ring}", "break it")
-            if need not in self._stop_s:
-                self._follow_needs(path, [*chain, need])
-        below_s = max((self._stop_s[need] for need in process.needs), default=0.0)
-        self._stop_s[chain[-1]] = process.stop_timeout + below_s
+    def _order_processes(self, path: str | None) -> list[str]:
+        """Return the processes, each after all that it needs. Raises CONFIG_INVALID."""
+        for name, process in self.processes.items():
+            for need in process.needs:
+                if need not in self.processes:
+                    what = f"process.{name}.needs: there is no process {need!r}"
+                    raise _broken(path, what, "processes: " + ", ".join(self.processes))
+        graph = {name: process.needs for name, process in self.processes.items()}
+        try:
+            return list(graphlib.TopologicalSorter(graph).static_order())
+        except ValueError as error:  # its CycleError
+            ring = error.args[1][::-1]
+            what = f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}"
+            raise _broken(path, what, "break it") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the effective values: {"daemon.poll_interval": 5.0, ...}."""
@@ -2076,8 +2005,6 @@ def _broken(path: str | None, message: str, hint: str = "") -> DaemonError:
 
 
 def _unknown(path: str | None, where: str, key: str, known: Iterable[str]) -> DaemonError:
-    import difflib
-
     if key in FORMER_NAMES:
         return _broken(path, f"{where} is called {FORMER_NAMES[key]} here", "rename it")
     near = difflib.get_close_matches(key, list(known), 1, 0.0)
@@ -2188,10 +2115,11 @@ def _parse(path: str, text: str) -> object:
         import tomllib  # Python 3.11
 
         return tomllib.loads(text)
-    with contextlib.suppress(ValueError):
+    try:
         return json.loads(text)
-    if path.endswith(".json"):
-        return json.loads(text)
+    except ValueError:
+        if path.endswith(".json"):
+            raise
     if sys.flags.no_site:  # the daemon starts without site-packages
         import site
 
@@ -2208,18 +2136,6 @@ def _parse(path: str, text: str) -> object:
 # 7. LOG - the daemon's own log
 #    Uses 1-6. Any thread. Opened and closed by: Daemon.
 # ============================================================================
-
-
-class _LazyLogger:
-    """logging.getLogger("apexd") at first use: a CLI call never pays for the import."""
-
-    def __getattr__(self, name: str) -> Any:
-        import logging
-
-        return getattr(logging.getLogger("apexd"), name)
-
-
-log: Any = _LazyLogger()
 
 
 def open_log(path: str, options: Any, to_stderr: bool) -> None:
@@ -2267,8 +2183,6 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
 
 def close_log() -> None:
     """Flush and forget the handlers."""
-    import logging
-
     logger = logging.getLogger("apexd")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -2523,11 +2437,7 @@ PRAGMAS = (
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
     "trusted_schema = OFF",  # sqlite.org/security.html
     "cell_size_check = ON",
-    "temp_store = MEMORY",  # of `asked`
 )
-# The ids that a statement is about: as literals they would make it a new one each time, which
-# sqlite3 keeps. `place` is their order.
-ASKED = "CREATE TEMP TABLE asked (place INTEGER PRIMARY KEY, first INTEGER, last INTEGER)"
 
 
 class Database:
@@ -2539,11 +2449,8 @@ class Database:
 
     def __init__(self, path: str) -> None:
         """Open and migrate. Raises DATABASE_CORRUPT, _NEWER, _FAILED, CANNOT_CREATE."""
-        import sqlite3
-
         self.path = path
-        self._errors = sqlite3.Error
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         with self._translated():
             if path != ":memory:":
                 self._find_or_make()
@@ -2558,7 +2465,6 @@ class Database:
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
                 self._migrate(self._db, version)
-                self._db.execute(ASKED)
             except BaseException:
                 self._db.close()
                 raise
@@ -2568,8 +2474,6 @@ class Database:
 
         Raises DATABASE_CORRUPT, CANNOT_CREATE.
         """
-        import sqlite3
-
         temporary, wal = self.path + ".new", self.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
             info = os.lstat(self.path)
@@ -2577,10 +2481,10 @@ class Database:
             if info.st_nlink != 1:
                 raise cannot_create(self.path, OSError(errno.EMLINK, "has other hard links"))
             if not info.st_size:
-                raise self._errors("malformed: it is empty, which no queue is")
+                raise sqlite3.Error("malformed: it is empty, which no queue is")
             return
         if os.path.exists(wal) and os.path.getsize(wal):
-            raise self._errors(f"malformed: it is gone, and {wal} is left")
+            raise sqlite3.Error(f"malformed: it is gone, and {wal} is left")
         for name in (temporary, temporary + "-journal"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
@@ -2601,13 +2505,13 @@ class Database:
         with self._translated():
             ((verdict,),) = self.fetch("PRAGMA quick_check(1)")
             if verdict != "ok":
-                raise self._errors(f"malformed: {verdict}")
+                raise sqlite3.Error(f"malformed: {verdict}")
 
     @contextlib.contextmanager
     def _translated(self, is_vital: bool = True) -> Iterator[None]:
         try:
             yield
-        except self._errors as error:
+        except sqlite3.Error as error:
             code, hint = "DATABASE_FAILED", "check the disk's space and the file's mode"
             if re.search("not a database|malformed|corrupt", str(error)):
                 hint = "it is kept as it is: restore a backup, or move it away and start anew"
@@ -2622,22 +2526,13 @@ class Database:
         try:
             os.unlink(os.path.join(os.path.dirname(self.path), "ballast"))
         except OSError:
-            with contextlib.suppress(self._errors):
+            with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
         """Return the rows of a statement that changes nothing."""
-        with self._lock, self._translated():
+        with self.lock, self._translated():
             return self._db.execute(sql, values).fetchall()
-
-    @contextlib.contextmanager
-    def asking(self, ids: Iterable[int | range]) -> Iterator[sqlite3.Connection]:
-        """Give the connection with these ids in the table `asked`, to read only."""
-        with self._lock, self._translated():
-            self._db.execute("DELETE FROM asked")
-            rows = ((one.start, one.stop - 1) for one in as_ranges(ids))
-            self._db.executemany("INSERT INTO asked (first, last) VALUES (?, ?)", rows)
-            yield self._db
 
     @contextlib.contextmanager
     def write(self, is_vital: bool = True) -> Iterator[sqlite3.Connection]:
@@ -2645,7 +2540,7 @@ class Database:
 
         is_vital: on a full disk the ballast is given up for it.
         """
-        with self._lock, self._translated(is_vital):
+        with self.lock, self._translated(is_vital):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -2657,7 +2552,7 @@ class Database:
 
     def close(self) -> None:
         """Checkpoint and close."""
-        with self._lock, contextlib.suppress(self._errors):
+        with self.lock, contextlib.suppress(sqlite3.Error):
             self._db.close()
 
 
@@ -2680,9 +2575,16 @@ _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
 SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
        a.boot_id, a.pid, a.start_time, a.cpu_s, a.max_rss,
-       (SELECT cwd FROM requests WHERE id = t.request_id) AS cwd
+       (SELECT cwd FROM requests WHERE id = t.request_id) AS cwd,
+       (SELECT group_concat(parent || ':' || need) FROM deps WHERE child = t.id) AS after
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
+"""
+# The tasks in :asked, [[first id, last id], ...], in that order (asked.key, t.id).
+_ASKED_SQL = """
+json_each(:asked) asked
+CROSS JOIN tasks t ON t.id BETWEEN json_extract(asked.value, '$[0]')
+                               AND json_extract(asked.value, '$[1]')
 """
 _INSERT_SQL = """
 INSERT INTO tasks (id, command, request_id, state, open_deps, grp, priority, label, key, due_at,
@@ -2751,90 +2653,92 @@ def read_options(given: Mapping[str, Any], config: Config) -> SimpleNamespace:
     return options
 
 
-def _row_to_task(row: sqlite3.Row, after: Sequence[str] = ()) -> Task:
-    fields = dict(zip(row.keys(), row))
+def _row_to_task(row: sqlite3.Row) -> Task:
+    fields = dict(row)
     del fields["open_deps"]
     fields["group"] = fields.pop("grp")
+    after = fields["after"].split(",") if fields["after"] else []
+    fields["after"] = sorted(after, key=lambda one: int(one.partition(":")[0]))
     fields["command"] = json.loads(fields["command"])
     fields["cwd"] = json.loads(fields["cwd"])
     fields["state"] = State(fields["state"])
     for name in ("outcome", "wish"):
         fields[name] = Outcome(fields[name]) if fields[name] else None
-    return Task(after=list(after), **fields)
+    return Task(**fields)
 
 
 def _insert_tasks(
     db: sqlite3.Connection, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
     request: int,
 ) -> Added:  # fmt: skip
-    """Insert the tasks of one request: the plain ones of a large batch in one statement."""
+    """Insert the tasks of one request; the plain ones of a large batch in few statements."""
     common = read_options(given, config)
-    is_plain = not common.after and not common.key
-    plain = (request, common.state.value, 0, *common.row, None)
     seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
     next_id = (seq[0] if seq else 0) + 1
-    rows: list[tuple[object, ...]] = []
     ids, existing = Added(), dict[int, None]()
-    plain_count = 0
+    rows: list[tuple[Any, ...]] = []
+
+    def flush() -> None:
+        db.executemany(_INSERT_SQL, rows)
+        counts = Counter((row[3], row[5]) for row in rows)  # (state, group)
+        db.executemany(_COUNT_SQL, [(*where, count) for where, count in counts.items()])
+        rows.clear()
+
     for line, item in enumerate(commands, 1):
+        if item is None:
+            continue
         try:
-            if item is None:
-                continue
-            if is_plain and not isinstance(item, dict):
-                plain_count += 1
-                rows.append((next_id, json.dumps(command_line(item)), *plain))
-                ids.append(next_id)
-                if len(rows) == 1000:
-                    db.executemany(_INSERT_SQL, rows)
-                    rows.clear()
-            else:
-                own = {**given, **item} if isinstance(item, dict) else {**given, "command": item}
-                command = json.dumps(command_line(own.pop("command", None)))
-                db.executemany(_INSERT_SQL, rows)
-                rows.clear()
-                ids.append(_insert_one(db, next_id, command, read_options(own, config), request))
-                existing.update({ids[-1]: None} if ids[-1] != next_id else {})
-            next_id = max(next_id, ids[-1] + 1)
+            options = common
+            if isinstance(item, dict):
+                own = {**given, **item}
+                item = own.pop("command", None)
+                options = read_options(own, config)
+            command = json.dumps(command_line(item))
+            state, open_deps = options.state, 0
+            if options.after or options.key or len(rows) == 1000:
+                flush()  # what it asks for may be among them
+                sql = "SELECT id FROM tasks WHERE key = ? AND finished_at IS NULL"
+                holder = db.execute(sql, (options.key,)).fetchone()
+                if holder:
+                    ids.append(holder[0])
+                    existing[holder[0]] = None
+                    continue
+                state, open_deps = _insert_deps(db, next_id, options)
         except (ValueError, DaemonError) as error:
             place = f"line {line}: " if len(commands) > 1 else ""
             if isinstance(error, ValueError):
                 raise bad(f"{place}must be {error}") from None
             raise DaemonError(error.code, place + error.message, error.hint) from None
-    db.executemany(_INSERT_SQL, rows)
-    db.execute(_COUNT_SQL, (common.state.value, common.group, plain_count))
+        finished_at = Clock.now() if state == State.SKIPPED else None
+        head = (next_id, command, request, state.value, open_deps)
+        rows.append((*head, *options.row, finished_at))
+        ids.append(next_id)
+        next_id += 1
+    flush()
     ids.existing = list(existing)
     return ids
 
 
-def _insert_one(
-    db: sqlite3.Connection, task_id: int, command: str, options: SimpleNamespace, request: int
-) -> int:
-    """Insert a task with dependencies or a key; return its id or that of the key's holder."""
-    sql = "SELECT id FROM tasks WHERE key = ? AND finished_at IS NULL"
-    holder = db.execute(sql, (options.key,)).fetchone()
-    if holder:
-        return int(holder[0])
+def _insert_deps(
+    db: sqlite3.Connection, task_id: int, options: SimpleNamespace
+) -> tuple[State, int]:
+    """Insert what a new task comes after; return (its state, its open dependencies)."""
     for parent, need in options.after or ():
         if not db.execute("SELECT 1 FROM tasks WHERE id = ?", (parent,)).fetchone():
             raise unknown_task(parent)
         db.execute("INSERT INTO deps VALUES (?, ?, ?)", (parent, task_id, need))
     open_deps, unmet = _count_open(db, task_id)
     state = State.SKIPPED if unmet else State.WAITING if open_deps else options.state
-    finished_at = Clock.now() if state == State.SKIPPED else None
-    row = (task_id, command, request, state.value, open_deps, *options.row, finished_at)
-    db.execute(_INSERT_SQL, row)
-    db.execute(_COUNT_SQL, (state.value, options.group, 1))
-    return task_id
+    return state, open_deps
 
 
 def set_state(
-    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None,
-    has_children: bool = True,
-) -> None:  # fmt: skip
+    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None
+) -> None:
     """Move a task: the only writer of `state`, but for its insertion.
 
     A task that reaches a final state releases, or skips, what comes after it. One that runs
-    begins an attempt. has_children False: it is known that nothing comes after it.
+    begins an attempt.
     """
     work = [(task_id, old, new, due_at)]
     while work:
@@ -2845,7 +2749,7 @@ def set_state(
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
-        if new not in DONE or not has_children:
+        if new not in DONE:
             continue
         for child, due_at, open_deps, need in db.execute(
             """
@@ -2941,6 +2845,11 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
         yield one if isinstance(one, range) else range(one, one + 1)
 
 
+def ranges_as_json(ids: Iterable[int | range]) -> str:
+    """Write ids for _ASKED_SQL."""
+    return json.dumps([(one.start, one.stop - 1) for one in as_ranges(ids)])
+
+
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
     """Forget tasks and all that belongs to them."""
     places = ("tasks WHERE id", "attempts WHERE task_id", "deps WHERE parent", "deps WHERE child")
@@ -3025,32 +2934,24 @@ class TaskStore:
         limit: int = 100, ids: Iterable[int | range] | None = None,
     ) -> list[Task]:  # fmt: skip
         """Return the newest tasks with ids below `before`, ascending; at most `limit`."""
+        filters = {
+            "t.state = :state": state,
+            "t.grp = :grp": group,
+            f"t.id IN (SELECT t.id FROM {_ASKED_SQL})": ids,
+        }
         sql = _TASK_SQL + "WHERE t.id < :before"
-        if state is not None:
-            sql += " AND t.state = :state"
-        if group is not None:
-            sql += " AND t.grp = :grp"
-        if ids is not None:
-            sql += """
-                AND t.id IN (SELECT one.id FROM asked
-                             CROSS JOIN tasks one ON one.id BETWEEN asked.first AND asked.last)
-            """
-        before = before or INTEGER_MAX
-        values = {"state": state, "grp": group, "before": before, "most": limit}
-        with self.database.asking(ids or ()) as db:
-            rows = db.execute(sql + " ORDER BY t.id DESC LIMIT :most", values).fetchall()
-        return [_row_to_task(row, self._after(row["id"])) for row in reversed(rows)]
-
-    def _after(self, task_id: int) -> list[str]:
-        sql = "SELECT parent, need FROM deps WHERE child = ? ORDER BY parent"
-        return [f"{parent}:{need}" for parent, need in self.database.fetch(sql, (task_id,))]
+        sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
+        values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
+        values["asked"] = ranges_as_json(ids or ())
+        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
+        return [_row_to_task(row) for row in reversed(rows)]
 
     def get(self, task_id: int) -> Task:
         """Return one task. Raises UNKNOWN_TASK."""
         rows = self.database.fetch(_TASK_SQL + "WHERE t.id = ?", (task_id,))
         if not rows:
             raise unknown_task(task_id)
-        return _row_to_task(rows[0], self._after(task_id))
+        return _row_to_task(rows[0])
 
     def is_done(self, task_id: int) -> bool:
         """Tell whether a task has finished, at little cost; one that was removed has."""
@@ -3062,31 +2963,35 @@ class TaskStore:
 
         Raises UNKNOWN_TASK.
         """
-        with self.database.asking(ids) as db:
-            total, pending, percent, running, last = db.execute(
+        asked = {"asked": ranges_as_json(ids)}
+        with self.database.lock:
+            ((total, pending, percent, running, last),) = self.database.fetch(
                 f"""
                 SELECT count(*), coalesce(sum(state NOT IN {_DONE}), 0),
                        sum(CASE WHEN state IN {_DONE} THEN 100.0 ELSE coalesce(progress, 0) END),
-                       group_concat(CASE state WHEN 'running' THEN id END),
-                       max(CASE WHEN state NOT IN {_DONE} THEN id END)
-                FROM asked CROSS JOIN tasks ON id BETWEEN first AND last
-                """
-            ).fetchone()
+                       group_concat(CASE state WHEN 'running' THEN t.id END),
+                       max(CASE WHEN state NOT IN {_DONE} THEN t.id END)
+                FROM {_ASKED_SQL}
+                """,
+                asked,
+            )
             if total != sum(map(len, as_ranges(ids))):
                 sql = "SELECT 1 FROM tasks WHERE id = ?"
-                named = (task_id for one in as_ranges(ids) for task_id in one)
-                raise unknown_task(next(i for i in named if not db.execute(sql, (i,)).fetchone()))
-            bad_end = db.execute(
-                """
+                for task_id in (task_id for one in as_ranges(ids) for task_id in one):
+                    if not self.database.fetch(sql, (task_id,)):
+                        raise unknown_task(task_id)
+            bad_end = self.database.fetch(
+                f"""
                 SELECT coalesce(a.exit_code, 1)
-                FROM asked CROSS JOIN tasks t ON t.id BETWEEN first AND last
+                FROM {_ASKED_SQL}
                 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
                 WHERE t.state IN ('failed', 'cancelled', 'skipped') AND a.exit_code IS NOT 0
-                ORDER BY place, t.id
+                ORDER BY asked.key, t.id
                 LIMIT 1
-                """
-            ).fetchone()
-        answer = {"total": total, "pending": pending, "status": bad_end[0] if bad_end else 0}
+                """,
+                asked,
+            )
+        answer = {"total": total, "pending": pending, "status": bad_end[0][0] if bad_end else 0}
         answer["progress"] = percent / total if total else 0.0
         answer["running"] = [*map(int, (running or "").split(",")[:10])] if running else []
         return answer, last
@@ -3094,7 +2999,7 @@ class TaskStore:
     def get_attempts(self, task_id: int) -> list[dict[str, Any]]:
         """Return the attempts of a task, first to last, one dict a row of `attempts`."""
         sql = "SELECT * FROM attempts WHERE task_id = ? ORDER BY number"
-        return [dict(zip(row.keys(), row)) for row in self.database.fetch(sql, (task_id,))]
+        return [dict(row) for row in self.database.fetch(sql, (task_id,))]
 
     def get_counts(self) -> dict[str, dict[str, int]]:
         """Return {state: {group: number}}, without the zeros."""
@@ -3290,8 +3195,7 @@ class AttemptStore:
         at: dict[str, Any] = {"id": task.id, "run": task.run_id, "number": task.attempts}
         at.update(result.to_dict(), now=result.finished_at or Clock.now())
         where = "WHERE task_id = :id AND number = :number AND run_id = :run AND outcome IS NULL"
-        sql = "SELECT wish, EXISTS (SELECT 1 FROM deps WHERE parent = :id) FROM attempts"
-        row = db.execute(f"{sql} {where}", at).fetchone()
+        row = db.execute(f"SELECT wish FROM attempts {where}", at).fetchone()
         if row is None:
             return
         outcome = outcome_of(result, Outcome(row[0]) if row[0] else None)
@@ -3323,7 +3227,7 @@ class AttemptStore:
             task = self._store.get(task.id)
         state, delay_s = next_state(task, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
-        set_state(db, task.id, State.RUNNING, state, due_at, bool(row[1]))
+        set_state(db, task.id, State.RUNNING, state, due_at)
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
@@ -3559,7 +3463,7 @@ class Keeper:
         self._is_terminated = False
         self._patience_mono = Clock.mono() + KEEPER_PATIENCE_S
         self._watched = Watched()
-        self._listener, self._endpoint = Platform.listen_near(self._path + ".sock")
+        self._listener, self._endpoint = Platform.listen(self._path + ".sock")
         self._listener.setblocking(False)
         self._watched.add(self._listener, self._meet)
         self._fd = self._make_file()
@@ -3926,7 +3830,9 @@ class _Link:
                 if self.is_foreign or not may_connect:  # it ends by itself: look for its lock
                     self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
                 else:
-                    self.connection = Platform.connect_near(self.path, head)
+                    folder = os.path.dirname(self.path)
+                    self.connection = Platform.connect(folder, head, 1.0)
+                    self.connection.sendall(head.get("token", "").encode())
                     self.connection.setblocking(False)
                     self.asked_mono = self.asked_mono or Clock.mono()
         return None
@@ -6453,7 +6359,7 @@ class ControlServer:
     def _bind(self) -> None:
         self._hang_up()
         try:
-            self._listener, where = Platform.listen(self._folder)
+            self._listener, where = Platform.listen(os.path.join(self._folder, "control.sock"))
         except OSError as error:
             raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
         path = os.path.join(self._folder, where.get("socket", ""))
@@ -6686,14 +6592,12 @@ def connect_to(folder: str) -> tuple[socket.socket, Fields]:
     check_state_folder(folder)
     found = read_endpoint(folder)
     try:
-        connection = Platform.connect(found, ANSWER_TIMEOUT_S)
+        return Platform.connect(folder, found, ANSWER_TIMEOUT_S), found
     except (ValueError, KeyError, TypeError, OverflowError):
         raise ConnectionRefusedError("no endpoint") from None
-    if Platform.peer_uid(connection) is not None:
-        connection.close()
-        what = f"another user answers at {found['socket']}"
-        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
-    return connection, found
+    except PermissionError as error:
+        what = f"{error.filename}: {error.strerror}"
+        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
 
 
 class Client:
