@@ -5771,6 +5771,17 @@ def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
     connection.sendall(struct.pack(">I", len(data)) + data)
 
 
+def send_answer(connection: socket.socket, answer: Mapping[str, Any] | DaemonError) -> None:
+    """Send a response within FRAME_TIMEOUT_S; if it is too long, the error that says so."""
+    connection.settimeout(FRAME_TIMEOUT_S)
+    try:
+        if isinstance(answer, DaemonError):
+            answer = {"type": "error", **answer.to_dict()}
+        send_frame(connection, answer)
+    except DaemonError as error:
+        send_frame(connection, {"type": "error", **error.to_dict()})
+
+
 def receive_frame(
     connection: socket.socket, idle_s: float,
     reserve: Callable[[int], Any] = contextlib.nullcontext, most_items: int = INTEGER_MAX,
@@ -5830,7 +5841,7 @@ def has_hung_up() -> bool:
     connection.settimeout(0.0)
     try:
         return not connection.recv(1, socket.MSG_PEEK)
-    except (BlockingIOError, InterruptedError):
+    except BlockingIOError:
         return False
     except OSError:
         return True
@@ -5859,16 +5870,6 @@ def list_of_commands(value: object) -> list[Any]:
 process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
 
 
-def process_names(value: object) -> list[str]:
-    """Read a list of names of processes."""
-    return [process_name(name) for name in text_list(value)]
-
-
-def log_offsets(value: object) -> dict[str, int]:
-    """Read an object of offsets."""
-    return {name: integer(0)(offset) for name, offset in mapping(value).items()}
-
-
 def signal_number(value: object) -> int:
     """Read a signal: HUP, SIGHUP or 1."""
     name = str(value).upper()
@@ -5888,9 +5889,10 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "limit": integer(1, 1000), "within": duration, "offset": integer(-INTEGER_MAX),
     "attempt": integer(1), "run_id": line_of_text, "tokens": integer(0, 10**15), "cost": number,
     "progress": number, "note": line_of_text, "keep": bool,
-    "name": process_name, "names": process_names, "instances": integer(0, 1000),
-    "signal": signal_number,
-    "offsets": log_offsets, "lines": integer(1, LINES_MAX), "follow": truth, "wait": truth,
+    "name": process_name, "names": lambda value: [process_name(one) for one in text_list(value)],
+    "instances": integer(0, 1000), "signal": signal_number, "follow": truth, "wait": truth,
+    "offsets": lambda value: {name: integer(0)(at) for name, at in mapping(value).items()},
+    "lines": integer(1, LINES_MAX),
 }  # fmt: skip
 
 
@@ -6038,17 +6040,10 @@ class TaskVerbs:
     def _process_logs(
         self, name: str, offsets: Mapping[str, int] | None = None, lines: int = 50
     ) -> Fields:
-        """Return {"logs": {"web.0": {"data": base64, "next": offset}}} from `offsets` on.
-
-        Of an instance that is not in `offsets`: the last `lines` lines.
-        """
-        logs = read_process_logs(self._store, name, offsets or {}, lines)
-        return {
-            "logs": {
-                instance: {"data": in_base64(data), "next": following}
-                for instance, (data, following) in logs.items()
-            }
-        }
+        """Return {"logs": {"web.0": {"data": base64, "next": offset}}}."""
+        found = read_process_logs(self._store, name, offsets or {}, lines).items()
+        logs = {one: {"data": in_base64(data), "next": end} for one, (data, end) in found}
+        return {"logs": logs}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -6063,9 +6058,8 @@ class TaskVerbs:
             yield f"runs since {span(Clock.now() - task.started_at)}"
             if task.wish is not None:
                 yield f"is being ended: {task.wish.value}"
-            obstacle = self._runner.keepers.explain(task.run_id or "") if self._runner else ""
-            if obstacle:
-                yield obstacle
+            if self._runner is not None:
+                yield from filter(None, [self._runner.keepers.explain(task.run_id or "")])
             return
         if task.state == State.SCHEDULED:
             yield f"due in {span((task.due_at or 0.0) - Clock.now())}"
@@ -6088,12 +6082,13 @@ class TaskVerbs:
             yield "a task it came after was removed"
 
     def _queue_reasons(self, task: Task) -> Iterator[str]:
-        paused, config = self._store.get_paused(), self._store.config
+        config = self._store.config
+        paused = {"*", task.group}.intersection(self._store.get_paused())
         running = self._store.find(state="running", limit=1000)
-        group = config.groups.get(task.group)
-        limit, most = group.max_concurrent if group else None, config.daemon.max_concurrent
+        group, most = config.groups.get(task.group), config.daemon.max_concurrent
+        limit = group.max_concurrent if group else None
         names = [str(other.id) for other in running if other.group == task.group]
-        if "*" in paused or task.group in paused:
+        if paused:
             yield "everything is paused" if "*" in paused else f"group {task.group} is paused"
         if limit is not None and len(names) >= limit:
             yield f"group {task.group} is full ({limit}): tasks {', '.join(names[:10])}"
@@ -6438,17 +6433,13 @@ class ControlServer:
                         self._idle.pop(connection, None)
                         if request is None:
                             return
-                        answer: Any = self._answer(request)
+                        answer = self._answer(request)
                     except DaemonError as error:  # the framing is lost: say so and hang up
-                        answer, is_sound = {"type": "error", **error.to_dict()}, False
-                    if not isinstance(answer, dict):
+                        answer, is_sound = error, False
+                    if isinstance(answer, (dict, DaemonError)):
+                        send_answer(connection, answer)
+                    else:
                         self._stream(connection, answer)
-                        continue
-                    connection.settimeout(FRAME_TIMEOUT_S)
-                    try:
-                        send_frame(connection, answer)
-                    except DaemonError as error:  # it is over FRAME_MAX_BYTES
-                        send_frame(connection, {"type": "error", **error.to_dict()})
         except OSError as error:
             log.debug("a connection ended: %s", error)
         except Exception:  # this thread's top frame
@@ -6460,20 +6451,19 @@ class ControlServer:
     def _stream(self, connection: socket.socket, answers: Iterable[Fields | None]) -> None:
         """Send answers as they come until the peer leaves, or sends its next request."""
         if not self._streams.acquire(blocking=False):
-            what = f"{STREAMS_MAX} others follow logs already"
-            send_frame(connection, {"type": "error", **DaemonError("BUSY", what).to_dict()})
+            error = DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
+            send_answer(connection, error)
             return
         try:
             for answer in answers:
                 if answer is not None:
-                    connection.settimeout(FRAME_TIMEOUT_S)
-                    send_frame(connection, {"type": "log_lines", **answer})
+                    send_answer(connection, {"type": "log_lines", **answer})
                 connection.settimeout(0.001 if answer else STREAM_PAUSE_S)
                 with contextlib.suppress(socket.timeout):
                     connection.recv(1, socket.MSG_PEEK)
                     return
         except DaemonError as error:  # the process was removed
-            send_frame(connection, {"type": "error", **error.to_dict()})
+            send_answer(connection, error)
         finally:
             self._streams.release()
 
@@ -6491,7 +6481,7 @@ class ControlServer:
             with self._lock:
                 self._reserved -= counted
 
-    def _answer(self, request: Fields) -> Fields | Iterator[Fields | None]:
+    def _answer(self, request: Fields) -> Fields | DaemonError | Iterator[Fields | None]:
         """Carry out one request; return its answer or several of them.
 
         Raises PERMISSION_DENIED for a wrong token.
@@ -6501,21 +6491,21 @@ class ControlServer:
         if token is not None:
             import hmac
 
-            if not hmac.compare_digest(shown.encode(), token.encode()):
+            if not hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode()):
                 raise DaemonError("PERMISSION_DENIED", "a wrong token")
         try:
             if name not in self._verbs:
                 raise DaemonError("UNKNOWN_COMMAND", f"there is no verb {name[:40]!r}")
             form, act = self._verbs[name]
-            answer = act(**read_fields(form, request))
+            answer: Any = act(**read_fields(form, request))
             return {"type": "ok", **answer} if isinstance(answer, dict) else answer
         except DaemonError as error:
             if self._is_stopping and error.code == "DATABASE_FAILED":  # closed
                 raise ConnectionAbortedError("the daemon has ended") from None
-            return {"type": "error", **error.to_dict()}
+            return error
         except Exception as error:  # a request handler
             log.exception("request %s failed", name)
-            return {"type": "error", **DaemonError("INTERNAL", str(error)).to_dict()}
+            return DaemonError("INTERNAL", str(error))
 
 
 def settings_of(config: Config) -> Fields:
@@ -6524,10 +6514,7 @@ def settings_of(config: Config) -> Fields:
 
 
 READING_VERBS = frozenset("list get wait why logs queue process_logs".split())
-DAEMON_VERBS = frozenset(  # these mean nothing without one
-    "ping status reload shutdown list_processes get_process start_process stop_process "
-    "restart_process reload_process up down scale_process signal_process why_process".split()
-)
+WRITING_VERBS = frozenset("add cancel retry remove pause resume report".split())
 
 
 class Project(Value):
@@ -6569,19 +6556,18 @@ def find_project(
 
 
 def _nearest_project() -> str:
+    def has_state(folder: str) -> bool:
+        return os.path.isdir(os.path.join(folder, STATE_FOLDER))
+
     start = folder = here()
-    found = None
-    while True:
-        if found is None and os.path.isdir(os.path.join(folder, STATE_FOLDER)):
-            found = folder
-        if os.path.exists(os.path.join(folder, ".git")):
-            return found or start
-        if folder == os.path.dirname(folder):
-            break  # no repository: only this folder counts, or that of apexd.py
+    passed = [start]
+    while not os.path.exists(os.path.join(folder, ".git")):
+        if folder == os.path.dirname(folder):  # no repository: here, or where apexd.py is
+            passed = [start, os.path.dirname(os.path.abspath(__file__))]
+            break
         folder = os.path.dirname(folder)
-    own = os.path.dirname(os.path.abspath(__file__))
-    has_state = [one for one in (start, own) if os.path.isdir(os.path.join(one, STATE_FOLDER))]
-    return (has_state or [start])[0]
+        passed.append(folder)
+    return next(filter(has_state, passed), start)
 
 
 def read_endpoint(folder: str) -> Fields:
@@ -6595,24 +6581,6 @@ def read_endpoint(folder: str) -> Fields:
     return {}
 
 
-def connect_to(folder: str) -> tuple[socket.socket, Fields]:
-    """Connect to the daemon of a state folder; return what its `endpoint` says, too.
-
-    Raises OSError (there is none), PERMISSION_DENIED.
-    """
-    check_state_folder(folder)
-    found = read_endpoint(folder)
-    try:
-        connection = Platform.connect(found, ANSWER_TIMEOUT_S)
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise ConnectionRefusedError("no endpoint") from None
-    if Platform.peer_uid(connection) is not None:
-        connection.close()
-        what = f"another user answers at {found['socket']}"
-        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
-    return connection, found
-
-
 class Client:
     """Speaks to a project's daemon, or acts on its store when there is none.
 
@@ -6623,11 +6591,12 @@ class Client:
 
     def __init__(
         self, project_path: str | None = None, state: str | None = None,
-        config: str | None = None, notice: Callable[[str], None] = lambda text: None,
+        config: str | None = None, tell: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         self.project = find_project(project_path, state, config)
-        self._notice = notice  # told what people should know
-        self.is_live = self.was_live = False  # the last request, any, reached a daemon
+        self._tell = tell  # called with what people should know
+        self.is_live = False  # a daemon answered the last request
+        self._seen_mono = float("-inf")  # when the last one did
         self.existing: Sequence[int] = ()  # of the last add: ids of tasks that had the key
         self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
         self._connection: socket.socket | None = None
@@ -6646,11 +6615,9 @@ class Client:
         """
         deadline = Clock.mono() + (CONFIRM_TIMEOUT_S if "token" in fields else answer_s)
         while True:
-            self.is_live = True
             answer = self._ask(verb, fields, max(deadline - Clock.mono(), 0.01))
-            if answer is None:
-                self.is_live = False
-                answer = self._act(verb, fields)
+            self.is_live = answer is not None
+            answer = self._act(verb, fields) if answer is None else answer
             if answer is not None:
                 return answer
             if Clock.mono() > deadline:
@@ -6662,7 +6629,7 @@ class Client:
         is_fresh = self._connection is None
         try:
             connection = self._connect()
-            self.was_live = True
+            self._seen_mono = Clock.mono()
             connection.settimeout(answer_s)
             token = self._endpoint.get("token")
             send_frame(connection, {"type": verb, **fields, **({"auth": token} if token else {})})
@@ -6680,8 +6647,20 @@ class Client:
         return answer
 
     def _connect(self) -> socket.socket:
+        """Return a connection to the daemon. Raises OSError (there is none), PERMISSION_DENIED."""
         if self._connection is None:
-            self._connection, self._endpoint = connect_to(self.project.folder)
+            folder = self.project.folder
+            check_state_folder(folder)
+            found = read_endpoint(folder)
+            try:
+                connection = Platform.connect(found, ANSWER_TIMEOUT_S)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                raise ConnectionRefusedError("no endpoint") from None
+            if Platform.peer_uid(connection) is not None:
+                connection.close()
+                what = f"another user answers at {found['socket']}"
+                raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
+            self._connection, self._endpoint = connection, found
         return self._connection
 
     def find_settings(self) -> Fields:
@@ -6707,7 +6686,7 @@ class Client:
     def _act(self, verb: str, fields: Fields) -> Fields | None:
         """Act on the store, under the lock; None when somebody else has it."""
         folder = self.project.folder
-        if verb in DAEMON_VERBS:
+        if verb not in READING_VERBS | WRITING_VERBS:  # it means nothing without a daemon
             if self._pid_file.holder() is None:
                 raise DaemonError("NOT_RUNNING", "no daemon runs here", "start it with `start`")
             return None
@@ -6716,7 +6695,7 @@ class Client:
             path = ":memory:"  # nothing to read, and nothing is left behind
         else:
             if make_state_folder(folder, self.project.path):
-                self._notice(f"made {folder}; no daemon runs there, `start` one")
+                self._tell(f"made {folder}; no daemon runs there, `start` one")
             if not self._pid_file.acquire("client " + verb):
                 return None
         try:
@@ -6728,8 +6707,8 @@ class Client:
                 running = store.find(state="running", limit=INTEGER_MAX) if verb == "cancel" else ()
                 ids = [task.id for task in running if task.wish == Outcome.CANCELLED]
                 if ids:
-                    deadline = Clock.mono() + config.daemon.stop_timeout + STOP_MARGIN_S
-                    answer["left"] = end_attempts(store, ids, deadline)
+                    within_s = config.daemon.stop_timeout + STOP_MARGIN_S
+                    answer["left"] = [int(one) for one in end_orphans(store, within_s, ids)]
         finally:
             self._pid_file.release()
         return dict(answer)
@@ -6754,7 +6733,7 @@ class Client:
         os.umask(umask)
         keep = self.find_settings()["env_keep"]
         request = {
-            "commands": commands,
+            "commands": list_of_commands,
             "options": {name: value for name, value in options.items() if value is not None},
             "token": token or os.urandom(12).hex(),
             "cwd": os.path.join(here(), cwd) if cwd else here(),
@@ -6790,7 +6769,7 @@ class Client:
         Raises NOT_RUNNING when there is no daemon to wait for.
         """
         deadline = float("inf") if timeout is None else Clock.mono() + timeout
-        until, within = Clock.mono() + RETURN_TIMEOUT_S, 0.0
+        within = 0.0
         while True:
             answer = self.call("wait", {"ids": ids, "within": within}, within + ANSWER_TIMEOUT_S)
             on_change(answer)
@@ -6798,7 +6777,7 @@ class Client:
                 return int(answer["status"])
             if Clock.mono() >= deadline:
                 return 124
-            until = self.outwait(until)
+            self.outwait()
             within = min(1.0, max(deadline - Clock.mono(), 0.0))
 
     def follow(
@@ -6809,7 +6788,6 @@ class Client:
         attempt None: the last one. offset -n: from the last n lines on. to_end False: only
         what is there now. Outlives a restart of the daemon.
         """
-        until = Clock.mono() + RETURN_TIMEOUT_S
         while True:
             fields = {"id": task_id, "attempt": attempt, "offset": offset, "within": float(to_end)}
             answer = self.call("logs", fields, 1.0 + ANSWER_TIMEOUT_S)
@@ -6822,20 +6800,21 @@ class Client:
             elif answer["done"] or (not data and not to_end):
                 return
             elif not data:
-                until = self.outwait(until)
+                self.outwait()
 
-    def outwait(self, until: float) -> float:
-        """Let a waiting call outlive a daemon that is away; return until when (monotonic)."""
-        if self.is_live:
-            return Clock.mono() + RETURN_TIMEOUT_S
-        if not self.was_live or Clock.mono() > until:
-            what = "no daemon runs, so nothing moves; the task is kept"
-            raise DaemonError("NOT_RUNNING", what, "start it with `start`")
-        threading.Event().wait(0.2)
-        return until
+    def outwait(self) -> None:
+        """Let a waiting call outlive a daemon that is away for RETURN_TIMEOUT_S."""
+        if not self.is_live:
+            if Clock.mono() > self._seen_mono + RETURN_TIMEOUT_S:
+                what = "no daemon runs, so nothing moves; the task is kept"
+                raise DaemonError("NOT_RUNNING", what, "start it with `start`")
+            threading.Event().wait(0.2)
 
     def cancel(self, *ids: int) -> Fields:
-        """Cancel tasks; return {"done": ids, "not_done": ids finished before}."""
+        """Cancel tasks; return {"done": ids, "not_done": ids finished before}.
+
+        Without a daemon also "left": ids of those that run still, until one is started.
+        """
         return self.call("cancel", {"ids": ids})
 
     def retry(self, *ids: int) -> Fields:
@@ -6873,26 +6852,21 @@ def held_by(holder: Holder) -> DaemonError:
     return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
-def end_attempts(store: TaskStore, ids: Sequence[int], deadline_mono: float) -> list[int]:
-    """End running tasks whose wish is on disk, while there is no daemon; return what still runs."""
-    runner = DaemonRunner(store)
-    try:
-        return runner.finish(ids, deadline_mono)
-    finally:
-        runner.keepers.close(False)
+def end_orphans(store: TaskStore, within_s: float, ids: Sequence[int] | None = None) -> list[str]:
+    """End running tasks whose wish is on disk; `ids` None: KILL all tasks and processes.
 
-
-def end_everything(store: TaskStore) -> list[str]:
-    """KILL tasks and processes, while there is no daemon; return what still runs."""
-    deadline = Clock.mono() + 2 * STOP_MARGIN_S
-    runner = DaemonRunner(store)
-    supervisor = Supervisor(store, keepers=runner.keepers)
-    ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
+    For a client, while there is no daemon. Returns what still runs: ["12", "web.0"].
+    """
+    deadline, is_all, runner = Clock.mono() + within_s, ids is None, DaemonRunner(store)
     try:
-        left = [str(task_id) for task_id in runner.finish(ids, deadline, force=True)]
-        return [*left, *supervisor.finish(deadline)]
+        if ids is None:
+            ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
+        left = [str(task_id) for task_id in runner.finish(ids, deadline, force=is_all)]
+        if is_all:
+            left += Supervisor(store, keepers=runner.keepers).finish(deadline)
+        return left
     finally:
-        runner.keepers.close(True)
+        runner.keepers.close(is_all)
 
 
 # ============================================================================
@@ -6915,19 +6889,14 @@ class Daemon:
         self._config = load_config(project.config_path)
         self._pid_file = PidFile(os.path.join(project.folder, "daemon.pid"))
         self._messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._waker: socket.socket  # `_obey` sleeps on the other end
-        self._wakee: socket.socket
+
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
         self._exit_status, self._files = 0, dict[str, object]()  # the database's, with `file_id`
         self._standing = threading.Event()  # a keeper takes starts
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
-        self._store: TaskStore
-        self._keepers: Keepers
-        self._runner: DaemonRunner
-        self._supervisor: Supervisor
-        self._control: ControlServer
+
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
@@ -6958,7 +6927,7 @@ class Daemon:
     def _settle_in(self) -> None:
         """Take a defined state whatever the caller's was: descriptors, signals, umask, folder."""
         Platform.close_inherited()
-        self._waker, self._wakee = socket.socketpair()
+        self._waker, self._wakee = socket.socketpair()  # `_obey` sleeps on the second
         self._waker.setblocking(False)
         # Another thread may be the one that the kernel interrupts: then only this wakes us.
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
@@ -7229,10 +7198,8 @@ class DaemonManager(Client):
             except DaemonError as error:
                 if error.code != "NOT_RUNNING":
                     raise
-            if mode == "fork" or (mode == "auto" and Platform.can_fork()):
-                pipe = Platform.fork(argv, env)
-            else:
-                pipe = self._spawn(argv, env)
+            is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
+            pipe = Platform.fork(argv, env) if is_forked else self._spawn(argv, env)
             try:
                 return self._await_ready(pipe), False
             except DaemonError as error:
@@ -7323,19 +7290,21 @@ class DaemonManager(Client):
         with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
             config = load_config(holder.config or self.project.config_path)
         if timeout_s is None:
-            timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + STOP_MARGIN_S
-            timeout_s += config.stop_timeout_s
-        if Platform.is_posix:
-            deadline = Clock.mono() + timeout_s
-            Platform.send(holder.pid, signal.SIGTERM)
-            while force and Clock.mono() < deadline and not self._await_gone(holder, FIRST_TERM_S):
-                Platform.send(holder.pid, signal.SIGTERM)  # it counts from when it heard the first
-        else:
-            self.call("shutdown", {})
-        if not self._await_gone(holder, timeout_s):
-            what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
-            raise DaemonError("STOP_KILLED", what, "`start` goes on with it; see `logs` for why")
-        return holder.pid
+            timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout
+            timeout_s += config.stop_timeout_s + STOP_MARGIN_S
+        deadline = Clock.mono() + timeout_s
+        while True:
+            if Platform.is_posix:
+                Platform.send(holder.pid, signal.SIGTERM)
+            else:
+                with contextlib.suppress(DaemonError):
+                    self.call("shutdown", {})
+            left_s = deadline - Clock.mono()
+            if self._await_gone(holder, min(left_s, FIRST_TERM_S) if force else left_s):
+                return holder.pid
+            if Clock.mono() >= deadline:
+                what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
+                raise DaemonError("STOP_KILLED", what, "`start` goes on with it; see `logs` for why")
 
     def _await_gone(self, holder: Holder, timeout_s: float) -> bool:
         deadline, pause_s = Clock.mono() + timeout_s, 0.002
@@ -7381,7 +7350,7 @@ class DaemonManager(Client):
         """SIGKILL it, its children too if wanted; return its PID, None without one.
 
         Children run on otherwise. With children also when no daemon is left: they count
-        as interrupted and run again at the next start.
+        as interrupted and run again at the next start. Raises STOP_FAILED, naming what is left.
         """
         holder = self.find_holder()
         if holder is not None:
@@ -7390,7 +7359,10 @@ class DaemonManager(Client):
         if with_children and os.path.exists(path):
             config = load_config(self.project.config_path)
             with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
-                end_everything(store)
+                left = end_orphans(store, 2 * STOP_MARGIN_S)
+            if left:
+                hint = "the next daemon adopts it; `kill --all` again, or see `ps`"
+                raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
         return holder.pid if holder else None
 
     def leave_daemon(self) -> None:
@@ -7518,21 +7490,16 @@ def width() -> int:
     return 80
 
 
-def client_of(args: Args) -> Client:
+def client_of(args: Args) -> DaemonManager:
     """Make the client of the project that the arguments name."""
-    return Client(args.project, args.state, args.config, notice)
-
-
-def manager_of(args: Args) -> DaemonManager:
-    """Make the manager of the project that the arguments name."""
     return DaemonManager(args.project, args.state, args.config, notice)
 
 
-def refuse_ids(verb: str, args: Args) -> None:
+def refuse_ids(args: Args) -> None:
     """Keep `kill 12` from killing the daemon."""
     if args.extra:
         hint = f"did you mean `cancel {' '.join(args.extra)}`?"
-        raise bad(f"{verb} acts on the daemon, not on tasks", hint)
+        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
 
 
 @register(
@@ -7541,7 +7508,7 @@ def refuse_ids(verb: str, args: Args) -> None:
 )  # fmt: skip
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
-    manager = manager_of(args)
+    manager = client_of(args)
     if args.foreground:
         return manager.run_foreground()
     pid, was_running = manager.start_daemon(args.mode)
@@ -7556,8 +7523,8 @@ def cmd_start(args: Args) -> int:
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
-    refuse_ids("stop", args)
-    pid = manager_of(args).stop_daemon(args.timeout, args.force)
+    refuse_ids(args)
+    pid = client_of(args).stop_daemon(args.timeout, args.force)
     return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
 
 
@@ -7583,22 +7550,19 @@ def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
         return ask_for("restart_process", args, name=args.name)
-    manager = manager_of(args)
-    holder = manager.find_holder()
-    if args.config is None and holder is not None and holder.config is not None:
-        args.config = holder.config
-        manager = manager_of(args)
+    holder = client_of(args).find_holder()
+    args.config = args.config or (holder and holder.config)
+    args.foreground, manager = False, client_of(args)
     load_config(manager.project.config_path)
+    if not args.drain:
+        manager.leave_daemon()
+        return cmd_start(args)
     try:
-        if args.drain:
-            manager.stop_daemon()
-        else:
-            manager.leave_daemon()
+        manager.stop_daemon()
     except DaemonError as error:
         if error.code != "STOP_KILLED":
             raise
         notice(error.message)
-    args.foreground = False
     return cmd_start(args)
 
 
@@ -7614,7 +7578,7 @@ def cmd_reload(args: Args) -> int:
 @register("status")
 def cmd_status(args: Args) -> int:
     """Say whether the daemon runs: 0 yes, 1 dead with a PID file, 3 no, 4 unknown."""
-    status = manager_of(args).get_status()
+    status = client_of(args).get_status()
     details = status.details
     text = status.reason or ""
     if status.running:
@@ -7647,23 +7611,19 @@ def cmd_ps(args: Args) -> int:
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
-    rows = [("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")]
-    found = []
+    found, rows = [], list[tuple[object, ...]]()
+    rows.append(("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND"))
     for name in args.names or known:
         process = client.call("get_process", {"name": name})["process"]
         for one in process["instance_details"]:
             found.append({"name": name, **one})
-            cells = (
-                f"{name}.{one['index']}",
-                one["state"],
-                one["pid"] or "-",
-                "-" if one["uptime_secs"] is None else span(one["uptime_secs"]),
-                "-" if one["cpu_percent"] is None else f"{one['cpu_percent']:.0f}%",
-                "-" if one["memory_bytes"] is None else f"{one['memory_bytes'] / 1e6:.0f}MB",
-                one["restart_count"],
-                fill(" ".join([process["command"], *process["args"]]), one["index"]),
-            )
-            rows.append(tuple(map(str, cells)))  # type: ignore[arg-type]
+            uptime, cpu, memory = one["uptime_secs"], one["cpu_percent"], one["memory_bytes"]
+            uptime = uptime if uptime is None else span(uptime)
+            cpu = cpu if cpu is None else f"{cpu:.0f}%"
+            memory = memory if memory is None else f"{memory / 1e6:.0f}MB"
+            text = fill(" ".join([process["command"], *process["args"]]), one["index"])
+            cells = (one["state"], one["pid"], uptime, cpu, memory, one["restart_count"], text)
+            rows.append((f"{name}.{one['index']}", *cells))
     return emit(found, args, columns(rows))
 
 
@@ -7706,8 +7666,8 @@ def cmd_signal(args: Args) -> int:
 @register("kill", EXTRA, arg("--all", action="store_true", help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
-    refuse_ids("kill", args)
-    pid = manager_of(args).kill_daemon(args.all)
+    refuse_ids(args)
+    pid = client_of(args).kill_daemon(args.all)
     return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
 
 
@@ -7834,26 +7794,26 @@ def cmd_list(args: Args) -> int:
 
 def task_table(tasks: Sequence[Fields]) -> str:
     """Lay tasks out in columns."""
-    rows = [("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")]
+    head = ("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")
+    rows: list[tuple[object, ...]] = [head]
     for task in tasks:
-        end = task["finished_at"] or Clock.now()
-        is_timed = task["started_at"] and task["state"] not in ("queued", "scheduled", "waiting")
-        took = span(end - task["started_at"]) if is_timed else "-"
-        is_told = task["state"] == "running" and task["progress"] is not None
-        state = f"running {task['progress']:.0f}%" if is_told else task["state"]
-        code = "-" if task["exit_code"] is None else task["exit_code"]
-        words = task["command"]
+        state, took, words = task["state"], None, task["command"]
+        if task["started_at"] and state not in ("queued", "scheduled", "waiting"):
+            took = span((task["finished_at"] or Clock.now()) - task["started_at"])
+        if state == "running" and task["progress"] is not None:
+            state = f"running {task['progress']:.0f}%"
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
-        cells = (task["id"], state, task["group"], task["priority"], task["attempts"], code, took)
-        rows.append((*map(str, cells), text))  # type: ignore[arg-type]
+        counts = (task["priority"], task["attempts"], task["exit_code"])
+        rows.append((task["id"], state, task["group"], *counts, took, text))
     return columns(rows)
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows out in columns, cut at the terminal's width."""
-    widths = [max(map(len, column)) for column in [*zip(*rows)][:-1]]
+def columns(rows: Sequence[Sequence[object]]) -> str:
+    """Lay rows out in columns, None as "-", cut at the terminal's width."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in [*zip(*cells)][:-1]]
     most = width() if sys.stdout.isatty() else 10000
-    lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows)
+    lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in cells)
     return "\n".join(printable(line.replace("\n", " "))[:most].rstrip() for line in lines)
 
 
@@ -7902,9 +7862,11 @@ def register_change(verb: str, done: str, problem: str, text: str) -> None:
     def change(args: Args) -> int:
         answer = client_of(args).call(verb, {"ids": args.ids})
         emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
-        if answer["not_done"]:
-            notice(f"{problem}: {', '.join(map(str, answer['not_done']))}")
-        return 1 if answer["not_done"] else 0
+        left = answer.get("left")
+        for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
+            if ids:
+                notice(f"{what}: {', '.join(map(str, ids))}")
+        return 1 if answer["not_done"] or left else 0
 
     change.__doc__ = text
     register(verb, IDS)(change)
@@ -7983,21 +7945,21 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
 
     Lines of several instances begin with "web.0 | ".
     """
-    until, count = Clock.mono() + RETURN_TIMEOUT_S, 0
+    count = 0
 
     def read(offsets: dict[str, int], lines: int) -> dict[str, tuple[bytes, int]]:
         nonlocal count
         fields = {"name": name, "lines": lines, "offsets": offsets}
         logs = client.call("process_logs", fields)["logs"]
         count = len(logs)
-        return {one: (binascii.a2b_base64(part["data"]), part["next"]) for one, part in logs.items()}
+        return {one: (binascii.a2b_base64(log["data"]), log["next"]) for one, log in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
         marks = {one: f"{one} | ".encode() if count > 1 else b"" for one, _ in found}
         if found:
             yield b"".join(marks[one] + line + b"\n" for one, line in found)
         elif to_end:
-            until = client.outwait(until)
+            client.outwait()
             threading.Event().wait(STREAM_PAUSE_S)
 
 
@@ -8029,19 +7991,18 @@ def cmd_report(args: Args) -> int:
 )
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
-    failed = [task["id"] for task in client_of(args).list(state="failed")]
     if args.action == "list":
         args.in_state, args.group, args.lines = "failed", None, None
         return cmd_list(args)
-    known = set(failed)
-    for task_id in (task_id for ids in task_ids(args.ids or failed) for task_id in ids):
+    failed = {task["id"] for task in client_of(args).list(state="failed")}
+    args.ids = args.ids or sorted(failed)
+    for task_id in (task_id for ids in task_ids(args.ids) for task_id in ids):
         if args.action == "show":
             args.id = task_id
             cmd_show(args)
-        elif task_id not in known:
+        elif task_id not in failed:
             what = f"task {task_id} is no dead letter"
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
-    args.ids = args.ids or failed
     if args.action == "show":
         return 0
     return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
@@ -8050,7 +8011,7 @@ def cmd_dlq(args: Args) -> int:
 @register("config")
 def cmd_config(args: Args) -> int:
     """Check the configuration and print the effective values, of a broken one the good part."""
-    path, faults = manager_of(args).project.config_path, list[DaemonError]()
+    path, faults = client_of(args).project.config_path, list[DaemonError]()
     try:
         config = load_config(path)
     except DaemonError as error:
@@ -8075,7 +8036,7 @@ def cmd_config(args: Args) -> int:
 @register("doctor")
 def cmd_doctor(args: Args) -> int:
     """Look for what could go wrong here; 1 when something is."""
-    checks = [*find_faults(manager_of(args))]
+    checks = [*find_faults(client_of(args))]
     lines = [f"{'ok ' if is_good else 'BAD'} {name}: {text}" for name, is_good, text in checks]
     data = [{"check": name, "ok": is_good, "text": text} for name, is_good, text in checks]
     emit(data, args, "\n".join(lines))
