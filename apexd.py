@@ -5989,11 +5989,14 @@ class TaskVerbs:
 
     def _change(self, verb: str, ids: Sequence[range]) -> Fields:
         done, not_done = self._store.change(verb, ids)
+        answer: Fields = {"done": done, "not_done": not_done}
         if self._runner is not None:
             if verb == "cancel":
                 self._runner.end(done)
             self._runner.tell(done)
-        return self._wake({"done": done, "not_done": not_done})
+        elif verb == "cancel" and (left := end_orphans(self._store)):
+            answer["left"] = left
+        return self._wake(answer)
 
     def _set_paused(self, on: bool, group: str | None = None) -> Fields:
         return self._wake({"paused": self._store.pause(group, on)})
@@ -6581,6 +6584,24 @@ def read_endpoint(folder: str) -> Fields:
     return {}
 
 
+def connect_to(folder: str) -> tuple[socket.socket, Fields]:
+    """Connect to the daemon of a state folder; return what its `endpoint` says, too.
+
+    Raises OSError (there is none), PERMISSION_DENIED.
+    """
+    check_state_folder(folder)
+    found = read_endpoint(folder)
+    try:
+        connection = Platform.connect(found, ANSWER_TIMEOUT_S)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise ConnectionRefusedError("no endpoint") from None
+    if Platform.peer_uid(connection) is not None:
+        connection.close()
+        what = f"another user answers at {found['socket']}"
+        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
+    return connection, found
+
+
 class Client:
     """Speaks to a project's daemon, or acts on its store when there is none.
 
@@ -6647,20 +6668,8 @@ class Client:
         return answer
 
     def _connect(self) -> socket.socket:
-        """Return a connection to the daemon. Raises OSError (there is none), PERMISSION_DENIED."""
         if self._connection is None:
-            folder = self.project.folder
-            check_state_folder(folder)
-            found = read_endpoint(folder)
-            try:
-                connection = Platform.connect(found, ANSWER_TIMEOUT_S)
-            except (ValueError, KeyError, TypeError, OverflowError):
-                raise ConnectionRefusedError("no endpoint") from None
-            if Platform.peer_uid(connection) is not None:
-                connection.close()
-                what = f"another user answers at {found['socket']}"
-                raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
-            self._connection, self._endpoint = connection, found
+            self._connection, self._endpoint = connect_to(self.project.folder)
         return self._connection
 
     def find_settings(self) -> Fields:
@@ -6703,15 +6712,9 @@ class Client:
             store = TaskStore(path, config, self._pid_file, self.project.path)
             with contextlib.closing(store):
                 form, act = TaskVerbs(store).table[verb]
-                answer = json.loads(json.dumps(act(**read_fields(form, fields))))
-                running = store.find(state="running", limit=INTEGER_MAX) if verb == "cancel" else ()
-                ids = [task.id for task in running if task.wish == Outcome.CANCELLED]
-                if ids:
-                    within_s = config.daemon.stop_timeout + STOP_MARGIN_S
-                    answer["left"] = [int(one) for one in end_orphans(store, within_s, ids)]
+                return dict(json.loads(json.dumps(act(**read_fields(form, fields)))))
         finally:
             self._pid_file.release()
-        return dict(answer)
 
     def add(self, command: str | list[str], **options: Any) -> int:
         """Add a task, return its id; it is on disk. Options: those of `add_all`.
@@ -6733,7 +6736,7 @@ class Client:
         os.umask(umask)
         keep = self.find_settings()["env_keep"]
         request = {
-            "commands": list_of_commands,
+            "commands": commands,
             "options": {name: value for name, value in options.items() if value is not None},
             "token": token or os.urandom(12).hex(),
             "cwd": os.path.join(here(), cwd) if cwd else here(),
@@ -6813,7 +6816,7 @@ class Client:
     def cancel(self, *ids: int) -> Fields:
         """Cancel tasks; return {"done": ids, "not_done": ids finished before}.
 
-        Without a daemon also "left": ids of those that run still, until one is started.
+        Without a daemon, if any cannot be ended now, also "left": ["12"], what still runs.
         """
         return self.call("cancel", {"ids": ids})
 
@@ -6852,15 +6855,18 @@ def held_by(holder: Holder) -> DaemonError:
     return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
-def end_orphans(store: TaskStore, within_s: float, ids: Sequence[int] | None = None) -> list[str]:
-    """End running tasks whose wish is on disk; `ids` None: KILL all tasks and processes.
+def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
+    """End running tasks that are cancelled; `is_all`: KILL all tasks and processes.
 
     For a client, while there is no daemon. Returns what still runs: ["12", "web.0"].
     """
-    deadline, is_all, runner = Clock.mono() + within_s, ids is None, DaemonRunner(store)
+    tasks = store.find(state="running", limit=INTEGER_MAX)
+    ids = [task.id for task in tasks if is_all or task.wish == Outcome.CANCELLED]
+    if not ids and not is_all:
+        return []
+    grace_s = STOP_MARGIN_S if is_all else store.config.daemon.stop_timeout
+    deadline, runner = Clock.mono() + grace_s + STOP_MARGIN_S, DaemonRunner(store)
     try:
-        if ids is None:
-            ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
         left = [str(task_id) for task_id in runner.finish(ids, deadline, force=is_all)]
         if is_all:
             left += Supervisor(store, keepers=runner.keepers).finish(deadline)
@@ -6873,6 +6879,39 @@ def end_orphans(store: TaskStore, within_s: float, ids: Sequence[int] | None = N
 # 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
 #     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
 # ============================================================================
+
+class Mailbox:
+    """What signal handlers and other threads tell the main thread, which sleeps until then."""
+
+    def __init__(self) -> None:
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._waker, self._wakee = socket.socketpair()
+        self._waker.setblocking(False)
+        # Another thread may be the one that the kernel interrupts: then only this wakes us.
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for name in Platform.SIGNALS:
+            if name != "SIGCHLD" or os.getpid() == 1:
+                put = functools.partial(self._messages.put, name)
+                signal.signal(getattr(signal, name), lambda number, frame, put=put: put())
+        reset_signals()
+
+    def post(self, message: str) -> None:
+        """Leave a message, from any other thread."""
+        self._messages.put(message)
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            self._waker.send(b"x")
+
+    def take(self) -> Iterator[str]:
+        """Yield messages as they come, SIGHUP or what was posted; of several alike, one."""
+        while True:
+            waiting: dict[str, None] = {}
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting[self._messages.get_nowait()] = None
+            yield from waiting
+            if not waiting:
+                self._wakee.recv(4096)
+
 
 class Daemon:
     """One project's daemon: it owns lock, store, runner and control socket, and wires them.
@@ -6888,8 +6927,6 @@ class Daemon:
         self._foreground = foreground
         self._config = load_config(project.config_path)
         self._pid_file = PidFile(os.path.join(project.folder, "daemon.pid"))
-        self._messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
         self._exit_status, self._files = 0, dict[str, object]()  # the database's, with `file_id`
@@ -6927,15 +6964,7 @@ class Daemon:
     def _settle_in(self) -> None:
         """Take a defined state whatever the caller's was: descriptors, signals, umask, folder."""
         Platform.close_inherited()
-        self._waker, self._wakee = socket.socketpair()  # `_obey` sleeps on the second
-        self._waker.setblocking(False)
-        # Another thread may be the one that the kernel interrupts: then only this wakes us.
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for name in Platform.SIGNALS:
-            number = getattr(signal, name)
-            if name != "SIGCHLD" or os.getpid() == 1:
-                signal.signal(number, lambda number, _: self._messages.put(("signal", number)))
-        reset_signals()
+        self._mailbox = Mailbox()
         os.umask(0o077)
         make_state_folder(self._project.folder, self._project.path)
         os.chdir(self._project.folder)
@@ -6955,9 +6984,9 @@ class Daemon:
 
     def _serve(self) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
-        on_drained = functools.partial(self._post, "drained")
+        on_drained = functools.partial(self._mailbox.post, "drained")
         self._runner = DaemonRunner(self._store, None, self._look_after, on_drained, keepers)
-        on_stopped = functools.partial(self._post, "stopped")
+        on_stopped = functools.partial(self._mailbox.post, "stopped")
         self._supervisor = Supervisor(self._store, self._give_up, on_stopped, keepers)
         keepers.on_standing = self._note_standing
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -6992,44 +7021,25 @@ class Daemon:
         self._runner.wake()
         self._supervisor.wake()
 
-    def _post(self, kind: str, value: object = None) -> None:
-        """Leave a message for the main thread, from any other."""
-        self._messages.put((kind, value))
-        with contextlib.suppress(BlockingIOError):  # full: it is awake
-            self._waker.send(b"x")
-
-    def _take_messages(self) -> Iterator[tuple[str, Any]]:
-        """Yield messages as they come; of several alike that wait, one."""
-        while True:
-            waiting: dict[tuple[str, Any], None] = {}
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting[self._messages.get_nowait()] = None
-            yield from waiting
-            if not waiting:
-                self._wakee.recv(4096)
-
     def _obey(self) -> None:
         """Do what signal handlers and threads ask for, until the end."""
         ended = set[str]()
-        for kind, value in self._take_messages():
-            name = signal.Signals(value).name if kind == "signal" else kind
+        for name in self._mailbox.take():
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             self._is_over = len(ended) == 2
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
             try:
-                self._act(name, value)
+                self._act(name)
             except (DaemonError, OSError) as error:  # a full disk, say
                 log.error("%s: %s", name, error)
 
-    def _act(self, name: str, value: Any) -> None:
+    def _act(self, name: str) -> None:
         """Do what one message asks for."""
         if name == "drained":
             self._supervisor.stop()
         elif name == "failed":
-            self._exit_status = self._exit_status or value
             if not self._first_term:
                 log.info("stopping")
                 self._runner.drain(self._config.daemon.graceful_timeout)
@@ -7054,11 +7064,16 @@ class Daemon:
 
     def _give_up(self, name: str) -> None:
         log.error("process %s is critical and has failed: stopping", name)
-        self._post("failed", 1)
+        self._fail(1)
+
+    def _fail(self, status: int) -> None:
+        """Stop, and exit with this status."""
+        self._exit_status = self._exit_status or status
+        self._mailbox.post("failed")
 
     def _shutdown(self, keep: bool = False) -> Fields:
         """Stop; `keep` leaves the tasks running for the next daemon."""
-        self._post("leave" if keep else "stop")
+        self._mailbox.post("leave" if keep else "stop")
         return {"message": "stopping"}
 
     def _reload(self) -> list[str]:
@@ -7101,7 +7116,7 @@ class Daemon:
         gone = [path for path, known in self._files.items() if file_id(path) != known]
         if gone and not self._exit_status:
             log.error("%s was removed or replaced while in use: stopping", gone[0])
-            self._post("failed", CODES["DATABASE_CORRUPT"][0])
+            self._fail(CODES["DATABASE_CORRUPT"][0])
         if gone:
             return  # nothing here is ours to write any more
         self._keep_lock()
@@ -7116,7 +7131,7 @@ class Daemon:
             return
         holder = lock.holder()
         if holder is not None and holder.role == "daemon":
-            self._post("leave")
+            self._mailbox.post("leave")
 
     def _write_state(self) -> None:
         write_atomically(self._path("state.json"), json.dumps(self._status(), indent=1) + "\n")
@@ -7304,7 +7319,7 @@ class DaemonManager(Client):
                 return holder.pid
             if Clock.mono() >= deadline:
                 what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
-                raise DaemonError("STOP_KILLED", what, "`start` goes on with it; see `logs` for why")
+                raise DaemonError("STOP_KILLED", what, "see `logs` for why; `start` goes on with it")
 
     def _await_gone(self, holder: Holder, timeout_s: float) -> bool:
         deadline, pause_s = Clock.mono() + timeout_s, 0.002
@@ -7359,7 +7374,7 @@ class DaemonManager(Client):
         if with_children and os.path.exists(path):
             config = load_config(self.project.config_path)
             with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
-                left = end_orphans(store, 2 * STOP_MARGIN_S)
+                left = end_orphans(store, is_all=True)
             if left:
                 hint = "the next daemon adopts it; `kill --all` again, or see `ps`"
                 raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
