@@ -6891,9 +6891,11 @@ class Mailbox:
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         for name in Platform.SIGNALS:
             if name != "SIGCHLD" or os.getpid() == 1:
-                put = functools.partial(self._messages.put, name)
-                signal.signal(getattr(signal, name), lambda number, frame, put=put: put())
+                signal.signal(getattr(signal, name), self._hear)
         reset_signals()
+
+    def _hear(self, number: int, frame: object) -> None:
+        self._messages.put(signal.Signals(number).name)
 
     def post(self, message: str) -> None:
         """Leave a message, from any other thread."""
@@ -7319,7 +7321,8 @@ class DaemonManager(Client):
                 return holder.pid
             if Clock.mono() >= deadline:
                 what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
-                raise DaemonError("STOP_KILLED", what, "see `logs` for why; `start` goes on with it")
+                hint = "`start` goes on with it; see `logs` for why"
+                raise DaemonError("STOP_KILLED", what, hint)
 
     def _await_gone(self, holder: Holder, timeout_s: float) -> bool:
         deadline, pause_s = Clock.mono() + timeout_s, 0.002
