@@ -5860,13 +5860,6 @@ def absolute_path(value: object) -> str:
     raise ValueError("an absolute path")
 
 
-def list_of_commands(value: object) -> list[Any]:
-    """Read commands: their own form is checked where they are added."""
-    if not isinstance(value, list):
-        raise ValueError("a list")
-    return value
-
-
 process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
 
 
@@ -5883,7 +5876,8 @@ def signal_number(value: object) -> int:
 
 # Every field that a request can have, with its reader.
 FIELDS: dict[str, Callable[[Any], Any]] = {
-    "id": integer(0), "ids": task_ids, "commands": list_of_commands, "options": mapping,
+    "id": integer(0), "ids": task_ids, "options": mapping,
+    "commands": lambda value: value if isinstance(value, list) else text_list(value),
     "token": line_of_text, "cwd": absolute_path, "env": environment, "umask": integer(0, 0o777),
     "state": choice(*State), "group": line_of_text, "before": integer(1),
     "limit": integer(1, 1000), "within": duration, "offset": integer(-INTEGER_MAX),
@@ -6017,8 +6011,8 @@ class TaskVerbs:
     ) -> Fields:
         """Return a part of an attempt's log, from a logical offset on (-n: the last n lines).
 
-        {"attempt", "data": base64, "next": offset, "done": no more will come of this attempt,
-         "attempts", "status": the task's, None while it is not done}. Waits for `within` s.
+        {"attempt", "attempts", "done": no more will come of this attempt, "data": base64,
+         "next": offset}. Waits for `within` seconds when there is nothing.
         """
         deadline, last = Clock.mono() + within, max(self._store.get(id).attempts, 1)
         number = attempt or last
@@ -6031,14 +6025,9 @@ class TaskVerbs:
             data, following = read_log(log_path(self._store.folder, id, number), offset)
             if data or is_over or not self._pause(id, deadline, 0.05):
                 break
-        return {
-            "attempt": number,
-            "data": in_base64(data),
-            "next": following,
-            "done": is_over and len(data) < LOG_CHUNK_BYTES,
-            "attempts": task.attempts,
-            "status": task.status if task.state in DONE else None,
-        }
+        is_over = is_over and len(data) < LOG_CHUNK_BYTES
+        answer = {"attempt": number, "attempts": task.attempts, "done": is_over}
+        return {**answer, "data": in_base64(data), "next": following}
 
     def _process_logs(
         self, name: str, offsets: Mapping[str, int] | None = None, lines: int = 50
@@ -7456,13 +7445,9 @@ COMMON = (
     arg("--json", "-j", action="store_true", help="print JSON only"),
 )
 ID = arg("id", type=reads(integer(0)), metavar="ID", help="a task id")
-def id_words(text: str) -> str:
-    """Check ids, and leave them as they are: a range need never be a list."""
-    task_ids(text)
-    return text
-
-
-IDS = arg("ids", nargs="+", type=reads(id_words), metavar="ID", help="task ids: 3 5-9 or 3,5-9")
+# Ids stay as they are written: a range need never be a list.
+READ_IDS = reads(lambda text: task_ids(text) and text)
+IDS = arg("ids", nargs="+", type=READ_IDS, metavar="ID", help="task ids: 3 5-9 or 3,5-9")
 GROUP = arg("--group", "-g", help="only this group")
 PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default: the daemon")
 ONE = arg("name", metavar="PROCESS", help="a process")
@@ -7716,12 +7701,6 @@ def read_batch() -> list[Any]:
     return commands
 
 
-def add_tasks(client: Client, commands: Sequence[Any], args: Args) -> Sequence[int]:
-    """Add tasks with the options on the command line."""
-    options = {name: getattr(args, name) for name in TASK_READERS}
-    return client.add_all(commands, args.token, args.dir, args.env, **options)
-
-
 @register(
     "add", *ADD[:-1],
     arg("--print-id", "-p", action="store_true", help="print the id alone"),
@@ -7736,7 +7715,8 @@ def cmd_add(args: Args) -> int:
     client = client_of(args)
     if args.wait:
         client.call("ping", {})
-    ids = add_tasks(client, commands, args)
+    options = {name: getattr(args, name) for name in TASK_READERS}
+    ids = client.add_all(commands, args.token, args.dir, args.env, **options)
     if args.wait:
         return show_output(client, ids, args)
     text = "\n".join(map(str, ids))
@@ -7756,12 +7736,18 @@ def cmd_add(args: Args) -> int:
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
     """Copy the output of tasks to ours until they are done; return their status."""
-    for task_id in ids:
-        for data in client.follow(task_id, attempt=1):
+    try:
+        for data in (data for task_id in ids for data in client.follow(task_id, attempt=1)):
             if not args.json:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-    return tell_end(client, ids, client.wait(ids), args)
+        return tell_end(client, ids, client.wait(ids), args)
+    except KeyboardInterrupt:
+        if args.verb == "run":
+            client.close()  # a request was cut in the middle
+            client.cancel(*ids)
+            notice(f"task {ids[0]} cancelled")
+        raise
 
 
 def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) -> int:
@@ -7777,16 +7763,8 @@ def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) 
 @register("run", *ADD)
 def cmd_run(args: Args) -> int:
     """Run a task now and show its output; exits with its status. Ctrl-C cancels it."""
-    client = client_of(args)
-    client.call("ping", {})
-    ids = add_tasks(client, [read_command(args)], args)
-    try:
-        return show_output(client, ids, args)
-    except KeyboardInterrupt:
-        client.close()  # a request was cut in the middle
-        client.cancel(*ids)
-        notice(f"task {ids[0]} cancelled")
-        raise
+    args.batch, args.wait = False, True
+    return cmd_add(args)
 
 
 @register(
@@ -7963,19 +7941,19 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
 
     Lines of several instances begin with "web.0 | ".
     """
-    count = 0
+    instances = set[str]()
 
     def read(offsets: dict[str, int], lines: int) -> dict[str, tuple[bytes, int]]:
-        nonlocal count
         fields = {"name": name, "lines": lines, "offsets": offsets}
         logs = client.call("process_logs", fields)["logs"]
-        count = len(logs)
+        instances.update(logs)
         return {one: (binascii.a2b_base64(log["data"]), log["next"]) for one, log in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
-        marks = {one: f"{one} | ".encode() if count > 1 else b"" for one, _ in found}
+        is_marked = len(instances) > 1
         if found:
-            yield b"".join(marks[one] + line + b"\n" for one, line in found)
+            shown = ((f"{one} | ".encode() if is_marked else b"") + line for one, line in found)
+            yield b"\n".join([*shown, b""])
         elif to_end:
             client.outwait()
             threading.Event().wait(STREAM_PAUSE_S)
@@ -7992,12 +7970,12 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
 def cmd_report(args: Args) -> int:
     """Report usage and progress of the task this runs in."""
     inside = os.environ.get("APEX_TASK_ID", "")
-    if args.task is None and not inside.isdigit():
-        raise bad("this runs in no task", "name one with --task")
     usage = {n: getattr(args, n) for n in ("tokens", "cost", "progress", "note")}
     if args.task is None:
-        usage["run_id"] = os.environ.get("APEX_RUN_ID")
-    answer = client_of(args).report(int(inside) if args.task is None else args.task, **usage)
+        if not inside.isdigit():
+            raise bad("this runs in no task", "name one with --task")
+        args.task, usage["run_id"] = int(inside), os.environ.get("APEX_RUN_ID")
+    answer = client_of(args).report(args.task, **usage)
     text = "over budget: the task is being ended" if answer["over_budget"] else "ok"
     return emit(answer, args, text)
 
@@ -8005,7 +7983,7 @@ def cmd_report(args: Args) -> int:
 @register(
     "dlq",
     arg("action", nargs="?", default="list", choices=("list", "show", "retry", "drop")),
-    arg("ids", nargs="*", type=reads(id_words), metavar="ID", help="default: all failed ones"),
+    arg("ids", nargs="*", type=READ_IDS, metavar="ID", help="default: all failed ones"),
 )
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
