@@ -6925,10 +6925,13 @@ class Daemon:
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
 
-
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
-        self._settle_in()
+        Platform.close_inherited()
+        self._mailbox = Mailbox()
+        os.umask(0o077)
+        make_state_folder(self._project.folder, self._project.path)
+        os.chdir(self._project.folder)
         self._take_lock()
         try:
             open_log(self._path("daemon.log"), self._config.log, self._foreground)
@@ -6951,14 +6954,6 @@ class Daemon:
 
     def _path(self, name: str) -> str:
         return os.path.join(self._project.folder, name)
-
-    def _settle_in(self) -> None:
-        """Take a defined state whatever the caller's was: descriptors, signals, umask, folder."""
-        Platform.close_inherited()
-        self._mailbox = Mailbox()
-        os.umask(0o077)
-        make_state_folder(self._project.folder, self._project.path)
-        os.chdir(self._project.folder)
 
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
@@ -7071,8 +7066,7 @@ class Daemon:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
         with self._reload_lock:
             try:
-                path = self._project.config_path or find_config(self._project.folder)
-                new = load_config(path)
+                new = load_config(self._project.config_path or find_config(self._project.folder))
             except DaemonError as error:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
@@ -7139,8 +7133,7 @@ class Daemon:
         self._write_state()
 
     def _identity(self) -> Fields:
-        uptime_s = int(self._runner.get_metrics().uptime)
-        about = {"version": __version__, "uptime_secs": uptime_s}
+        about = {"version": __version__, "uptime_secs": int(self._runner.get_metrics().uptime)}
         return {**about, "pid": os.getpid(), "folder": self._project.folder}
 
     def _status(self) -> Fields:
@@ -7332,24 +7325,23 @@ class DaemonManager(Client):
             # A killed daemon's other threads can hold the lock for a moment longer.
             if not self._pid_file.acquire("client stop", wait_s=1.0):
                 return "another program has the project now"
-            try:
-                return self._clear_away()
-            finally:
-                self._pid_file.release()
+            return self._clear_away()
         except DaemonError as error:  # a read-only disk
             return f"what it started runs on; {error.message}"
+        finally:
+            self._pid_file.release()
 
     def _clear_away(self) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
-        folder, tasks, processes = self.project.folder, 0, 0
+        folder, tasks = self.project.folder, 0
         place = read_endpoint(folder).get("socket", os.path.join(folder, "control.sock"))
         remove_socket(place, os.path.join(folder, "endpoint"), self._pid_file.path)
         path, lock = os.path.join(folder, "apex.db"), self._pid_file
         if os.path.exists(path):
             with contextlib.closing(TaskStore(path, None, lock, self.project.path)) as store:
                 tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
-        for _, _, note in find_notes(folder):
-            processes += note["pid"] > 0 and Platform.start_time(note["pid"]) == note.get("at")
+        notes = [note for _, _, note in find_notes(folder) if note["pid"] > 0]
+        processes = sum(Platform.start_time(note["pid"]) == note.get("at") for note in notes)
         of_tasks = f"{tasks} task{'s' * (tasks != 1)}"
         return f"{of_tasks} and {processes} process{'es' * (processes != 1)} run on"
 
