@@ -6516,6 +6516,10 @@ class Project(Value):
     folder: str
     config_path: str | None
 
+    def file(self, name: str) -> str:
+        """Return the path of a file in the state folder."""
+        return os.path.join(self.folder, name)
+
     @property
     def named_config(self) -> str | None:
         """The configuration that was named; None: it was found in the state folder."""
@@ -6523,9 +6527,7 @@ class Project(Value):
         return path if path and os.path.dirname(path) != self.folder else None
 
 
-def find_project(
-    path: str | None = None, state: str | None = None, config: str | None = None
-) -> Project:
+def find_project(path: str | None, state: str | None, config: str | None) -> Project:
     """Decide which project is meant: named, from the environment, or by the current folder.
 
     That is the launcher's own; or the nearest folder with `.apex` from here up to the
@@ -6608,7 +6610,7 @@ class Client:
         self.is_live = False  # a daemon answered the last request
         self._seen_mono = float("-inf")  # when the last one did
         self.existing: Sequence[int] = ()  # of the last add: ids of tasks that had the key
-        self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
+        self._pid_file = PidFile(self.project.file("daemon.pid"))
         self._connection: socket.socket | None = None
         self._endpoint: Fields = {}  # what the daemon wrote there, while we are connected
 
@@ -6683,12 +6685,11 @@ class Client:
 
     def _act(self, verb: str, fields: Fields) -> Fields | None:
         """Act on the store, under the lock; None when somebody else has it."""
-        folder = self.project.folder
         if verb not in READING_VERBS | WRITING_VERBS:  # it means nothing without a daemon
             if self._pid_file.holder() is None:
                 raise DaemonError("NOT_RUNNING", "no daemon runs here", "start it with `start`")
             return None
-        path = os.path.join(folder, "apex.db")
+        folder, path = self.project.folder, self.project.file("apex.db")
         if verb in READING_VERBS and not any(map(os.path.exists, (path, path + "-wal"))):
             path = ":memory:"  # nothing to read, and nothing is left behind
         else:
@@ -6910,14 +6911,12 @@ class Daemon:
     report: given {"event": "ready" | "progress" | "error", ...} while it starts.
     """
 
-    def __init__(
-        self, project: Project, report: Callable[[Fields], None], foreground: bool = False
-    ) -> None:
+    def __init__(self, project: Project, report: Callable[[Fields], Any], foreground: bool) -> None:
         self._project = project
         self._report = report
         self._foreground = foreground
         self._config = load_config(project.config_path)
-        self._pid_file = PidFile(os.path.join(project.folder, "daemon.pid"))
+        self._pid_file = PidFile(project.file("daemon.pid"))
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
         self._exit_status, self._files = 0, dict[str, object]()  # the database's, with `file_id`
@@ -6934,10 +6933,10 @@ class Daemon:
         os.chdir(self._project.folder)
         self._take_lock()
         try:
-            open_log(self._path("daemon.log"), self._config.log, self._foreground)
+            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._report({"event": "progress", "what": "checking the database"})
-            path, lock = self._path("apex.db"), self._pid_file
+            path, lock = self._project.file("apex.db"), self._pid_file
             self._store = TaskStore(path, self._config, lock, self._project.path)
             with contextlib.closing(self._store):
                 self._store.database.check()
@@ -6952,8 +6951,7 @@ class Daemon:
             self._pid_file.release()
             close_log()
 
-    def _path(self, name: str) -> str:
-        return os.path.join(self._project.folder, name)
+
 
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
@@ -7043,17 +7041,17 @@ class Daemon:
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
-            open_log(self._path("daemon.log"), self._config.log, self._foreground)
+            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
             log.info("reopened the log")
         elif os.getpid() == 1:  # SIGCHLD
             Platform.reap_orphans(self._keepers.has_child)
 
     def _give_up(self, name: str) -> None:
-        log.error("process %s is critical and has failed: stopping", name)
-        self._fail(1)
+        self._fail(1, f"process {name} is critical and has failed")
 
-    def _fail(self, status: int) -> None:
+    def _fail(self, status: int, why: str) -> None:
         """Stop, and exit with this status."""
+        log.error("%s: stopping", why)
         self._exit_status = self._exit_status or status
         self._mailbox.post("failed")
 
@@ -7072,7 +7070,7 @@ class Daemon:
                 raise
             plan = self._config.plan(new)
             if new.log != self._config.log:
-                open_log(self._path("daemon.log"), new.log, self._foreground)
+                open_log(self._project.file("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
             self._supervisor.reload(old)
             self._next_heartbeat = self._next_look = 0.0
@@ -7090,36 +7088,32 @@ class Daemon:
                 self._inspect()
             if now >= self._next_heartbeat and not self._exit_status:
                 self._next_heartbeat = now + self._config.daemon.heartbeat_interval
-                write_atomically(self._path("heartbeat"), timestamp(Clock.now()) + "\n")
+                write_atomically(self._project.file("heartbeat"), timestamp(Clock.now()) + "\n")
                 self._write_state()
         except DaemonError as error:  # a full disk
             log.error("%s (%s)", error, error.hint)
         return min(self._next_look, self._next_heartbeat) - Clock.mono()
 
     def _inspect(self) -> None:
-        """Look whether database and socket are where they were."""
+        """Look whether database, lock file and socket are where they were."""
         gone = [path for path, known in self._files.items() if file_id(path) != known]
         if gone and not self._exit_status:
-            log.error("%s was removed or replaced while in use: stopping", gone[0])
-            self._fail(CODES["DATABASE_CORRUPT"][0])
+            why = f"{gone[0]} was removed or replaced while in use"
+            self._fail(CODES["DATABASE_CORRUPT"][0], why)
         if gone:
             return  # nothing here is ours to write any more
-        self._keep_lock()
+        lock, project = self._pid_file, self._project
+        if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config)):
+            holder = lock.holder()
+            if holder is not None and holder.role == "daemon":
+                self._mailbox.post("leave")
         self._control.start(settings_of(self._config))
         if os.getpid() == 1:
             Platform.reap_orphans(self._keepers.has_child)
 
-    def _keep_lock(self) -> None:
-        """Lock a new file when the lock file was removed; leave if another daemon has."""
-        lock, project = self._pid_file, self._project
-        if lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config):
-            return
-        holder = lock.holder()
-        if holder is not None and holder.role == "daemon":
-            self._mailbox.post("leave")
-
     def _write_state(self) -> None:
-        write_atomically(self._path("state.json"), json.dumps(self._status(), indent=1) + "\n")
+        text = json.dumps(self._status(), indent=1)
+        write_atomically(self._project.file("state.json"), text + "\n")
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
@@ -7333,12 +7327,12 @@ class DaemonManager(Client):
 
     def _clear_away(self) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
-        folder, tasks = self.project.folder, 0
-        place = read_endpoint(folder).get("socket", os.path.join(folder, "control.sock"))
-        remove_socket(place, os.path.join(folder, "endpoint"), self._pid_file.path)
-        path, lock = os.path.join(folder, "apex.db"), self._pid_file
-        if os.path.exists(path):
-            with contextlib.closing(TaskStore(path, None, lock, self.project.path)) as store:
+        folder, file, tasks = self.project.folder, self.project.file, 0
+        place = read_endpoint(folder).get("socket", file("control.sock"))
+        remove_socket(place, file("endpoint"), self._pid_file.path)
+        if os.path.exists(file("apex.db")):
+            store = TaskStore(file("apex.db"), None, self._pid_file, self.project.path)
+            with contextlib.closing(store):
                 tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
         notes = [note for _, _, note in find_notes(folder) if note["pid"] > 0]
         processes = sum(Platform.start_time(note["pid"]) == note.get("at") for note in notes)
@@ -7354,7 +7348,7 @@ class DaemonManager(Client):
         holder = self.find_holder()
         if holder is not None:
             self._kill(holder)
-        path = os.path.join(self.project.folder, "apex.db")
+        path = self.project.file("apex.db")
         if with_children and os.path.exists(path):
             config = load_config(self.project.config_path)
             with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
@@ -7602,7 +7596,7 @@ def cmd_ps(args: Args) -> int:
     try:
         known = [process["name"] for process in client.call("list_processes", {})["processes"]]
     except DaemonError as error:
-        if error.code == "NOT_RUNNING" and os.path.exists(client.project.folder + "/run"):
+        if error.code == "NOT_RUNNING" and os.path.exists(client.project.file("run")):
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
@@ -7905,7 +7899,7 @@ def cmd_logs(args: Args) -> int:
     """Show the output of a task or a process; without a name the daemon's log."""
     client = client_of(args)
     if args.task is None:
-        path = os.path.join(client.project.folder, "daemon.log")
+        path = client.project.file("daemon.log")
         chunks = follow_file(path, args.lines or 50, args.follow)
     else:
         match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task)
