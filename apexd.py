@@ -6357,15 +6357,15 @@ class ControlServer:
     def _bind(self) -> None:
         self._hang_up()
         try:
-            self._listener, where = Platform.listen(self._folder)
+            listener, where = Platform.listen(self._folder)
         except OSError as error:
             raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
         path = os.path.join(self._folder, where.get("socket", ""))
-        self._socket = (path, file_id(path))
+        self._listener, self._socket = listener, (path, file_id(path))
         about = {"pid": os.getpid(), "folder": file_id(self._folder)}
         self._endpoint = json.loads(json.dumps({**where, **about}))
-        args = (self._listener,)
-        threading.Thread(target=self._accept_all, args=args, name="control", daemon=True).start()
+        accept = functools.partial(self._accept_all, listener)
+        threading.Thread(target=accept, name="control", daemon=True).start()
 
     def _read_endpoint(self) -> Fields | None:
         with contextlib.suppress(ValueError, DaemonError):
@@ -7163,6 +7163,16 @@ def run_daemon(options: Fields) -> int:
         return error.exit_status
 
 
+def spawn(argv: list[str], env: dict[str, str]) -> Any:
+    """Start a daemon as a child in a session of its own; return its output's pipe."""
+    from subprocess import DEVNULL, PIPE, STDOUT, Popen
+
+    how = dict(Platform.DETACHED, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env)
+    process = Popen(argv, **how)
+    process.returncode = 0  # it is meant to outlive us: no ResourceWarning
+    return process.stdout
+
+
 class DaemonManager(Client):
     """A client that starts, stops and watches the daemon, too."""
 
@@ -7192,24 +7202,12 @@ class DaemonManager(Client):
                 if error.code != "NOT_RUNNING":
                     raise
             is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
-            pipe = Platform.fork(argv, env) if is_forked else self._spawn(argv, env)
             try:
-                return self._await_ready(pipe), False
+                return self._await_ready((Platform.fork if is_forked else spawn)(argv, env)), False
             except DaemonError as error:
                 if error.code != "ALREADY_RUNNING":
                     raise
         raise DaemonError("START_FAILED", "daemons came and went", "see `logs`")
-
-    def _spawn(self, argv: list[str], env: dict[str, str]) -> Any:
-        """Start a daemon as a child in a session of its own; return its output's pipe."""
-        import subprocess
-
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=env, **Platform.DETACHED,
-        )  # fmt: skip
-        process.returncode = 0  # it is meant to outlive us: no ResourceWarning
-        return process.stdout
 
     def _await_ready(self, pipe: Any) -> int:
         """Read what the starting daemon reports. Raises the error it reports, START_FAILED."""
@@ -7252,19 +7250,17 @@ class DaemonManager(Client):
         """Return the daemon that lives, None when there is none. Raises BUSY."""
         deadline = Clock.mono() + CLIENT_HOLD_S
         while True:
-            holder = self._pid_file.holder() or self._find_unlocked()
-            if holder is None or (holder.role == "daemon" and holder.is_alive()):
+            holder = self._pid_file.holder()
+            if holder is None:  # ask the socket, too: the lock file may be gone
+                with contextlib.suppress(DaemonError):
+                    pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
+                    return Holder.of_pid(pid, "daemon") if pid else None
+                return None
+            if holder.role == "daemon" and holder.is_alive():
                 return holder
             if Clock.mono() > deadline:
                 raise held_by(holder)
             threading.Event().wait(0.02)
-
-    def _find_unlocked(self) -> Holder | None:
-        """Ask the socket, before anybody says that no daemon runs: its lock file may be gone."""
-        with contextlib.suppress(DaemonError):
-            pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
-            return Holder.of_pid(pid, "daemon") if pid else None
-        return None
 
     def is_daemon_running(self) -> bool:
         """Tell whether a daemon holds the lock."""
