@@ -5989,7 +5989,7 @@ class TaskVerbs:
                 self._runner.end(done)
             self._runner.tell(done)
         elif verb == "cancel" and (left := end_orphans(self._store)):
-            answer["left"] = left
+            answer["left"] = [int(task_id) for task_id in left]
         return self._wake(answer)
 
     def _set_paused(self, on: bool, group: str | None = None) -> Fields:
@@ -6806,7 +6806,7 @@ class Client:
     def cancel(self, *ids: int) -> Fields:
         """Cancel tasks; return {"done": ids, "not_done": ids finished before}.
 
-        Without a daemon, if any cannot be ended now, also "left": ["12"], what still runs.
+        Without a daemon also "left": ids that still run, if there are any.
         """
         return self.call("cancel", {"ids": ids})
 
