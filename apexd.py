@@ -5865,12 +5865,9 @@ process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a proces
 
 def signal_number(value: object) -> int:
     """Read a signal: HUP, SIGHUP or 1."""
-    name = str(value).upper()
-    found = getattr(signal, name if name.startswith("SIG") else "SIG" + name, None)
-    if isinstance(found, signal.Signals):
-        return int(found)
-    with contextlib.suppress(ValueError):
-        return int(signal.Signals(integer(1)(value)))
+    for name, number in signal.Signals.__members__.items():
+        if str(value).upper() in (name, name[3:], str(int(number))):
+            return int(number)
     raise ValueError("a signal, such as HUP or USR1")
 
 
@@ -6281,18 +6278,18 @@ class ProcessVerbs:
                 reasons += [one.explain() for one in self._supervisor.find(need)]
         return {"name": name, "reasons": reasons or [f"{name} has no instances: `scale {name} 1`"]}
 
-    def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Any]:
+    def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Fields]:
         read = functools.partial(read_process_logs, self._store, name)
         if follow:
             read({}, 1)  # raises PROCESS_NOT_FOUND
             return _frame_lines(follow_lines(read, lines, True))
         (found,) = follow_lines(read, lines, False)
-        last = next(_frame_lines([found[::-1]])) or {"lines": []}  # those that fit
-        return {"type": "log_lines", "lines": last["lines"][::-1]}
+        last = next(_frame_lines([found[::-1]]))  # those that fit
+        return {**last, "lines": last["lines"][::-1]}
 
 
-def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields | None]:
-    """Yield {"lines": [...]} as lines come, below FRAME_MAX_BYTES; None when there is none."""
+def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields]:
+    """Yield {"type": "log_lines", "lines": [...]} as lines come, below FRAME_MAX_BYTES."""
     for lines in found:
         frame: list[Fields] = []
         moment, left = timestamp(Clock.now()), FRAME_MAX_BYTES // 2
@@ -6302,10 +6299,10 @@ def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields | 
             content = line.decode("utf-8", "replace")
             left -= len(json.dumps(content)) + 200
             if left < 0:
-                yield {"lines": frame}
+                yield {"type": "log_lines", "lines": frame}
                 frame, left = [], FRAME_MAX_BYTES // 2
             frame.append({"timestamp": moment, **about, "content": content})
-        yield {"lines": frame} if frame else None
+        yield {"type": "log_lines", "lines": frame}
 
 
 def remove_socket(path: str, *others: str) -> None:
@@ -6411,10 +6408,10 @@ class ControlServer:
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer requests until the peer leaves or sends what is none."""
-        is_sound, _PEER.connection = True, connection
+        _PEER.connection = connection
         try:
             with connection:
-                while is_sound:
+                while True:
                     try:
                         if Platform.peer_uid(connection):  # neither ours nor root
                             raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
@@ -6427,7 +6424,8 @@ class ControlServer:
                             return
                         answer = self._answer(request)
                     except DaemonError as error:  # the framing is lost: say so and hang up
-                        answer, is_sound = error, False
+                        send_answer(connection, error)
+                        return
                     if isinstance(answer, (dict, DaemonError)):
                         send_answer(connection, answer)
                     else:
@@ -6440,7 +6438,7 @@ class ControlServer:
             self._idle.pop(connection, None)
             self._room.release()
 
-    def _stream(self, connection: socket.socket, answers: Iterable[Fields | None]) -> None:
+    def _stream(self, connection: socket.socket, answers: Iterable[Fields]) -> None:
         """Send answers as they come until the peer leaves, or sends its next request."""
         if not self._streams.acquire(blocking=False):
             error = DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
@@ -6448,9 +6446,9 @@ class ControlServer:
             return
         try:
             for answer in answers:
-                if answer is not None:
-                    send_answer(connection, {"type": "log_lines", **answer})
-                connection.settimeout(0.001 if answer else STREAM_PAUSE_S)
+                if answer["lines"]:
+                    send_answer(connection, answer)
+                connection.settimeout(0.001 if answer["lines"] else STREAM_PAUSE_S)
                 with contextlib.suppress(socket.timeout):
                     connection.recv(1, socket.MSG_PEEK)
                     return
@@ -6473,7 +6471,7 @@ class ControlServer:
             with self._lock:
                 self._reserved -= counted
 
-    def _answer(self, request: Fields) -> Fields | DaemonError | Iterator[Fields | None]:
+    def _answer(self, request: Fields) -> Fields | DaemonError | Iterator[Fields]:
         """Carry out one request; return its answer or several of them.
 
         Raises PERMISSION_DENIED for a wrong token.
@@ -7564,8 +7562,7 @@ def cmd_reload(args: Args) -> int:
 def cmd_status(args: Args) -> int:
     """Say whether the daemon runs: 0 yes, 1 dead with a PID file, 3 no, 4 unknown."""
     status = client_of(args).get_status()
-    details = status.details
-    text = status.reason or ""
+    details, text = status.details, status.reason or ""
     if status.running:
         counts = {state: sum(groups.values()) for state, groups in details["counts"].items()}
         tasks = ", ".join(f"{n} {state}" for state, n in counts.items()) or "none"
@@ -7579,9 +7576,8 @@ def cmd_status(args: Args) -> int:
             text += "\npaused: " + ", ".join(details["paused"]).replace("*", "everything")
         if details["draining"]:
             text += "\nstopping: running tasks are finishing"
-    known = status.to_dict()
-    del known["details"]
-    emit({**known, **details}, args, text)
+    about = {name: field for name, field in status.to_dict().items() if name != "details"}
+    emit({**about, **details}, args, text)
     return int(status.exit_status)
 
 
