@@ -6606,7 +6606,7 @@ class Client:
         self.project = find_project(project_path, state, config)
         self._tell = tell  # called with what people should know
         self.is_live = False  # a daemon answered the last request
-        self._seen_mono = float("-inf")  # when the last one did
+        self._return_mono = float("-inf")  # when one that is away must be back
         self.existing: Sequence[int] = ()  # of the last add: ids of tasks that had the key
         self._pid_file = PidFile(self.project.file("daemon.pid"))
         self._connection: socket.socket | None = None
@@ -6639,7 +6639,7 @@ class Client:
         is_fresh = self._connection is None
         try:
             connection = self._connect()
-            self._seen_mono = Clock.mono()
+            self._return_mono = float("inf")
             connection.settimeout(answer_s)
             token = self._endpoint.get("token")
             send_frame(connection, {"type": verb, **fields, **({"auth": token} if token else {})})
@@ -6796,7 +6796,8 @@ class Client:
     def outwait(self) -> None:
         """Let a waiting call outlive a daemon that is away for RETURN_TIMEOUT_S."""
         if not self.is_live:
-            if Clock.mono() > self._seen_mono + RETURN_TIMEOUT_S:
+            self._return_mono = min(self._return_mono, Clock.mono() + RETURN_TIMEOUT_S)
+            if Clock.mono() > self._return_mono:
                 what = "no daemon runs, so nothing moves; the task is kept"
                 raise DaemonError("NOT_RUNNING", what, "start it with `start`")
             threading.Event().wait(0.2)
