@@ -7274,10 +7274,10 @@ class DaemonManager(Client):
         holder = self.find_holder()
         if holder is None:
             return None
-        config = Config({})
-        with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
-            config = load_config(holder.config or self.project.config_path)
         if timeout_s is None:
+            config = Config({})
+            with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
+                config = load_config(holder.config or self.project.config_path)
             timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout
             timeout_s += config.stop_timeout_s + STOP_MARGIN_S
         deadline = Clock.mono() + timeout_s
@@ -7345,8 +7345,7 @@ class DaemonManager(Client):
             self._kill(holder)
         path = self.project.file("apex.db")
         if with_children and os.path.exists(path):
-            config = load_config(self.project.config_path)
-            with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
+            with contextlib.closing(TaskStore(path, project=self.project.path)) as store:
                 left = end_orphans(store, is_all=True)
             if left:
                 hint = "the next daemon adopts it; `kill --all` again, or see `ps`"
@@ -7368,7 +7367,7 @@ class DaemonManager(Client):
             details = self.call("status", {})
             return DaemonStatus(running=True, exit_status=0, pid=details["pid"], details=details)
         except DaemonError as error:
-            status, reason, pid = 4, error.message, None
+            status, reason = 4, error.message
             if error.code == "NOT_RUNNING":
                 try:
                     pid = self._pid_file.read().get("pid")
