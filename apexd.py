@@ -5985,8 +5985,9 @@ class TaskVerbs:
             if verb == "cancel":
                 self._runner.end(done)
             self._runner.tell(done)
-        elif verb == "cancel" and (left := end_orphans(self._store)):
-            answer["left"] = [int(task_id) for task_id in left]
+        elif verb == "cancel":
+            left = [int(task_id) for task_id in end_orphans(self._store)]
+            answer.update({"left": left} if left else {})
         return self._wake(answer)
 
     def _set_paused(self, on: bool, group: str | None = None) -> Fields:
