@@ -6191,11 +6191,11 @@ class ProcessVerbs:
         view = one.view
         if view.is_stale or view.state == ProcessState.STOPPING:
             return not view.is_wanted
+        if not view.is_wanted or one.is_failing() or self._has_come_up(one):
+            return True
         needed = [need.view for name in view.policy.needs for need in self._supervisor.find(name)]
-        is_stuck = one.ward is None and any(
-            need.state in _DOWN or not (need.is_wanted or is_good_enough(need)) for need in needed
-        )
-        return not view.is_wanted or is_stuck or one.is_failing() or self._has_come_up(one)
+        is_down = (n.state in _DOWN or not (n.is_wanted or is_good_enough(n)) for n in needed)
+        return one.ward is None and any(is_down)
 
     def _await_up(self, instances: Sequence[Instance], hint: str = "") -> None:
         """Wait until these are up, or one that others follow failed. Raises PROCESS_FAILED."""
@@ -6205,11 +6205,9 @@ class ProcessVerbs:
             return is_failing or all(map(self._is_settled, instances))
 
         self._supervisor.wait_until(is_over, PROCESS_ANSWER_S - START_TIMEOUT_S)
-        failed = [one for one in instances if one.is_failing()] or [
-            one
-            for one in instances
-            if not self._has_come_up(one) and (one.view.is_wanted or not is_good_enough(one.view))
-        ]
+        away = [one for one in instances if not self._has_come_up(one)]
+        away = [one for one in away if one.view.is_wanted or not is_good_enough(one.view)]
+        failed = [one for one in instances if one.is_failing()] or away
         if failed:
             more = f"; {len(failed) - 3} more" if len(failed) > 3 else ""
             hint = hint or "see `why NAME` and `logs NAME`; it is tried again by its policy"
@@ -7211,33 +7209,32 @@ class DaemonManager(Client):
 
     def _await_ready(self, pipe: Any) -> int:
         """Read what the starting daemon reports. Raises the error it reports, START_FAILED."""
-        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Fields] = queue.SimpleQueue()
 
         def read() -> None:
+            last = "it ended without a word"
             with pipe:
-                for line in iter(pipe.readline, b""):
-                    lines.put(line)
-            lines.put(b"")
+                for line in pipe:
+                    try:
+                        events.put(dict(json.loads(line)))
+                    except (ValueError, TypeError):
+                        last = line.decode("utf-8", "replace").strip() or last
+            error = DaemonError("START_FAILED", last, "see `logs`")
+            events.put({"event": "error", **error.to_dict()})
 
         threading.Thread(target=read, name="report", daemon=True).start()
-        last = "it ended without a word"
-        while True:
+        event: Fields = {}
+        while event.get("event") not in ("ready", "error"):
             try:
-                line = lines.get(timeout=START_TIMEOUT_S)
+                event = events.get(timeout=START_TIMEOUT_S)
             except queue.Empty:
                 what = f"it did not answer within {START_TIMEOUT_S:.0f} s"
                 raise DaemonError("START_FAILED", what, "see `logs`") from None
-            if not line:
-                raise DaemonError("START_FAILED", last, "see `logs`")
-            try:
-                event = json.loads(line)
-                if event["event"] == "ready":
-                    return int(event["pid"])
-                if event["event"] == "error":  # what follows must not meet it any more
-                    self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
-                    raise DaemonError.from_dict(event)
-            except (ValueError, TypeError, KeyError):
-                last = line.decode("utf-8", "replace").strip() or last
+        if event["event"] == "ready":
+            return int(event["pid"])
+        if "pid" in event:  # what follows must not meet it any more
+            self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
+        raise DaemonError.from_dict(event)
 
     def run_foreground(self) -> int:
         """Become the daemon (never returns), or be it where there is no exec."""
