@@ -6758,8 +6758,7 @@ class Client:
         124 when `timeout` seconds were not enough. Outlives a restart of the daemon.
         Raises NOT_RUNNING when there is no daemon to wait for.
         """
-        deadline = float("inf") if timeout is None else Clock.mono() + timeout
-        within = 0.0
+        within, deadline = 0.0, Clock.mono() + (float("inf") if timeout is None else timeout)
         while True:
             answer = self.call("wait", {"ids": ids, "within": within}, within + ANSWER_TIMEOUT_S)
             on_change(answer)
@@ -6801,20 +6800,26 @@ class Client:
                 raise DaemonError("NOT_RUNNING", what, "start it with `start`")
             threading.Event().wait(0.2)
 
+    def change(self, verb: str, ids: Sequence[int | str]) -> Fields:
+        """Do one of the next three to tasks, such as 3 or "5-9"; many may take their time."""
+        count = sum(map(len, read_fields("ids!", {"ids": ids})["ids"]))
+        answer_s = ANSWER_TIMEOUT_S + min(count / 1000, PROCESS_ANSWER_S)
+        return self.call(verb, {"ids": ids}, answer_s)
+
     def cancel(self, *ids: int) -> Fields:
         """Cancel tasks; return {"done": ids, "not_done": ids finished before}.
 
         Without a daemon also "left": ids that still run, if there are any.
         """
-        return self.call("cancel", {"ids": ids})
+        return self.change("cancel", ids)
 
     def retry(self, *ids: int) -> Fields:
         """Run finished tasks again; return {"done": ids, "not_done": ids unfinished}."""
-        return self.call("retry", {"ids": ids})
+        return self.change("retry", ids)
 
     def remove(self, *ids: int) -> Fields:
         """Forget tasks; return {"done": ids, "not_done": ids that run}."""
-        return self.call("remove", {"ids": ids})
+        return self.change("remove", ids)
 
     def pause(self, group: str | None = None) -> Fields:
         """Claim nothing from a group, or at all; return {"paused": groups}."""
@@ -7832,7 +7837,7 @@ def register_change(verb: str, done: str, problem: str, text: str) -> None:
     """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
 
     def change(args: Args) -> int:
-        answer = client_of(args).call(verb, {"ids": args.ids})
+        answer = client_of(args).change(verb, args.ids)
         emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
         left = answer.get("left")
         for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
