@@ -8323,6 +8323,26 @@ class TestDaemon:
         assert (task["exit_code"], task["losses"]) == (4, 0)
         assert history_of(box, task_id) == ["interrupted", "interrupted", "failed"]
 
+    @linux
+    def test_without_a_daemon_cancel_and_kill_all_name_what_they_could_not_end(self, box):
+        patch(box, STOP_MARGIN_S=0.5)
+        box.config({"daemon": {"stop_timeout": 0.5}})
+        box.start()
+        (task_id,) = enqueue(box, "sleep 60")
+        command, keeper = command_of(box, task_id), keeper_of(box)
+        os.kill(keeper, signal.SIGSTOP)
+        box.kill9()
+        done = box.run("cancel", task_id, rc=1)
+        assert (done.stdout, done.stderr.split(": ")[1:]) == (
+            f"cancelled: {task_id}\n", ["still running, no daemon", f"{task_id}\n"]
+        )  # fmt: skip
+        assert json.loads(box.run("--json", "cancel", task_id, rc=1).stdout)["left"] == [task_id]
+        error = box.error("kill", "--all", rc=1)
+        assert (error["code"], error["message"]) == ("stop_failed", f"still running: {task_id}")
+        os.kill(keeper, signal.SIGCONT)
+        box.run("kill", "--all")
+        assert not lives(command)
+
     def test_a_stop_that_has_to_kill_says_what_runs_on_and_clears_up(self, box):
         """L5"""
         box.config({}, process={"p": {"command": "exec sleep 1000", "stop_timeout": 1}})
