@@ -4058,6 +4058,7 @@ class Keepers(_Roster):
         self._sweeper = _Sweeper(self._folder)
         self._told: list[tuple[Ward, Begun | Result]] = []
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
+        self._ours_alone: set[str] = set()  # keepers that had nothing of other kinds
         self._has_news = False  # `on_standing` is to be called
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
 
@@ -4195,13 +4196,16 @@ class Keepers(_Roster):
             if ward.result is None:
                 self._settle(ward, results.get(ward.run_id, rest))
         if name is not None:
+            if has_left and {self._kind(run_id) for run_id in results} <= self._kinds:
+                self._ours_alone.add(name)
             self._remove(name)
         else:
             log.warning("what an older apexd left running is ended, then run again")
 
     def _remove(self, name: str) -> None:
         """Remove the file of a keeper that has gone, once it told all to those it concerns."""
-        if self._kinds >= {"0", "a"} and not self._has_wards(name):
+        is_ours = name in self._ours_alone or self._kinds >= {"0", "a"}
+        if is_ours and not self._has_wards(name):
             for path in (self._path(name), self._path(name) + ".sock"):
                 with contextlib.suppress(OSError):
                     insist(os.unlink, path)
