@@ -4627,7 +4627,8 @@ class DaemonRunner:
                     next_poll = now + self.store.config.daemon.poll_interval
                     self._metrics.last_poll_at = Clock.now()
                     self._metrics.poll_count += 1
-                    self._is_woken |= "queued" in self.store.get_counts()
+                    if "queued" in self.store.get_counts():
+                        self._is_woken = True  # no `|=`: what sets it meanwhile must stay
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
                 self._watch_logs()
