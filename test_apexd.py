@@ -4178,8 +4178,8 @@ class TestCrashWindows:
             box.config({"daemon": {"max_concurrent": 4}}, process=self.HOLDER, **more)
             box.start()
             assert keeper_of(box) == keeper
-            seconds = "0" if point == "exited" else "0.2"
-            (again,) = enqueue(box, [*work, f"{number}a", seconds, "7", "closed"])
+            first = "" if point == "exited" else "[ $APEX_ATTEMPT = 1 ] && s=60; "
+            (again,) = enqueue(box, f"{first} exec {' '.join(work)} {number}a ${{s:-0}} 7 closed")
             (never,) = enqueue(box, [*work, f"{number}b", "60", "7"], on_lost="fail")
             eventually(lambda: not lives(keeper), why="it killed itself")
             if other == "is killed":
