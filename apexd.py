@@ -945,6 +945,8 @@ else:
             """
             if word.get("limits") or word.get("nice") or word.get("ids"):
                 return _fork_child(word, log_fd)
+            if sys.platform == "linux":  # 0.1 ms less than Popen, and vfork(2) with Python 3.9, too
+                return _spawn_child(word, log_fd)
             import subprocess
 
             process = subprocess.Popen(
@@ -1249,6 +1251,30 @@ else:
             return {} if fields[0] in b"ZX" or is_kernels or was_given_none else None
         pairs = (item.partition("=") for item in os.fsdecode(data).split("\0"))
         return {name: value for name, _, value in pairs}
+
+    def _spawn_child(word: Mapping[str, Any], log_fd: int) -> int:
+        """Start a child with posix_spawn(3), from its own folder and with its umask."""
+        program, env = word["argv"][0], word["env"]
+        os.chdir(word["cwd"])
+        umask = os.umask(word["umask"])
+        try:
+            places = [program] if "/" in program else [
+                os.path.join(folder, program) for folder in os.get_exec_path(env)
+            ]  # fmt: skip
+            fit = (x for x in places if os.path.isfile(x) and os.access(x, os.X_OK))
+            place = next(fit, places[0])
+            files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+            files += [(os.POSIX_SPAWN_DUP2, log_fd, fd) for fd in (1, 2)]  # type: ignore[misc]
+            default = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them
+            return os.posix_spawn(
+                place, word["argv"], env, file_actions=files, setsid=True, setsigdef=default
+            )
+        except FileNotFoundError as error:
+            error.filename = program
+            raise
+        finally:
+            os.umask(umask)
+            os.chdir("/")
 
     def _fork_child(word: Mapping[str, Any], log_fd: int) -> int:
         """Start a child that Popen cannot: with limits, another niceness, another user.
@@ -3882,7 +3908,7 @@ class _Link:
             self.file_id = [info.st_dev, info.st_ino]
             with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
                 head = json.loads(file.readline(4096))
-                self.is_foreign = head["keeper"] != KEEPER_PROTOCOL
+                self.is_foreign |= head["keeper"] != KEEPER_PROTOCOL
                 if self.is_foreign or not may_connect:  # it ends by itself: look for its lock
                     self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
                 else:
@@ -4089,7 +4115,8 @@ class _Roster:
                 link.flush()
             except (EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
                 if not isinstance(error, EOFError):
-                    log.error("a keeper (PID %d) is not understood: %s", link.pid, error)
+                    log.error("the keeper %s is not understood: %s", link.name, error)
+                    link.is_foreign = True
                 self.watched.remove(link.connection)
                 link.drop()
 
@@ -4272,7 +4299,6 @@ class Keepers(_Roster):
     def _greet(self, link: _Link, word: dict[str, Any]) -> None:
         """Take over the runs that a keeper has; settle those that it never will start."""
         if word["keeper"] != KEEPER_PROTOCOL or word["file"] != link.file_id:
-            link.is_foreign = True
             raise ValueError("another project's, or of another protocol")
         link.is_greeted, link.pid, self._obstacle = True, int(word["pid"]), ""
         runs = {str(run["run"]): run for run in word["runs"]}
@@ -4631,7 +4657,9 @@ class DaemonRunner:
                         self._is_woken = True  # no `|=`: what sets it meanwhile must stay
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
-                self._watch_logs()
+                for run in self._runs():
+                    if now >= run.log.due_mono:
+                        run.log.look(int(self.store.config.limits.log_mb * 1e6))
                 next_care = now + self._on_poll()
                 if is_polling and now >= next_upkeep:
                     next_upkeep = now + MAINTENANCE_S
@@ -4782,12 +4810,6 @@ class DaemonRunner:
     def _runs(self) -> list[_Run]:
         with self._lock:
             return list(self._running.values())
-
-    def _watch_logs(self) -> None:
-        """Cap the logs of what runs."""
-        now = Clock.mono()
-        for watch in [run.log for run in self._runs() if now >= run.log.due_mono]:
-            watch.look(int(self.store.config.limits.log_mb * 1e6))
 
 
 # ============================================================================
@@ -5104,7 +5126,7 @@ class Watch:
         if path:
             folder = os.path.dirname(path)
             with contextlib.suppress(OSError, DaemonError):
-                refuse_foreign(folder, os.lstat(folder))  # somebody's link, after a clean-up of /tmp
+                refuse_foreign(folder, os.lstat(folder))  # somebody's link, in /tmp
                 os.unlink(path)
                 if folder != os.path.dirname(self.instance.path):
                     os.rmdir(folder)  # with the last one's
@@ -8039,7 +8061,8 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
         fields = {"name": name, "lines": lines, "offsets": offsets}
         logs = client.call("process_logs", fields)["logs"]
         count = len(logs)
-        return {one: (binascii.a2b_base64(part["data"]), part["next"]) for one, part in logs.items()}
+        from_base64 = binascii.a2b_base64
+        return {one: (from_base64(part["data"]), part["next"]) for one, part in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
         marks = {one: f"{one} | ".encode() if count > 1 else b"" for one, _ in found}

@@ -9124,8 +9124,7 @@ class WindowsBox:
 
     def close(self):
         """Kill the daemon, see that all is gone; return what was left."""
-        if os.path.exists(self.file("daemon.pid")):
-            self.popen("kill").communicate(timeout=120)
+        self.popen("kill", "--all").communicate(timeout=120)
         with contextlib.suppress(AssertionError):
             eventually(lambda: not self.processes(), 5.0)
         left = self.processes()
@@ -9211,7 +9210,7 @@ class TestWindows:
         eventually(lambda: not windows.processes("ping"))
         assert windows.tasks()[task_id]["state"] == "cancelled"
 
-    def test_stop_interrupts_what_runs_and_restart_is_stop_and_start(self, windows):
+    def test_stop_interrupts_what_runs_and_restart_leaves_it_alone(self, windows):
         first = windows.start()
         task_id = windows.add(*PING)
         windows.until(task_id, state="running")
@@ -9220,27 +9219,46 @@ class TestWindows:
         task = windows.tasks()[task_id]
         assert (task["state"], task["outcome"], task["losses"]) == ("queued", "interrupted", 0)
         second = windows.start()
-        windows.until(task_id, state="running", attempts=2)
+        pid = windows.until(task_id, state="running", attempts=2)["pid"]
         third = windows.start(verb="restart")
-        windows.until(task_id, state="running", attempts=3)
-        assert len({first, second, third}) == 3
+        task = windows.until(task_id, state="running", attempts=2)
+        assert task["pid"] == pid and len({first, second, third}) == 3
         assert len(windows.processes("ping")) == 1
 
-    def test_a_killed_daemons_task_is_lost_and_runs_again(self, windows):
+    @pytest.mark.parametrize("windows", ["3.9", "3.13"], indirect=True)
+    def test_what_a_killed_daemon_started_runs_on_and_is_adopted(self, windows):
+        process = {"command": PING[1:], "min_uptime": 0.1}
+        write(windows.file("config.json"), json.dumps({"process": {"web": process}}))
         pid = windows.start()
-        again = windows.add(*SHELL_PING)
-        never = windows.add("--on-lost", "fail", *PING)
-        eventually(lambda: len(windows.processes("ping")) == 3, why="cmd.exe and two pings")
+        ends = windows.add("--", "cmd.exe", "/c", "ping -n 6 127.0.0.1 >NUL & exit 7")
+        meanwhile = windows.add("--", "cmd.exe", "/c", "ping -n 2 127.0.0.1 >NUL & exit 5")
+        stays = windows.add(*SHELL_PING)
+        web = eventually(lambda: json.loads(windows.run("ps", "--json"))[0]["pid"])
+        eventually(lambda: len(windows.processes("ping -n 60")) == 3, why="web, cmd.exe, ping")
         port = json.loads(read(windows.file("endpoint")))["port"]
         assert windows.run("kill") == f"killed, PID {pid}\n"
-        eventually(lambda: not windows.processes("ping"), why="they die with the daemon's job")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), 5.0)
-        assert windows.run("status", rc=1).startswith("not running")
+        eventually(lambda: not windows.processes("exit 5"), why="it ends while there is no daemon")
+        assert len(windows.processes("ping -n 60")) == 3
         windows.start()
-        task = windows.until(again, state="running", attempts=2)
-        assert task["losses"] == 1
-        assert windows.tasks()[never]["outcome"] == "lost"
+        windows.run("wait", ends, rc=7)
+        tasks = windows.tasks()
+        assert [tasks[n]["exit_code"] for n in (ends, meanwhile)] == [7, 5]
+        assert {task["attempts"] for task in tasks.values()} == {1}
+        assert json.loads(windows.run("ps", "--json"))[0]["pid"] == web
+        windows.run("cancel", stays)
+        windows.run("down", "web")
+        eventually(lambda: not windows.processes("ping"), why="cancel ends all that it started")
+
+    def test_kill_all_ends_the_tree_without_a_daemon(self, windows):
+        windows.start()
+        task_id = windows.add(*SHELL_PING)
+        eventually(lambda: len(windows.processes("ping -n 60")) == 2, why="cmd.exe and ping")
+        windows.run("kill")
+        windows.run("kill", "--all")
+        assert not windows.processes("ping")
+        assert windows.tasks()[task_id]["outcome"] == "interrupted"
 
     def test_ten_starts_at_once_give_one_daemon(self, windows):
         starts = [windows.popen("start") for _ in range(10)]
@@ -9260,7 +9278,7 @@ class TestWindows:
         assert "stopped" in child.communicate(timeout=60)[0]
         assert child.returncode == 0
 
-    def test_processes_are_kept_up_and_go_with_the_daemon(self, windows):
+    def test_processes_are_kept_up_and_outlive_the_daemon(self, windows):
         process = {"command": PING[1:], "instances": 2, "min_uptime": 0.1}
         bad = {"command": "echo hi& exit 3", "max_restarts": 1, "backoff": 0.1}
         table = {"process": {"web": process, "bad": bad}}
@@ -9277,9 +9295,9 @@ class TestWindows:
         windows.run("scale", "web", 1)
         eventually(lambda: len(windows.processes("ping")) == 1)
         windows.run("kill")
-        eventually(lambda: not windows.processes("ping"), 2.0, "they die with the daemon's job")
         windows.start()
-        eventually(lambda: len(windows.processes("ping")) == 1, why="started again, still scaled")
+        assert len(windows.processes("ping")) == 1
+        assert json.loads(windows.run("ps", "--json", "web"))[0]["pid"] == after[0]["pid"]
         windows.run("down", "web")
         assert not windows.processes("ping")
 
