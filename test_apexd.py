@@ -4293,7 +4293,7 @@ class TestKeeperLife:
             assert list(keepers(box)) == [keeper] and box.pid() != daemon
             if half == "after":
                 raw.close()
-        assert lines_of(box, "begun") == [str(n) for n in range(ROUNDS if SLOW else 1)]
+        assert lines_of(box, "begun") == sorted(str(n) for n in range(ROUNDS if SLOW else 1))
 
     @pytest.mark.parametrize("daemon", ["lives", "is dead"])
     def test_half_a_frame_of_a_daemon_that_was_displaced_is_dropped(self, box, daemon):
@@ -4305,8 +4305,9 @@ class TestKeeperLife:
         if daemon == "is dead":
             box.kill9()
         with greet(box, name) as raw:
-            raw.sendall(struct.pack(">I", 4000) + b'{"type": "start", "run": "')
-            assert raw.recv(1 << 16), "it is greeted"
+            with contextlib.suppress(ConnectionError):  # a daemon that lives is back at once
+                raw.sendall(struct.pack(">I", 4000) + b'{"type": "start", "run": "')
+                assert raw.recv(1 << 16), "it is greeted"
             pause(0.05)
             if daemon == "is dead":
                 box.start()
@@ -4378,7 +4379,8 @@ class TestKeeperLife:
     def test_all_that_a_killed_keeper_had_is_ended_then_run_again_or_failed(self, box):
         work, web = " ".join(worker(box)), "exec 9>>lock.web; flock -n 9 || echo web >>overlaps; "
         web += "setsid sleep 303 & setsid sleep 304 9>&- & exec sleep 305"
-        box.config({}, process={"web": {"command": web, "backoff": 0.05}})
+        often = {"backoff": 0.05, "backoff_max": 0.1, "max_restarts": 1000}
+        box.config({}, process={"web": {"command": web, **often}})
         box.start()
         for number in range(ROUNDS):
             away = f"[ $APEX_ATTEMPT = 1 ] && s=60; setsid {work} {number}a ${{s:-0}} 0 & wait $!"
@@ -4404,7 +4406,7 @@ class TestKeeperLife:
         first = "echo x >>ready; [ $APEX_ATTEMPT = 1 ] && "
         all_run = "until [ $(wc -l <ready) -ge 6 ]; do sleep 0.02; done; "
         neighbours = enqueue(box, *[f"{first} sleep 60; sleep 0.4; exit 0"] * 5)
-        (poison,) = enqueue(box, f"{first} {all_run} kill -9 $PPID; sleep 60", priority=9)
+        (poison,) = enqueue(box, f"{first} {all_run} kill -9 $PPID; sleep 60")
         tasks = settle(box, [*neighbours, poison])
         assert [task["state"] for task in tasks] == ["succeeded"] * 5 + ["failed"]
         assert {task["attempts"] for task in tasks[:5]} == {2}
