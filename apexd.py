@@ -153,10 +153,12 @@ KEEPER_PATIENCE_S = 10.0  # a new keeper waits so long for its daemon
 KEEPER_ANSWER_S = 10.0  # one that owes an answer for longer takes no more starts
 STANDING_S = 2.0  # `start` waits so long for a keeper, then answers without
 KEEPER_QUIT_S = 5.0  # for keepers without children to leave
+STARTED_S = 0.003  # what ends sooner is not told as started
 KEEPER_BUFFER_BYTES = 64 * 1024  # of words on their way to the daemon
 KEEPER_FILE_MAX_BYTES = 64 * 1024 * 1024
 PRIVATE_KEEPERS_MAX = 4  # at once, each for one task that was lost with its keeper
 CALLED = "call"  # stands for the keeper of what a function of the program carries out
+GATHER_S = 0.0005  # for what ends at the same time: one commit for all of it
 NOTE_S = 0.1  # a PID is on disk so soon after its start
 NOTE_BYTES = 512  # a process's note: one sector, written as a whole
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
@@ -1250,7 +1252,7 @@ else:
             was_given_none = is_loaded and fields[47] == fields[48]  # env_start, env_end
             return {} if fields[0] in b"ZX" or is_kernels or was_given_none else None
         pairs = (item.partition("=") for item in os.fsdecode(data).split("\0"))
-        return {name: value for name, _, value in pairs}
+        return {name: value for name, _, value in pairs if name}
 
     def _spawn_child(word: Mapping[str, Any], log_fd: int) -> int:
         """Start a child with posix_spawn(3), from its own folder and with its umask."""
@@ -1258,11 +1260,10 @@ else:
         os.chdir(word["cwd"])
         umask = os.umask(word["umask"])
         try:
-            places = [program] if "/" in program else [
-                os.path.join(folder, program) for folder in os.get_exec_path(env)
-            ]  # fmt: skip
-            fit = (x for x in places if os.path.isfile(x) and os.access(x, os.X_OK))
-            place = next(fit, places[0])
+            folders = [""] if "/" in program else os.get_exec_path(env)
+            places = (folder and f"{folder}/{program}" or program for folder in folders)
+            fit = (x for x in places if os.access(x, os.X_OK) and os.path.isfile(x))
+            place = next(fit, program if "/" in program else f"{folders[0]}/{program}")
             files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
             files += [(os.POSIX_SPAWN_DUP2, log_fd, fd) for fd in (1, 2)]  # type: ignore[misc]
             default = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them
@@ -3524,12 +3525,17 @@ class Watched:
 class _Child:
     """What a keeper knows of a living child."""
 
-    __slots__ = ("at", "began_mono", "is_swept", "kill_mono", "pid", "run")
+    __slots__ = ("began_mono", "is_swept", "kill_mono", "pid", "run")
 
     def __init__(self, run: str, pid: int, is_swept: bool) -> None:
         self.run, self.pid, self.is_swept = run, pid, is_swept
-        self.at, self.began_mono = Platform.start_time(pid), Clock.mono()
-        self.kill_mono = float("inf")
+        self.began_mono, self.kill_mono = Clock.mono(), float("inf")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `hello` and `started` say of it."""
+        age_s = round(Clock.mono() - self.began_mono, 3)
+        at = Platform.start_time(self.pid)
+        return {"run": self.run, "pid": self.pid, "at": at, "age_s": age_s}
 
 
 class Keeper:
@@ -3542,6 +3548,7 @@ class Keeper:
         self._path = os.path.join(folder, "run", "keeper-" + name)
         self._children: dict[int, _Child] = {}  # by PID
         self._runs: dict[str, _Child] = {}
+        self._fresh: dict[str, float] = {}  # runs that are to be told as started, and when
         self._ended: dict[str, dict[str, Any]] = {}  # results, until they are forgotten
         self._written: set[str] = set()  # of these, those that the file has
         self._untold: deque[dict[str, Any]] = deque()  # words for the daemon that is connected
@@ -3577,6 +3584,7 @@ class Keeper:
             for pid, how in Platform.reap(self._sweep):
                 self._note_end(pid, how)
             self._kill_late()
+            self._tell_started()
             self._write()
             self._tell()
         self._leave()
@@ -3593,7 +3601,7 @@ class Keeper:
             signal.signal(getattr(signal, name), note)
 
     def _next_wake_s(self) -> float:
-        times = [child.kill_mono for child in self._children.values()]
+        times = [child.kill_mono for child in self._children.values()] + [*self._fresh.values()]
         if self._daemon is None:
             times.append(Clock.mono() + 1.0 if self._find_unwritten() else self._patience_mono)
         return max(min(times, default=float("inf")) - Clock.mono(), 0.0)
@@ -3625,11 +3633,8 @@ class Keeper:
                 self._daemon, self._is_wanted = peer, True
                 self._patience_mono = float("inf")
                 self._watched.add(peer, self._read)
-                info, now = os.fstat(self._fd), Clock.mono()
-                runs = [
-                    {"run": c.run, "pid": c.pid, "at": c.at, "age_s": round(now - c.began_mono, 3)}
-                    for c in self._children.values()
-                ]
+                info = os.fstat(self._fd)
+                runs = [child.describe() for child in self._children.values()]
                 hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid()}
                 hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
                 self._untold.extend((hello, *self._ended.values()))
@@ -3644,6 +3649,7 @@ class Keeper:
         self._daemon = None
         self._inbox, self._outbox = bytearray(), bytearray()
         self._untold.clear()
+        self._fresh.clear()
 
     def _hang_up(self) -> None:
         """Go on without a daemon: what was not forgotten goes to the file."""
@@ -3678,19 +3684,16 @@ class Keeper:
         failpoint("read")
         if run in self._ended:
             self._untold.append(self._ended[run])
-        elif run not in self._runs:
-            try:
-                if self._is_terminated:
-                    raise OSError(errno.EAGAIN, "the keeper was told to end", "keeper")
-                child = self._spawn(run, word)
-            except (OSError, ValueError) as error:
-                self._note_failure(run, error, str(word["argv"][0]))
-                return
-            self._children[child.pid] = self._runs[run] = child
-        if run in self._runs:
-            child = self._runs[run]
-            told = {"type": "started", "run": run, "pid": child.pid, "at": child.at}
-            self._untold.append(told)
+            return
+        try:
+            if self._is_terminated:
+                raise OSError(errno.EAGAIN, "the keeper was told to end", "keeper")
+            child = self._runs.get(run) or self._spawn(run, word)
+        except (OSError, ValueError) as error:
+            self._note_failure(run, error, str(word["argv"][0]))
+            return
+        self._children[child.pid] = self._runs[run] = child
+        self._fresh[run] = Clock.mono() + STARTED_S
 
     def _spawn(self, run: str, word: dict[str, Any]) -> _Child:
         path = str(word["log"])
@@ -3760,6 +3763,16 @@ class Keeper:
             if now >= child.kill_mono:
                 child.kill_mono = now + 1.0
                 Platform.signal_group(child.pid, Platform.kill)
+
+    def _tell_started(self) -> None:
+        """Tell of what was started a moment ago and lives: the end of the rest is enough."""
+        now = Clock.mono()
+        for run, due_mono in list(self._fresh.items()):
+            if run in self._runs and due_mono > now:
+                break
+            del self._fresh[run]
+            if run in self._runs:
+                self._untold.append({"type": "started", **self._runs[run].describe()})
 
     def _write(self) -> None:
         """Append the results that no daemon hears; a torn line must not swallow the next."""
@@ -4647,6 +4660,8 @@ class DaemonRunner:
         while not self.halted.is_set():
             try:
                 self.keepers.look(wait_s)
+                if self._results and len(self._results) < len(self._running):
+                    self.keepers.look(GATHER_S)
                 now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
                 is_polling = now >= next_poll
                 if is_polling:
@@ -4657,7 +4672,7 @@ class DaemonRunner:
                         self._is_woken = True  # no `|=`: what sets it meanwhile must stay
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
-                for run in self._runs():
+                for run in self._running.values():
                     if now >= run.log.due_mono:
                         run.log.look(int(self.store.config.limits.log_mb * 1e6))
                 next_care = now + self._on_poll()
@@ -4670,7 +4685,7 @@ class DaemonRunner:
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
-                if Clock.mono() >= self._drain_at and all(r.is_told for r in self._runs()):
+                if Clock.mono() >= self._drain_at and all(r.is_told for r in self._running.values()):
                     self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
@@ -4806,10 +4821,6 @@ class DaemonRunner:
             for run in ending:
                 log.warning("Ending task %d: %s", run.task.id, wish.value)
                 self._end(run)
-
-    def _runs(self) -> list[_Run]:
-        with self._lock:
-            return list(self._running.values())
 
 
 # ============================================================================

@@ -4056,7 +4056,8 @@ class TestKeeper:
         tasks = settle(box, [shown, failing])
         assert tasks[1]["exit_code"] == 1, "an inherited SIGCHLD ignored makes it 0"
         lines = ask(box, "logs", shown).split()
-        assert [int(lines[i], 16) for i in (1, 3)] == [0, 0]
+        of_glibc = 3 << 31  # 32 and 33, its own: posix_spawn(3) leaves them ignored
+        assert [int(lines[i], 16) & ~of_glibc for i in (1, 3)] == [0, 0]
         assert lines[4:] == ["/dev/null", "0", "1", "2", "3"]  # 3 is the folder that ls reads
 
     def test_odd_arguments_arrive_as_they_are_and_a_leading_dash_is_refused(self, shared):
