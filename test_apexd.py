@@ -4266,7 +4266,7 @@ class TestKeeperLife:
 
     WAIT = "until [ -e go ]; do sleep 0.02; done; "
 
-    @pytest.mark.parametrize("half", ["", "before", "after"])
+    @pytest.mark.parametrize("half", ["", pytest.param("before", marks=slow), "after"])
     def test_what_a_dead_daemon_sent_to_a_frozen_keeper_runs_once(self, box, half):
         work = worker(box)
         box.config({}, process={"holder": {"command": ["sleep", "300"]}})
@@ -8497,14 +8497,14 @@ class TestDaemonPromises:
         bye = "trap 'sleep 0.5; echo bye >bye; exit' TERM; while :; do sleep 0.05; done"
         box.config({"daemon": {"graceful_timeout": 20}}, process={
             "a": {**critical, "command": "until [ -e go ]; do sleep 0.02; done; exit 1"},
-            "b": {**critical, "command": "until [ -e go ]; do sleep 0.02; done; sleep 0.3; exit 1"},
+            "b": {**critical, "command": "until [ -e go ]; do sleep 0.02; done; sleep 1.2; exit 1"},
             "c": {"command": bye, "stop_timeout": 10},
         })  # fmt: skip
         daemon = box.start()
         until_all(box, "c")
-        (task_id,) = enqueue(box, ["sleep", "1.5"])
+        (task_id,) = enqueue(box, ["sleep", "2"])
         box.until(task_id, "running")
-        put(box, "go")
+        put(box, "go")  # the second fails when a second TERM would count
         eventually(lambda: not lives(daemon))
         assert box.task(task_id)["state"] == "succeeded", "it had its graceful timeout"
         assert told(box, "bye") == [["bye"]], "it had its stop timeout"
