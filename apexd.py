@@ -86,10 +86,19 @@ from types import SimpleNamespace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
+    import difflib
+    import graphlib
+    import grp
+    import logging
+    import marshal
+    import pwd
     import queue
     import random
+    import resource
     import shutil
     import sqlite3
+    import subprocess
+    import tempfile
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
 
@@ -101,17 +110,22 @@ __all__ = [
 
 
 class _Lazy:
-    """A module that is imported at its first use: few commands need it."""
+    """Something that is imported at its first use: few commands need it."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, load: Callable[[], object]) -> None:
+        self._load = load
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(__import__(self._name), name)
+        return getattr(self._load(), name)
 
 
 if not TYPE_CHECKING:
-    binascii, queue, random, shutil = map(_Lazy, ("binascii", "queue", "random", "shutil"))
+    for _name in (
+        "binascii difflib graphlib grp logging marshal pwd queue random resource shutil sqlite3 "
+        "subprocess tempfile"
+    ).split():
+        globals()[_name] = _Lazy(functools.partial(__import__, _name))
+log: Any = _Lazy(lambda: logging.getLogger("apexd"))
 
 # Kept so that `start` can store it: to compile this file takes longer than all else it does.
 _BYTECODE = sys._getframe().f_code if __name__ == "__main__" else None
@@ -165,6 +179,7 @@ LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
 LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of processes
 LINES_MAX = 100_000  # of a log at once
 STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for others
+TOGETHER_S = 0.05  # what is due so soon is done at once: one wakeup instead of two
 LOOK_S = 5.0  # between two looks whether database and socket are where they were
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
@@ -496,25 +511,38 @@ def line_of_text(text: object) -> str:
     return text
 
 
-def choice(*words: str) -> Callable[[object], str]:
-    """Make a reader of one word of several."""
+def reader(form: str, is_good: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """Make a reader that takes what `is_good` is true for, as it is."""
 
-    def read(text: object) -> str:
-        if text not in words:
-            raise ValueError("one of " + ", ".join(words))
-        return str(text)
+    def read(value: Any) -> Any:
+        if not is_good(value):
+            raise ValueError(form)
+        return value
 
     return read
 
 
-def text_list(value: object) -> list[str]:
-    """Read a list of strings."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("a list of strings")
-    return value
+def choice(*words: str) -> Callable[[Any], Any]:
+    """Make a reader of one word of several."""
+    return reader("one of " + ", ".join(words), lambda value: value in words)
 
 
-def command_line(value: object) -> str | list[str]:
+def matching(pattern: str, form: str) -> Callable[[Any], Any]:
+    """Make a reader of strings that match a regular expression, described by `form`."""
+    return reader(form, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
+
+
+def is_text_list(value: object) -> bool:
+    """Tell whether it is a list of strings."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+text_list = reader("a list of strings", is_text_list)
+truth = reader("true or false", lambda value: isinstance(value, bool))
+mapping = reader("an object", lambda value: isinstance(value, dict))  # its values: see later
+
+
+def command_line(value: Any) -> Any:
     """Read a command: a string for sh, or a non-empty list of arguments.
 
     Bytes that are no UTF-8 come as surrogates (os.fsdecode) and are kept.
@@ -531,7 +559,7 @@ def command_line(value: object) -> str | list[str]:
             raise ValueError("a command without lone surrogates") from None
     if words is value and words[0].startswith("-"):
         raise ValueError(f"a command that does not begin with '-': write ./{words[0]}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def task_ids(value: object) -> list[range]:
@@ -570,14 +598,7 @@ def dependencies(value: object) -> list[tuple[int, str]]:
     return list(found.items())
 
 
-def mapping(value: object) -> dict[str, Any]:
-    """Read an object; where its values matter they are checked later."""
-    if not isinstance(value, dict):
-        raise ValueError("an object")
-    return value
-
-
-def environment(value: object) -> dict[str, str]:
+def environment(value: Any) -> Any:
     """Read an object of strings."""
     try:
         for name, text in mapping(value).items():
@@ -585,25 +606,7 @@ def environment(value: object) -> dict[str, str]:
                 raise ValueError
     except (TypeError, ValueError):
         raise ValueError("an object of names and strings that can be encoded") from None
-    return mapping(value)
-
-
-def truth(value: object) -> bool:
-    """Read true or false."""
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
     return value
-
-
-def matching(pattern: str, form: str) -> Callable[[object], str]:
-    """Make a reader of strings that match a regular expression, described by `form`."""
-
-    def read(value: object) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise ValueError(form)
-        return value
-
-    return read
 
 
 class Probe(Value):
@@ -759,8 +762,6 @@ if sys.platform == "win32":
         environment_of = staticmethod(lambda pid: {})
 
         def spawn(self, word: Mapping[str, Any], log_fd: int, on_end: Callable[[], object]) -> int:
-            import subprocess
-
             os.lseek(log_fd, 0, os.SEEK_END)  # the process knows nothing of O_APPEND
             process = subprocess.Popen(
                 word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
@@ -805,13 +806,14 @@ if sys.platform == "win32":
 
         SHELL = ("cmd.exe", "/d", "/s", "/c")
         SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+        IS_OURS = "True"  # ACLs say who may write
         REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
         # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
         KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
         is_posix = False
 
-        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
             os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
             try:
@@ -842,25 +844,18 @@ if sys.platform == "win32":
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
         kill = signal.SIGTERM
-        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
+
+        def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
 
-        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
-            return socket.create_connection(("127.0.0.1", int(endpoint["port"])), timeout_s)
-
-        def listen_near(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
-            return self.listen("")
-
-        def connect_near(self, path: str, endpoint: Mapping[str, Any]) -> socket.socket:
-            connection = socket.create_connection(("127.0.0.1", int(endpoint["port"])), 1.0)
-            connection.sendall(endpoint["token"].encode())
-            return connection
+        def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
+            return socket.create_connection(("127.0.0.1", int(told["port"])), timeout_s)
 
         user = staticmethod(lambda: 0)
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
-        distrust = staticmethod(lambda info, root_too=True: None)  # ACLs say who may write
+        distrust = staticmethod(lambda info, root_too=True: None)
         is_root = staticmethod(lambda: False)
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
@@ -872,7 +867,6 @@ if sys.platform == "win32":
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
-
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
@@ -905,7 +899,7 @@ else:
             midst of execve(2) shows no environment; look again. (Linux; else none, sure)
             """
             found, is_sure, users = [], True, set(runs.values())
-            for name in filter(str.isdigit, os.listdir("/proc") if _HAS_PROC else ()):
+            for name in _list_processes():
                 with contextlib.suppress(OSError):
                     user = os.stat(f"/proc/{name}").st_uid
                     if user not in users:
@@ -921,22 +915,19 @@ else:
 
         def kill_run(self, pid: int, run_id: str) -> None:
             """SIGKILL a process if it, not another of its number, carries this run id."""
-            with contextlib.suppress(OSError):
-                fd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
-                try:
-                    if (_environment(str(pid)) or {}).get("APEX_RUN_ID") == run_id:
-                        if fd < 0:
-                            os.kill(pid, signal.SIGKILL)
-                        else:
-                            signal.pidfd_send_signal(fd, signal.SIGKILL)
-                finally:
-                    if fd >= 0:
-                        os.close(fd)
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                send: Callable[[int], object] = functools.partial(os.kill, pid)
+                if hasattr(os, "pidfd_open"):
+                    fd = os.pidfd_open(pid)
+                    stack.callback(os.close, fd)
+                    send = functools.partial(signal.pidfd_send_signal, fd)
+                if self.environment_of(pid).get("APEX_RUN_ID") == run_id:
+                    send(signal.SIGKILL)
 
         def environment_of(self, pid: int) -> dict[str, str]:
             """Return the environment a process was started with, {} when it cannot be read."""
             with contextlib.suppress(OSError):
-                return _environment(str(pid)) or {}
+                return _environment(pid) or {}
             return {}
 
         def spawn(self, word: Mapping[str, Any], log_fd: int, on_end: Callable[[], object]) -> int:
@@ -945,17 +936,22 @@ else:
             word: `start` of the keeper's protocol. Raises OSError; `filename` is the program,
             the folder, or the step that failed. (`on_end` is of Windows: here SIGCHLD tells.)
             """
-            if word.get("limits") or word.get("nice") or word.get("ids"):
-                return _fork_child(word, log_fd)
-            if sys.platform == "linux":  # 0.1 ms less than Popen, and vfork(2) with Python 3.9, too
+            is_special = word.get("limits") or word.get("nice") or word.get("ids")
+            if sys.platform == "linux" and not is_special:  # 0.1 ms less than Popen
                 return _spawn_child(word, log_fd)
-            import subprocess
-
-            process = subprocess.Popen(
-                word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
-                cwd=word["cwd"], env=word["env"], umask=word["umask"],
-                start_new_session=True, close_fds=False,  # all of the keeper's close on exec
-            )  # fmt: skip
+            reader, writer = os.pipe() if is_special else (-1, -1)
+            try:
+                process = subprocess.Popen(
+                    word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
+                    cwd=None if is_special else word["cwd"], env=word["env"], umask=word["umask"],
+                    start_new_session=True, close_fds=False,  # all of the keeper's close on exec
+                    preexec_fn=functools.partial(_prepare, word, writer) if is_special else None,
+                )  # fmt: skip
+            except subprocess.SubprocessError:
+                raise OSError(*json.loads(os.read(reader, 4096))) from None
+            finally:
+                for fd in (reader, writer) if is_special else ():
+                    os.close(fd)
             process.returncode = 0  # `reap` collects it
             return process.pid
 
@@ -966,13 +962,8 @@ else:
             can tell (waitid(2); macOS before Python 3.13 cannot).
             """
             with contextlib.suppress(ChildProcessError):
-                while True:
-                    which = -1
-                    if sys.platform == "linux" or hasattr(os, "waitid"):
-                        peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-                        if peek is None:
-                            return
-                        which = peek.si_pid
+                for which in iter(_find_ended, 0):
+                    if which > 0:
                         before(which)
                     pid, status, used = os.wait4(which, os.WNOHANG)
                     if pid == 0:
@@ -994,9 +985,9 @@ else:
             """
             found: dict[int, tuple[float, int]] = {}
             tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-            for name in filter(str.isdigit, os.listdir("/proc") if _HAS_PROC else ()):
-                with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
+            for name in _list_processes():
+                with contextlib.suppress(OSError):
+                    fields = _read_stat(name)
                     session = int(fields[3])
                     if session and session in sessions:
                         cpu_s, memory = found.get(session, (0.0, 0))
@@ -1008,6 +999,7 @@ else:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SHELL = ("/bin/sh", "-c")
+        IS_OURS = "info.st_uid == os.geteuid() and not info.st_mode & 0o022"  # of a launcher
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
@@ -1016,15 +1008,14 @@ else:
         kill = signal.SIGKILL
         is_root = staticmethod(lambda: os.geteuid() == 0)
 
-        def lock(self, fd: int, shared: bool = False, wait: bool = False) -> bool:
+        def lock(self, fd: int, shared: bool = False) -> bool:
             """Lock an open file; False when another has it. (flock(2), msvcrt.locking)
 
             The lock belongs to the open file description: a child that inherits the
             descriptor holds it too, and reading the file elsewhere does not drop it.
             """
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 return True
             return False
 
@@ -1045,8 +1036,8 @@ else:
             """
             if not _HAS_PROC:
                 return _output("ps", "-o", "lstart=", "-p", str(pid))
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
+            with contextlib.suppress(OSError):
+                fields = _read_stat(pid)
                 return None if fields[0] in b"ZX" else fields[19].decode()
             return None
 
@@ -1060,9 +1051,6 @@ else:
 
             Raises ValueError: there is no such, or only root may become it.
             """
-            import grp
-            import pwd
-
             try:
                 account = pwd.getpwnam(user) if user else pwd.getpwuid(os.geteuid())
                 gid = grp.getgrnam(group).gr_gid if group else account.pw_gid
@@ -1118,68 +1106,44 @@ else:
                 os.chown(path, owner or 0, -1)
             return bound, path
 
-        def listen(self, folder: str) -> tuple[socket.socket, dict[str, Any]]:
-            """Open the control socket; return it and what `endpoint` says of it."""
-            near = path = os.path.join(folder, "control.sock")
-            if len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
-                path = os.path.join(_outer_folder(folder), "control.sock")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # we hold the lock: it is a dead daemon's
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listener.bind(path)
-            listener.listen(128)
-            return listener, {"socket": "control.sock" if path == near else path}
-
-        def connect(self, endpoint: dict[str, Any], timeout_s: float) -> socket.socket:
-            """Connect to the daemon that `endpoint` describes."""
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.settimeout(timeout_s)
-            try:
-                connection.connect(endpoint["socket"])
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-
-        def listen_near(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
+        def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             """Listen at a path, however long; return the socket, and what a file beside it says."""
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # a dead process's
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with _short_path(path) as name:
                 listener.bind(name)
-            listener.listen(16)
+            listener.listen(128)
             return listener, {"socket": os.path.basename(path)}
 
-        def connect_near(self, path: str, endpoint: Mapping[str, Any]) -> socket.socket:
-            """Connect to the socket that the file at `path` names. Raises OSError."""
-            place = os.path.join(os.path.dirname(path), os.path.basename(endpoint["socket"]))
+        def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
+            """Connect to the socket that a file in `folder` tells of. Raises OSError."""
+            path = os.path.join(folder, told["socket"])
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                connection.settimeout(1.0)
-                with _short_path(place) as name:
+                connection.settimeout(timeout_s)
+                with _short_path(path) as name:
                     connection.connect(name)
                 if self.peer_uid(connection) is not None:
-                    raise PermissionError(errno.EPERM, "another user's", place)
+                    raise PermissionError(errno.EPERM, "another user answers", path)
             except BaseException:
                 connection.close()
                 raise
             return connection
 
-        def user(self) -> int:
-            """Return the user whom our children are started as."""
-            return os.geteuid()
+        user = staticmethod(os.geteuid)  # whom our children are started as
 
         def highest_limit(self, name: str) -> int:
             """Return how high a limit of setrlimit(2) can be set here."""
-            import resource
-
             which = getattr(resource, name)
             soft, hard = resource.getrlimit(which)
-            with contextlib.suppress(ValueError, OSError):
-                if os.geteuid() == 0 and hard != resource.RLIM_INFINITY:
+            if hard != resource.RLIM_INFINITY:
+                try:
                     resource.setrlimit(which, (soft, hard + 1))  # if we may, we may always
                     resource.setrlimit(which, (soft, hard))
-                    return INTEGER_MAX
-            return INTEGER_MAX if hard == resource.RLIM_INFINITY else hard
+                except (ValueError, OSError):
+                    return hard
+            return INTEGER_MAX
 
         def peer_uid(self, connection: socket.socket) -> int | None:
             """Return a peer's user when it is not our own, else None (SO_PEERCRED, unix(7))."""
@@ -1193,8 +1157,6 @@ else:
         def distrust(self, info: os.stat_result, root_too: bool = True) -> str | None:
             """Name who else can write a file, but for root: a user, "others", None: nobody."""
             if info.st_uid != os.geteuid() and (info.st_uid or not root_too):
-                import pwd
-
                 with contextlib.suppress(KeyError):
                     return pwd.getpwuid(info.st_uid).pw_name
                 return f"#{info.st_uid}"
@@ -1232,21 +1194,37 @@ else:
 
         def reap_orphans(self, known: Callable[[int], bool]) -> None:
             """Collect what a container's processes left to us as PID 1; never a known child."""
-            if sys.platform == "linux":
-                with contextlib.suppress(ChildProcessError):
-                    while True:
-                        peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-                        if peek is None or known(peek.si_pid):
-                            return
-                        os.waitpid(peek.si_pid, os.WNOHANG)
+            with contextlib.suppress(ChildProcessError):
+                for pid in iter(_find_ended, 0):
+                    if pid < 0 or known(pid):
+                        return
+                    os.waitpid(pid, os.WNOHANG)
 
-    def _environment(pid: str) -> dict[str, str] | None:
+    def _find_ended() -> int:
+        """Return the PID of a child that has ended and still holds its number; 0: none has.
+
+        -1: the system cannot tell (macOS before Python 3.13). Raises ChildProcessError.
+        """
+        if sys.platform == "linux" or hasattr(os, "waitid"):
+            peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            return peek.si_pid if peek else 0
+        return -1
+
+    def _list_processes() -> list[str]:
+        """Return the PIDs of all processes (Linux; else none)."""
+        return [name for name in os.listdir("/proc") if name.isdigit()] if _HAS_PROC else []
+
+    def _read_stat(pid: int | str) -> list[bytes]:
+        """Return the fields of /proc/PID/stat from the third of proc(5) on."""
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+
+    def _environment(pid: int | str) -> dict[str, str] | None:
         """Return a process's environment; None: it is in the midst of execve(2) and shows none."""
         with open(f"/proc/{pid}/environ", "rb") as file:
             data = file.read()
         if not data:
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()  # from the third of proc(5)
+            fields = _read_stat(pid)
             is_kernels = int(fields[6]) & 0x200000  # PF_KTHREAD
             is_loaded = fields[23] != b"0"  # startcode, set after all that concerns us here
             was_given_none = is_loaded and fields[47] == fields[48]  # env_start, env_end
@@ -1261,7 +1239,7 @@ else:
         umask = os.umask(word["umask"])
         try:
             folders = [""] if "/" in program else os.get_exec_path(env)
-            places = (folder and f"{folder}/{program}" or program for folder in folders)
+            places = (f"{folder}/{program}" if folder else program for folder in folders)
             fit = (x for x in places if os.access(x, os.X_OK) and os.path.isfile(x))
             place = next(fit, program if "/" in program else f"{folders[0]}/{program}")
             files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
@@ -1277,37 +1255,14 @@ else:
             os.umask(umask)
             os.chdir("/")
 
-    def _fork_child(word: Mapping[str, Any], log_fd: int) -> int:
-        """Start a child that Popen cannot: with limits, another niceness, another user.
+    def _prepare(word: Mapping[str, Any], writer: int) -> None:
+        """Become what a child is to be: with limits, another niceness, another user.
 
-        As root whatever needs root, then never again. Raises OSError, `filename` the step.
+        As root whatever needs root, then never again. A step that fails is told to `writer` as
+        (errno, text, step): Popen tells only that one did. The keeper has no other threads.
         """
-        reader, writer = os.pipe()
-        null = os.open(os.devnull, os.O_RDONLY)
+        step = ""
         try:
-            pid = os.fork()
-            if pid == 0:
-                _become_child(word, (null, log_fd, log_fd), writer)
-            os.close(writer)
-            writer = -1
-            with open(reader, "rb", closefd=False) as file:
-                failure = file.read()  # end-of-file: exec closed it
-        finally:
-            for fd in (null, reader, writer):
-                if fd >= 0:
-                    os.close(fd)
-        if failure:
-            os.waitpid(pid, 0)
-            raise OSError(*json.loads(failure))
-        return pid
-
-    def _become_child(word: Mapping[str, Any], files: Sequence[int], writer: int) -> NoReturn:
-        """Go the way from fork to exec; tell (errno, text, step) when a step fails."""
-        import resource
-
-        step = "setsid"
-        try:
-            os.setsid()
             for step, (soft, hard) in word.get("limits", {}).items():
                 resource.setrlimit(getattr(resource, step), (soft, hard))
             step = "nice"
@@ -1319,21 +1274,13 @@ else:
                 os.setgid(ids["gid"])
                 os.setuid(ids["uid"])
             failpoint("fork", os.getppid())
-            os.umask(word["umask"])
             step = word["cwd"]
             os.chdir(step)
-            for target, source in enumerate(files):
-                os.dup2(source, target)
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):
-                signal.signal(number, signal.SIG_DFL)  # Python ignores them
-            step = word["argv"][0]
-            os.execvpe(step, word["argv"], word["env"])
         except BaseException as error:
             failure = getattr(error, "errno", None) or errno.EPERM
             text = getattr(error, "strerror", None) or str(error)
             os.write(writer, json.dumps([failure, text, step]).encode())
-        finally:
-            os._exit(127)
+            raise
 
     def _outer_folder(state_folder: str) -> str:
         """Return a folder of ours for sockets that cannot be in the state folder; made if need be.
@@ -1353,20 +1300,24 @@ else:
 
     @contextlib.contextmanager
     def _short_path(path: str) -> Iterator[str]:
-        """Give a name of a socket that fits into sun_path. (proc(5); else as it is)"""
+        """Give a name of a socket that fits into sun_path (unix(7)), through proc(5) or a link."""
         if len(os.fsencode(path)) <= SOCKET_PATH_MAX_BYTES:
             yield path
             return
-        fd = os.open(os.path.dirname(path), os.O_RDONLY)
+        folder, name = os.path.split(path)
+        if not _HAS_PROC:
+            with tempfile.TemporaryDirectory(prefix="apexd-") as temporary:
+                os.symlink(folder, f"{temporary}/x")
+                yield f"{temporary}/x/{name}"
+            return
+        fd = os.open(folder, os.O_RDONLY)
         try:
-            yield f"/proc/self/fd/{fd}/{os.path.basename(path)}"
+            yield f"/proc/self/fd/{fd}/{name}"
         finally:
             os.close(fd)
 
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
-        import subprocess
-
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         return done.stdout.strip() or None
 
@@ -1412,10 +1363,7 @@ def cannot_create(path: str, error: OSError) -> DaemonError:
 
 
 def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, never through a symbolic link, a new one for us alone.
-
-    Raises OSError.
-    """
+    """Open a regular file, through no symbolic link, a new one for us alone. Raises OSError."""
     fd = os.open(path, flags | _O_SAFE, 0o600)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -1480,12 +1428,13 @@ def write_atomically(path: str, data: str | bytes, mode: int = 0o600) -> None:
 def refuse_foreign(path: str, info: os.stat_result, root_too: bool = True) -> None:
     """Raise PERMISSION_DENIED when others than us and root could have written a file."""
     who = Platform.distrust(info, root_too)
+    what = f"{path} belongs to {who}"
+    hint = f"act as its owner (`sudo -u {who} ...`), or name another folder with --state"
     if who == "others":
+        what = f"{path} can be written by others"
         hint = "take that right from them: `chmod go-w` it"
-        raise DaemonError("PERMISSION_DENIED", f"{path} can be written by others", hint)
     if who is not None:
-        hint = f"act as its owner (`sudo -u {who} ...`), or name another folder with --state"
-        raise DaemonError("PERMISSION_DENIED", f"{path} belongs to {who}", hint)
+        raise DaemonError("PERMISSION_DENIED", what, hint)
 
 
 def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> bytes | None:
@@ -1546,7 +1495,7 @@ folder = os.path.dirname(os.path.realpath(__file__))
 source = os.path.normpath(os.path.join(folder, {source}))
 launched_for = os.path.normpath(os.path.join(folder, {project})), folder
 info, umask = os.stat(folder), os.umask(0o077)
-is_ours = not hasattr(os, "geteuid") or info.st_uid == os.geteuid() and not info.st_mode & 0o022
+is_ours = {is_ours}
 for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_ours:]:
     try:
         code = SourceFileLoader("apexd", source).get_code("apexd")
@@ -1631,7 +1580,7 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
         return "'" + text.replace("'", "'\"'\"'") + "'"
 
     gone = quoted(f"apexd: {python} is gone: run `python3 {source} start`")
-    names = {"python": quoted(python), "gone": gone}
+    names = {"python": quoted(python), "gone": gone, "is_ours": Platform.IS_OURS}
     names.update(source=seen(source), project=seen(project))
     yield launcher_path(folder), _LAUNCHER.format(**names)
     if not Platform.is_posix:
@@ -1639,33 +1588,26 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
 
 
 def store_bytecode(folder: str) -> None:
-    """Put the bytecode of this file into the launcher's cache: of what runs now, if it can be.
+    """Put the bytecode that runs now into the launcher's cache; else the launcher compiles.
 
-    A file that has just been written may be another than the one that runs: it is compiled.
+    Not that of a file so new that it may be another than the one that runs.
     """
-    from importlib import machinery, util
+    from importlib import util
 
-    path, info = os.path.abspath(__file__), os.stat(__file__)
-    kept, umask = (sys.pycache_prefix, sys.dont_write_bytecode), os.umask(0o077)
-    sys.pycache_prefix, sys.dont_write_bytecode = os.path.join(folder, "cache"), False
+    info = os.stat(__file__)
+    if not _BYTECODE or Clock.now() - max(info.st_mtime, info.st_ctime) < FRESH_S:
+        return
+    former, sys.pycache_prefix = sys.pycache_prefix, os.path.join(folder, "cache")
+    target = util.cache_from_source(os.path.abspath(__file__))
+    sys.pycache_prefix = former
+    numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
+    head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
     try:
-        target = util.cache_from_source(path)
-        numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
-        head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
-        if (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
-            return
-        if _BYTECODE and Clock.now() - max(info.st_mtime, info.st_ctime) > FRESH_S:
-            import marshal
-
+        if not (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             write_atomically(target, head + marshal.dumps(_BYTECODE))
-        else:
-            machinery.SourceFileLoader("apexd", path).get_code("apexd")
     except OSError as error:
         raise cannot_create(folder, error) from None
-    finally:
-        sys.pycache_prefix, sys.dont_write_bytecode = kept
-        os.umask(umask)
 
 
 # A log that grows over its cap loses its head to `.1`. Offsets that users of this section
@@ -1743,11 +1685,9 @@ def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
 
 
 def _complain(path: str, error: Exception) -> None:
-    import logging
-
     if path not in _complaints and len(_complaints) < 1000:
         _complaints.add(path)
-        logging.getLogger("apexd").warning("%s: its head cannot be kept: %s", path, error)
+        log.warning("%s: its head cannot be kept: %s", path, error)
 
 
 def keep_ballast(folder: str) -> None:
@@ -1891,24 +1831,14 @@ def niceness(value: object) -> int:
     return integer(-20 if Platform.is_root() else 0, 19)(value)
 
 
-def user_or_group(kind: str) -> Callable[[object], str]:
-    """Make a reader of a "user" or a "group" that children can be started as."""
-
-    def read(value: object) -> str:
-        name = line_of_text(value)
-        Platform.identity(**{"user": None, "group": None, kind: name})
-        return name
-
-    return read
-
-
 def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
     """Make a reader of a limit of setrlimit(2), in units, that can be set here."""
+    return lambda value: integer(low, Platform.highest_limit(name) // unit)(value)
 
-    def read(value: object) -> int:
-        return integer(low, Platform.highest_limit(name) // unit)(value)
 
-    return read
+# Names that children can be started as; `identity` says what is wrong with one.
+user_name = reader("a user", lambda name: Platform.identity(line_of_text(name), None))
+group_name = reader("a group", lambda name: Platform.identity(None, line_of_text(name)))
 
 
 def paths(value: object) -> list[str]:
@@ -1973,8 +1903,8 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "env": (environment, {}, "variables on top of the daemon's own that are kept"),
         "env_file": (paths, [], "files of NAME=VALUE lines, read at each start"),
         "cwd": (line_of_text, ".", "seen from the project"),
-        "user": (user_or_group("user"), None, "to run as (the daemon is root)"),
-        "group": (user_or_group("group"), None, "to run as (the daemon is root)"),
+        "user": (user_name, None, "to run as (the daemon is root)"),
+        "group": (group_name, None, "to run as (the daemon is root)"),
         "umask": (octal, "022", "a string of octal digits"),
         "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a process"),
         "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a process"),
@@ -2025,28 +1955,28 @@ class Config:
                 raise _broken(path, f"process.{name}: is no name of a process", hint)
             if process.command is None:
                 raise _broken(path, f"process.{name}.command is missing", "say what to run")
-        self._stop_s: dict[str, float] = {}  # by process, with all that it needs
-        for name in self.processes:
-            self._follow_needs(path, [name])
-        self.stop_timeout_s = max(self._stop_s.values(), default=0.0)  # of all, one by one
+        below_s: dict[str, float] = {}  # how long each takes to stop, after all that it needs
+        for name in self._order_processes(path):
+            process = self.processes[name]
+            needed_s = max((below_s[need] for need in process.needs), default=0.0)
+            below_s[name] = process.stop_timeout + needed_s
+        self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
 
-    def _follow_needs(self, path: str | None, chain: list[str]) -> None:
-        """Check and measure what the last of a chain needs. Raises CONFIG_INVALID for a ring."""
-        process = self.processes[chain[-1]]
-        if len(chain) > 500:
-            raise _broken(path, f"process.{chain[0]}.needs: a chain of more than 500")
-        for need in process.needs:
-            if need not in self.processes:
-                what = f"process.{chain[-1]}.needs: there is no process {need!r}"
-                raise _broken(path, what, "processes: " + ", ".join(self.processes))
-            if need in chain:
-                ring = " -> ".join([*chain[chain.index(need) :], need])
-                raise _broken(path, f"process.{chain[-1]}.needs: a ring: {ring}", "break it")
-            if need not in self._stop_s:
-                self._follow_needs(path, [*chain, need])
-        below_s = max((self._stop_s[need] for need in process.needs), default=0.0)
-        self._stop_s[chain[-1]] = process.stop_timeout + below_s
+    def _order_processes(self, path: str | None) -> list[str]:
+        """Return the processes, each after all that it needs. Raises CONFIG_INVALID."""
+        for name, process in self.processes.items():
+            for need in process.needs:
+                if need not in self.processes:
+                    what = f"process.{name}.needs: there is no process {need!r}"
+                    raise _broken(path, what, "processes: " + ", ".join(self.processes))
+        graph = {name: process.needs for name, process in self.processes.items()}
+        try:
+            return list(graphlib.TopologicalSorter(graph).static_order())
+        except ValueError as error:  # its CycleError
+            ring = error.args[1][::-1]
+            what = f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}"
+            raise _broken(path, what, "break it") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the effective values: {"daemon.poll_interval": 5.0, ...}."""
@@ -2075,8 +2005,6 @@ def _broken(path: str | None, message: str, hint: str = "") -> DaemonError:
 
 
 def _unknown(path: str | None, where: str, key: str, known: Iterable[str]) -> DaemonError:
-    import difflib
-
     if key in FORMER_NAMES:
         return _broken(path, f"{where} is called {FORMER_NAMES[key]} here", "rename it")
     near = difflib.get_close_matches(key, list(known), 1, 0.0)
@@ -2187,10 +2115,11 @@ def _parse(path: str, text: str) -> object:
         import tomllib  # Python 3.11
 
         return tomllib.loads(text)
-    with contextlib.suppress(ValueError):
+    try:
         return json.loads(text)
-    if path.endswith(".json"):
-        return json.loads(text)
+    except ValueError:
+        if path.endswith(".json"):
+            raise
     if sys.flags.no_site:  # the daemon starts without site-packages
         import site
 
@@ -2207,18 +2136,6 @@ def _parse(path: str, text: str) -> object:
 # 7. LOG - the daemon's own log
 #    Uses 1-6. Any thread. Opened and closed by: Daemon.
 # ============================================================================
-
-
-class _LazyLogger:
-    """logging.getLogger("apexd") at first use: a CLI call never pays for the import."""
-
-    def __getattr__(self, name: str) -> Any:
-        import logging
-
-        return getattr(logging.getLogger("apexd"), name)
-
-
-log: Any = _LazyLogger()
 
 
 def open_log(path: str, options: Any, to_stderr: bool) -> None:
@@ -2266,8 +2183,6 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
 
 def close_log() -> None:
     """Flush and forget the handlers."""
-    import logging
-
     logger = logging.getLogger("apexd")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -2516,17 +2431,13 @@ MIGRATIONS = (
 )
 PRAGMAS = (
     "busy_timeout = 5000",
-    "cache_size = -1000",  # KiB; the system caches the rest
+    "cache_size = -200",  # KiB; the system caches the rest
     "journal_mode = WAL",
     "synchronous = FULL",  # on disk when a commit returns
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
     "trusted_schema = OFF",  # sqlite.org/security.html
     "cell_size_check = ON",
-    "temp_store = MEMORY",  # of `asked`
 )
-# The ids that a statement is about: as literals they would make it a new one each time, which
-# sqlite3 keeps. `place` is their order.
-ASKED = "CREATE TEMP TABLE asked (place INTEGER PRIMARY KEY, first INTEGER, last INTEGER)"
 
 
 class Database:
@@ -2538,11 +2449,8 @@ class Database:
 
     def __init__(self, path: str) -> None:
         """Open and migrate. Raises DATABASE_CORRUPT, _NEWER, _FAILED, CANNOT_CREATE."""
-        import sqlite3
-
         self.path = path
-        self._errors = sqlite3.Error
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         with self._translated():
             if path != ":memory:":
                 self._find_or_make()
@@ -2557,7 +2465,6 @@ class Database:
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
                 self._migrate(self._db, version)
-                self._db.execute(ASKED)
             except BaseException:
                 self._db.close()
                 raise
@@ -2567,8 +2474,6 @@ class Database:
 
         Raises DATABASE_CORRUPT, CANNOT_CREATE.
         """
-        import sqlite3
-
         temporary, wal = self.path + ".new", self.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
             info = os.lstat(self.path)
@@ -2576,10 +2481,10 @@ class Database:
             if info.st_nlink != 1:
                 raise cannot_create(self.path, OSError(errno.EMLINK, "has other hard links"))
             if not info.st_size:
-                raise self._errors("malformed: it is empty, which no queue is")
+                raise sqlite3.Error("malformed: it is empty, which no queue is")
             return
         if os.path.exists(wal) and os.path.getsize(wal):
-            raise self._errors(f"malformed: it is gone, and {wal} is left")
+            raise sqlite3.Error(f"malformed: it is gone, and {wal} is left")
         for name in (temporary, temporary + "-journal"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
@@ -2600,13 +2505,13 @@ class Database:
         with self._translated():
             ((verdict,),) = self.fetch("PRAGMA quick_check(1)")
             if verdict != "ok":
-                raise self._errors(f"malformed: {verdict}")
+                raise sqlite3.Error(f"malformed: {verdict}")
 
     @contextlib.contextmanager
     def _translated(self, is_vital: bool = True) -> Iterator[None]:
         try:
             yield
-        except self._errors as error:
+        except sqlite3.Error as error:
             code, hint = "DATABASE_FAILED", "check the disk's space and the file's mode"
             if re.search("not a database|malformed|corrupt", str(error)):
                 hint = "it is kept as it is: restore a backup, or move it away and start anew"
@@ -2621,22 +2526,13 @@ class Database:
         try:
             os.unlink(os.path.join(os.path.dirname(self.path), "ballast"))
         except OSError:
-            with contextlib.suppress(self._errors):
+            with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
         """Return the rows of a statement that changes nothing."""
-        with self._lock, self._translated():
+        with self.lock, self._translated():
             return self._db.execute(sql, values).fetchall()
-
-    @contextlib.contextmanager
-    def asking(self, ids: Iterable[int | range]) -> Iterator[sqlite3.Connection]:
-        """Give the connection with these ids in the table `asked`, to read only."""
-        with self._lock, self._translated():
-            self._db.execute("DELETE FROM asked")
-            rows = ((one.start, one.stop - 1) for one in as_ranges(ids))
-            self._db.executemany("INSERT INTO asked (first, last) VALUES (?, ?)", rows)
-            yield self._db
 
     @contextlib.contextmanager
     def write(self, is_vital: bool = True) -> Iterator[sqlite3.Connection]:
@@ -2644,7 +2540,7 @@ class Database:
 
         is_vital: on a full disk the ballast is given up for it.
         """
-        with self._lock, self._translated(is_vital):
+        with self.lock, self._translated(is_vital):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -2656,7 +2552,7 @@ class Database:
 
     def close(self) -> None:
         """Checkpoint and close."""
-        with self._lock, contextlib.suppress(self._errors):
+        with self.lock, contextlib.suppress(sqlite3.Error):
             self._db.close()
 
 
@@ -2679,9 +2575,16 @@ _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
 SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
        a.boot_id, a.pid, a.start_time, a.cpu_s, a.max_rss,
-       (SELECT cwd FROM requests WHERE id = t.request_id) AS cwd
+       (SELECT cwd FROM requests WHERE id = t.request_id) AS cwd,
+       (SELECT group_concat(parent || ':' || need) FROM deps WHERE child = t.id) AS after
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
+"""
+# The tasks in :asked, [[first id, last id], ...], in that order (asked.key, t.id).
+_ASKED_SQL = """
+json_each(:asked) asked
+CROSS JOIN tasks t ON t.id BETWEEN json_extract(asked.value, '$[0]')
+                               AND json_extract(asked.value, '$[1]')
 """
 _INSERT_SQL = """
 INSERT INTO tasks (id, command, request_id, state, open_deps, grp, priority, label, key, due_at,
@@ -2750,90 +2653,92 @@ def read_options(given: Mapping[str, Any], config: Config) -> SimpleNamespace:
     return options
 
 
-def _row_to_task(row: sqlite3.Row, after: Sequence[str] = ()) -> Task:
-    fields = dict(zip(row.keys(), row))
+def _row_to_task(row: sqlite3.Row) -> Task:
+    fields = dict(row)
     del fields["open_deps"]
     fields["group"] = fields.pop("grp")
+    after = fields["after"].split(",") if fields["after"] else []
+    fields["after"] = sorted(after, key=lambda one: int(one.partition(":")[0]))
     fields["command"] = json.loads(fields["command"])
     fields["cwd"] = json.loads(fields["cwd"])
     fields["state"] = State(fields["state"])
     for name in ("outcome", "wish"):
         fields[name] = Outcome(fields[name]) if fields[name] else None
-    return Task(after=list(after), **fields)
+    return Task(**fields)
 
 
 def _insert_tasks(
     db: sqlite3.Connection, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
     request: int,
 ) -> Added:  # fmt: skip
-    """Insert the tasks of one request: the plain ones of a large batch in one statement."""
+    """Insert the tasks of one request; the plain ones of a large batch in few statements."""
     common = read_options(given, config)
-    is_plain = not common.after and not common.key
-    plain = (request, common.state.value, 0, *common.row, None)
     seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
     next_id = (seq[0] if seq else 0) + 1
-    rows: list[tuple[object, ...]] = []
     ids, existing = Added(), dict[int, None]()
-    plain_count = 0
+    rows: list[tuple[Any, ...]] = []
+
+    def flush() -> None:
+        db.executemany(_INSERT_SQL, rows)
+        counts = Counter((row[3], row[5]) for row in rows)  # (state, group)
+        db.executemany(_COUNT_SQL, [(*where, count) for where, count in counts.items()])
+        rows.clear()
+
     for line, item in enumerate(commands, 1):
+        if item is None:
+            continue
         try:
-            if item is None:
-                continue
-            if is_plain and not isinstance(item, dict):
-                plain_count += 1
-                rows.append((next_id, json.dumps(command_line(item)), *plain))
-                ids.append(next_id)
-                if len(rows) == 1000:
-                    db.executemany(_INSERT_SQL, rows)
-                    rows.clear()
-            else:
-                own = {**given, **item} if isinstance(item, dict) else {**given, "command": item}
-                command = json.dumps(command_line(own.pop("command", None)))
-                db.executemany(_INSERT_SQL, rows)
-                rows.clear()
-                ids.append(_insert_one(db, next_id, command, read_options(own, config), request))
-                existing.update({ids[-1]: None} if ids[-1] != next_id else {})
-            next_id = max(next_id, ids[-1] + 1)
+            options = common
+            if isinstance(item, dict):
+                own = {**given, **item}
+                item = own.pop("command", None)
+                options = read_options(own, config)
+            command = json.dumps(command_line(item))
+            state, open_deps = options.state, 0
+            if options.after or options.key or len(rows) == 1000:
+                flush()  # what it asks for may be among them
+                sql = "SELECT id FROM tasks WHERE key = ? AND finished_at IS NULL"
+                holder = db.execute(sql, (options.key,)).fetchone()
+                if holder:
+                    ids.append(holder[0])
+                    existing[holder[0]] = None
+                    continue
+                state, open_deps = _insert_deps(db, next_id, options)
         except (ValueError, DaemonError) as error:
             place = f"line {line}: " if len(commands) > 1 else ""
             if isinstance(error, ValueError):
                 raise bad(f"{place}must be {error}") from None
             raise DaemonError(error.code, place + error.message, error.hint) from None
-    db.executemany(_INSERT_SQL, rows)
-    db.execute(_COUNT_SQL, (common.state.value, common.group, plain_count))
+        finished_at = Clock.now() if state == State.SKIPPED else None
+        head = (next_id, command, request, state.value, open_deps)
+        rows.append((*head, *options.row, finished_at))
+        ids.append(next_id)
+        next_id += 1
+    flush()
     ids.existing = list(existing)
     return ids
 
 
-def _insert_one(
-    db: sqlite3.Connection, task_id: int, command: str, options: SimpleNamespace, request: int
-) -> int:
-    """Insert a task with dependencies or a key; return its id or that of the key's holder."""
-    sql = "SELECT id FROM tasks WHERE key = ? AND finished_at IS NULL"
-    holder = db.execute(sql, (options.key,)).fetchone()
-    if holder:
-        return int(holder[0])
+def _insert_deps(
+    db: sqlite3.Connection, task_id: int, options: SimpleNamespace
+) -> tuple[State, int]:
+    """Insert what a new task comes after; return (its state, its open dependencies)."""
     for parent, need in options.after or ():
         if not db.execute("SELECT 1 FROM tasks WHERE id = ?", (parent,)).fetchone():
             raise unknown_task(parent)
         db.execute("INSERT INTO deps VALUES (?, ?, ?)", (parent, task_id, need))
     open_deps, unmet = _count_open(db, task_id)
     state = State.SKIPPED if unmet else State.WAITING if open_deps else options.state
-    finished_at = Clock.now() if state == State.SKIPPED else None
-    row = (task_id, command, request, state.value, open_deps, *options.row, finished_at)
-    db.execute(_INSERT_SQL, row)
-    db.execute(_COUNT_SQL, (state.value, options.group, 1))
-    return task_id
+    return state, open_deps
 
 
 def set_state(
-    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None,
-    has_children: bool = True,
-) -> None:  # fmt: skip
+    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None
+) -> None:
     """Move a task: the only writer of `state`, but for its insertion.
 
     A task that reaches a final state releases, or skips, what comes after it. One that runs
-    begins an attempt. has_children False: it is known that nothing comes after it.
+    begins an attempt.
     """
     work = [(task_id, old, new, due_at)]
     while work:
@@ -2844,7 +2749,7 @@ def set_state(
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
-        if new not in DONE or not has_children:
+        if new not in DONE:
             continue
         for child, due_at, open_deps, need in db.execute(
             """
@@ -2940,6 +2845,11 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
         yield one if isinstance(one, range) else range(one, one + 1)
 
 
+def ranges_as_json(ids: Iterable[int | range]) -> str:
+    """Write ids for _ASKED_SQL."""
+    return json.dumps([(one.start, one.stop - 1) for one in as_ranges(ids)])
+
+
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
     """Forget tasks and all that belongs to them."""
     places = ("tasks WHERE id", "attempts WHERE task_id", "deps WHERE parent", "deps WHERE child")
@@ -3024,32 +2934,24 @@ class TaskStore:
         limit: int = 100, ids: Iterable[int | range] | None = None,
     ) -> list[Task]:  # fmt: skip
         """Return the newest tasks with ids below `before`, ascending; at most `limit`."""
+        filters = {
+            "t.state = :state": state,
+            "t.grp = :grp": group,
+            f"t.id IN (SELECT t.id FROM {_ASKED_SQL})": ids,
+        }
         sql = _TASK_SQL + "WHERE t.id < :before"
-        if state is not None:
-            sql += " AND t.state = :state"
-        if group is not None:
-            sql += " AND t.grp = :grp"
-        if ids is not None:
-            sql += """
-                AND t.id IN (SELECT one.id FROM asked
-                             CROSS JOIN tasks one ON one.id BETWEEN asked.first AND asked.last)
-            """
-        before = before or INTEGER_MAX
-        values = {"state": state, "grp": group, "before": before, "most": limit}
-        with self.database.asking(ids or ()) as db:
-            rows = db.execute(sql + " ORDER BY t.id DESC LIMIT :most", values).fetchall()
-        return [_row_to_task(row, self._after(row["id"])) for row in reversed(rows)]
-
-    def _after(self, task_id: int) -> list[str]:
-        sql = "SELECT parent, need FROM deps WHERE child = ? ORDER BY parent"
-        return [f"{parent}:{need}" for parent, need in self.database.fetch(sql, (task_id,))]
+        sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
+        values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
+        values["asked"] = ranges_as_json(ids or ())
+        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
+        return [_row_to_task(row) for row in reversed(rows)]
 
     def get(self, task_id: int) -> Task:
         """Return one task. Raises UNKNOWN_TASK."""
         rows = self.database.fetch(_TASK_SQL + "WHERE t.id = ?", (task_id,))
         if not rows:
             raise unknown_task(task_id)
-        return _row_to_task(rows[0], self._after(task_id))
+        return _row_to_task(rows[0])
 
     def is_done(self, task_id: int) -> bool:
         """Tell whether a task has finished, at little cost; one that was removed has."""
@@ -3061,31 +2963,35 @@ class TaskStore:
 
         Raises UNKNOWN_TASK.
         """
-        with self.database.asking(ids) as db:
-            total, pending, percent, running, last = db.execute(
+        asked = {"asked": ranges_as_json(ids)}
+        with self.database.lock:
+            ((total, pending, percent, running, last),) = self.database.fetch(
                 f"""
                 SELECT count(*), coalesce(sum(state NOT IN {_DONE}), 0),
                        sum(CASE WHEN state IN {_DONE} THEN 100.0 ELSE coalesce(progress, 0) END),
-                       group_concat(CASE state WHEN 'running' THEN id END),
-                       max(CASE WHEN state NOT IN {_DONE} THEN id END)
-                FROM asked CROSS JOIN tasks ON id BETWEEN first AND last
-                """
-            ).fetchone()
+                       group_concat(CASE state WHEN 'running' THEN t.id END),
+                       max(CASE WHEN state NOT IN {_DONE} THEN t.id END)
+                FROM {_ASKED_SQL}
+                """,
+                asked,
+            )
             if total != sum(map(len, as_ranges(ids))):
                 sql = "SELECT 1 FROM tasks WHERE id = ?"
-                named = (task_id for one in as_ranges(ids) for task_id in one)
-                raise unknown_task(next(i for i in named if not db.execute(sql, (i,)).fetchone()))
-            bad_end = db.execute(
-                """
+                for task_id in (task_id for one in as_ranges(ids) for task_id in one):
+                    if not self.database.fetch(sql, (task_id,)):
+                        raise unknown_task(task_id)
+            bad_end = self.database.fetch(
+                f"""
                 SELECT coalesce(a.exit_code, 1)
-                FROM asked CROSS JOIN tasks t ON t.id BETWEEN first AND last
+                FROM {_ASKED_SQL}
                 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
                 WHERE t.state IN ('failed', 'cancelled', 'skipped') AND a.exit_code IS NOT 0
-                ORDER BY place, t.id
+                ORDER BY asked.key, t.id
                 LIMIT 1
-                """
-            ).fetchone()
-        answer = {"total": total, "pending": pending, "status": bad_end[0] if bad_end else 0}
+                """,
+                asked,
+            )
+        answer = {"total": total, "pending": pending, "status": bad_end[0][0] if bad_end else 0}
         answer["progress"] = percent / total if total else 0.0
         answer["running"] = [*map(int, (running or "").split(",")[:10])] if running else []
         return answer, last
@@ -3093,7 +2999,7 @@ class TaskStore:
     def get_attempts(self, task_id: int) -> list[dict[str, Any]]:
         """Return the attempts of a task, first to last, one dict a row of `attempts`."""
         sql = "SELECT * FROM attempts WHERE task_id = ? ORDER BY number"
-        return [dict(zip(row.keys(), row)) for row in self.database.fetch(sql, (task_id,))]
+        return [dict(row) for row in self.database.fetch(sql, (task_id,))]
 
     def get_counts(self) -> dict[str, dict[str, int]]:
         """Return {state: {group: number}}, without the zeros."""
@@ -3289,8 +3195,7 @@ class AttemptStore:
         at: dict[str, Any] = {"id": task.id, "run": task.run_id, "number": task.attempts}
         at.update(result.to_dict(), now=result.finished_at or Clock.now())
         where = "WHERE task_id = :id AND number = :number AND run_id = :run AND outcome IS NULL"
-        sql = "SELECT wish, EXISTS (SELECT 1 FROM deps WHERE parent = :id) FROM attempts"
-        row = db.execute(f"{sql} {where}", at).fetchone()
+        row = db.execute(f"SELECT wish FROM attempts {where}", at).fetchone()
         if row is None:
             return
         outcome = outcome_of(result, Outcome(row[0]) if row[0] else None)
@@ -3322,7 +3227,7 @@ class AttemptStore:
             task = self._store.get(task.id)
         state, delay_s = next_state(task, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
-        set_state(db, task.id, State.RUNNING, state, due_at, bool(row[1]))
+        set_state(db, task.id, State.RUNNING, state, due_at)
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
@@ -3558,7 +3463,7 @@ class Keeper:
         self._is_terminated = False
         self._patience_mono = Clock.mono() + KEEPER_PATIENCE_S
         self._watched = Watched()
-        self._listener, self._endpoint = Platform.listen_near(self._path + ".sock")
+        self._listener, self._endpoint = Platform.listen(self._path + ".sock")
         self._listener.setblocking(False)
         self._watched.add(self._listener, self._meet)
         self._fd = self._make_file()
@@ -3925,7 +3830,9 @@ class _Link:
                 if self.is_foreign or not may_connect:  # it ends by itself: look for its lock
                     self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
                 else:
-                    self.connection = Platform.connect_near(self.path, head)
+                    folder = os.path.dirname(self.path)
+                    self.connection = Platform.connect(folder, head, 1.0)
+                    self.connection.sendall(head.get("token", "").encode())
                     self.connection.setblocking(False)
                     self.asked_mono = self.asked_mono or Clock.mono()
         return None
@@ -4117,6 +4024,11 @@ class _Roster:
             log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
         self._conclude(link.name, results, has_left)
 
+    def _hang_up(self, link: _Link) -> None:
+        if link.connection is not None:
+            self.watched.remove(link.connection)
+        link.drop()
+
     def _read(self, link: _Link) -> None:
         """Take what a keeper tells; called by `look`."""
         with self._lock:
@@ -4130,8 +4042,7 @@ class _Roster:
                 if not isinstance(error, EOFError):
                     log.error("the keeper %s is not understood: %s", link.name, error)
                     link.is_foreign = True
-                self.watched.remove(link.connection)
-                link.drop()
+                self._hang_up(link)
 
 
 class Keepers(_Roster):
@@ -4151,9 +4062,12 @@ class Keepers(_Roster):
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
 
     def adopt(self, ward: Ward) -> None:
-        """Find out what became of a former daemon's run; before `open`."""
+        """Find out what became of a former daemon's run; then `open`."""
         with self._lock:
             self._wards[ward.run_id] = ward
+            link = self._find_link(ward.run_id)
+            if link is not None:  # it has greeted already: it has to do so again
+                self._hang_up(link)
 
     def open(self, kind: str) -> None:
         """Reach the keepers that live, else start one; of this kind all runs are adopted."""
@@ -4502,7 +4416,7 @@ def make_run(task: Task, store: TaskStore, tell: Callable[[str, Begun | Result],
     return _Run(task=task, ward=ward, deadline_mono=float("inf"), log=LogWatch(path))
 
 
-def call(task: Task, execute: Callable[[Task], object]) -> Result:
+def call_task(task: Task, execute: Callable[[Task], object]) -> Result:
     """Carry out a task by a function: an int is the exit status, None 0, an exception 1."""
     try:
         code = execute(task)
@@ -4685,7 +4599,8 @@ class DaemonRunner:
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
-                if Clock.mono() >= self._drain_at and all(r.is_told for r in self._running.values()):
+                is_told = all(run.is_told for run in self._running.values())
+                if is_told and Clock.mono() >= self._drain_at:
                     self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
@@ -4769,7 +4684,7 @@ class DaemonRunner:
         execute, run_id = self._execute, task.run_id or ""
 
         def carry_out() -> None:
-            self._take(run_id, call(task, execute))
+            self._take(run_id, call_task(task, execute))
             self.keepers.wake()
 
         try:
@@ -5854,6 +5769,17 @@ def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
     connection.sendall(struct.pack(">I", len(data)) + data)
 
 
+def send_answer(connection: socket.socket, answer: Mapping[str, Any] | DaemonError) -> None:
+    """Send a response within FRAME_TIMEOUT_S; if it is too long, the error that says so."""
+    connection.settimeout(FRAME_TIMEOUT_S)
+    try:
+        if isinstance(answer, DaemonError):
+            answer = {"type": "error", **answer.to_dict()}
+        send_frame(connection, answer)
+    except DaemonError as error:
+        send_frame(connection, {"type": "error", **error.to_dict()})
+
+
 def receive_frame(
     connection: socket.socket, idle_s: float,
     reserve: Callable[[int], Any] = contextlib.nullcontext, most_items: int = INTEGER_MAX,
@@ -5913,7 +5839,7 @@ def has_hung_up() -> bool:
     connection.settimeout(0.0)
     try:
         return not connection.recv(1, socket.MSG_PEEK)
-    except (BlockingIOError, InterruptedError):
+    except BlockingIOError:
         return False
     except OSError:
         return True
@@ -5932,48 +5858,30 @@ def absolute_path(value: object) -> str:
     raise ValueError("an absolute path")
 
 
-def list_of_commands(value: object) -> list[Any]:
-    """Read commands: their own form is checked where they are added."""
-    if not isinstance(value, list):
-        raise ValueError("a list")
-    return value
-
-
 process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
-
-
-def process_names(value: object) -> list[str]:
-    """Read a list of names of processes."""
-    return [process_name(name) for name in text_list(value)]
-
-
-def log_offsets(value: object) -> dict[str, int]:
-    """Read an object of offsets."""
-    return {name: integer(0)(offset) for name, offset in mapping(value).items()}
 
 
 def signal_number(value: object) -> int:
     """Read a signal: HUP, SIGHUP or 1."""
-    name = str(value).upper()
-    found = getattr(signal, name if name.startswith("SIG") else "SIG" + name, None)
-    if isinstance(found, signal.Signals):
-        return int(found)
-    with contextlib.suppress(ValueError):
-        return int(signal.Signals(integer(1)(value)))
+    for name, number in signal.Signals.__members__.items():
+        if str(value).upper() in (name, name[3:], str(int(number))):
+            return int(number)
     raise ValueError("a signal, such as HUP or USR1")
 
 
 # Every field that a request can have, with its reader.
 FIELDS: dict[str, Callable[[Any], Any]] = {
-    "id": integer(0), "ids": task_ids, "commands": list_of_commands, "options": mapping,
+    "id": integer(0), "ids": task_ids, "options": mapping,
+    "commands": lambda value: value if isinstance(value, list) else text_list(value),
     "token": line_of_text, "cwd": absolute_path, "env": environment, "umask": integer(0, 0o777),
     "state": choice(*State), "group": line_of_text, "before": integer(1),
     "limit": integer(1, 1000), "within": duration, "offset": integer(-INTEGER_MAX),
     "attempt": integer(1), "run_id": line_of_text, "tokens": integer(0, 10**15), "cost": number,
     "progress": number, "note": line_of_text, "keep": bool,
-    "name": process_name, "names": process_names, "instances": integer(0, 1000),
-    "signal": signal_number,
-    "offsets": log_offsets, "lines": integer(1, LINES_MAX), "follow": truth, "wait": truth,
+    "name": process_name, "names": lambda value: [process_name(one) for one in text_list(value)],
+    "instances": integer(0, 1000), "signal": signal_number, "follow": truth, "wait": truth,
+    "offsets": lambda value: {name: integer(0)(at) for name, at in mapping(value).items()},
+    "lines": integer(1, LINES_MAX),
 }  # fmt: skip
 
 
@@ -6070,11 +5978,15 @@ class TaskVerbs:
 
     def _change(self, verb: str, ids: Sequence[range]) -> Fields:
         done, not_done = self._store.change(verb, ids)
+        answer: Fields = {"done": done, "not_done": not_done}
         if self._runner is not None:
             if verb == "cancel":
                 self._runner.end(done)
             self._runner.tell(done)
-        return self._wake({"done": done, "not_done": not_done})
+        elif verb == "cancel":
+            left = [int(task_id) for task_id in end_orphans(self._store)]
+            answer.update({"left": left} if left else {})
+        return self._wake(answer)
 
     def _set_paused(self, on: bool, group: str | None = None) -> Fields:
         return self._wake({"paused": self._store.pause(group, on)})
@@ -6095,8 +6007,8 @@ class TaskVerbs:
     ) -> Fields:
         """Return a part of an attempt's log, from a logical offset on (-n: the last n lines).
 
-        {"attempt", "data": base64, "next": offset, "done": no more will come of this attempt,
-         "attempts", "status": the task's, None while it is not done}. Waits for `within` s.
+        {"attempt", "attempts", "done": no more will come of this attempt, "data": base64,
+         "next": offset}. Waits for `within` seconds when there is nothing.
         """
         deadline, last = Clock.mono() + within, max(self._store.get(id).attempts, 1)
         number = attempt or last
@@ -6109,29 +6021,17 @@ class TaskVerbs:
             data, following = read_log(log_path(self._store.folder, id, number), offset)
             if data or is_over or not self._pause(id, deadline, 0.05):
                 break
-        return {
-            "attempt": number,
-            "data": in_base64(data),
-            "next": following,
-            "done": is_over and len(data) < LOG_CHUNK_BYTES,
-            "attempts": task.attempts,
-            "status": task.status if task.state in DONE else None,
-        }
+        is_over = is_over and len(data) < LOG_CHUNK_BYTES
+        answer = {"attempt": number, "attempts": task.attempts, "done": is_over}
+        return {**answer, "data": in_base64(data), "next": following}
 
     def _process_logs(
         self, name: str, offsets: Mapping[str, int] | None = None, lines: int = 50
     ) -> Fields:
-        """Return {"logs": {"web.0": {"data": base64, "next": offset}}} from `offsets` on.
-
-        Of an instance that is not in `offsets`: the last `lines` lines.
-        """
-        logs = read_process_logs(self._store, name, offsets or {}, lines)
-        return {
-            "logs": {
-                instance: {"data": in_base64(data), "next": following}
-                for instance, (data, following) in logs.items()
-            }
-        }
+        """Return {"logs": {"web.0": {"data": base64, "next": offset}}}."""
+        found = read_process_logs(self._store, name, offsets or {}, lines).items()
+        logs = {one: {"data": in_base64(data), "next": end} for one, (data, end) in found}
+        return {"logs": logs}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -6146,9 +6046,8 @@ class TaskVerbs:
             yield f"runs since {span(Clock.now() - task.started_at)}"
             if task.wish is not None:
                 yield f"is being ended: {task.wish.value}"
-            obstacle = self._runner.keepers.explain(task.run_id or "") if self._runner else ""
-            if obstacle:
-                yield obstacle
+            if self._runner is not None:
+                yield from filter(None, [self._runner.keepers.explain(task.run_id or "")])
             return
         if task.state == State.SCHEDULED:
             yield f"due in {span((task.due_at or 0.0) - Clock.now())}"
@@ -6171,12 +6070,13 @@ class TaskVerbs:
             yield "a task it came after was removed"
 
     def _queue_reasons(self, task: Task) -> Iterator[str]:
-        paused, config = self._store.get_paused(), self._store.config
+        config = self._store.config
+        paused = {"*", task.group}.intersection(self._store.get_paused())
         running = self._store.find(state="running", limit=1000)
-        group = config.groups.get(task.group)
-        limit, most = group.max_concurrent if group else None, config.daemon.max_concurrent
+        group, most = config.groups.get(task.group), config.daemon.max_concurrent
+        limit = group.max_concurrent if group else None
         names = [str(other.id) for other in running if other.group == task.group]
-        if "*" in paused or task.group in paused:
+        if paused:
             yield "everything is paused" if "*" in paused else f"group {task.group} is paused"
         if limit is not None and len(names) >= limit:
             yield f"group {task.group} is full ({limit}): tasks {', '.join(names[:10])}"
@@ -6289,11 +6189,11 @@ class ProcessVerbs:
         view = one.view
         if view.is_stale or view.state == ProcessState.STOPPING:
             return not view.is_wanted
+        if not view.is_wanted or one.is_failing() or self._has_come_up(one):
+            return True
         needed = [need.view for name in view.policy.needs for need in self._supervisor.find(name)]
-        is_stuck = one.ward is None and any(
-            need.state in _DOWN or not (need.is_wanted or is_good_enough(need)) for need in needed
-        )
-        return not view.is_wanted or is_stuck or one.is_failing() or self._has_come_up(one)
+        is_down = (n.state in _DOWN or not (n.is_wanted or is_good_enough(n)) for n in needed)
+        return one.ward is None and any(is_down)
 
     def _await_up(self, instances: Sequence[Instance], hint: str = "") -> None:
         """Wait until these are up, or one that others follow failed. Raises PROCESS_FAILED."""
@@ -6303,11 +6203,9 @@ class ProcessVerbs:
             return is_failing or all(map(self._is_settled, instances))
 
         self._supervisor.wait_until(is_over, PROCESS_ANSWER_S - START_TIMEOUT_S)
-        failed = [one for one in instances if one.is_failing()] or [
-            one
-            for one in instances
-            if not self._has_come_up(one) and (one.view.is_wanted or not is_good_enough(one.view))
-        ]
+        away = [one for one in instances if not self._has_come_up(one)]
+        away = [one for one in away if one.view.is_wanted or not is_good_enough(one.view)]
+        failed = [one for one in instances if one.is_failing()] or away
         if failed:
             more = f"; {len(failed) - 3} more" if len(failed) > 3 else ""
             hint = hint or "see `why NAME` and `logs NAME`; it is tried again by its policy"
@@ -6377,18 +6275,18 @@ class ProcessVerbs:
                 reasons += [one.explain() for one in self._supervisor.find(need)]
         return {"name": name, "reasons": reasons or [f"{name} has no instances: `scale {name} 1`"]}
 
-    def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Any]:
+    def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Fields]:
         read = functools.partial(read_process_logs, self._store, name)
         if follow:
             read({}, 1)  # raises PROCESS_NOT_FOUND
             return _frame_lines(follow_lines(read, lines, True))
         (found,) = follow_lines(read, lines, False)
-        last = next(_frame_lines([found[::-1]])) or {"lines": []}  # those that fit
-        return {"type": "log_lines", "lines": last["lines"][::-1]}
+        last = next(_frame_lines([found[::-1]]))  # those that fit
+        return {**last, "lines": last["lines"][::-1]}
 
 
-def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields | None]:
-    """Yield {"lines": [...]} as lines come, below FRAME_MAX_BYTES; None when there is none."""
+def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields]:
+    """Yield {"type": "log_lines", "lines": [...]} as lines come, below FRAME_MAX_BYTES."""
     for lines in found:
         frame: list[Fields] = []
         moment, left = timestamp(Clock.now()), FRAME_MAX_BYTES // 2
@@ -6398,10 +6296,10 @@ def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields | 
             content = line.decode("utf-8", "replace")
             left -= len(json.dumps(content)) + 200
             if left < 0:
-                yield {"lines": frame}
+                yield {"type": "log_lines", "lines": frame}
                 frame, left = [], FRAME_MAX_BYTES // 2
             frame.append({"timestamp": moment, **about, "content": content})
-        yield {"lines": frame} if frame else None
+        yield {"type": "log_lines", "lines": frame}
 
 
 def remove_socket(path: str, *others: str) -> None:
@@ -6453,15 +6351,15 @@ class ControlServer:
     def _bind(self) -> None:
         self._hang_up()
         try:
-            self._listener, where = Platform.listen(self._folder)
+            listener, where = Platform.listen(os.path.join(self._folder, "control.sock"))
         except OSError as error:
             raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
         path = os.path.join(self._folder, where.get("socket", ""))
-        self._socket = (path, file_id(path))
+        self._listener, self._socket = listener, (path, file_id(path))
         about = {"pid": os.getpid(), "folder": file_id(self._folder)}
         self._endpoint = json.loads(json.dumps({**where, **about}))
-        args = (self._listener,)
-        threading.Thread(target=self._accept_all, args=args, name="control", daemon=True).start()
+        accept = functools.partial(self._accept_all, listener)
+        threading.Thread(target=accept, name="control", daemon=True).start()
 
     def _read_endpoint(self) -> Fields | None:
         with contextlib.suppress(ValueError, DaemonError):
@@ -6507,10 +6405,10 @@ class ControlServer:
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer requests until the peer leaves or sends what is none."""
-        is_sound, _PEER.connection = True, connection
+        _PEER.connection = connection
         try:
             with connection:
-                while is_sound:
+                while True:
                     try:
                         if Platform.peer_uid(connection):  # neither ours nor root
                             raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
@@ -6521,17 +6419,14 @@ class ControlServer:
                         self._idle.pop(connection, None)
                         if request is None:
                             return
-                        answer: Any = self._answer(request)
+                        answer = self._answer(request)
                     except DaemonError as error:  # the framing is lost: say so and hang up
-                        answer, is_sound = {"type": "error", **error.to_dict()}, False
-                    if not isinstance(answer, dict):
+                        send_answer(connection, error)
+                        return
+                    if isinstance(answer, (dict, DaemonError)):
+                        send_answer(connection, answer)
+                    else:
                         self._stream(connection, answer)
-                        continue
-                    connection.settimeout(FRAME_TIMEOUT_S)
-                    try:
-                        send_frame(connection, answer)
-                    except DaemonError as error:  # it is over FRAME_MAX_BYTES
-                        send_frame(connection, {"type": "error", **error.to_dict()})
         except OSError as error:
             log.debug("a connection ended: %s", error)
         except Exception:  # this thread's top frame
@@ -6540,23 +6435,22 @@ class ControlServer:
             self._idle.pop(connection, None)
             self._room.release()
 
-    def _stream(self, connection: socket.socket, answers: Iterable[Fields | None]) -> None:
+    def _stream(self, connection: socket.socket, answers: Iterable[Fields]) -> None:
         """Send answers as they come until the peer leaves, or sends its next request."""
         if not self._streams.acquire(blocking=False):
-            what = f"{STREAMS_MAX} others follow logs already"
-            send_frame(connection, {"type": "error", **DaemonError("BUSY", what).to_dict()})
+            error = DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
+            send_answer(connection, error)
             return
         try:
             for answer in answers:
-                if answer is not None:
-                    connection.settimeout(FRAME_TIMEOUT_S)
-                    send_frame(connection, {"type": "log_lines", **answer})
-                connection.settimeout(0.001 if answer else STREAM_PAUSE_S)
+                if answer["lines"]:
+                    send_answer(connection, answer)
+                connection.settimeout(0.001 if answer["lines"] else STREAM_PAUSE_S)
                 with contextlib.suppress(socket.timeout):
                     connection.recv(1, socket.MSG_PEEK)
                     return
         except DaemonError as error:  # the process was removed
-            send_frame(connection, {"type": "error", **error.to_dict()})
+            send_answer(connection, error)
         finally:
             self._streams.release()
 
@@ -6574,7 +6468,7 @@ class ControlServer:
             with self._lock:
                 self._reserved -= counted
 
-    def _answer(self, request: Fields) -> Fields | Iterator[Fields | None]:
+    def _answer(self, request: Fields) -> Fields | DaemonError | Iterator[Fields]:
         """Carry out one request; return its answer or several of them.
 
         Raises PERMISSION_DENIED for a wrong token.
@@ -6584,21 +6478,21 @@ class ControlServer:
         if token is not None:
             import hmac
 
-            if not hmac.compare_digest(shown.encode(), token.encode()):
+            if not hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode()):
                 raise DaemonError("PERMISSION_DENIED", "a wrong token")
         try:
             if name not in self._verbs:
                 raise DaemonError("UNKNOWN_COMMAND", f"there is no verb {name[:40]!r}")
             form, act = self._verbs[name]
-            answer = act(**read_fields(form, request))
+            answer: Any = act(**read_fields(form, request))
             return {"type": "ok", **answer} if isinstance(answer, dict) else answer
         except DaemonError as error:
             if self._is_stopping and error.code == "DATABASE_FAILED":  # closed
                 raise ConnectionAbortedError("the daemon has ended") from None
-            return {"type": "error", **error.to_dict()}
+            return error
         except Exception as error:  # a request handler
             log.exception("request %s failed", name)
-            return {"type": "error", **DaemonError("INTERNAL", str(error)).to_dict()}
+            return DaemonError("INTERNAL", str(error))
 
 
 def settings_of(config: Config) -> Fields:
@@ -6607,10 +6501,7 @@ def settings_of(config: Config) -> Fields:
 
 
 READING_VERBS = frozenset("list get wait why logs queue process_logs".split())
-DAEMON_VERBS = frozenset(  # these mean nothing without one
-    "ping status reload shutdown list_processes get_process start_process stop_process "
-    "restart_process reload_process up down scale_process signal_process why_process".split()
-)
+WRITING_VERBS = frozenset("add cancel retry remove pause resume report".split())
 
 
 class Project(Value):
@@ -6620,6 +6511,10 @@ class Project(Value):
     folder: str
     config_path: str | None
 
+    def file(self, name: str) -> str:
+        """Return the path of a file in the state folder."""
+        return os.path.join(self.folder, name)
+
     @property
     def named_config(self) -> str | None:
         """The configuration that was named; None: it was found in the state folder."""
@@ -6627,9 +6522,7 @@ class Project(Value):
         return path if path and os.path.dirname(path) != self.folder else None
 
 
-def find_project(
-    path: str | None = None, state: str | None = None, config: str | None = None
-) -> Project:
+def find_project(path: str | None, state: str | None, config: str | None) -> Project:
     """Decide which project is meant: named, from the environment, or by the current folder.
 
     That is the launcher's own; or the nearest folder with `.apex` from here up to the
@@ -6652,19 +6545,18 @@ def find_project(
 
 
 def _nearest_project() -> str:
+    def has_state(folder: str) -> bool:
+        return os.path.isdir(os.path.join(folder, STATE_FOLDER))
+
     start = folder = here()
-    found = None
-    while True:
-        if found is None and os.path.isdir(os.path.join(folder, STATE_FOLDER)):
-            found = folder
-        if os.path.exists(os.path.join(folder, ".git")):
-            return found or start
-        if folder == os.path.dirname(folder):
-            break  # no repository: only this folder counts, or that of apexd.py
+    passed = [start]
+    while not os.path.exists(os.path.join(folder, ".git")):
+        if folder == os.path.dirname(folder):  # no repository: here, or where apexd.py is
+            passed = [start, os.path.dirname(os.path.abspath(__file__))]
+            break
         folder = os.path.dirname(folder)
-    own = os.path.dirname(os.path.abspath(__file__))
-    has_state = [one for one in (start, own) if os.path.isdir(os.path.join(one, STATE_FOLDER))]
-    return (has_state or [start])[0]
+        passed.append(folder)
+    return next(filter(has_state, passed), start)
 
 
 def read_endpoint(folder: str) -> Fields:
@@ -6686,14 +6578,12 @@ def connect_to(folder: str) -> tuple[socket.socket, Fields]:
     check_state_folder(folder)
     found = read_endpoint(folder)
     try:
-        connection = Platform.connect(found, ANSWER_TIMEOUT_S)
+        return Platform.connect(folder, found, ANSWER_TIMEOUT_S), found
     except (ValueError, KeyError, TypeError, OverflowError):
         raise ConnectionRefusedError("no endpoint") from None
-    if Platform.peer_uid(connection) is not None:
-        connection.close()
-        what = f"another user answers at {found['socket']}"
-        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint")
-    return connection, found
+    except PermissionError as error:
+        what = f"{error.filename}: {error.strerror}"
+        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
 
 
 class Client:
@@ -6706,13 +6596,14 @@ class Client:
 
     def __init__(
         self, project_path: str | None = None, state: str | None = None,
-        config: str | None = None, notice: Callable[[str], None] = lambda text: None,
+        config: str | None = None, tell: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         self.project = find_project(project_path, state, config)
-        self._notice = notice  # told what people should know
-        self.is_live = self.was_live = False  # the last request, any, reached a daemon
+        self._tell = tell  # called with what people should know
+        self.is_live = False  # a daemon answered the last request
+        self._return_mono = float("-inf")  # when one that is away must be back
         self.existing: Sequence[int] = ()  # of the last add: ids of tasks that had the key
-        self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
+        self._pid_file = PidFile(self.project.file("daemon.pid"))
         self._connection: socket.socket | None = None
         self._endpoint: Fields = {}  # what the daemon wrote there, while we are connected
 
@@ -6729,11 +6620,9 @@ class Client:
         """
         deadline = Clock.mono() + (CONFIRM_TIMEOUT_S if "token" in fields else answer_s)
         while True:
-            self.is_live = True
             answer = self._ask(verb, fields, max(deadline - Clock.mono(), 0.01))
-            if answer is None:
-                self.is_live = False
-                answer = self._act(verb, fields)
+            self.is_live = answer is not None
+            answer = self._act(verb, fields) if answer is None else answer
             if answer is not None:
                 return answer
             if Clock.mono() > deadline:
@@ -6745,7 +6634,7 @@ class Client:
         is_fresh = self._connection is None
         try:
             connection = self._connect()
-            self.was_live = True
+            self._return_mono = float("inf")
             connection.settimeout(answer_s)
             token = self._endpoint.get("token")
             send_frame(connection, {"type": verb, **fields, **({"auth": token} if token else {})})
@@ -6789,17 +6678,16 @@ class Client:
 
     def _act(self, verb: str, fields: Fields) -> Fields | None:
         """Act on the store, under the lock; None when somebody else has it."""
-        folder = self.project.folder
-        if verb in DAEMON_VERBS:
+        if verb not in READING_VERBS | WRITING_VERBS:  # it means nothing without a daemon
             if self._pid_file.holder() is None:
                 raise DaemonError("NOT_RUNNING", "no daemon runs here", "start it with `start`")
             return None
-        path = os.path.join(folder, "apex.db")
+        folder, path = self.project.folder, self.project.file("apex.db")
         if verb in READING_VERBS and not any(map(os.path.exists, (path, path + "-wal"))):
             path = ":memory:"  # nothing to read, and nothing is left behind
         else:
             if make_state_folder(folder, self.project.path):
-                self._notice(f"made {folder}; no daemon runs there, `start` one")
+                self._tell(f"made {folder}; no daemon runs there, `start` one")
             if not self._pid_file.acquire("client " + verb):
                 return None
         try:
@@ -6807,15 +6695,9 @@ class Client:
             store = TaskStore(path, config, self._pid_file, self.project.path)
             with contextlib.closing(store):
                 form, act = TaskVerbs(store).table[verb]
-                answer = json.loads(json.dumps(act(**read_fields(form, fields))))
-                running = store.find(state="running", limit=INTEGER_MAX) if verb == "cancel" else ()
-                ids = [task.id for task in running if task.wish == Outcome.CANCELLED]
-                if ids:
-                    deadline = Clock.mono() + config.daemon.stop_timeout + STOP_MARGIN_S
-                    answer["left"] = end_attempts(store, ids, deadline)
+                return dict(json.loads(json.dumps(act(**read_fields(form, fields)))))
         finally:
             self._pid_file.release()
-        return dict(answer)
 
     def add(self, command: str | list[str], **options: Any) -> int:
         """Add a task, return its id; it is on disk. Options: those of `add_all`.
@@ -6872,8 +6754,7 @@ class Client:
         124 when `timeout` seconds were not enough. Outlives a restart of the daemon.
         Raises NOT_RUNNING when there is no daemon to wait for.
         """
-        deadline = float("inf") if timeout is None else Clock.mono() + timeout
-        until, within = Clock.mono() + RETURN_TIMEOUT_S, 0.0
+        within, deadline = 0.0, Clock.mono() + (float("inf") if timeout is None else timeout)
         while True:
             answer = self.call("wait", {"ids": ids, "within": within}, within + ANSWER_TIMEOUT_S)
             on_change(answer)
@@ -6881,7 +6762,7 @@ class Client:
                 return int(answer["status"])
             if Clock.mono() >= deadline:
                 return 124
-            until = self.outwait(until)
+            self.outwait()
             within = min(1.0, max(deadline - Clock.mono(), 0.0))
 
     def follow(
@@ -6892,7 +6773,6 @@ class Client:
         attempt None: the last one. offset -n: from the last n lines on. to_end False: only
         what is there now. Outlives a restart of the daemon.
         """
-        until = Clock.mono() + RETURN_TIMEOUT_S
         while True:
             fields = {"id": task_id, "attempt": attempt, "offset": offset, "within": float(to_end)}
             answer = self.call("logs", fields, 1.0 + ANSWER_TIMEOUT_S)
@@ -6905,29 +6785,37 @@ class Client:
             elif answer["done"] or (not data and not to_end):
                 return
             elif not data:
-                until = self.outwait(until)
+                self.outwait()
 
-    def outwait(self, until: float) -> float:
-        """Let a waiting call outlive a daemon that is away; return until when (monotonic)."""
-        if self.is_live:
-            return Clock.mono() + RETURN_TIMEOUT_S
-        if not self.was_live or Clock.mono() > until:
-            what = "no daemon runs, so nothing moves; the task is kept"
-            raise DaemonError("NOT_RUNNING", what, "start it with `start`")
-        threading.Event().wait(0.2)
-        return until
+    def outwait(self) -> None:
+        """Let a waiting call outlive a daemon that is away for RETURN_TIMEOUT_S."""
+        if not self.is_live:
+            self._return_mono = min(self._return_mono, Clock.mono() + RETURN_TIMEOUT_S)
+            if Clock.mono() > self._return_mono:
+                what = "no daemon runs, so nothing moves; the task is kept"
+                raise DaemonError("NOT_RUNNING", what, "start it with `start`")
+            threading.Event().wait(0.2)
+
+    def change(self, verb: str, ids: Sequence[int | str]) -> Fields:
+        """Do one of the next three to tasks, such as 3 or "5-9"; many may take their time."""
+        count = sum(map(len, read_fields("ids!", {"ids": ids})["ids"]))
+        answer_s = ANSWER_TIMEOUT_S + min(count / 1000, PROCESS_ANSWER_S)
+        return self.call(verb, {"ids": ids}, answer_s)
 
     def cancel(self, *ids: int) -> Fields:
-        """Cancel tasks; return {"done": ids, "not_done": ids finished before}."""
-        return self.call("cancel", {"ids": ids})
+        """Cancel tasks; return {"done": ids, "not_done": ids finished before}.
+
+        Without a daemon also "left": ids that still run, if there are any.
+        """
+        return self.change("cancel", ids)
 
     def retry(self, *ids: int) -> Fields:
         """Run finished tasks again; return {"done": ids, "not_done": ids unfinished}."""
-        return self.call("retry", {"ids": ids})
+        return self.change("retry", ids)
 
     def remove(self, *ids: int) -> Fields:
         """Forget tasks; return {"done": ids, "not_done": ids that run}."""
-        return self.call("remove", {"ids": ids})
+        return self.change("remove", ids)
 
     def pause(self, group: str | None = None) -> Fields:
         """Claim nothing from a group, or at all; return {"paused": groups}."""
@@ -6956,26 +6844,25 @@ def held_by(holder: Holder) -> DaemonError:
     return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
-def end_attempts(store: TaskStore, ids: Sequence[int], deadline_mono: float) -> list[int]:
-    """End running tasks whose wish is on disk, while there is no daemon; return what still runs."""
+def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
+    """End running tasks that are cancelled; `is_all`: KILL all tasks and processes.
+
+    For a client, while there is no daemon. Returns what still runs: ["12", "web.0"].
+    """
+    tasks = store.find(state="running", limit=INTEGER_MAX)
+    ids = [task.id for task in tasks if is_all or task.wish == Outcome.CANCELLED]
+    if not ids and not is_all:
+        return []
+    grace_s = STOP_MARGIN_S if is_all else store.config.daemon.stop_timeout
+    deadline = Clock.mono() + grace_s + STOP_MARGIN_S
     runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
     try:
-        return runner.finish(ids, deadline_mono)
+        left = [str(task_id) for task_id in runner.finish(ids, deadline, force=is_all)]
+        if is_all:
+            left += Supervisor(store, keepers=runner.keepers).finish(deadline)
+        return left
     finally:
-        runner.keepers.close(False)
-
-
-def end_everything(store: TaskStore) -> list[str]:
-    """KILL tasks and processes, while there is no daemon; return what still runs."""
-    deadline = Clock.mono() + 2 * STOP_MARGIN_S
-    runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
-    supervisor = Supervisor(store, keepers=runner.keepers)
-    ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
-    try:
-        left = [str(task_id) for task_id in runner.finish(ids, deadline, force=True)]
-        return [*left, *supervisor.finish(deadline)]
-    finally:
-        runner.keepers.close(True)
+        runner.keepers.close(is_all)
 
 
 # ============================================================================
@@ -6983,44 +6870,73 @@ def end_everything(store: TaskStore) -> list[str]:
 #     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
 # ============================================================================
 
+class Mailbox:
+    """What signal handlers and other threads tell the main thread, which sleeps until then."""
+
+    def __init__(self) -> None:
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._waker, self._wakee = socket.socketpair()
+        self._waker.setblocking(False)
+        # Another thread may be the one that the kernel interrupts: then only this wakes us.
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for name in Platform.SIGNALS:
+            if name != "SIGCHLD" or os.getpid() == 1:
+                signal.signal(getattr(signal, name), self._hear)
+        reset_signals()
+
+    def _hear(self, number: int, frame: object) -> None:
+        self._messages.put(signal.Signals(number).name)
+
+    def post(self, message: str) -> None:
+        """Leave a message, from any other thread."""
+        self._messages.put(message)
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            self._waker.send(b"x")
+
+    def take(self) -> Iterator[str]:
+        """Yield messages as they come, SIGHUP or what was posted; of several alike, one."""
+        while True:
+            waiting: dict[str, None] = {}
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting[self._messages.get_nowait()] = None
+            yield from waiting
+            if not waiting:
+                self._wakee.recv(4096)
+
+
 class Daemon:
     """One project's daemon: it owns lock, store, runner and control socket, and wires them.
 
     report: given {"event": "ready" | "progress" | "error", ...} while it starts.
     """
 
-    def __init__(
-        self, project: Project, report: Callable[[Fields], None], foreground: bool = False
-    ) -> None:
+    def __init__(self, project: Project, report: Callable[[Fields], Any], foreground: bool) -> None:
         self._project = project
         self._report = report
         self._foreground = foreground
         self._config = load_config(project.config_path)
-        self._pid_file = PidFile(os.path.join(project.folder, "daemon.pid"))
-        self._messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._waker: socket.socket  # `_obey` sleeps on the other end
-        self._wakee: socket.socket
+        self._pid_file = PidFile(project.file("daemon.pid"))
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
         self._exit_status, self._files = 0, dict[str, object]()  # the database's, with `file_id`
         self._standing = threading.Event()  # a keeper takes starts
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
-        self._store: TaskStore
-        self._keepers: Keepers
-        self._runner: DaemonRunner
-        self._supervisor: Supervisor
-        self._control: ControlServer
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
-        self._settle_in()
+        Platform.close_inherited()
+        self._mailbox = Mailbox()
+        os.umask(0o077)
+        make_state_folder(self._project.folder, self._project.path)
+        os.chdir(self._project.folder)
         self._take_lock()
         try:
-            open_log(self._path("daemon.log"), self._config.log, self._foreground)
+            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._report({"event": "progress", "what": "checking the database"})
-            path, lock = self._path("apex.db"), self._pid_file
+            path, lock = self._project.file("apex.db"), self._pid_file
             self._store = TaskStore(path, self._config, lock, self._project.path)
             with contextlib.closing(self._store):
                 self._store.database.check()
@@ -7035,24 +6951,7 @@ class Daemon:
             self._pid_file.release()
             close_log()
 
-    def _path(self, name: str) -> str:
-        return os.path.join(self._project.folder, name)
 
-    def _settle_in(self) -> None:
-        """Take a defined state whatever the caller's was: descriptors, signals, umask, folder."""
-        Platform.close_inherited()
-        self._waker, self._wakee = socket.socketpair()
-        self._waker.setblocking(False)
-        # Another thread may be the one that the kernel interrupts: then only this wakes us.
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for name in Platform.SIGNALS:
-            number = getattr(signal, name)
-            if name != "SIGCHLD" or os.getpid() == 1:
-                signal.signal(number, lambda number, _: self._messages.put(("signal", number)))
-        reset_signals()
-        os.umask(0o077)
-        make_state_folder(self._project.folder, self._project.path)
-        os.chdir(self._project.folder)
 
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
@@ -7069,9 +6968,9 @@ class Daemon:
 
     def _serve(self) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
-        on_drained = functools.partial(self._post, "drained")
+        on_drained = functools.partial(self._mailbox.post, "drained")
         self._runner = DaemonRunner(self._store, None, self._look_after, on_drained, keepers)
-        on_stopped = functools.partial(self._post, "stopped")
+        on_stopped = functools.partial(self._mailbox.post, "stopped")
         self._supervisor = Supervisor(self._store, self._give_up, on_stopped, keepers)
         keepers.on_standing = self._note_standing
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -7105,44 +7004,25 @@ class Daemon:
         self._runner.wake()
         self._supervisor.wake()
 
-    def _post(self, kind: str, value: object = None) -> None:
-        """Leave a message for the main thread, from any other."""
-        self._messages.put((kind, value))
-        with contextlib.suppress(BlockingIOError):  # full: it is awake
-            self._waker.send(b"x")
-
-    def _take_messages(self) -> Iterator[tuple[str, Any]]:
-        """Yield messages as they come; of several alike that wait, one."""
-        while True:
-            waiting: dict[tuple[str, Any], None] = {}
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting[self._messages.get_nowait()] = None
-            yield from waiting
-            if not waiting:
-                self._wakee.recv(4096)
-
     def _obey(self) -> None:
         """Do what signal handlers and threads ask for, until the end."""
         ended = set[str]()
-        for kind, value in self._take_messages():
-            name = signal.Signals(value).name if kind == "signal" else kind
+        for name in self._mailbox.take():
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             self._is_over = len(ended) == 2
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
             try:
-                self._act(name, value)
+                self._act(name)
             except (DaemonError, OSError) as error:  # a full disk, say
                 log.error("%s: %s", name, error)
 
-    def _act(self, name: str, value: Any) -> None:
+    def _act(self, name: str) -> None:
         """Do what one message asks for."""
         if name == "drained":
             self._supervisor.stop()
         elif name == "failed":
-            self._exit_status = self._exit_status or value
             if not self._first_term:
                 log.info("stopping")
                 self._runner.drain(self._config.daemon.graceful_timeout)
@@ -7160,32 +7040,36 @@ class Daemon:
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
-            open_log(self._path("daemon.log"), self._config.log, self._foreground)
+            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
             log.info("reopened the log")
         elif os.getpid() == 1:  # SIGCHLD
             Platform.reap_orphans(self._keepers.has_child)
 
     def _give_up(self, name: str) -> None:
-        log.error("process %s is critical and has failed: stopping", name)
-        self._post("failed", 1)
+        self._fail(1, f"process {name} is critical and has failed")
+
+    def _fail(self, status: int, why: str) -> None:
+        """Stop, and exit with this status."""
+        log.error("%s: stopping", why)
+        self._exit_status = self._exit_status or status
+        self._mailbox.post("failed")
 
     def _shutdown(self, keep: bool = False) -> Fields:
         """Stop; `keep` leaves the tasks running for the next daemon."""
-        self._post("leave" if keep else "stop")
+        self._mailbox.post("leave" if keep else "stop")
         return {"message": "stopping"}
 
     def _reload(self) -> list[str]:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
         with self._reload_lock:
             try:
-                path = self._project.config_path or find_config(self._project.folder)
-                new = load_config(path)
+                new = load_config(self._project.config_path or find_config(self._project.folder))
             except DaemonError as error:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
             plan = self._config.plan(new)
             if new.log != self._config.log:
-                open_log(self._path("daemon.log"), new.log, self._foreground)
+                open_log(self._project.file("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
             self._supervisor.reload(old)
             self._next_heartbeat = self._next_look = 0.0
@@ -7196,43 +7080,39 @@ class Daemon:
 
     def _look_after(self) -> float:
         """Do what recurs, each at its own time; return in how many seconds the next is due."""
-        now = Clock.mono()
+        now = Clock.mono() + TOGETHER_S
         try:
             if now >= self._next_look:
                 self._next_look = now + min(self._config.daemon.poll_interval, LOOK_S)
                 self._inspect()
             if now >= self._next_heartbeat and not self._exit_status:
                 self._next_heartbeat = now + self._config.daemon.heartbeat_interval
-                write_atomically(self._path("heartbeat"), timestamp(Clock.now()) + "\n")
+                write_atomically(self._project.file("heartbeat"), timestamp(Clock.now()) + "\n")
                 self._write_state()
         except DaemonError as error:  # a full disk
             log.error("%s (%s)", error, error.hint)
         return min(self._next_look, self._next_heartbeat) - Clock.mono()
 
     def _inspect(self) -> None:
-        """Look whether database and socket are where they were."""
+        """Look whether database, lock file and socket are where they were."""
         gone = [path for path, known in self._files.items() if file_id(path) != known]
         if gone and not self._exit_status:
-            log.error("%s was removed or replaced while in use: stopping", gone[0])
-            self._post("failed", CODES["DATABASE_CORRUPT"][0])
+            why = f"{gone[0]} was removed or replaced while in use"
+            self._fail(CODES["DATABASE_CORRUPT"][0], why)
         if gone:
             return  # nothing here is ours to write any more
-        self._keep_lock()
+        lock, project = self._pid_file, self._project
+        if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config)):
+            holder = lock.holder()
+            if holder is not None and holder.role == "daemon":
+                self._mailbox.post("leave")
         self._control.start(settings_of(self._config))
         if os.getpid() == 1:
             Platform.reap_orphans(self._keepers.has_child)
 
-    def _keep_lock(self) -> None:
-        """Lock a new file when the lock file was removed; leave if another daemon has."""
-        lock, project = self._pid_file, self._project
-        if lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config):
-            return
-        holder = lock.holder()
-        if holder is not None and holder.role == "daemon":
-            self._post("leave")
-
     def _write_state(self) -> None:
-        write_atomically(self._path("state.json"), json.dumps(self._status(), indent=1) + "\n")
+        text = json.dumps(self._status(), indent=1)
+        write_atomically(self._project.file("state.json"), text + "\n")
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
@@ -7246,8 +7126,7 @@ class Daemon:
         self._write_state()
 
     def _identity(self) -> Fields:
-        uptime_s = int(self._runner.get_metrics().uptime)
-        about = {"version": __version__, "uptime_secs": uptime_s}
+        about = {"version": __version__, "uptime_secs": int(self._runner.get_metrics().uptime)}
         return {**about, "pid": os.getpid(), "folder": self._project.folder}
 
     def _status(self) -> Fields:
@@ -7283,6 +7162,16 @@ def run_daemon(options: Fields) -> int:
         return error.exit_status
 
 
+def spawn(argv: list[str], env: dict[str, str]) -> Any:
+    """Start a daemon as a child in a session of its own; return its output's pipe."""
+    from subprocess import DEVNULL, PIPE, STDOUT, Popen
+
+    how = dict(Platform.DETACHED, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env)
+    process = Popen(argv, **how)
+    process.returncode = 0  # it is meant to outlive us: no ResourceWarning
+    return process.stdout
+
+
 class DaemonManager(Client):
     """A client that starts, stops and watches the daemon, too."""
 
@@ -7311,57 +7200,42 @@ class DaemonManager(Client):
             except DaemonError as error:
                 if error.code != "NOT_RUNNING":
                     raise
-            if mode == "fork" or (mode == "auto" and Platform.can_fork()):
-                pipe = Platform.fork(argv, env)
-            else:
-                pipe = self._spawn(argv, env)
+            is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
             try:
-                return self._await_ready(pipe), False
+                return self._await_ready((Platform.fork if is_forked else spawn)(argv, env)), False
             except DaemonError as error:
                 if error.code != "ALREADY_RUNNING":
                     raise
         raise DaemonError("START_FAILED", "daemons came and went", "see `logs`")
 
-    def _spawn(self, argv: list[str], env: dict[str, str]) -> Any:
-        """Start a daemon as a child in a session of its own; return its output's pipe."""
-        import subprocess
-
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=env, **Platform.DETACHED,
-        )  # fmt: skip
-        process.returncode = 0  # it is meant to outlive us: no ResourceWarning
-        return process.stdout
-
     def _await_ready(self, pipe: Any) -> int:
         """Read what the starting daemon reports. Raises the error it reports, START_FAILED."""
-        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Fields] = queue.SimpleQueue()
 
         def read() -> None:
+            last = "it ended without a word"
             with pipe:
-                for line in iter(pipe.readline, b""):
-                    lines.put(line)
-            lines.put(b"")
+                for line in pipe:
+                    try:
+                        events.put(dict(json.loads(line)))
+                    except (ValueError, TypeError):
+                        last = line.decode("utf-8", "replace").strip() or last
+            error = DaemonError("START_FAILED", last, "see `logs`")
+            events.put({"event": "error", **error.to_dict()})
 
         threading.Thread(target=read, name="report", daemon=True).start()
-        last = "it ended without a word"
-        while True:
+        event: Fields = {}
+        while event.get("event") not in ("ready", "error"):
             try:
-                line = lines.get(timeout=START_TIMEOUT_S)
+                event = events.get(timeout=START_TIMEOUT_S)
             except queue.Empty:
                 what = f"it did not answer within {START_TIMEOUT_S:.0f} s"
                 raise DaemonError("START_FAILED", what, "see `logs`") from None
-            if not line:
-                raise DaemonError("START_FAILED", last, "see `logs`")
-            try:
-                event = json.loads(line)
-                if event["event"] == "ready":
-                    return int(event["pid"])
-                if event["event"] == "error":  # what follows must not meet it any more
-                    self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
-                    raise DaemonError.from_dict(event)
-            except (ValueError, TypeError, KeyError):
-                last = line.decode("utf-8", "replace").strip() or last
+        if event["event"] == "ready":
+            return int(event["pid"])
+        if "pid" in event:  # what follows must not meet it any more
+            self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
+        raise DaemonError.from_dict(event)
 
     def run_foreground(self) -> int:
         """Become the daemon (never returns), or be it where there is no exec."""
@@ -7374,19 +7248,17 @@ class DaemonManager(Client):
         """Return the daemon that lives, None when there is none. Raises BUSY."""
         deadline = Clock.mono() + CLIENT_HOLD_S
         while True:
-            holder = self._pid_file.holder() or self._find_unlocked()
-            if holder is None or (holder.role == "daemon" and holder.is_alive()):
+            holder = self._pid_file.holder()
+            if holder is None:  # ask the socket, too: the lock file may be gone
+                with contextlib.suppress(DaemonError):
+                    pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
+                    return Holder.of_pid(pid, "daemon") if pid else None
+                return None
+            if holder.role == "daemon" and holder.is_alive():
                 return holder
             if Clock.mono() > deadline:
                 raise held_by(holder)
             threading.Event().wait(0.02)
-
-    def _find_unlocked(self) -> Holder | None:
-        """Ask the socket, before anybody says that no daemon runs: its lock file may be gone."""
-        with contextlib.suppress(DaemonError):
-            pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
-            return Holder.of_pid(pid, "daemon") if pid else None
-        return None
 
     def is_daemon_running(self) -> bool:
         """Tell whether a daemon holds the lock."""
@@ -7401,23 +7273,26 @@ class DaemonManager(Client):
         holder = self.find_holder()
         if holder is None:
             return None
-        config = Config({})
-        with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
-            config = load_config(holder.config or self.project.config_path)
         if timeout_s is None:
-            timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + STOP_MARGIN_S
-            timeout_s += config.stop_timeout_s
-        if Platform.is_posix:
-            deadline = Clock.mono() + timeout_s
-            Platform.send(holder.pid, signal.SIGTERM)
-            while force and Clock.mono() < deadline and not self._await_gone(holder, FIRST_TERM_S):
-                Platform.send(holder.pid, signal.SIGTERM)  # it counts from when it heard the first
-        else:
-            self.call("shutdown", {})
-        if not self._await_gone(holder, timeout_s):
-            what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
-            raise DaemonError("STOP_KILLED", what, "`start` goes on with it; see `logs` for why")
-        return holder.pid
+            config = Config({})
+            with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
+                config = load_config(holder.config or self.project.config_path)
+            timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout
+            timeout_s += config.stop_timeout_s + STOP_MARGIN_S
+        deadline = Clock.mono() + timeout_s
+        while True:
+            if Platform.is_posix:
+                Platform.send(holder.pid, signal.SIGTERM)
+            else:
+                with contextlib.suppress(DaemonError):
+                    self.call("shutdown", {})
+            left_s = deadline - Clock.mono()
+            if self._await_gone(holder, min(left_s, FIRST_TERM_S) if force else left_s):
+                return holder.pid
+            if Clock.mono() >= deadline:
+                what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
+                hint = "`start` goes on with it; see `logs` for why"
+                raise DaemonError("STOP_KILLED", what, hint)
 
     def _await_gone(self, holder: Holder, timeout_s: float) -> bool:
         deadline, pause_s = Clock.mono() + timeout_s, 0.002
@@ -7438,24 +7313,23 @@ class DaemonManager(Client):
             # A killed daemon's other threads can hold the lock for a moment longer.
             if not self._pid_file.acquire("client stop", wait_s=1.0):
                 return "another program has the project now"
-            try:
-                return self._clear_away()
-            finally:
-                self._pid_file.release()
+            return self._clear_away()
         except DaemonError as error:  # a read-only disk
             return f"what it started runs on; {error.message}"
+        finally:
+            self._pid_file.release()
 
     def _clear_away(self) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
-        folder, tasks, processes = self.project.folder, 0, 0
-        place = read_endpoint(folder).get("socket", os.path.join(folder, "control.sock"))
-        remove_socket(place, os.path.join(folder, "endpoint"), self._pid_file.path)
-        path, lock = os.path.join(folder, "apex.db"), self._pid_file
-        if os.path.exists(path):
-            with contextlib.closing(TaskStore(path, None, lock, self.project.path)) as store:
+        folder, file, tasks = self.project.folder, self.project.file, 0
+        place = read_endpoint(folder).get("socket", file("control.sock"))
+        remove_socket(place, file("endpoint"), self._pid_file.path)
+        if os.path.exists(file("apex.db")):
+            store = TaskStore(file("apex.db"), None, self._pid_file, self.project.path)
+            with contextlib.closing(store):
                 tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
-        for _, _, note in find_notes(folder):
-            processes += note["pid"] > 0 and Platform.start_time(note["pid"]) == note.get("at")
+        notes = [note for _, _, note in find_notes(folder) if note["pid"] > 0]
+        processes = sum(Platform.start_time(note["pid"]) == note.get("at") for note in notes)
         of_tasks = f"{tasks} task{'s' * (tasks != 1)}"
         return f"{of_tasks} and {processes} process{'es' * (processes != 1)} run on"
 
@@ -7463,16 +7337,18 @@ class DaemonManager(Client):
         """SIGKILL it, its children too if wanted; return its PID, None without one.
 
         Children run on otherwise. With children also when no daemon is left: they count
-        as interrupted and run again at the next start.
+        as interrupted and run again at the next start. Raises STOP_FAILED, naming what is left.
         """
         holder = self.find_holder()
         if holder is not None:
             self._kill(holder)
-        path = os.path.join(self.project.folder, "apex.db")
+        path = self.project.file("apex.db")
         if with_children and os.path.exists(path):
-            config = load_config(self.project.config_path)
-            with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
-                end_everything(store)
+            with contextlib.closing(TaskStore(path, project=self.project.path)) as store:
+                left = end_orphans(store, is_all=True)
+            if left:
+                hint = "the next daemon adopts it; `kill --all` again, or see `ps`"
+                raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
         return holder.pid if holder else None
 
     def leave_daemon(self) -> None:
@@ -7490,7 +7366,7 @@ class DaemonManager(Client):
             details = self.call("status", {})
             return DaemonStatus(running=True, exit_status=0, pid=details["pid"], details=details)
         except DaemonError as error:
-            status, reason, pid = 4, error.message, None
+            status, reason = 4, error.message
             if error.code == "NOT_RUNNING":
                 try:
                     pid = self._pid_file.read().get("pid")
@@ -7548,13 +7424,9 @@ COMMON = (
     arg("--json", "-j", action="store_true", help="print JSON only"),
 )
 ID = arg("id", type=reads(integer(0)), metavar="ID", help="a task id")
-def id_words(text: str) -> str:
-    """Check ids, and leave them as they are: a range need never be a list."""
-    task_ids(text)
-    return text
-
-
-IDS = arg("ids", nargs="+", type=reads(id_words), metavar="ID", help="task ids: 3 5-9 or 3,5-9")
+# Ids stay as they are written: a range need never be a list.
+READ_IDS = reads(lambda text: task_ids(text) and text)
+IDS = arg("ids", nargs="+", type=READ_IDS, metavar="ID", help="task ids: 3 5-9 or 3,5-9")
 GROUP = arg("--group", "-g", help="only this group")
 PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default: the daemon")
 ONE = arg("name", metavar="PROCESS", help="a process")
@@ -7600,21 +7472,16 @@ def width() -> int:
     return 80
 
 
-def client_of(args: Args) -> Client:
+def client_of(args: Args) -> DaemonManager:
     """Make the client of the project that the arguments name."""
-    return Client(args.project, args.state, args.config, notice)
-
-
-def manager_of(args: Args) -> DaemonManager:
-    """Make the manager of the project that the arguments name."""
     return DaemonManager(args.project, args.state, args.config, notice)
 
 
-def refuse_ids(verb: str, args: Args) -> None:
+def refuse_ids(args: Args) -> None:
     """Keep `kill 12` from killing the daemon."""
     if args.extra:
         hint = f"did you mean `cancel {' '.join(args.extra)}`?"
-        raise bad(f"{verb} acts on the daemon, not on tasks", hint)
+        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
 
 
 @register(
@@ -7623,7 +7490,7 @@ def refuse_ids(verb: str, args: Args) -> None:
 )  # fmt: skip
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
-    manager = manager_of(args)
+    manager = client_of(args)
     if args.foreground:
         return manager.run_foreground()
     pid, was_running = manager.start_daemon(args.mode)
@@ -7638,8 +7505,8 @@ def cmd_start(args: Args) -> int:
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
-    refuse_ids("stop", args)
-    pid = manager_of(args).stop_daemon(args.timeout, args.force)
+    refuse_ids(args)
+    pid = client_of(args).stop_daemon(args.timeout, args.force)
     return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
 
 
@@ -7665,22 +7532,19 @@ def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
         return ask_for("restart_process", args, name=args.name)
-    manager = manager_of(args)
-    holder = manager.find_holder()
-    if args.config is None and holder is not None and holder.config is not None:
-        args.config = holder.config
-        manager = manager_of(args)
+    holder = client_of(args).find_holder()
+    args.config = args.config or (holder and holder.config)
+    args.foreground, manager = False, client_of(args)
     load_config(manager.project.config_path)
+    if not args.drain:
+        manager.leave_daemon()
+        return cmd_start(args)
     try:
-        if args.drain:
-            manager.stop_daemon()
-        else:
-            manager.leave_daemon()
+        manager.stop_daemon()
     except DaemonError as error:
         if error.code != "STOP_KILLED":
             raise
         notice(error.message)
-    args.foreground = False
     return cmd_start(args)
 
 
@@ -7696,9 +7560,8 @@ def cmd_reload(args: Args) -> int:
 @register("status")
 def cmd_status(args: Args) -> int:
     """Say whether the daemon runs: 0 yes, 1 dead with a PID file, 3 no, 4 unknown."""
-    status = manager_of(args).get_status()
-    details = status.details
-    text = status.reason or ""
+    status = client_of(args).get_status()
+    details, text = status.details, status.reason or ""
     if status.running:
         counts = {state: sum(groups.values()) for state, groups in details["counts"].items()}
         tasks = ", ".join(f"{n} {state}" for state, n in counts.items()) or "none"
@@ -7712,9 +7575,8 @@ def cmd_status(args: Args) -> int:
             text += "\npaused: " + ", ".join(details["paused"]).replace("*", "everything")
         if details["draining"]:
             text += "\nstopping: running tasks are finishing"
-    known = status.to_dict()
-    del known["details"]
-    emit({**known, **details}, args, text)
+    about = {name: field for name, field in status.to_dict().items() if name != "details"}
+    emit({**about, **details}, args, text)
     return int(status.exit_status)
 
 
@@ -7725,27 +7587,23 @@ def cmd_ps(args: Args) -> int:
     try:
         known = [process["name"] for process in client.call("list_processes", {})["processes"]]
     except DaemonError as error:
-        if error.code == "NOT_RUNNING" and os.path.exists(client.project.folder + "/run"):
+        if error.code == "NOT_RUNNING" and os.path.exists(client.project.file("run")):
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
-    rows = [("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")]
-    found = []
+    found, rows = [], list[tuple[object, ...]]()
+    rows.append(("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND"))
     for name in args.names or known:
         process = client.call("get_process", {"name": name})["process"]
         for one in process["instance_details"]:
             found.append({"name": name, **one})
-            cells = (
-                f"{name}.{one['index']}",
-                one["state"],
-                one["pid"] or "-",
-                "-" if one["uptime_secs"] is None else span(one["uptime_secs"]),
-                "-" if one["cpu_percent"] is None else f"{one['cpu_percent']:.0f}%",
-                "-" if one["memory_bytes"] is None else f"{one['memory_bytes'] / 1e6:.0f}MB",
-                one["restart_count"],
-                fill(" ".join([process["command"], *process["args"]]), one["index"]),
-            )
-            rows.append(tuple(map(str, cells)))  # type: ignore[arg-type]
+            uptime, cpu, memory = one["uptime_secs"], one["cpu_percent"], one["memory_bytes"]
+            uptime = uptime if uptime is None else span(uptime)
+            cpu = cpu if cpu is None else f"{cpu:.0f}%"
+            memory = memory if memory is None else f"{memory / 1e6:.0f}MB"
+            text = fill(" ".join([process["command"], *process["args"]]), one["index"])
+            cells = (one["state"], one["pid"], uptime, cpu, memory, one["restart_count"], text)
+            rows.append((f"{name}.{one['index']}", *cells))
     return emit(found, args, columns(rows))
 
 
@@ -7788,8 +7646,8 @@ def cmd_signal(args: Args) -> int:
 @register("kill", EXTRA, arg("--all", action="store_true", help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
-    refuse_ids("kill", args)
-    pid = manager_of(args).kill_daemon(args.all)
+    refuse_ids(args)
+    pid = client_of(args).kill_daemon(args.all)
     return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
 
 
@@ -7820,12 +7678,6 @@ def read_batch() -> list[Any]:
     return commands
 
 
-def add_tasks(client: Client, commands: Sequence[Any], args: Args) -> Sequence[int]:
-    """Add tasks with the options on the command line."""
-    options = {name: getattr(args, name) for name in TASK_READERS}
-    return client.add_all(commands, args.token, args.dir, args.env, **options)
-
-
 @register(
     "add", *ADD[:-1],
     arg("--print-id", "-p", action="store_true", help="print the id alone"),
@@ -7840,7 +7692,8 @@ def cmd_add(args: Args) -> int:
     client = client_of(args)
     if args.wait:
         client.call("ping", {})
-    ids = add_tasks(client, commands, args)
+    options = {name: getattr(args, name) for name in TASK_READERS}
+    ids = client.add_all(commands, args.token, args.dir, args.env, **options)
     if args.wait:
         return show_output(client, ids, args)
     text = "\n".join(map(str, ids))
@@ -7860,12 +7713,18 @@ def cmd_add(args: Args) -> int:
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
     """Copy the output of tasks to ours until they are done; return their status."""
-    for task_id in ids:
-        for data in client.follow(task_id, attempt=1):
+    try:
+        for data in (data for task_id in ids for data in client.follow(task_id, attempt=1)):
             if not args.json:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-    return tell_end(client, ids, client.wait(ids), args)
+        return tell_end(client, ids, client.wait(ids), args)
+    except KeyboardInterrupt:
+        if args.verb == "run":
+            client.close()  # a request was cut in the middle
+            client.cancel(*ids)
+            notice(f"task {ids[0]} cancelled")
+        raise
 
 
 def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) -> int:
@@ -7881,16 +7740,8 @@ def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) 
 @register("run", *ADD)
 def cmd_run(args: Args) -> int:
     """Run a task now and show its output; exits with its status. Ctrl-C cancels it."""
-    client = client_of(args)
-    client.call("ping", {})
-    ids = add_tasks(client, [read_command(args)], args)
-    try:
-        return show_output(client, ids, args)
-    except KeyboardInterrupt:
-        client.close()  # a request was cut in the middle
-        client.cancel(*ids)
-        notice(f"task {ids[0]} cancelled")
-        raise
+    args.batch, args.wait = False, True
+    return cmd_add(args)
 
 
 @register(
@@ -7916,26 +7767,26 @@ def cmd_list(args: Args) -> int:
 
 def task_table(tasks: Sequence[Fields]) -> str:
     """Lay tasks out in columns."""
-    rows = [("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")]
+    head = ("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")
+    rows: list[tuple[object, ...]] = [head]
     for task in tasks:
-        end = task["finished_at"] or Clock.now()
-        is_timed = task["started_at"] and task["state"] not in ("queued", "scheduled", "waiting")
-        took = span(end - task["started_at"]) if is_timed else "-"
-        is_told = task["state"] == "running" and task["progress"] is not None
-        state = f"running {task['progress']:.0f}%" if is_told else task["state"]
-        code = "-" if task["exit_code"] is None else task["exit_code"]
-        words = task["command"]
+        state, took, words = task["state"], None, task["command"]
+        if task["started_at"] and state not in ("queued", "scheduled", "waiting"):
+            took = span((task["finished_at"] or Clock.now()) - task["started_at"])
+        if state == "running" and task["progress"] is not None:
+            state = f"running {task['progress']:.0f}%"
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
-        cells = (task["id"], state, task["group"], task["priority"], task["attempts"], code, took)
-        rows.append((*map(str, cells), text))  # type: ignore[arg-type]
+        counts = (task["priority"], task["attempts"], task["exit_code"])
+        rows.append((task["id"], state, task["group"], *counts, took, text))
     return columns(rows)
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows out in columns, cut at the terminal's width."""
-    widths = [max(map(len, column)) for column in [*zip(*rows)][:-1]]
+def columns(rows: Sequence[Sequence[object]]) -> str:
+    """Lay rows out in columns, None as "-", cut at the terminal's width."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in [*zip(*cells)][:-1]]
     most = width() if sys.stdout.isatty() else 10000
-    lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows)
+    lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in cells)
     return "\n".join(printable(line.replace("\n", " "))[:most].rstrip() for line in lines)
 
 
@@ -7982,11 +7833,13 @@ def register_change(verb: str, done: str, problem: str, text: str) -> None:
     """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
 
     def change(args: Args) -> int:
-        answer = client_of(args).call(verb, {"ids": args.ids})
+        answer = client_of(args).change(verb, args.ids)
         emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
-        if answer["not_done"]:
-            notice(f"{problem}: {', '.join(map(str, answer['not_done']))}")
-        return 1 if answer["not_done"] else 0
+        left = answer.get("left")
+        for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
+            if ids:
+                notice(f"{what}: {', '.join(map(str, ids))}")
+        return 1 if answer["not_done"] or left else 0
 
     change.__doc__ = text
     register(verb, IDS)(change)
@@ -8037,7 +7890,7 @@ def cmd_logs(args: Args) -> int:
     """Show the output of a task or a process; without a name the daemon's log."""
     client = client_of(args)
     if args.task is None:
-        path = os.path.join(client.project.folder, "daemon.log")
+        path = client.project.file("daemon.log")
         chunks = follow_file(path, args.lines or 50, args.follow)
     else:
         match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task)
@@ -8065,22 +7918,21 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
 
     Lines of several instances begin with "web.0 | ".
     """
-    until, count = Clock.mono() + RETURN_TIMEOUT_S, 0
+    instances = set[str]()
 
     def read(offsets: dict[str, int], lines: int) -> dict[str, tuple[bytes, int]]:
-        nonlocal count
         fields = {"name": name, "lines": lines, "offsets": offsets}
         logs = client.call("process_logs", fields)["logs"]
-        count = len(logs)
-        from_base64 = binascii.a2b_base64
-        return {one: (from_base64(part["data"]), part["next"]) for one, part in logs.items()}
+        instances.update(logs)
+        return {one: (binascii.a2b_base64(log["data"]), log["next"]) for one, log in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
-        marks = {one: f"{one} | ".encode() if count > 1 else b"" for one, _ in found}
+        is_marked = len(instances) > 1
         if found:
-            yield b"".join(marks[one] + line + b"\n" for one, line in found)
+            shown = ((f"{one} | ".encode() if is_marked else b"") + line for one, line in found)
+            yield b"\n".join([*shown, b""])
         elif to_end:
-            until = client.outwait(until)
+            client.outwait()
             threading.Event().wait(STREAM_PAUSE_S)
 
 
@@ -8095,12 +7947,12 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
 def cmd_report(args: Args) -> int:
     """Report usage and progress of the task this runs in."""
     inside = os.environ.get("APEX_TASK_ID", "")
-    if args.task is None and not inside.isdigit():
-        raise bad("this runs in no task", "name one with --task")
     usage = {n: getattr(args, n) for n in ("tokens", "cost", "progress", "note")}
     if args.task is None:
-        usage["run_id"] = os.environ.get("APEX_RUN_ID")
-    answer = client_of(args).report(int(inside) if args.task is None else args.task, **usage)
+        if not inside.isdigit():
+            raise bad("this runs in no task", "name one with --task")
+        args.task, usage["run_id"] = int(inside), os.environ.get("APEX_RUN_ID")
+    answer = client_of(args).report(args.task, **usage)
     text = "over budget: the task is being ended" if answer["over_budget"] else "ok"
     return emit(answer, args, text)
 
@@ -8108,23 +7960,22 @@ def cmd_report(args: Args) -> int:
 @register(
     "dlq",
     arg("action", nargs="?", default="list", choices=("list", "show", "retry", "drop")),
-    arg("ids", nargs="*", type=reads(id_words), metavar="ID", help="default: all failed ones"),
+    arg("ids", nargs="*", type=READ_IDS, metavar="ID", help="default: all failed ones"),
 )
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
-    failed = [task["id"] for task in client_of(args).list(state="failed")]
     if args.action == "list":
         args.in_state, args.group, args.lines = "failed", None, None
         return cmd_list(args)
-    known = set(failed)
-    for task_id in (task_id for ids in task_ids(args.ids or failed) for task_id in ids):
+    failed = {task["id"] for task in client_of(args).list(state="failed")}
+    args.ids = args.ids or sorted(failed)
+    for task_id in (task_id for ids in task_ids(args.ids) for task_id in ids):
         if args.action == "show":
             args.id = task_id
             cmd_show(args)
-        elif task_id not in known:
+        elif task_id not in failed:
             what = f"task {task_id} is no dead letter"
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
-    args.ids = args.ids or failed
     if args.action == "show":
         return 0
     return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
@@ -8133,7 +7984,7 @@ def cmd_dlq(args: Args) -> int:
 @register("config")
 def cmd_config(args: Args) -> int:
     """Check the configuration and print the effective values, of a broken one the good part."""
-    path, faults = manager_of(args).project.config_path, list[DaemonError]()
+    path, faults = client_of(args).project.config_path, list[DaemonError]()
     try:
         config = load_config(path)
     except DaemonError as error:
@@ -8158,7 +8009,7 @@ def cmd_config(args: Args) -> int:
 @register("doctor")
 def cmd_doctor(args: Args) -> int:
     """Look for what could go wrong here; 1 when something is."""
-    checks = [*find_faults(manager_of(args))]
+    checks = [*find_faults(client_of(args))]
     lines = [f"{'ok ' if is_good else 'BAD'} {name}: {text}" for name, is_good, text in checks]
     data = [{"check": name, "ok": is_good, "text": text} for name, is_good, text in checks]
     emit(data, args, "\n".join(lines))
