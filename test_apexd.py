@@ -4901,14 +4901,14 @@ class TestTaskPromises:
         daemon = box.start()
         fds = lambda: len(os.listdir(f"/proc/{daemon}/fd"))
         keeper_of(box)
-        before, killed = fds(), []
+        before, killed, due = fds(), [], [12, 5]
         ids = enqueue(box, *["sleep 0.03"] * 40)
         children = lambda pid: read(f"/proc/{pid}/task/{pid}/children").split()
         while {task["state"] for task in tasks_of(box, ids)} & {"queued", "running"}:
             for keeper in keepers(box):
                 killed += [pid for pid in children(keeper) if pid not in killed]
-                if len(killed) in (5, 12):  # within any step of a start
-                    kill(keeper)
+                if due and len(killed) >= due[-1]:  # within any step of a start
+                    kill(keeper), due.pop()
             kill(int(killed[-1])) if killed else None
         for task_id in ids:
             for attempt in box.request({"type": "get", "id": task_id})["history"]:
@@ -7934,7 +7934,7 @@ class TestProcessPromises:
         else:
             made.add(self.notifying(box))
         for words in ("kill", "kill --all", "restart"):
-            pids(box, "u")
+            eventually(lambda: " running" in box.run("ps").stdout)
             made |= outer() - before
             box.run(*words.split())
             box.start()
