@@ -4581,12 +4581,13 @@ class DaemonRunner:
                 if self._results and len(self._results) < len(self._running):
                     self.keepers.look(GATHER_S)
                 now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
-                is_polling = now >= next_poll
+                poll_s, is_polling = self.store.config.daemon.poll_interval, now >= next_poll
+                next_poll = now + poll_s if is_polling else min(next_poll, now + poll_s)
                 if is_polling:
-                    next_poll = now + self.store.config.daemon.poll_interval
                     self._metrics.last_poll_at = Clock.now()
                     self._metrics.poll_count += 1
-                    self._is_woken |= "queued" in self.store.get_counts()
+                    if "queued" in self.store.get_counts():
+                        self._is_woken = True  # no `|=`: what sets it meanwhile must stay
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
                 for run in self._running.values():
@@ -4596,8 +4597,6 @@ class DaemonRunner:
                 if is_polling and now >= next_upkeep:
                     next_upkeep = now + MAINTENANCE_S
                     prune_all(self.store, self._running)
-                poll_s = self.store.config.daemon.poll_interval
-                next_poll = min(next_poll, now + poll_s)  # a reload may have shortened it
                 wait_s = self._next_wake_s(min(next_poll, next_care))
             except DaemonError as error:
                 self._is_woken = True

@@ -2639,7 +2639,7 @@ class TestPidFile:
             assert each.returncode == 75, (each.args, out, err)
             assert out == b"" and (b"hint" in err or b"apexd: " in err)
         assert self.daemons(box) == []
-        left = {"config.json", "daemon.lock", "run", "logs", "cache", ".gitignore", "apex.db", "apexd"}
+        left = {"config.json", "daemon.lock", "run", "logs", "cache", ".gitignore", "apex.db", "apexd", "ballast"}
         assert set(os.listdir(box.state)) <= left
 
 
@@ -4179,15 +4179,16 @@ class TestCrashWindows:
             box.config({"daemon": {"max_concurrent": 4}}, process=self.HOLDER, **more)
             box.start()
             assert keeper_of(box) == keeper
-            seconds = "0" if point == "exited" else "1"
-            (again,) = enqueue(box, [*work, f"{number}a", seconds, "7", "closed"])
+            first = "" if point == "exited" else "[ $APEX_ATTEMPT = 1 ] && s=60; "
+            (again,) = enqueue(box, f"{first} exec {' '.join(work)} {number}a ${{s:-0}} 7 closed")
             (never,) = enqueue(box, [*work, f"{number}b", "60", "7"], on_lost="fail")
             eventually(lambda: not lives(keeper), why="it killed itself")
             if other == "is killed":
                 box.kill9()
                 box.start()
-            if box.until(never, "running", "failed")["state"] == "running":
-                box.run("cancel", never, rc=None)  # the keeper was gone before it was started
+            is_elsewhere = lambda: box.look(never)["keeper"] in keepers(box).values()
+            if eventually(lambda: box.look(never)["outcome"] or is_elsewhere()) is True:
+                box.request({"type": "cancel", "ids": [never]})  # it came too late to be lost
             first, second = settle(box, [again, never])
             assert (first["exit_code"], first["losses"]) == (7, 0)
             assert history_of(box, again) == ["lost", "failed"]
@@ -4265,7 +4266,7 @@ class TestKeeperLife:
 
     WAIT = "until [ -e go ]; do sleep 0.02; done; "
 
-    @pytest.mark.parametrize("half", ["", "before", "after"])
+    @pytest.mark.parametrize("half", ["", pytest.param("before", marks=slow), "after"])
     def test_what_a_dead_daemon_sent_to_a_frozen_keeper_runs_once(self, box, half):
         work = worker(box)
         box.config({}, process={"holder": {"command": ["sleep", "300"]}})
@@ -4293,7 +4294,7 @@ class TestKeeperLife:
             assert list(keepers(box)) == [keeper] and box.pid() != daemon
             if half == "after":
                 raw.close()
-        assert lines_of(box, "begun") == [str(n) for n in range(ROUNDS if SLOW else 1)]
+        assert lines_of(box, "begun") == sorted(str(n) for n in range(ROUNDS if SLOW else 1))
 
     @pytest.mark.parametrize("daemon", ["lives", "is dead"])
     def test_half_a_frame_of_a_daemon_that_was_displaced_is_dropped(self, box, daemon):
@@ -4305,8 +4306,9 @@ class TestKeeperLife:
         if daemon == "is dead":
             box.kill9()
         with greet(box, name) as raw:
-            raw.sendall(struct.pack(">I", 4000) + b'{"type": "start", "run": "')
-            assert raw.recv(1 << 16), "it is greeted"
+            with contextlib.suppress(ConnectionError):  # a daemon that lives is back at once
+                raw.sendall(struct.pack(">I", 4000) + b'{"type": "start", "run": "')
+                assert raw.recv(1 << 16), "it is greeted"
             pause(0.05)
             if daemon == "is dead":
                 box.start()
@@ -4378,7 +4380,8 @@ class TestKeeperLife:
     def test_all_that_a_killed_keeper_had_is_ended_then_run_again_or_failed(self, box):
         work, web = " ".join(worker(box)), "exec 9>>lock.web; flock -n 9 || echo web >>overlaps; "
         web += "setsid sleep 303 & setsid sleep 304 9>&- & exec sleep 305"
-        box.config({}, process={"web": {"command": web, "backoff": 0.05}})
+        often = {"backoff": 0.05, "backoff_max": 0.1, "max_restarts": 1000}
+        box.config({}, process={"web": {"command": web, **often}})
         box.start()
         for number in range(ROUNDS):
             away = f"[ $APEX_ATTEMPT = 1 ] && s=60; setsid {work} {number}a ${{s:-0}} 0 & wait $!"
@@ -4404,7 +4407,7 @@ class TestKeeperLife:
         first = "echo x >>ready; [ $APEX_ATTEMPT = 1 ] && "
         all_run = "until [ $(wc -l <ready) -ge 6 ]; do sleep 0.02; done; "
         neighbours = enqueue(box, *[f"{first} sleep 60; sleep 0.4; exit 0"] * 5)
-        (poison,) = enqueue(box, f"{first} {all_run} kill -9 $PPID; sleep 60", priority=9)
+        (poison,) = enqueue(box, f"{first} {all_run} kill -9 $PPID; sleep 60")
         tasks = settle(box, [*neighbours, poison])
         assert [task["state"] for task in tasks] == ["succeeded"] * 5 + ["failed"]
         assert {task["attempts"] for task in tasks[:5]} == {2}
@@ -4898,14 +4901,14 @@ class TestTaskPromises:
         daemon = box.start()
         fds = lambda: len(os.listdir(f"/proc/{daemon}/fd"))
         keeper_of(box)
-        before, killed = fds(), []
+        before, killed, due = fds(), [], [12, 5]
         ids = enqueue(box, *["sleep 0.03"] * 40)
         children = lambda pid: read(f"/proc/{pid}/task/{pid}/children").split()
         while {task["state"] for task in tasks_of(box, ids)} & {"queued", "running"}:
             for keeper in keepers(box):
                 killed += [pid for pid in children(keeper) if pid not in killed]
-                if len(killed) in (5, 12):  # within any step of a start
-                    kill(keeper)
+                if due and len(killed) >= due[-1]:  # within any step of a start
+                    kill(keeper), due.pop()
             kill(int(killed[-1])) if killed else None
         for task_id in ids:
             for attempt in box.request({"type": "get", "id": task_id})["history"]:
@@ -7931,7 +7934,7 @@ class TestProcessPromises:
         else:
             made.add(self.notifying(box))
         for words in ("kill", "kill --all", "restart"):
-            pids(box, "u")
+            eventually(lambda: " running" in box.run("ps").stdout)
             made |= outer() - before
             box.run(*words.split())
             box.start()
@@ -8514,14 +8517,14 @@ class TestDaemonPromises:
         bye = "trap 'sleep 0.5; echo bye >bye; exit' TERM; while :; do sleep 0.05; done"
         box.config({"daemon": {"graceful_timeout": 20}}, process={
             "a": {**critical, "command": "until [ -e go ]; do sleep 0.02; done; exit 1"},
-            "b": {**critical, "command": "until [ -e go ]; do sleep 0.02; done; sleep 0.3; exit 1"},
+            "b": {**critical, "command": "until [ -e go ]; do sleep 0.02; done; sleep 1.2; exit 1"},
             "c": {"command": bye, "stop_timeout": 10},
         })  # fmt: skip
         daemon = box.start()
         until_all(box, "c")
-        (task_id,) = enqueue(box, ["sleep", "1.5"])
+        (task_id,) = enqueue(box, ["sleep", "2"])
         box.until(task_id, "running")
-        put(box, "go")
+        put(box, "go")  # the second fails when a second TERM would count
         eventually(lambda: not lives(daemon))
         assert box.task(task_id)["state"] == "succeeded", "it had its graceful timeout"
         assert told(box, "bye") == [["bye"]], "it had its stop timeout"
