@@ -3454,8 +3454,8 @@ def read_result(word: Mapping[str, Any]) -> Result:
 
 
 def pack_frame(message: Mapping[str, Any]) -> bytes:
-    """Return a message as a frame: four bytes of length, big-endian, and JSON."""
-    data = json.dumps(message).encode()
+    """Return a message as a frame: four bytes of length, big-endian, and JSON (no escapes)."""
+    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return struct.pack(">I", len(data)) + data
 
 

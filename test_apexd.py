@@ -3972,6 +3972,21 @@ class TestKeeper:
         assert box.until(named)["signal"] == signal.SIGTERM
         assert not lives(pid)
 
+    def test_a_request_of_the_greatest_size_is_started_or_refused_but_not_for_ever(self, box):
+        box.config({}, process={"holder": {"command": ["sleep", "300"]}})
+        box.start()
+        keeper = keeper_of(box)
+        fields = {"type": "add", "commands": ["true"], "cwd": box.path, "token": "0" * 24}
+        fields["env"] = {"PATH": box.env["PATH"], "TEXT": "\u00e9" * 6_000_000}
+        data = json.dumps(fields, ensure_ascii=False).encode()
+        with box.connect() as connection:
+            connection.sendall(struct.pack(">I", len(data)) + data)
+            (task_id,) = read_frame(connection)["ids"]
+        task = box.until(task_id)
+        assert (task["exit_code"], task["attempts"]) == (126, 1)
+        assert task["reason"].startswith("spawn:E2BIG ")
+        assert keeper_of(box) == keeper
+
     def test_what_cannot_be_started_fails_at_once_and_says_why(self, shared):
         box = shared
         write(os.path.join(box.path, "plain.txt"), "x")
