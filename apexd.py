@@ -3862,6 +3862,7 @@ class Ward(Value):
     user: int  # it was started as
     log_path: str
     is_process: bool  # nothing of it may outlive its command
+    is_suspect: int  # its keeper is its own
     tell: Callable[[str, Begun | Result], None]
     pid: int | None
     start_time: str | None
@@ -4148,6 +4149,9 @@ class Keepers(_Roster):
             self._is_open = True
             self._kinds.add(kind)
             self._find()
+            for ward in self._wards.values():
+                if ward.is_suspect and ward.keeper in self._links:
+                    self._links[ward.keeper].is_private = True
             for name in {ward.keeper for ward in self._wards.values()} - self._links.keys():
                 self._conclude(name, {}, False)  # its file is gone, and so is it
             self._tend()
@@ -4485,6 +4489,7 @@ def make_run(task: Task, store: TaskStore, tell: Callable[[str, Begun | Result],
     ward = Ward(
         run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
         log_path=path, is_process=False, tell=tell, pid=task.pid, start_time=task.start_time,
+        is_suspect=task.suspect,
     )  # fmt: skip
     return _Run(task=task, ward=ward, deadline_mono=float("inf"), log=LogWatch(path))
 

@@ -3972,6 +3972,20 @@ class TestKeeper:
         assert box.until(named)["signal"] == signal.SIGTERM
         assert not lives(pid)
 
+    def test_a_private_keeper_stays_private_with_the_next_daemon_and_leaves(self, box):
+        box.start()
+        (suspect,) = enqueue(box, "exec sleep 60")
+        command_of(box, suspect)
+        kill(keeper_of(box))
+        eventually(lambda: box.look(suspect)["attempts"] == 2 and box.look(suspect)["pid"])
+        parent = lambda task_id: int(read(f"/proc/{command_of(box, task_id)}/stat").split()[3])
+        private = parent(suspect)
+        box.run("restart")
+        (other,) = enqueue(box, "exec sleep 61")
+        assert parent(other) != private == parent(suspect)
+        ask(box, "cancel", suspect)
+        eventually(lambda: list(keepers(box)) == [parent(other)], why="the private one left")
+
     def test_a_request_of_the_greatest_size_is_started_or_refused_but_not_for_ever(self, box):
         box.config({}, process={"holder": {"command": ["sleep", "300"]}})
         box.start()
