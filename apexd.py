@@ -225,7 +225,7 @@ CODES: dict[str, tuple[int, str]] = {
     "PROCESS_NOT_RUNNING": (1, "no instance of the process runs"),
     "QUEUE_FULL": (75, "retention.max_queue unfinished tasks are in the queue"),
     "START_FAILED": (1, "the daemon did not come up"),
-    "STOP_FAILED": (1, "the daemon did not go away"),
+    "STOP_FAILED": (1, "something did not go away"),
     "STOP_KILLED": (1, "the daemon did not stop in time and was killed"),
     "UNKNOWN_COMMAND": (2, "there is no such verb"),
     "UNKNOWN_GROUP": (2, "the configuration names no such group"),
@@ -5594,8 +5594,8 @@ class Supervisor:
             log.info("Adopting process %s", instance.id)
             instance.adopt()
 
-    def finish(self, deadline_mono: float) -> list[str]:
-        """KILL all that a former daemon left, without a thread; return what still runs then.
+    def end_left(self) -> None:
+        """KILL all that a former daemon left, without a thread; before the keepers are opened.
 
         For a client that acts while there is no daemon; the next start is a first one.
         """
@@ -5606,6 +5606,9 @@ class Supervisor:
                 instance.end("KILL", 0.0)
                 if instance.failure is not None:
                     instance.take_end(instance.failure)
+
+    def finish(self, deadline_mono: float) -> list[str]:
+        """Wait until that has ended; return what still runs then."""
         self.keepers.open("a")
         while Clock.mono() < deadline_mono and any(o.ward for o in self._instances.values()):
             self.keepers.look(0.1)
@@ -6964,6 +6967,7 @@ def end_everything(store: TaskStore) -> list[str]:
     runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
     supervisor = Supervisor(store, keepers=runner.keepers)
     ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
+    supervisor.end_left()
     try:
         left = [str(task_id) for task_id in runner.finish(ids, deadline, force=True)]
         return [*left, *supervisor.finish(deadline)]
@@ -7455,7 +7459,7 @@ class DaemonManager(Client):
     def kill_daemon(self, with_children: bool = False) -> int | None:
         """SIGKILL it, its children too if wanted; return its PID, None without one.
 
-        Children run on otherwise. With children also when no daemon is left: they count
+        Raises STOP_FAILED. Children run on otherwise. With children also when no daemon is left: they count
         as interrupted and run again at the next start.
         """
         holder = self.find_holder()
@@ -7465,7 +7469,10 @@ class DaemonManager(Client):
         if with_children and os.path.exists(path):
             config = load_config(self.project.config_path)
             with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
-                end_everything(store)
+                left = end_everything(store)
+            if left:
+                what = f"{', '.join(left):.200} may still run"
+                raise DaemonError("STOP_FAILED", what, "if its keeper hangs, kill that first")
         return holder.pid if holder else None
 
     def leave_daemon(self) -> None:

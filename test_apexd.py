@@ -3986,6 +3986,29 @@ class TestKeeper:
         ask(box, "cancel", suspect)
         eventually(lambda: list(keepers(box)) == [parent(other)], why="the private one left")
 
+    def test_kill_all_says_what_still_runs(self, box):
+        box.start()
+        (task_id,) = enqueue(box, "sleep 60")
+        command = command_of(box, task_id)
+        os.kill(keeper_of(box), signal.SIGSTOP)
+        error = box.error("kill", "--all", rc=1)
+        assert lives(command) and error["code"] == "stop_failed" and error["message"][0] == "1"
+        kill(keeper_of(box))
+        assert box.run("kill", "--all").stdout == "not running\n"
+        assert not lives(command)
+
+    def test_kill_all_waits_for_no_process_that_ended_as_nobody_listened(self, box):
+        box.config({}, process={"web": {"command": "until [ -e go ]; do sleep 0.01; done"}})
+        box.start()
+        (task_id,) = enqueue(box, "sleep 60")
+        command, (web,) = command_of(box, task_id), pids(box, "web")
+        box.kill9()
+        put(box, "go")
+        eventually(lambda: not lives(web))
+        began = time.monotonic()
+        box.run("kill", "--all")
+        assert time.monotonic() - began < 5 and not lives(command)
+
     def test_a_request_of_the_greatest_size_is_started_or_refused_but_not_for_ever(self, box):
         box.config({}, process={"holder": {"command": ["sleep", "300"]}})
         box.start()
