@@ -193,6 +193,7 @@ ENVIRONMENT_KEPT = (
     "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA"
 ).split()
 ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_|APEXD_")
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # they say nothing of what was looked for
 NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre fuse.sshfs fuse.s3fs".split()
 )
@@ -903,8 +904,12 @@ else:
             midst of execve(2) shows no environment; look again. (Linux; else none, sure)
             """
             found, is_sure, users = [], True, set(runs.values())
-            for name in filter(str.isdigit, os.listdir("/proc") if _HAS_PROC else ()):
-                with contextlib.suppress(OSError):
+            try:
+                names = os.listdir("/proc") if _HAS_PROC else []
+            except OSError:
+                return [], False
+            for name in filter(str.isdigit, names):
+                try:
                     user = os.stat(f"/proc/{name}").st_uid
                     if user not in users:
                         continue
@@ -915,6 +920,8 @@ else:
                         theirs = env.get("APEX_STATE_DIR", folder)
                         if theirs == folder or not os.path.isdir(theirs):
                             found.append((run, int(name)))
+                except OSError as error:  # it has gone, unless we cannot look
+                    is_sure = is_sure and error.errno not in SHORTAGES
             return found, is_sure
 
         def kill_run(self, pid: int, run_id: str) -> None:
@@ -3900,8 +3907,8 @@ class _Link:
         is_ended = self.process is None or self.process.poll() is not None
         try:
             fd = os.open(self.path, os.O_RDONLY | _O_SAFE)
-        except OSError:
-            return b"" if is_ended else None
+        except OSError as error:
+            return b"" if is_ended and error.errno == errno.ENOENT else None
         with os.fdopen(fd, "rb") as file:
             if Platform.lock(fd):  # else it has it, or is about to
                 return file.read(KEEPER_FILE_MAX_BYTES) if is_ended else None
@@ -4359,8 +4366,8 @@ def is_unlocked(path: str) -> bool:
     """Tell whether nobody has a log open any more that was opened for a child."""
     try:
         fd = os.open(path, os.O_RDONLY | _O_SAFE)
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno not in SHORTAGES
     try:
         return not stat.S_ISREG(os.fstat(fd).st_mode) or Platform.lock(fd)
     finally:
@@ -4679,6 +4686,7 @@ class DaemonRunner:
             except Exception:  # this thread's top frame
                 self._is_woken = True
                 log.exception("turn failed")
+                self.halted.wait(1.0)
 
     def _next_wake_s(self, first: float) -> float:
         """Return how long nothing can be due; first: when something else is."""

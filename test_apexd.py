@@ -4009,6 +4009,25 @@ class TestKeeper:
         box.run("kill", "--all")
         assert time.monotonic() - began < 5 and not lives(command)
 
+    @linux
+    def test_a_daemon_that_can_open_nothing_concludes_nothing_and_does_not_spin(self, box):
+        import resource
+
+        box.start()
+        (task_id,) = enqueue(box, "exec sleep 60")
+        command, name = command_of(box, task_id), keepers(box)[keeper_of(box)]
+        box.run("restart")
+        daemon, size = box.pid(), os.path.getsize(box.file("daemon.log"))
+        usual = resource.prlimit(daemon, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon, resource.RLIMIT_NOFILE, (5, usual[1]))
+        with greet(box, name) as raw:
+            assert raw.recv(1 << 16), "it took the daemon's place"
+        pause(2.5)
+        resource.prlimit(daemon, resource.RLIMIT_NOFILE, usual)
+        assert settle(box, enqueue(box, "exit 7"))[0]["exit_code"] == 7
+        assert lives(command) and history_of(box, task_id) == [None]
+        assert os.path.getsize(box.file("daemon.log")) < size + 20_000
+
     def test_a_request_of_the_greatest_size_is_started_or_refused_but_not_for_ever(self, box):
         box.config({}, process={"holder": {"command": ["sleep", "300"]}})
         box.start()
