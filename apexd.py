@@ -5146,6 +5146,8 @@ class Watch:
     def remember(self, pid: int) -> None:
         """Learn of an adopted run what its probes need. Raises OSError, ValueError, DaemonError."""
         one, policy, env = self.instance, self.instance.view.policy, Platform.environment_of(pid)
+        if self.word:  # it was only the keeper that was reached anew
+            return
         if not env:
             self.make_word()
             return

@@ -5986,6 +5986,19 @@ class TestSupervisor:
         assert box.error("up", "wbe", rc=2)["code"] == "process_not_found"
 
     @linux
+    def test_a_keeper_that_is_reached_anew_costs_no_descriptor(self, box):
+        live = {"notify": True, "timeout": "60s"}
+        supervise(box, web={"command": ["sleep", "60"], "live": live})
+        pids(box, "web", 1)
+        (name,) = keepers(box).values()
+        before = len(os.listdir(f"/proc/{box.pid()}/fd"))
+        for number in range(1, 6):
+            with greet(box, name) as raw:
+                assert raw.recv(1 << 16)
+            eventually(lambda: times_logged(box, "Adopted process") == number)
+        eventually(lambda: len(os.listdir(f"/proc/{box.pid()}/fd")) <= before, 5)
+
+    @linux
     def test_what_is_killed_after_min_uptime_is_back_at_once(self, box):
         port, took, rounds = free_ports(3), [], 20 if SLOW else 4
         # `date` tells when the new one really runs; it costs about 1 ms.
