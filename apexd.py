@@ -210,6 +210,7 @@ ENVIRONMENT_KEPT = (
     "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA"
 ).split()
 ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_|APEXD_")
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # they say nothing of what was looked for
 NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre fuse.sshfs fuse.s3fs".split()
 )
@@ -242,7 +243,7 @@ CODES: dict[str, tuple[int, str]] = {
     "PROCESS_NOT_RUNNING": (1, "no instance of the process runs"),
     "QUEUE_FULL": (75, "retention.max_queue unfinished tasks are in the queue"),
     "START_FAILED": (1, "the daemon did not come up"),
-    "STOP_FAILED": (1, "the daemon did not go away"),
+    "STOP_FAILED": (1, "something did not go away"),
     "STOP_KILLED": (1, "the daemon did not stop in time and was killed"),
     "UNKNOWN_COMMAND": (2, "there is no such verb"),
     "UNKNOWN_GROUP": (2, "the configuration names no such group"),
@@ -899,8 +900,12 @@ else:
             midst of execve(2) shows no environment; look again. (Linux; else none, sure)
             """
             found, is_sure, users = [], True, set(runs.values())
-            for name in _list_processes():
-                with contextlib.suppress(OSError):
+            try:
+                names = _list_processes()
+            except OSError:
+                return [], False
+            for name in names:
+                try:
                     user = os.stat(f"/proc/{name}").st_uid
                     if user not in users:
                         continue
@@ -911,6 +916,8 @@ else:
                         theirs = env.get("APEX_STATE_DIR", folder)
                         if theirs == folder or not os.path.isdir(theirs):
                             found.append((run, int(name)))
+                except OSError as error:  # it has gone, unless we cannot look
+                    is_sure = is_sure and error.errno not in SHORTAGES
             return found, is_sure
 
         def kill_run(self, pid: int, run_id: str) -> None:
@@ -3360,8 +3367,8 @@ def read_result(word: Mapping[str, Any]) -> Result:
 
 
 def pack_frame(message: Mapping[str, Any]) -> bytes:
-    """Return a message as a frame: four bytes of length, big-endian, and JSON."""
-    data = json.dumps(message).encode()
+    """Return a message as a frame: four bytes of length, big-endian, and JSON (no escapes)."""
+    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return struct.pack(">I", len(data)) + data
 
 
@@ -3780,6 +3787,7 @@ class Ward(Value):
     user: int  # it was started as
     log_path: str
     is_process: bool  # nothing of it may outlive its command
+    is_suspect: int  # its keeper is its own
     tell: Callable[[str, Begun | Result], None]
     pid: int | None
     start_time: str | None
@@ -3817,8 +3825,8 @@ class _Link:
         is_ended = self.process is None or self.process.poll() is not None
         try:
             fd = os.open(self.path, os.O_RDONLY | _O_SAFE)
-        except OSError:
-            return b"" if is_ended else None
+        except OSError as error:
+            return b"" if is_ended and error.errno == errno.ENOENT else None
         with os.fdopen(fd, "rb") as file:
             if Platform.lock(fd):  # else it has it, or is about to
                 return file.read(KEEPER_FILE_MAX_BYTES) if is_ended else None
@@ -4066,9 +4074,6 @@ class Keepers(_Roster):
         """Find out what became of a former daemon's run; then `open`."""
         with self._lock:
             self._wards[ward.run_id] = ward
-            link = self._find_link(ward.run_id)
-            if link is not None:  # it has greeted already: it has to do so again
-                self._hang_up(link)
 
     def open(self, kind: str) -> None:
         """Reach the keepers that live, else start one; of this kind all runs are adopted."""
@@ -4076,6 +4081,9 @@ class Keepers(_Roster):
             self._is_open = True
             self._kinds.add(kind)
             self._find()
+            for ward in self._wards.values():
+                if ward.is_suspect and ward.keeper in self._links:
+                    self._links[ward.keeper].is_private = True
             for name in {ward.keeper for ward in self._wards.values()} - self._links.keys():
                 self._conclude(name, {}, False)  # its file is gone, and so is it
             self._tend()
@@ -4286,8 +4294,8 @@ def is_unlocked(path: str) -> bool:
     """Tell whether nobody has a log open any more that was opened for a child."""
     try:
         fd = os.open(path, os.O_RDONLY | _O_SAFE)
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno not in SHORTAGES
     try:
         return not stat.S_ISREG(os.fstat(fd).st_mode) or Platform.lock(fd)
     finally:
@@ -4416,6 +4424,7 @@ def make_run(task: Task, store: TaskStore, tell: Callable[[str, Begun | Result],
     ward = Ward(
         run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
         log_path=path, is_process=False, tell=tell, pid=task.pid, start_time=task.start_time,
+        is_suspect=task.suspect,
     )  # fmt: skip
     return _Run(task=task, ward=ward, deadline_mono=float("inf"), log=LogWatch(path))
 
@@ -4607,6 +4616,7 @@ class DaemonRunner:
             except Exception:  # this thread's top frame
                 self._is_woken = True
                 log.exception("turn failed")
+                self.halted.wait(1.0)
 
     def _next_wake_s(self, first: float) -> float:
         """Return how long nothing can be due; first: when something else is."""
@@ -5062,6 +5072,8 @@ class Watch:
     def remember(self, pid: int) -> None:
         """Learn of an adopted run what its probes need. Raises OSError, ValueError, DaemonError."""
         one, policy, env = self.instance, self.instance.view.policy, Platform.environment_of(pid)
+        if self.word:  # it was only the keeper that was reached anew
+            return
         if not env:
             self.make_word()
             return
@@ -5518,8 +5530,8 @@ class Supervisor:
             log.info("Adopting process %s", instance.id)
             instance.adopt()
 
-    def finish(self, deadline_mono: float) -> list[str]:
-        """KILL all that a former daemon left, without a thread; return what still runs then.
+    def end_left(self) -> None:
+        """KILL all that a former daemon left, without a thread; before the keepers are opened.
 
         For a client that acts while there is no daemon; the next start is a first one.
         """
@@ -5530,6 +5542,9 @@ class Supervisor:
                 instance.end("KILL", 0.0)
                 if instance.failure is not None:
                     instance.take_end(instance.failure)
+
+    def finish(self, deadline_mono: float) -> list[str]:
+        """Wait until that has ended; return what still runs then."""
         self.keepers.open("a")
         while Clock.mono() < deadline_mono and any(o.ward for o in self._instances.values()):
             self.keepers.look(0.1)
@@ -6859,10 +6874,11 @@ def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
     deadline = Clock.mono() + grace_s + STOP_MARGIN_S
     runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
     try:
-        left = [str(task_id) for task_id in runner.finish(ids, deadline, force=is_all)]
+        supervisor = Supervisor(store, keepers=runner.keepers)
         if is_all:
-            left += Supervisor(store, keepers=runner.keepers).finish(deadline)
-        return left
+            supervisor.end_left()
+        left = [str(task_id) for task_id in runner.finish(ids, deadline, force=is_all)]
+        return [*left, *supervisor.finish(deadline)] if is_all else left
     finally:
         runner.keepers.close(is_all)
 

@@ -3972,6 +3972,77 @@ class TestKeeper:
         assert box.until(named)["signal"] == signal.SIGTERM
         assert not lives(pid)
 
+    def test_a_private_keeper_stays_private_with_the_next_daemon_and_leaves(self, box):
+        box.start()
+        (suspect,) = enqueue(box, "exec sleep 60")
+        command_of(box, suspect)
+        kill(keeper_of(box))
+        eventually(lambda: box.look(suspect)["attempts"] == 2 and box.look(suspect)["pid"])
+        parent = lambda task_id: int(read(f"/proc/{command_of(box, task_id)}/stat").split()[3])
+        private = parent(suspect)
+        box.run("restart")
+        (other,) = enqueue(box, "exec sleep 61")
+        assert parent(other) != private == parent(suspect)
+        ask(box, "cancel", suspect)
+        eventually(lambda: list(keepers(box)) == [parent(other)], why="the private one left")
+
+    def test_kill_all_says_what_still_runs(self, box):
+        box.start()
+        (task_id,) = enqueue(box, "sleep 60")
+        command = command_of(box, task_id)
+        os.kill(keeper_of(box), signal.SIGSTOP)
+        error = box.error("kill", "--all", rc=1)
+        assert lives(command) and error["code"] == "stop_failed" and error["message"][0] == "1"
+        kill(keeper_of(box))
+        assert box.run("kill", "--all").stdout == "not running\n"
+        assert not lives(command)
+
+    def test_kill_all_waits_for_no_process_that_ended_as_nobody_listened(self, box):
+        box.config({}, process={"web": {"command": "until [ -e go ]; do sleep 0.01; done"}})
+        box.start()
+        (task_id,) = enqueue(box, "sleep 60")
+        command, (web,) = command_of(box, task_id), pids(box, "web")
+        box.kill9()
+        put(box, "go")
+        eventually(lambda: not lives(web))
+        began = time.monotonic()
+        box.run("kill", "--all")
+        assert time.monotonic() - began < 5 and not lives(command)
+
+    @linux
+    def test_a_daemon_that_can_open_nothing_concludes_nothing_and_does_not_spin(self, box):
+        import resource
+
+        box.start()
+        (task_id,) = enqueue(box, "exec sleep 60")
+        command, name = command_of(box, task_id), keepers(box)[keeper_of(box)]
+        box.run("restart")
+        daemon, size = box.pid(), os.path.getsize(box.file("daemon.log"))
+        usual = resource.prlimit(daemon, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon, resource.RLIMIT_NOFILE, (5, usual[1]))
+        with greet(box, name) as raw:
+            assert raw.recv(1 << 16), "it took the daemon's place"
+        pause(2.5)
+        resource.prlimit(daemon, resource.RLIMIT_NOFILE, usual)
+        assert settle(box, enqueue(box, "exit 7"))[0]["exit_code"] == 7
+        assert lives(command) and history_of(box, task_id) == [None]
+        assert os.path.getsize(box.file("daemon.log")) < size + 20_000
+
+    def test_a_request_of_the_greatest_size_is_started_or_refused_but_not_for_ever(self, box):
+        box.config({}, process={"holder": {"command": ["sleep", "300"]}})
+        box.start()
+        keeper = keeper_of(box)
+        fields = {"type": "add", "commands": ["true"], "cwd": box.path, "token": "0" * 24}
+        fields["env"] = {"PATH": box.env["PATH"], "TEXT": "\u00e9" * 6_000_000}
+        data = json.dumps(fields, ensure_ascii=False).encode()
+        with box.connect() as connection:
+            connection.sendall(struct.pack(">I", len(data)) + data)
+            (task_id,) = read_frame(connection)["ids"]
+        task = box.until(task_id)
+        assert (task["exit_code"], task["attempts"]) == (126, 1)
+        assert task["reason"].startswith("spawn:E2BIG ")
+        assert keeper_of(box) == keeper
+
     def test_what_cannot_be_started_fails_at_once_and_says_why(self, shared):
         box = shared
         write(os.path.join(box.path, "plain.txt"), "x")
@@ -5917,6 +5988,19 @@ class TestSupervisor:
         assert len(pids(box, "web")) == 1 and get_page(port)
         assert box.run("up", "web").stdout == "web runs already\n"
         assert box.error("up", "wbe", rc=2)["code"] == "process_not_found"
+
+    @linux
+    def test_a_keeper_that_is_reached_anew_costs_no_descriptor(self, box):
+        live = {"notify": True, "timeout": "60s"}
+        supervise(box, web={"command": ["sleep", "60"], "live": live})
+        pids(box, "web", 1)
+        (name,) = keepers(box).values()
+        before = len(os.listdir(f"/proc/{box.pid()}/fd"))
+        for number in range(1, 6):
+            with greet(box, name) as raw:
+                assert raw.recv(1 << 16)
+            eventually(lambda: times_logged(box, "Adopted process") == number)
+        eventually(lambda: len(os.listdir(f"/proc/{box.pid()}/fd")) <= before, 5)
 
     @linux
     def test_what_is_killed_after_min_uptime_is_back_at_once(self, box):
