@@ -2578,7 +2578,7 @@ class TestPidFile:
         task = box.add("cat", "/proc/self/status")
         box.until(task)
         status = box.output(task)
-        assert mask(status, "SigBlk") == 0 and mask(status, "SigIgn") == 0
+        assert mask(status, "SigBlk") == 0 and mask(status, "SigIgn") & ~(3 << 31) == 0, "but what glibc leaves"
         box.stop()
 
     @linux
