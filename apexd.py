@@ -167,16 +167,19 @@ KEEPER_PATIENCE_S = 10.0  # a new keeper waits so long for its daemon
 KEEPER_ANSWER_S = 10.0  # one that owes an answer for longer takes no more starts
 STANDING_S = 2.0  # `start` waits so long for a keeper, then answers without
 KEEPER_QUIT_S = 5.0  # for keepers without children to leave
+STARTED_S = 0.003  # what ends sooner is not told as started
 KEEPER_BUFFER_BYTES = 64 * 1024  # of words on their way to the daemon
 KEEPER_FILE_MAX_BYTES = 64 * 1024 * 1024
 PRIVATE_KEEPERS_MAX = 4  # at once, each for one task that was lost with its keeper
 CALLED = "call"  # stands for the keeper of what a function of the program carries out
+GATHER_S = 0.0005  # for what ends at the same time: one commit for all of it
 NOTE_S = 0.1  # a PID is on disk so soon after its start
 NOTE_BYTES = 512  # a process's note: one sector, written as a whole
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
 LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of processes
 LINES_MAX = 100_000  # of a log at once
 STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for others
+TOGETHER_S = 0.05  # what is due so soon is done at once: one wakeup instead of two
 LOOK_S = 5.0  # between two looks whether database and socket are where they were
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
@@ -1225,7 +1228,7 @@ else:
             was_given_none = is_loaded and fields[47] == fields[48]  # env_start, env_end
             return {} if fields[0] in b"ZX" or is_kernels or was_given_none else None
         pairs = (item.partition("=") for item in os.fsdecode(data).split("\0"))
-        return {name: value for name, _, value in pairs}
+        return {name: value for name, _, value in pairs if name}
 
     def _prepare(word: Mapping[str, Any], writer: int) -> None:
         """Become what a child is to be: with limits, another niceness, another user.
@@ -1540,7 +1543,7 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
     """Yield the launcher's path and text. What lies in the project is named relatively."""
     source, python = os.path.abspath(__file__), sys.executable or "python3"
     folder, project = os.path.realpath(folder), os.path.realpath(project)
-    call = f'@"{python}" -I -S "%~dp0apexd" %*\r\n'
+    batch = f'@"{python}" -I -S "%~dp0apexd" %*\r\n'
 
     def seen(path: str) -> str:
         inner = os.path.realpath(path)
@@ -1556,7 +1559,7 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
     names.update(source=seen(source), project=seen(project))
     yield launcher_path(folder), _LAUNCHER.format(**names)
     if not Platform.is_posix:
-        yield launcher_path(folder) + ".cmd", os.fsencode(call).decode("latin-1")
+        yield launcher_path(folder) + ".cmd", os.fsencode(batch).decode("latin-1")
 
 
 def store_bytecode(folder: str) -> None:
@@ -2403,7 +2406,7 @@ MIGRATIONS = (
 )
 PRAGMAS = (
     "busy_timeout = 5000",
-    "cache_size = -1000",  # KiB; the system caches the rest
+    "cache_size = -200",  # KiB; the system caches the rest
     "journal_mode = WAL",
     "synchronous = FULL",  # on disk when a commit returns
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
@@ -3402,12 +3405,17 @@ class Watched:
 class _Child:
     """What a keeper knows of a living child."""
 
-    __slots__ = ("at", "began_mono", "is_swept", "kill_mono", "pid", "run")
+    __slots__ = ("began_mono", "is_swept", "kill_mono", "pid", "run")
 
     def __init__(self, run: str, pid: int, is_swept: bool) -> None:
         self.run, self.pid, self.is_swept = run, pid, is_swept
-        self.at, self.began_mono = Platform.start_time(pid), Clock.mono()
-        self.kill_mono = float("inf")
+        self.began_mono, self.kill_mono = Clock.mono(), float("inf")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `hello` and `started` say of it."""
+        age_s = round(Clock.mono() - self.began_mono, 3)
+        at = Platform.start_time(self.pid)
+        return {"run": self.run, "pid": self.pid, "at": at, "age_s": age_s}
 
 
 class Keeper:
@@ -3420,6 +3428,7 @@ class Keeper:
         self._path = os.path.join(folder, "run", "keeper-" + name)
         self._children: dict[int, _Child] = {}  # by PID
         self._runs: dict[str, _Child] = {}
+        self._fresh: dict[str, float] = {}  # runs that are to be told as started, and when
         self._ended: dict[str, dict[str, Any]] = {}  # results, until they are forgotten
         self._written: set[str] = set()  # of these, those that the file has
         self._untold: deque[dict[str, Any]] = deque()  # words for the daemon that is connected
@@ -3455,6 +3464,7 @@ class Keeper:
             for pid, how in Platform.reap(self._sweep):
                 self._note_end(pid, how)
             self._kill_late()
+            self._tell_started()
             self._write()
             self._tell()
         self._leave()
@@ -3471,7 +3481,7 @@ class Keeper:
             signal.signal(getattr(signal, name), note)
 
     def _next_wake_s(self) -> float:
-        times = [child.kill_mono for child in self._children.values()]
+        times = [child.kill_mono for child in self._children.values()] + [*self._fresh.values()]
         if self._daemon is None:
             times.append(Clock.mono() + 1.0 if self._find_unwritten() else self._patience_mono)
         return max(min(times, default=float("inf")) - Clock.mono(), 0.0)
@@ -3503,11 +3513,8 @@ class Keeper:
                 self._daemon, self._is_wanted = peer, True
                 self._patience_mono = float("inf")
                 self._watched.add(peer, self._read)
-                info, now = os.fstat(self._fd), Clock.mono()
-                runs = [
-                    {"run": c.run, "pid": c.pid, "at": c.at, "age_s": round(now - c.began_mono, 3)}
-                    for c in self._children.values()
-                ]
+                info = os.fstat(self._fd)
+                runs = [child.describe() for child in self._children.values()]
                 hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid()}
                 hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
                 self._untold.extend((hello, *self._ended.values()))
@@ -3522,6 +3529,7 @@ class Keeper:
         self._daemon = None
         self._inbox, self._outbox = bytearray(), bytearray()
         self._untold.clear()
+        self._fresh.clear()
 
     def _hang_up(self) -> None:
         """Go on without a daemon: what was not forgotten goes to the file."""
@@ -3556,19 +3564,16 @@ class Keeper:
         failpoint("read")
         if run in self._ended:
             self._untold.append(self._ended[run])
-        elif run not in self._runs:
-            try:
-                if self._is_terminated:
-                    raise OSError(errno.EAGAIN, "the keeper was told to end", "keeper")
-                child = self._spawn(run, word)
-            except (OSError, ValueError) as error:
-                self._note_failure(run, error, str(word["argv"][0]))
-                return
-            self._children[child.pid] = self._runs[run] = child
-        if run in self._runs:
-            child = self._runs[run]
-            told = {"type": "started", "run": run, "pid": child.pid, "at": child.at}
-            self._untold.append(told)
+            return
+        try:
+            if self._is_terminated:
+                raise OSError(errno.EAGAIN, "the keeper was told to end", "keeper")
+            child = self._runs.get(run) or self._spawn(run, word)
+        except (OSError, ValueError) as error:
+            self._note_failure(run, error, str(word["argv"][0]))
+            return
+        self._children[child.pid] = self._runs[run] = child
+        self._fresh[run] = Clock.mono() + STARTED_S
 
     def _spawn(self, run: str, word: dict[str, Any]) -> _Child:
         path = str(word["log"])
@@ -3638,6 +3643,16 @@ class Keeper:
             if now >= child.kill_mono:
                 child.kill_mono = now + 1.0
                 Platform.signal_group(child.pid, Platform.kill)
+
+    def _tell_started(self) -> None:
+        """Tell of what was started a moment ago and lives: the end of the rest is enough."""
+        now = Clock.mono()
+        for run, due_mono in list(self._fresh.items()):
+            if run in self._runs and due_mono > now:
+                break
+            del self._fresh[run]
+            if run in self._runs:
+                self._untold.append({"type": "started", **self._runs[run].describe()})
 
     def _write(self) -> None:
         """Append the results that no daemon hears; a torn line must not swallow the next."""
@@ -4527,6 +4542,8 @@ class DaemonRunner:
         while not self.halted.is_set():
             try:
                 self.keepers.look(wait_s)
+                if self._results and len(self._results) < len(self._running):
+                    self.keepers.look(GATHER_S)
                 now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
                 is_polling = now >= next_poll
                 if is_polling:
@@ -4536,7 +4553,7 @@ class DaemonRunner:
                     self._is_woken |= "queued" in self.store.get_counts()
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
-                for run in self._runs():
+                for run in self._running.values():
                     if now >= run.log.due_mono:
                         run.log.look(int(self.store.config.limits.log_mb * 1e6))
                 next_care = now + self._on_poll()
@@ -4549,7 +4566,7 @@ class DaemonRunner:
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
-                if Clock.mono() >= self._drain_at and all(r.is_told for r in self._runs()):
+                if Clock.mono() >= self._drain_at and all(r.is_told for r in self._running.values()):
                     self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
@@ -4685,10 +4702,6 @@ class DaemonRunner:
             for run in ending:
                 log.warning("Ending task %d: %s", run.task.id, wish.value)
                 self._end(run)
-
-    def _runs(self) -> list[_Run]:
-        with self._lock:
-            return list(self._running.values())
 
 
 # ============================================================================
@@ -7062,7 +7075,7 @@ class Daemon:
 
     def _look_after(self) -> float:
         """Do what recurs, each at its own time; return in how many seconds the next is due."""
-        now = Clock.mono()
+        now = Clock.mono() + TOGETHER_S
         try:
             if now >= self._next_look:
                 self._next_look = now + min(self._config.daemon.poll_interval, LOOK_S)

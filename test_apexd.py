@@ -4056,7 +4056,8 @@ class TestKeeper:
         tasks = settle(box, [shown, failing])
         assert tasks[1]["exit_code"] == 1, "an inherited SIGCHLD ignored makes it 0"
         lines = ask(box, "logs", shown).split()
-        assert [int(lines[i], 16) for i in (1, 3)] == [0, 0]
+        of_glibc = 3 << 31  # 32 and 33, its own: posix_spawn(3) leaves them ignored
+        assert [int(lines[i], 16) & ~of_glibc for i in (1, 3)] == [0, 0]
         assert lines[4:] == ["/dev/null", "0", "1", "2", "3"]  # 3 is the folder that ls reads
 
     def test_odd_arguments_arrive_as_they_are_and_a_leading_dash_is_refused(self, shared):
@@ -4178,7 +4179,7 @@ class TestCrashWindows:
             box.config({"daemon": {"max_concurrent": 4}}, process=self.HOLDER, **more)
             box.start()
             assert keeper_of(box) == keeper
-            seconds = "0" if point == "exited" else "0.2"
+            seconds = "0" if point == "exited" else "1"
             (again,) = enqueue(box, [*work, f"{number}a", seconds, "7", "closed"])
             (never,) = enqueue(box, [*work, f"{number}b", "60", "7"], on_lost="fail")
             eventually(lambda: not lives(keeper), why="it killed itself")
@@ -4186,7 +4187,7 @@ class TestCrashWindows:
                 box.kill9()
                 box.start()
             if box.until(never, "running", "failed")["state"] == "running":
-                ask(box, "cancel", never)  # the keeper was gone before it was started
+                box.run("cancel", never, rc=None)  # the keeper was gone before it was started
             first, second = settle(box, [again, never])
             assert (first["exit_code"], first["losses"]) == (7, 0)
             assert history_of(box, again) == ["lost", "failed"]
