@@ -532,12 +532,10 @@ def matching(pattern: str, form: str) -> Callable[[Any], Any]:
     return reader(form, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
 
 
-def is_text_list(value: object) -> bool:
-    """Tell whether it is a list of strings."""
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-text_list = reader("a list of strings", is_text_list)
+text_list = reader(
+    "a list of strings",
+    lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+)
 truth = reader("true or false", lambda value: isinstance(value, bool))
 mapping = reader("an object", lambda value: isinstance(value, dict))  # its values: see later
 
@@ -902,9 +900,7 @@ else:
             for name in _list_processes():
                 with contextlib.suppress(OSError):
                     user = os.stat(f"/proc/{name}").st_uid
-                    if user not in users:
-                        continue
-                    env = _environment(name)
+                    env = _environment(name) if user in users else {}
                     is_sure = is_sure and env is not None
                     run = (env or {}).get("APEX_RUN_ID", "")
                     if env and runs.get(run) == user:
@@ -1577,12 +1573,10 @@ def store_bytecode(folder: str) -> None:
     sys.pycache_prefix = former
     numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
     head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
-    try:
+    with contextlib.suppress(OSError):
         if not (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             write_atomically(target, head + marshal.dumps(_BYTECODE))
-    except OSError as error:
-        raise cannot_create(folder, error) from None
 
 
 # A log that grows over its cap loses its head to `.1`. Offsets that users of this section
@@ -3719,8 +3713,6 @@ def run_keeper(folder: str, name: str) -> int:
 
 def spawn_keeper(folder: str, name: str) -> Any:
     """Start a keeper, return its Popen. Raises OSError."""
-    import subprocess
-
     env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
     argv = [sys.executable, "-I", "-S", launcher_path(folder), "_keeper", folder, name]
     null = subprocess.DEVNULL
@@ -7203,8 +7195,6 @@ class DaemonManager(Client):
 
     def _spawn(self, argv: list[str], env: dict[str, str]) -> Any:
         """Start a daemon as a child in a session of its own; return its output's pipe."""
-        import subprocess
-
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=env, **Platform.DETACHED,
@@ -8046,8 +8036,6 @@ def cmd_doctor(args: Args) -> int:
 
 def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     """Yield (what was looked at, whether it is good, what was seen)."""
-    import sqlite3
-
     project = manager.project
     yield "python", sys.version_info >= (3, 9), sys.version.split()[0]
     yield "sqlite", sqlite3.sqlite_version_info >= (3, 31), sqlite3.sqlite_version
@@ -8117,8 +8105,6 @@ def parse(words: list[str]) -> Args:
     if name is None and not {"-h", "--help"}.intersection(words):
         words, name = [*words, "status"], "status"
     if name is not None and name not in REGISTRY and name not in ALIASES:
-        import difflib
-
         near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], 1, 0.5)
         hint = f"did you mean `{near[0]}`?" if near else "see `apexd.py --help`"
         raise DaemonError("UNKNOWN_COMMAND", f"there is no command {name!r}", hint)
