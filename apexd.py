@@ -715,10 +715,7 @@ def is_passing(reason: str | None) -> bool:
 
 
 def next_state(task: Task, outcome: Outcome, jitter: float) -> tuple[State, float]:
-    """Decide what becomes of a task after an attempt: (state, delay in seconds).
-
-    The counters of `task` include the attempt that just ended. Pure.
-    """
+    """Decide what an attempt, counted already, makes of its task: (state, delay in seconds)."""
     if outcome in (Outcome.OK, Outcome.CANCELLED):
         return (State.SUCCEEDED if outcome == Outcome.OK else State.CANCELLED), 0.0
     if outcome == Outcome.INTERRUPTED:
@@ -973,10 +970,7 @@ else:
                     }
 
         def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
-            """Return {session: (processor seconds, resident bytes)} (Linux; else {}).
-
-            Processor time includes what waited-for children used.
-            """
+            """Return {session: (processor seconds, also of children, bytes)} (Linux; else {})."""
             found: dict[int, tuple[float, int]] = {}
             tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
             for name in _list_processes():
@@ -1169,14 +1163,12 @@ else:
             return kind if kind in NETWORK_FILE_SYSTEMS else None
 
         def collapse(self, fd: int, size: int) -> bool:
-            """Cut `size` bytes, whole blocks, off a file's head in place; False: cannot.
-
-            FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS, fallocate(2).
-            """
+            """Cut `size` bytes, whole blocks, off a file's head in place; False: cannot."""
             import ctypes
 
             call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
             zero, length = ctypes.c_longlong(0), ctypes.c_longlong(size)
+            # 8: FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS
             return call is not None and bool(call(fd, 8, zero, length) == 0)
 
         def close_inherited(self) -> None:
@@ -1254,10 +1246,7 @@ else:
             raise
 
     def _outer_folder(state_folder: str) -> str:
-        """Return a folder of ours for sockets that cannot be in the state folder; made if need be.
-
-        Its name is that of the state folder's inode: the next daemon finds it again.
-        """
+        """Make, or find again, a folder of ours for sockets that cannot be in the state folder."""
         info = os.stat(state_folder)
         base = "/run" if os.geteuid() == 0 and os.path.isdir("/run") else "/tmp"
         folder = f"{base}/apexd-{info.st_dev:x}-{info.st_ino:x}"
@@ -2046,21 +2035,22 @@ def load_good_part(path: str | None) -> tuple[Config, list[DaemonError]]:
         data = _load(path) if path else {}
     except DaemonError as error:
         return Config({}), [error]
-    tables = {kind: one if isinstance(one, dict) else {"": one} for kind, one in data.items()}
-    places = [(kind, key) for kind, table in tables.items() for key in table]
     good: dict[str, Any] = {}
-    is_more = True
-    while is_more:  # again: a process may need a later one
-        is_more, faults = False, dict[str, DaemonError]()
-        for kind, key in [place for place in places if place[1] not in good.get(place[0], {})]:
+    tables = {kind: one if isinstance(one, dict) else {"": one} for kind, one in data.items()}
+    left = [(kind, key) for kind, table in tables.items() for key in table]
+    while True:  # again as long as something is found sound: a process may need a later one
+        count, faults = len(left), dict[str, DaemonError]()
+        for kind, key in list(left):
             trial = {**good.get(kind, {}), key: tables[kind][key]}
             try:
                 Config({**good, kind: trial}, path)
             except DaemonError as error:
                 faults[error.message] = error
             else:
-                good[kind], is_more = trial, True
-    return Config(good, path), [*faults.values()]
+                good[kind] = trial
+                left.remove((kind, key))
+        if len(left) == count:
+            return Config(good, path), [*faults.values()]
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -2439,10 +2429,7 @@ class Database:
                 raise
 
     def _find_or_make(self) -> None:
-        """Check the file, or make it under another name: so an empty one was cut off.
-
-        Raises DATABASE_CORRUPT, CANNOT_CREATE.
-        """
+        """Check the file, or make it under another name: so an empty one was cut off."""
         temporary, wal = self.path + ".new", self.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
             info = os.lstat(self.path)
@@ -2799,10 +2786,7 @@ def _remove(db: sqlite3.Connection, task_id: int, state: State) -> bool:
 
 
 def set_wish(db: sqlite3.Connection, task_id: int, wish: Outcome) -> None:
-    """Write down why a running attempt is about to be ended; the first wish stays.
-
-    But a user's `cancel` overrides what would let the task run again.
-    """
+    """Write down why a running attempt is to end; the first wish stays, but a cancel wins."""
     kept = "?" if wish == Outcome.CANCELLED else "coalesce(wish, ?)"
     sql = f"UPDATE attempts SET wish = {kept} WHERE task_id = ? AND outcome IS NULL"
     db.execute(sql, (wish.value, task_id))
@@ -2928,10 +2912,7 @@ class TaskStore:
         return not rows or State(rows[0][0]) in DONE
 
     def get_progress(self, ids: Sequence[int | range]) -> tuple[dict[str, Any], int | None]:
-        """Return what `wait` answers of tasks, and the last one that is not done.
-
-        Raises UNKNOWN_TASK.
-        """
+        """Return what `wait` answers, and the last task not done. Raises UNKNOWN_TASK."""
         asked = {"asked": ranges_as_json(ids)}
         with self.database.lock:
             ((total, pending, percent, running, last),) = self.database.fetch(
