@@ -210,6 +210,7 @@ ENVIRONMENT_KEPT = (
     "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA"
 ).split()
 ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_|APEXD_")
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # they say nothing of what was looked for
 NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre fuse.sshfs fuse.s3fs".split()
 )
@@ -242,7 +243,7 @@ CODES: dict[str, tuple[int, str]] = {
     "PROCESS_NOT_RUNNING": (1, "no instance of the process runs"),
     "QUEUE_FULL": (75, "retention.max_queue unfinished tasks are in the queue"),
     "START_FAILED": (1, "the daemon did not come up"),
-    "STOP_FAILED": (1, "the daemon did not go away"),
+    "STOP_FAILED": (1, "something did not go away"),
     "STOP_KILLED": (1, "the daemon did not stop in time and was killed"),
     "UNKNOWN_COMMAND": (2, "there is no such verb"),
     "UNKNOWN_GROUP": (2, "the configuration names no such group"),
@@ -894,8 +895,12 @@ else:
             midst of execve(2) shows no environment; look again. (Linux; else none, sure)
             """
             found, is_sure, users = [], True, set(runs.values())
-            for name in _list_processes():
-                with contextlib.suppress(OSError):
+            try:
+                names = _list_processes()
+            except OSError:
+                return [], False
+            for name in names:
+                try:
                     user = os.stat(f"/proc/{name}").st_uid
                     env = _environment(name) if user in users else {}
                     is_sure = is_sure and env is not None
@@ -904,6 +909,8 @@ else:
                         theirs = env.get("APEX_STATE_DIR", folder)
                         if theirs == folder or not os.path.isdir(theirs):
                             found.append((run, int(name)))
+                except OSError as error:  # it has gone, unless we cannot look
+                    is_sure = is_sure and error.errno not in SHORTAGES
             return found, is_sure
 
         def kill_run(self, pid: int, run_id: str) -> None:
@@ -3310,8 +3317,8 @@ def read_result(word: Mapping[str, Any]) -> Result:
 
 
 def pack_frame(message: Mapping[str, Any]) -> bytes:
-    """Return a message as a frame: four bytes of length, big-endian, and JSON."""
-    data = json.dumps(message).encode()
+    """Return a message as a frame: four bytes of length, big-endian, and JSON (no escapes)."""
+    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return struct.pack(">I", len(data)) + data
 
 
@@ -3728,6 +3735,7 @@ class Ward(Value):
     user: int  # it was started as
     log_path: str
     is_process: bool  # nothing of it may outlive its command
+    is_suspect: int  # its keeper is its own
     tell: Callable[[str, Begun | Result], None]
     pid: int | None
     start_time: str | None
@@ -3765,8 +3773,8 @@ class _Link:
         is_ended = self.process is None or self.process.poll() is not None
         try:
             fd = os.open(self.path, os.O_RDONLY | _O_SAFE)
-        except OSError:
-            return b"" if is_ended else None
+        except OSError as error:
+            return b"" if is_ended and error.errno == errno.ENOENT else None
         with os.fdopen(fd, "rb") as file:
             if Platform.lock(fd):  # else it has it, or is about to
                 return file.read(KEEPER_FILE_MAX_BYTES) if is_ended else None
@@ -3972,6 +3980,11 @@ class _Roster:
             log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
         self._conclude(link.name, results, has_left)
 
+    def _hang_up(self, link: _Link) -> None:
+        if link.connection is not None:
+            self.watched.remove(link.connection)
+        link.drop()
+
     def _read(self, link: _Link) -> None:
         """Take what a keeper tells; called by `look`."""
         with self._lock:
@@ -3985,8 +3998,7 @@ class _Roster:
                 if not isinstance(error, EOFError):
                     log.error("the keeper %s is not understood: %s", link.name, error)
                     link.is_foreign = True
-                self.watched.remove(link.connection)
-                link.drop()
+                self._hang_up(link)
 
 
 class Keepers(_Roster):
@@ -4002,11 +4014,12 @@ class Keepers(_Roster):
         self._sweeper = _Sweeper(self._folder)
         self._told: list[tuple[Ward, Begun | Result]] = []
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
+        self._ours_alone: set[str] = set()  # keepers that had nothing of other kinds
         self._has_news = False  # `on_standing` is to be called
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
 
     def adopt(self, ward: Ward) -> None:
-        """Find out what became of a former daemon's run; before `open`."""
+        """Find out what became of a former daemon's run; then `open`."""
         with self._lock:
             self._wards[ward.run_id] = ward
 
@@ -4016,6 +4029,9 @@ class Keepers(_Roster):
             self._is_open = True
             self._kinds.add(kind)
             self._find()
+            for ward in self._wards.values():
+                if ward.is_suspect and ward.keeper in self._links:
+                    self._links[ward.keeper].is_private = True
             for name in {ward.keeper for ward in self._wards.values()} - self._links.keys():
                 self._conclude(name, {}, False)  # its file is gone, and so is it
             self._tend()
@@ -4136,13 +4152,16 @@ class Keepers(_Roster):
             if ward.result is None:
                 self._settle(ward, results.get(ward.run_id, rest))
         if name is not None:
+            if has_left and {self._kind(run_id) for run_id in results} <= self._kinds:
+                self._ours_alone.add(name)
             self._remove(name)
         else:
             log.warning("what an older apexd left running is ended, then run again")
 
     def _remove(self, name: str) -> None:
         """Remove the file of a keeper that has gone, once it told all to those it concerns."""
-        if self._kinds >= {"0", "a"} and not self._has_wards(name):
+        is_ours = name in self._ours_alone or self._kinds >= {"0", "a"}
+        if is_ours and not self._has_wards(name):
             for path in (self._path(name), self._path(name) + ".sock"):
                 with contextlib.suppress(OSError):
                     insist(os.unlink, path)
@@ -4223,8 +4242,8 @@ def is_unlocked(path: str) -> bool:
     """Tell whether nobody has a log open any more that was opened for a child."""
     try:
         fd = os.open(path, os.O_RDONLY | _O_SAFE)
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno not in SHORTAGES
     try:
         return not stat.S_ISREG(os.fstat(fd).st_mode) or Platform.lock(fd)
     finally:
@@ -4353,11 +4372,12 @@ def make_run(task: Task, store: TaskStore, tell: Callable[[str, Begun | Result],
     ward = Ward(
         run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
         log_path=path, is_process=False, tell=tell, pid=task.pid, start_time=task.start_time,
+        is_suspect=task.suspect,
     )  # fmt: skip
     return _Run(task=task, ward=ward, deadline_mono=float("inf"), log=LogWatch(path))
 
 
-def call(task: Task, execute: Callable[[Task], object]) -> Result:
+def call_task(task: Task, execute: Callable[[Task], object]) -> Result:
     """Carry out a task by a function: an int is the exit status, None 0, an exception 1."""
     try:
         code = execute(task)
@@ -4518,12 +4538,13 @@ class DaemonRunner:
                 if self._results and len(self._results) < len(self._running):
                     self.keepers.look(GATHER_S)
                 now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
-                is_polling = now >= next_poll
+                poll_s, is_polling = self.store.config.daemon.poll_interval, now >= next_poll
+                next_poll = now + poll_s if is_polling else min(next_poll, now + poll_s)
                 if is_polling:
-                    next_poll = now + self.store.config.daemon.poll_interval
                     self._metrics.last_poll_at = Clock.now()
                     self._metrics.poll_count += 1
-                    self._is_woken |= "queued" in self.store.get_counts()
+                    if "queued" in self.store.get_counts():
+                        self._is_woken = True  # no `|=`: what sets it meanwhile must stay
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
                 for run in self._running.values():
@@ -4533,17 +4554,17 @@ class DaemonRunner:
                 if is_polling and now >= next_upkeep:
                     next_upkeep = now + MAINTENANCE_S
                     prune_all(self.store, self._running)
-                poll_s = self.store.config.daemon.poll_interval
-                next_poll = min(next_poll, now + poll_s)  # a reload may have shortened it
                 wait_s = self._next_wake_s(min(next_poll, next_care))
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
-                if Clock.mono() >= self._drain_at and all(r.is_told for r in self._running.values()):
+                is_told = all(run.is_told for run in self._running.values())
+                if is_told and Clock.mono() >= self._drain_at:
                     self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
                 log.exception("turn failed")
+                self.halted.wait(1.0)
 
     def _next_wake_s(self, first: float) -> float:
         """Return how long nothing can be due; first: when something else is."""
@@ -4623,7 +4644,7 @@ class DaemonRunner:
         execute, run_id = self._execute, task.run_id or ""
 
         def carry_out() -> None:
-            self._take(run_id, call(task, execute))
+            self._take(run_id, call_task(task, execute))
             self.keepers.wake()
 
         try:
@@ -4999,6 +5020,8 @@ class Watch:
     def remember(self, pid: int) -> None:
         """Learn of an adopted run what its probes need. Raises OSError, ValueError, DaemonError."""
         one, policy, env = self.instance, self.instance.view.policy, Platform.environment_of(pid)
+        if self.word:  # it was only the keeper that was reached anew
+            return
         if not env:
             self.make_word()
             return
@@ -5455,8 +5478,8 @@ class Supervisor:
             log.info("Adopting process %s", instance.id)
             instance.adopt()
 
-    def finish(self, deadline_mono: float) -> list[str]:
-        """KILL all that a former daemon left, without a thread; return what still runs then.
+    def end_left(self) -> None:
+        """KILL all that a former daemon left, without a thread; before the keepers are opened.
 
         For a client that acts while there is no daemon; the next start is a first one.
         """
@@ -5467,6 +5490,9 @@ class Supervisor:
                 instance.end("KILL", 0.0)
                 if instance.failure is not None:
                     instance.take_end(instance.failure)
+
+    def finish(self, deadline_mono: float) -> list[str]:
+        """Wait until that has ended; return what still runs then."""
         self.keepers.open("a")
         while Clock.mono() < deadline_mono and any(o.ward for o in self._instances.values()):
             self.keepers.look(0.1)
@@ -5708,6 +5734,17 @@ def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
     connection.sendall(struct.pack(">I", len(data)) + data)
 
 
+def send_answer(connection: socket.socket, answer: Mapping[str, Any] | DaemonError) -> None:
+    """Send a response within FRAME_TIMEOUT_S; if it is too long, the error that says so."""
+    connection.settimeout(FRAME_TIMEOUT_S)
+    try:
+        if isinstance(answer, DaemonError):
+            answer = {"type": "error", **answer.to_dict()}
+        send_frame(connection, answer)
+    except DaemonError as error:
+        send_frame(connection, {"type": "error", **error.to_dict()})
+
+
 def receive_frame(
     connection: socket.socket, idle_s: float,
     reserve: Callable[[int], Any] = contextlib.nullcontext, most_items: int = INTEGER_MAX,
@@ -5767,7 +5804,7 @@ def has_hung_up() -> bool:
     connection.settimeout(0.0)
     try:
         return not connection.recv(1, socket.MSG_PEEK)
-    except (BlockingIOError, InterruptedError):
+    except BlockingIOError:
         return False
     except OSError:
         return True
@@ -5786,48 +5823,30 @@ def absolute_path(value: object) -> str:
     raise ValueError("an absolute path")
 
 
-def list_of_commands(value: object) -> list[Any]:
-    """Read commands: their own form is checked where they are added."""
-    if not isinstance(value, list):
-        raise ValueError("a list")
-    return value
-
-
 process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
-
-
-def process_names(value: object) -> list[str]:
-    """Read a list of names of processes."""
-    return [process_name(name) for name in text_list(value)]
-
-
-def log_offsets(value: object) -> dict[str, int]:
-    """Read an object of offsets."""
-    return {name: integer(0)(offset) for name, offset in mapping(value).items()}
 
 
 def signal_number(value: object) -> int:
     """Read a signal: HUP, SIGHUP or 1."""
-    name = str(value).upper()
-    found = getattr(signal, name if name.startswith("SIG") else "SIG" + name, None)
-    if isinstance(found, signal.Signals):
-        return int(found)
-    with contextlib.suppress(ValueError):
-        return int(signal.Signals(integer(1)(value)))
+    for name, number in signal.Signals.__members__.items():
+        if str(value).upper() in (name, name[3:], str(int(number))):
+            return int(number)
     raise ValueError("a signal, such as HUP or USR1")
 
 
 # Every field that a request can have, with its reader.
 FIELDS: dict[str, Callable[[Any], Any]] = {
-    "id": integer(0), "ids": task_ids, "commands": list_of_commands, "options": mapping,
+    "id": integer(0), "ids": task_ids, "options": mapping,
+    "commands": lambda value: value if isinstance(value, list) else text_list(value),
     "token": line_of_text, "cwd": absolute_path, "env": environment, "umask": integer(0, 0o777),
     "state": choice(*State), "group": line_of_text, "before": integer(1),
     "limit": integer(1, 1000), "within": duration, "offset": integer(-INTEGER_MAX),
     "attempt": integer(1), "run_id": line_of_text, "tokens": integer(0, 10**15), "cost": number,
     "progress": number, "note": line_of_text, "keep": bool,
-    "name": process_name, "names": process_names, "instances": integer(0, 1000),
-    "signal": signal_number,
-    "offsets": log_offsets, "lines": integer(1, LINES_MAX), "follow": truth, "wait": truth,
+    "name": process_name, "names": lambda value: [process_name(one) for one in text_list(value)],
+    "instances": integer(0, 1000), "signal": signal_number, "follow": truth, "wait": truth,
+    "offsets": lambda value: {name: integer(0)(at) for name, at in mapping(value).items()},
+    "lines": integer(1, LINES_MAX),
 }  # fmt: skip
 
 
@@ -5924,11 +5943,15 @@ class TaskVerbs:
 
     def _change(self, verb: str, ids: Sequence[range]) -> Fields:
         done, not_done = self._store.change(verb, ids)
+        answer: Fields = {"done": done, "not_done": not_done}
         if self._runner is not None:
             if verb == "cancel":
                 self._runner.end(done)
             self._runner.tell(done)
-        return self._wake({"done": done, "not_done": not_done})
+        elif verb == "cancel":
+            left = [int(task_id) for task_id in end_orphans(self._store)]
+            answer.update({"left": left} if left else {})
+        return self._wake(answer)
 
     def _set_paused(self, on: bool, group: str | None = None) -> Fields:
         return self._wake({"paused": self._store.pause(group, on)})
@@ -5949,8 +5972,8 @@ class TaskVerbs:
     ) -> Fields:
         """Return a part of an attempt's log, from a logical offset on (-n: the last n lines).
 
-        {"attempt", "data": base64, "next": offset, "done": no more will come of this attempt,
-         "attempts", "status": the task's, None while it is not done}. Waits for `within` s.
+        {"attempt", "attempts", "done": no more will come of this attempt, "data": base64,
+         "next": offset}. Waits for `within` seconds when there is nothing.
         """
         deadline, last = Clock.mono() + within, max(self._store.get(id).attempts, 1)
         number = attempt or last
@@ -5963,29 +5986,17 @@ class TaskVerbs:
             data, following = read_log(log_path(self._store.folder, id, number), offset)
             if data or is_over or not self._pause(id, deadline, 0.05):
                 break
-        return {
-            "attempt": number,
-            "data": in_base64(data),
-            "next": following,
-            "done": is_over and len(data) < LOG_CHUNK_BYTES,
-            "attempts": task.attempts,
-            "status": task.status if task.state in DONE else None,
-        }
+        is_over = is_over and len(data) < LOG_CHUNK_BYTES
+        answer = {"attempt": number, "attempts": task.attempts, "done": is_over}
+        return {**answer, "data": in_base64(data), "next": following}
 
     def _process_logs(
         self, name: str, offsets: Mapping[str, int] | None = None, lines: int = 50
     ) -> Fields:
-        """Return {"logs": {"web.0": {"data": base64, "next": offset}}} from `offsets` on.
-
-        Of an instance that is not in `offsets`: the last `lines` lines.
-        """
-        logs = read_process_logs(self._store, name, offsets or {}, lines)
-        return {
-            "logs": {
-                instance: {"data": in_base64(data), "next": following}
-                for instance, (data, following) in logs.items()
-            }
-        }
+        """Return {"logs": {"web.0": {"data": base64, "next": offset}}}."""
+        found = read_process_logs(self._store, name, offsets or {}, lines).items()
+        logs = {one: {"data": in_base64(data), "next": end} for one, (data, end) in found}
+        return {"logs": logs}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -6000,9 +6011,8 @@ class TaskVerbs:
             yield f"runs since {span(Clock.now() - task.started_at)}"
             if task.wish is not None:
                 yield f"is being ended: {task.wish.value}"
-            obstacle = self._runner.keepers.explain(task.run_id or "") if self._runner else ""
-            if obstacle:
-                yield obstacle
+            if self._runner is not None:
+                yield from filter(None, [self._runner.keepers.explain(task.run_id or "")])
             return
         if task.state == State.SCHEDULED:
             yield f"due in {span((task.due_at or 0.0) - Clock.now())}"
@@ -6025,12 +6035,13 @@ class TaskVerbs:
             yield "a task it came after was removed"
 
     def _queue_reasons(self, task: Task) -> Iterator[str]:
-        paused, config = self._store.get_paused(), self._store.config
+        config = self._store.config
+        paused = {"*", task.group}.intersection(self._store.get_paused())
         running = self._store.find(state="running", limit=1000)
-        group = config.groups.get(task.group)
-        limit, most = group.max_concurrent if group else None, config.daemon.max_concurrent
+        group, most = config.groups.get(task.group), config.daemon.max_concurrent
+        limit = group.max_concurrent if group else None
         names = [str(other.id) for other in running if other.group == task.group]
-        if "*" in paused or task.group in paused:
+        if paused:
             yield "everything is paused" if "*" in paused else f"group {task.group} is paused"
         if limit is not None and len(names) >= limit:
             yield f"group {task.group} is full ({limit}): tasks {', '.join(names[:10])}"
@@ -6143,11 +6154,11 @@ class ProcessVerbs:
         view = one.view
         if view.is_stale or view.state == ProcessState.STOPPING:
             return not view.is_wanted
+        if not view.is_wanted or one.is_failing() or self._has_come_up(one):
+            return True
         needed = [need.view for name in view.policy.needs for need in self._supervisor.find(name)]
-        is_stuck = one.ward is None and any(
-            need.state in _DOWN or not (need.is_wanted or is_good_enough(need)) for need in needed
-        )
-        return not view.is_wanted or is_stuck or one.is_failing() or self._has_come_up(one)
+        is_down = (n.state in _DOWN or not (n.is_wanted or is_good_enough(n)) for n in needed)
+        return one.ward is None and any(is_down)
 
     def _await_up(self, instances: Sequence[Instance], hint: str = "") -> None:
         """Wait until these are up, or one that others follow failed. Raises PROCESS_FAILED."""
@@ -6157,11 +6168,9 @@ class ProcessVerbs:
             return is_failing or all(map(self._is_settled, instances))
 
         self._supervisor.wait_until(is_over, PROCESS_ANSWER_S - START_TIMEOUT_S)
-        failed = [one for one in instances if one.is_failing()] or [
-            one
-            for one in instances
-            if not self._has_come_up(one) and (one.view.is_wanted or not is_good_enough(one.view))
-        ]
+        away = [one for one in instances if not self._has_come_up(one)]
+        away = [one for one in away if one.view.is_wanted or not is_good_enough(one.view)]
+        failed = [one for one in instances if one.is_failing()] or away
         if failed:
             more = f"; {len(failed) - 3} more" if len(failed) > 3 else ""
             hint = hint or "see `why NAME` and `logs NAME`; it is tried again by its policy"
@@ -6231,18 +6240,18 @@ class ProcessVerbs:
                 reasons += [one.explain() for one in self._supervisor.find(need)]
         return {"name": name, "reasons": reasons or [f"{name} has no instances: `scale {name} 1`"]}
 
-    def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Any]:
+    def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Fields]:
         read = functools.partial(read_process_logs, self._store, name)
         if follow:
             read({}, 1)  # raises PROCESS_NOT_FOUND
             return _frame_lines(follow_lines(read, lines, True))
         (found,) = follow_lines(read, lines, False)
-        last = next(_frame_lines([found[::-1]])) or {"lines": []}  # those that fit
-        return {"type": "log_lines", "lines": last["lines"][::-1]}
+        last = next(_frame_lines([found[::-1]]))  # those that fit
+        return {**last, "lines": last["lines"][::-1]}
 
 
-def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields | None]:
-    """Yield {"lines": [...]} as lines come, below FRAME_MAX_BYTES; None when there is none."""
+def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields]:
+    """Yield {"type": "log_lines", "lines": [...]} as lines come, below FRAME_MAX_BYTES."""
     for lines in found:
         frame: list[Fields] = []
         moment, left = timestamp(Clock.now()), FRAME_MAX_BYTES // 2
@@ -6252,10 +6261,10 @@ def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields | 
             content = line.decode("utf-8", "replace")
             left -= len(json.dumps(content)) + 200
             if left < 0:
-                yield {"lines": frame}
+                yield {"type": "log_lines", "lines": frame}
                 frame, left = [], FRAME_MAX_BYTES // 2
             frame.append({"timestamp": moment, **about, "content": content})
-        yield {"lines": frame} if frame else None
+        yield {"type": "log_lines", "lines": frame}
 
 
 def remove_socket(path: str, *others: str) -> None:
@@ -6307,15 +6316,15 @@ class ControlServer:
     def _bind(self) -> None:
         self._hang_up()
         try:
-            self._listener, where = Platform.listen(os.path.join(self._folder, "control.sock"))
+            listener, where = Platform.listen(os.path.join(self._folder, "control.sock"))
         except OSError as error:
             raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
         path = os.path.join(self._folder, where.get("socket", ""))
-        self._socket = (path, file_id(path))
+        self._listener, self._socket = listener, (path, file_id(path))
         about = {"pid": os.getpid(), "folder": file_id(self._folder)}
         self._endpoint = json.loads(json.dumps({**where, **about}))
-        args = (self._listener,)
-        threading.Thread(target=self._accept_all, args=args, name="control", daemon=True).start()
+        accept = functools.partial(self._accept_all, listener)
+        threading.Thread(target=accept, name="control", daemon=True).start()
 
     def _read_endpoint(self) -> Fields | None:
         with contextlib.suppress(ValueError, DaemonError):
@@ -6361,10 +6370,10 @@ class ControlServer:
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer requests until the peer leaves or sends what is none."""
-        is_sound, _PEER.connection = True, connection
+        _PEER.connection = connection
         try:
             with connection:
-                while is_sound:
+                while True:
                     try:
                         if Platform.peer_uid(connection):  # neither ours nor root
                             raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
@@ -6375,17 +6384,14 @@ class ControlServer:
                         self._idle.pop(connection, None)
                         if request is None:
                             return
-                        answer: Any = self._answer(request)
+                        answer = self._answer(request)
                     except DaemonError as error:  # the framing is lost: say so and hang up
-                        answer, is_sound = {"type": "error", **error.to_dict()}, False
-                    if not isinstance(answer, dict):
+                        send_answer(connection, error)
+                        return
+                    if isinstance(answer, (dict, DaemonError)):
+                        send_answer(connection, answer)
+                    else:
                         self._stream(connection, answer)
-                        continue
-                    connection.settimeout(FRAME_TIMEOUT_S)
-                    try:
-                        send_frame(connection, answer)
-                    except DaemonError as error:  # it is over FRAME_MAX_BYTES
-                        send_frame(connection, {"type": "error", **error.to_dict()})
         except OSError as error:
             log.debug("a connection ended: %s", error)
         except Exception:  # this thread's top frame
@@ -6394,23 +6400,22 @@ class ControlServer:
             self._idle.pop(connection, None)
             self._room.release()
 
-    def _stream(self, connection: socket.socket, answers: Iterable[Fields | None]) -> None:
+    def _stream(self, connection: socket.socket, answers: Iterable[Fields]) -> None:
         """Send answers as they come until the peer leaves, or sends its next request."""
         if not self._streams.acquire(blocking=False):
-            what = f"{STREAMS_MAX} others follow logs already"
-            send_frame(connection, {"type": "error", **DaemonError("BUSY", what).to_dict()})
+            error = DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
+            send_answer(connection, error)
             return
         try:
             for answer in answers:
-                if answer is not None:
-                    connection.settimeout(FRAME_TIMEOUT_S)
-                    send_frame(connection, {"type": "log_lines", **answer})
-                connection.settimeout(0.001 if answer else STREAM_PAUSE_S)
+                if answer["lines"]:
+                    send_answer(connection, answer)
+                connection.settimeout(0.001 if answer["lines"] else STREAM_PAUSE_S)
                 with contextlib.suppress(socket.timeout):
                     connection.recv(1, socket.MSG_PEEK)
                     return
         except DaemonError as error:  # the process was removed
-            send_frame(connection, {"type": "error", **error.to_dict()})
+            send_answer(connection, error)
         finally:
             self._streams.release()
 
@@ -6428,7 +6433,7 @@ class ControlServer:
             with self._lock:
                 self._reserved -= counted
 
-    def _answer(self, request: Fields) -> Fields | Iterator[Fields | None]:
+    def _answer(self, request: Fields) -> Fields | DaemonError | Iterator[Fields]:
         """Carry out one request; return its answer or several of them.
 
         Raises PERMISSION_DENIED for a wrong token.
@@ -6438,21 +6443,21 @@ class ControlServer:
         if token is not None:
             import hmac
 
-            if not hmac.compare_digest(shown.encode(), token.encode()):
+            if not hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode()):
                 raise DaemonError("PERMISSION_DENIED", "a wrong token")
         try:
             if name not in self._verbs:
                 raise DaemonError("UNKNOWN_COMMAND", f"there is no verb {name[:40]!r}")
             form, act = self._verbs[name]
-            answer = act(**read_fields(form, request))
+            answer: Any = act(**read_fields(form, request))
             return {"type": "ok", **answer} if isinstance(answer, dict) else answer
         except DaemonError as error:
             if self._is_stopping and error.code == "DATABASE_FAILED":  # closed
                 raise ConnectionAbortedError("the daemon has ended") from None
-            return {"type": "error", **error.to_dict()}
+            return error
         except Exception as error:  # a request handler
             log.exception("request %s failed", name)
-            return {"type": "error", **DaemonError("INTERNAL", str(error)).to_dict()}
+            return DaemonError("INTERNAL", str(error))
 
 
 def settings_of(config: Config) -> Fields:
@@ -6461,10 +6466,7 @@ def settings_of(config: Config) -> Fields:
 
 
 READING_VERBS = frozenset("list get wait why logs queue process_logs".split())
-DAEMON_VERBS = frozenset(  # these mean nothing without one
-    "ping status reload shutdown list_processes get_process start_process stop_process "
-    "restart_process reload_process up down scale_process signal_process why_process".split()
-)
+WRITING_VERBS = frozenset("add cancel retry remove pause resume report".split())
 
 
 class Project(Value):
@@ -6474,6 +6476,10 @@ class Project(Value):
     folder: str
     config_path: str | None
 
+    def file(self, name: str) -> str:
+        """Return the path of a file in the state folder."""
+        return os.path.join(self.folder, name)
+
     @property
     def named_config(self) -> str | None:
         """The configuration that was named; None: it was found in the state folder."""
@@ -6481,9 +6487,7 @@ class Project(Value):
         return path if path and os.path.dirname(path) != self.folder else None
 
 
-def find_project(
-    path: str | None = None, state: str | None = None, config: str | None = None
-) -> Project:
+def find_project(path: str | None, state: str | None, config: str | None) -> Project:
     """Decide which project is meant: named, from the environment, or by the current folder.
 
     That is the launcher's own; or the nearest folder with `.apex` from here up to the
@@ -6506,19 +6510,18 @@ def find_project(
 
 
 def _nearest_project() -> str:
+    def has_state(folder: str) -> bool:
+        return os.path.isdir(os.path.join(folder, STATE_FOLDER))
+
     start = folder = here()
-    found = None
-    while True:
-        if found is None and os.path.isdir(os.path.join(folder, STATE_FOLDER)):
-            found = folder
-        if os.path.exists(os.path.join(folder, ".git")):
-            return found or start
-        if folder == os.path.dirname(folder):
-            break  # no repository: only this folder counts, or that of apexd.py
+    passed = [start]
+    while not os.path.exists(os.path.join(folder, ".git")):
+        if folder == os.path.dirname(folder):  # no repository: here, or where apexd.py is
+            passed = [start, os.path.dirname(os.path.abspath(__file__))]
+            break
         folder = os.path.dirname(folder)
-    own = os.path.dirname(os.path.abspath(__file__))
-    has_state = [one for one in (start, own) if os.path.isdir(os.path.join(one, STATE_FOLDER))]
-    return (has_state or [start])[0]
+        passed.append(folder)
+    return next(filter(has_state, passed), start)
 
 
 def read_endpoint(folder: str) -> Fields:
@@ -6558,13 +6561,14 @@ class Client:
 
     def __init__(
         self, project_path: str | None = None, state: str | None = None,
-        config: str | None = None, notice: Callable[[str], None] = lambda text: None,
+        config: str | None = None, tell: Callable[[str], None] = lambda text: None,
     ) -> None:  # fmt: skip
         self.project = find_project(project_path, state, config)
-        self._notice = notice  # told what people should know
-        self.is_live = self.was_live = False  # the last request, any, reached a daemon
+        self._tell = tell  # called with what people should know
+        self.is_live = False  # a daemon answered the last request
+        self._return_mono = float("-inf")  # when one that is away must be back
         self.existing: Sequence[int] = ()  # of the last add: ids of tasks that had the key
-        self._pid_file = PidFile(os.path.join(self.project.folder, "daemon.pid"))
+        self._pid_file = PidFile(self.project.file("daemon.pid"))
         self._connection: socket.socket | None = None
         self._endpoint: Fields = {}  # what the daemon wrote there, while we are connected
 
@@ -6581,11 +6585,9 @@ class Client:
         """
         deadline = Clock.mono() + (CONFIRM_TIMEOUT_S if "token" in fields else answer_s)
         while True:
-            self.is_live = True
             answer = self._ask(verb, fields, max(deadline - Clock.mono(), 0.01))
-            if answer is None:
-                self.is_live = False
-                answer = self._act(verb, fields)
+            self.is_live = answer is not None
+            answer = self._act(verb, fields) if answer is None else answer
             if answer is not None:
                 return answer
             if Clock.mono() > deadline:
@@ -6597,7 +6599,7 @@ class Client:
         is_fresh = self._connection is None
         try:
             connection = self._connect()
-            self.was_live = True
+            self._return_mono = float("inf")
             connection.settimeout(answer_s)
             token = self._endpoint.get("token")
             send_frame(connection, {"type": verb, **fields, **({"auth": token} if token else {})})
@@ -6641,17 +6643,16 @@ class Client:
 
     def _act(self, verb: str, fields: Fields) -> Fields | None:
         """Act on the store, under the lock; None when somebody else has it."""
-        folder = self.project.folder
-        if verb in DAEMON_VERBS:
+        if verb not in READING_VERBS | WRITING_VERBS:  # it means nothing without a daemon
             if self._pid_file.holder() is None:
                 raise DaemonError("NOT_RUNNING", "no daemon runs here", "start it with `start`")
             return None
-        path = os.path.join(folder, "apex.db")
+        folder, path = self.project.folder, self.project.file("apex.db")
         if verb in READING_VERBS and not any(map(os.path.exists, (path, path + "-wal"))):
             path = ":memory:"  # nothing to read, and nothing is left behind
         else:
             if make_state_folder(folder, self.project.path):
-                self._notice(f"made {folder}; no daemon runs there, `start` one")
+                self._tell(f"made {folder}; no daemon runs there, `start` one")
             if not self._pid_file.acquire("client " + verb):
                 return None
         try:
@@ -6659,15 +6660,9 @@ class Client:
             store = TaskStore(path, config, self._pid_file, self.project.path)
             with contextlib.closing(store):
                 form, act = TaskVerbs(store).table[verb]
-                answer = json.loads(json.dumps(act(**read_fields(form, fields))))
-                running = store.find(state="running", limit=INTEGER_MAX) if verb == "cancel" else ()
-                ids = [task.id for task in running if task.wish == Outcome.CANCELLED]
-                if ids:
-                    deadline = Clock.mono() + config.daemon.stop_timeout + STOP_MARGIN_S
-                    answer["left"] = end_attempts(store, ids, deadline)
+                return dict(json.loads(json.dumps(act(**read_fields(form, fields)))))
         finally:
             self._pid_file.release()
-        return dict(answer)
 
     def add(self, command: str | list[str], **options: Any) -> int:
         """Add a task, return its id; it is on disk. Options: those of `add_all`.
@@ -6724,8 +6719,7 @@ class Client:
         124 when `timeout` seconds were not enough. Outlives a restart of the daemon.
         Raises NOT_RUNNING when there is no daemon to wait for.
         """
-        deadline = float("inf") if timeout is None else Clock.mono() + timeout
-        until, within = Clock.mono() + RETURN_TIMEOUT_S, 0.0
+        within, deadline = 0.0, Clock.mono() + (float("inf") if timeout is None else timeout)
         while True:
             answer = self.call("wait", {"ids": ids, "within": within}, within + ANSWER_TIMEOUT_S)
             on_change(answer)
@@ -6733,7 +6727,7 @@ class Client:
                 return int(answer["status"])
             if Clock.mono() >= deadline:
                 return 124
-            until = self.outwait(until)
+            self.outwait()
             within = min(1.0, max(deadline - Clock.mono(), 0.0))
 
     def follow(
@@ -6744,7 +6738,6 @@ class Client:
         attempt None: the last one. offset -n: from the last n lines on. to_end False: only
         what is there now. Outlives a restart of the daemon.
         """
-        until = Clock.mono() + RETURN_TIMEOUT_S
         while True:
             fields = {"id": task_id, "attempt": attempt, "offset": offset, "within": float(to_end)}
             answer = self.call("logs", fields, 1.0 + ANSWER_TIMEOUT_S)
@@ -6757,29 +6750,37 @@ class Client:
             elif answer["done"] or (not data and not to_end):
                 return
             elif not data:
-                until = self.outwait(until)
+                self.outwait()
 
-    def outwait(self, until: float) -> float:
-        """Let a waiting call outlive a daemon that is away; return until when (monotonic)."""
-        if self.is_live:
-            return Clock.mono() + RETURN_TIMEOUT_S
-        if not self.was_live or Clock.mono() > until:
-            what = "no daemon runs, so nothing moves; the task is kept"
-            raise DaemonError("NOT_RUNNING", what, "start it with `start`")
-        threading.Event().wait(0.2)
-        return until
+    def outwait(self) -> None:
+        """Let a waiting call outlive a daemon that is away for RETURN_TIMEOUT_S."""
+        if not self.is_live:
+            self._return_mono = min(self._return_mono, Clock.mono() + RETURN_TIMEOUT_S)
+            if Clock.mono() > self._return_mono:
+                what = "no daemon runs, so nothing moves; the task is kept"
+                raise DaemonError("NOT_RUNNING", what, "start it with `start`")
+            threading.Event().wait(0.2)
+
+    def change(self, verb: str, ids: Sequence[int | str]) -> Fields:
+        """Do one of the next three to tasks, such as 3 or "5-9"; many may take their time."""
+        count = sum(map(len, read_fields("ids!", {"ids": ids})["ids"]))
+        answer_s = ANSWER_TIMEOUT_S + min(count / 1000, PROCESS_ANSWER_S)
+        return self.call(verb, {"ids": ids}, answer_s)
 
     def cancel(self, *ids: int) -> Fields:
-        """Cancel tasks; return {"done": ids, "not_done": ids finished before}."""
-        return self.call("cancel", {"ids": ids})
+        """Cancel tasks; return {"done": ids, "not_done": ids finished before}.
+
+        Without a daemon also "left": ids that still run, if there are any.
+        """
+        return self.change("cancel", ids)
 
     def retry(self, *ids: int) -> Fields:
         """Run finished tasks again; return {"done": ids, "not_done": ids unfinished}."""
-        return self.call("retry", {"ids": ids})
+        return self.change("retry", ids)
 
     def remove(self, *ids: int) -> Fields:
         """Forget tasks; return {"done": ids, "not_done": ids that run}."""
-        return self.call("remove", {"ids": ids})
+        return self.change("remove", ids)
 
     def pause(self, group: str | None = None) -> Fields:
         """Claim nothing from a group, or at all; return {"paused": groups}."""
@@ -6808,26 +6809,26 @@ def held_by(holder: Holder) -> DaemonError:
     return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
-def end_attempts(store: TaskStore, ids: Sequence[int], deadline_mono: float) -> list[int]:
-    """End running tasks whose wish is on disk, while there is no daemon; return what still runs."""
+def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
+    """End running tasks that are cancelled; `is_all`: KILL all tasks and processes.
+
+    For a client, while there is no daemon. Returns what still runs: ["12", "web.0"].
+    """
+    tasks = store.find(state="running", limit=INTEGER_MAX)
+    ids = [task.id for task in tasks if is_all or task.wish == Outcome.CANCELLED]
+    if not ids and not is_all:
+        return []
+    grace_s = STOP_MARGIN_S if is_all else store.config.daemon.stop_timeout
+    deadline = Clock.mono() + grace_s + STOP_MARGIN_S
     runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
     try:
-        return runner.finish(ids, deadline_mono)
+        supervisor = Supervisor(store, keepers=runner.keepers)
+        if is_all:
+            supervisor.end_left()
+        left = [str(task_id) for task_id in runner.finish(ids, deadline, force=is_all)]
+        return [*left, *supervisor.finish(deadline)] if is_all else left
     finally:
-        runner.keepers.close(False)
-
-
-def end_everything(store: TaskStore) -> list[str]:
-    """KILL tasks and processes, while there is no daemon; return what still runs."""
-    deadline = Clock.mono() + 2 * STOP_MARGIN_S
-    runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
-    supervisor = Supervisor(store, keepers=runner.keepers)
-    ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
-    try:
-        left = [str(task_id) for task_id in runner.finish(ids, deadline, force=True)]
-        return [*left, *supervisor.finish(deadline)]
-    finally:
-        runner.keepers.close(True)
+        runner.keepers.close(is_all)
 
 
 # ============================================================================
@@ -6835,44 +6836,73 @@ def end_everything(store: TaskStore) -> list[str]:
 #     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
 # ============================================================================
 
+class Mailbox:
+    """What signal handlers and other threads tell the main thread, which sleeps until then."""
+
+    def __init__(self) -> None:
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._waker, self._wakee = socket.socketpair()
+        self._waker.setblocking(False)
+        # Another thread may be the one that the kernel interrupts: then only this wakes us.
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for name in Platform.SIGNALS:
+            if name != "SIGCHLD" or os.getpid() == 1:
+                signal.signal(getattr(signal, name), self._hear)
+        reset_signals()
+
+    def _hear(self, number: int, frame: object) -> None:
+        self._messages.put(signal.Signals(number).name)
+
+    def post(self, message: str) -> None:
+        """Leave a message, from any other thread."""
+        self._messages.put(message)
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            self._waker.send(b"x")
+
+    def take(self) -> Iterator[str]:
+        """Yield messages as they come, SIGHUP or what was posted; of several alike, one."""
+        while True:
+            waiting: dict[str, None] = {}
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting[self._messages.get_nowait()] = None
+            yield from waiting
+            if not waiting:
+                self._wakee.recv(4096)
+
+
 class Daemon:
     """One project's daemon: it owns lock, store, runner and control socket, and wires them.
 
     report: given {"event": "ready" | "progress" | "error", ...} while it starts.
     """
 
-    def __init__(
-        self, project: Project, report: Callable[[Fields], None], foreground: bool = False
-    ) -> None:
+    def __init__(self, project: Project, report: Callable[[Fields], Any], foreground: bool) -> None:
         self._project = project
         self._report = report
         self._foreground = foreground
         self._config = load_config(project.config_path)
-        self._pid_file = PidFile(os.path.join(project.folder, "daemon.pid"))
-        self._messages: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._waker: socket.socket  # `_obey` sleeps on the other end
-        self._wakee: socket.socket
+        self._pid_file = PidFile(project.file("daemon.pid"))
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
         self._exit_status, self._files = 0, dict[str, object]()  # the database's, with `file_id`
         self._standing = threading.Event()  # a keeper takes starts
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
-        self._store: TaskStore
-        self._keepers: Keepers
-        self._runner: DaemonRunner
-        self._supervisor: Supervisor
-        self._control: ControlServer
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
-        self._settle_in()
+        Platform.close_inherited()
+        self._mailbox = Mailbox()
+        os.umask(0o077)
+        make_state_folder(self._project.folder, self._project.path)
+        os.chdir(self._project.folder)
         self._take_lock()
         try:
-            open_log(self._path("daemon.log"), self._config.log, self._foreground)
+            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._report({"event": "progress", "what": "checking the database"})
-            path, lock = self._path("apex.db"), self._pid_file
+            path, lock = self._project.file("apex.db"), self._pid_file
             self._store = TaskStore(path, self._config, lock, self._project.path)
             with contextlib.closing(self._store):
                 self._store.database.check()
@@ -6887,24 +6917,7 @@ class Daemon:
             self._pid_file.release()
             close_log()
 
-    def _path(self, name: str) -> str:
-        return os.path.join(self._project.folder, name)
 
-    def _settle_in(self) -> None:
-        """Take a defined state whatever the caller's was: descriptors, signals, umask, folder."""
-        Platform.close_inherited()
-        self._waker, self._wakee = socket.socketpair()
-        self._waker.setblocking(False)
-        # Another thread may be the one that the kernel interrupts: then only this wakes us.
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        for name in Platform.SIGNALS:
-            number = getattr(signal, name)
-            if name != "SIGCHLD" or os.getpid() == 1:
-                signal.signal(number, lambda number, _: self._messages.put(("signal", number)))
-        reset_signals()
-        os.umask(0o077)
-        make_state_folder(self._project.folder, self._project.path)
-        os.chdir(self._project.folder)
 
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
@@ -6921,9 +6934,9 @@ class Daemon:
 
     def _serve(self) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
-        on_drained = functools.partial(self._post, "drained")
+        on_drained = functools.partial(self._mailbox.post, "drained")
         self._runner = DaemonRunner(self._store, None, self._look_after, on_drained, keepers)
-        on_stopped = functools.partial(self._post, "stopped")
+        on_stopped = functools.partial(self._mailbox.post, "stopped")
         self._supervisor = Supervisor(self._store, self._give_up, on_stopped, keepers)
         keepers.on_standing = self._note_standing
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -6957,44 +6970,25 @@ class Daemon:
         self._runner.wake()
         self._supervisor.wake()
 
-    def _post(self, kind: str, value: object = None) -> None:
-        """Leave a message for the main thread, from any other."""
-        self._messages.put((kind, value))
-        with contextlib.suppress(BlockingIOError):  # full: it is awake
-            self._waker.send(b"x")
-
-    def _take_messages(self) -> Iterator[tuple[str, Any]]:
-        """Yield messages as they come; of several alike that wait, one."""
-        while True:
-            waiting: dict[tuple[str, Any], None] = {}
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting[self._messages.get_nowait()] = None
-            yield from waiting
-            if not waiting:
-                self._wakee.recv(4096)
-
     def _obey(self) -> None:
         """Do what signal handlers and threads ask for, until the end."""
         ended = set[str]()
-        for kind, value in self._take_messages():
-            name = signal.Signals(value).name if kind == "signal" else kind
+        for name in self._mailbox.take():
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             self._is_over = len(ended) == 2
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
             try:
-                self._act(name, value)
+                self._act(name)
             except (DaemonError, OSError) as error:  # a full disk, say
                 log.error("%s: %s", name, error)
 
-    def _act(self, name: str, value: Any) -> None:
+    def _act(self, name: str) -> None:
         """Do what one message asks for."""
         if name == "drained":
             self._supervisor.stop()
         elif name == "failed":
-            self._exit_status = self._exit_status or value
             if not self._first_term:
                 log.info("stopping")
                 self._runner.drain(self._config.daemon.graceful_timeout)
@@ -7012,32 +7006,36 @@ class Daemon:
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
-            open_log(self._path("daemon.log"), self._config.log, self._foreground)
+            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
             log.info("reopened the log")
         elif os.getpid() == 1:  # SIGCHLD
             Platform.reap_orphans(self._keepers.has_child)
 
     def _give_up(self, name: str) -> None:
-        log.error("process %s is critical and has failed: stopping", name)
-        self._post("failed", 1)
+        self._fail(1, f"process {name} is critical and has failed")
+
+    def _fail(self, status: int, why: str) -> None:
+        """Stop, and exit with this status."""
+        log.error("%s: stopping", why)
+        self._exit_status = self._exit_status or status
+        self._mailbox.post("failed")
 
     def _shutdown(self, keep: bool = False) -> Fields:
         """Stop; `keep` leaves the tasks running for the next daemon."""
-        self._post("leave" if keep else "stop")
+        self._mailbox.post("leave" if keep else "stop")
         return {"message": "stopping"}
 
     def _reload(self) -> list[str]:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
         with self._reload_lock:
             try:
-                path = self._project.config_path or find_config(self._project.folder)
-                new = load_config(path)
+                new = load_config(self._project.config_path or find_config(self._project.folder))
             except DaemonError as error:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
             plan = self._config.plan(new)
             if new.log != self._config.log:
-                open_log(self._path("daemon.log"), new.log, self._foreground)
+                open_log(self._project.file("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
             self._supervisor.reload(old)
             self._next_heartbeat = self._next_look = 0.0
@@ -7055,36 +7053,32 @@ class Daemon:
                 self._inspect()
             if now >= self._next_heartbeat and not self._exit_status:
                 self._next_heartbeat = now + self._config.daemon.heartbeat_interval
-                write_atomically(self._path("heartbeat"), timestamp(Clock.now()) + "\n")
+                write_atomically(self._project.file("heartbeat"), timestamp(Clock.now()) + "\n")
                 self._write_state()
         except DaemonError as error:  # a full disk
             log.error("%s (%s)", error, error.hint)
         return min(self._next_look, self._next_heartbeat) - Clock.mono()
 
     def _inspect(self) -> None:
-        """Look whether database and socket are where they were."""
+        """Look whether database, lock file and socket are where they were."""
         gone = [path for path, known in self._files.items() if file_id(path) != known]
         if gone and not self._exit_status:
-            log.error("%s was removed or replaced while in use: stopping", gone[0])
-            self._post("failed", CODES["DATABASE_CORRUPT"][0])
+            why = f"{gone[0]} was removed or replaced while in use"
+            self._fail(CODES["DATABASE_CORRUPT"][0], why)
         if gone:
             return  # nothing here is ours to write any more
-        self._keep_lock()
+        lock, project = self._pid_file, self._project
+        if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config)):
+            holder = lock.holder()
+            if holder is not None and holder.role == "daemon":
+                self._mailbox.post("leave")
         self._control.start(settings_of(self._config))
         if os.getpid() == 1:
             Platform.reap_orphans(self._keepers.has_child)
 
-    def _keep_lock(self) -> None:
-        """Lock a new file when the lock file was removed; leave if another daemon has."""
-        lock, project = self._pid_file, self._project
-        if lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config):
-            return
-        holder = lock.holder()
-        if holder is not None and holder.role == "daemon":
-            self._post("leave")
-
     def _write_state(self) -> None:
-        write_atomically(self._path("state.json"), json.dumps(self._status(), indent=1) + "\n")
+        text = json.dumps(self._status(), indent=1)
+        write_atomically(self._project.file("state.json"), text + "\n")
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
@@ -7098,8 +7092,7 @@ class Daemon:
         self._write_state()
 
     def _identity(self) -> Fields:
-        uptime_s = int(self._runner.get_metrics().uptime)
-        about = {"version": __version__, "uptime_secs": uptime_s}
+        about = {"version": __version__, "uptime_secs": int(self._runner.get_metrics().uptime)}
         return {**about, "pid": os.getpid(), "folder": self._project.folder}
 
     def _status(self) -> Fields:
@@ -7135,6 +7128,16 @@ def run_daemon(options: Fields) -> int:
         return error.exit_status
 
 
+def spawn(argv: list[str], env: dict[str, str]) -> Any:
+    """Start a daemon as a child in a session of its own; return its output's pipe."""
+    from subprocess import DEVNULL, PIPE, STDOUT, Popen
+
+    how = dict(Platform.DETACHED, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env)
+    process = Popen(argv, **how)
+    process.returncode = 0  # it is meant to outlive us: no ResourceWarning
+    return process.stdout
+
+
 class DaemonManager(Client):
     """A client that starts, stops and watches the daemon, too."""
 
@@ -7163,55 +7166,42 @@ class DaemonManager(Client):
             except DaemonError as error:
                 if error.code != "NOT_RUNNING":
                     raise
-            if mode == "fork" or (mode == "auto" and Platform.can_fork()):
-                pipe = Platform.fork(argv, env)
-            else:
-                pipe = self._spawn(argv, env)
+            is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
             try:
-                return self._await_ready(pipe), False
+                return self._await_ready((Platform.fork if is_forked else spawn)(argv, env)), False
             except DaemonError as error:
                 if error.code != "ALREADY_RUNNING":
                     raise
         raise DaemonError("START_FAILED", "daemons came and went", "see `logs`")
 
-    def _spawn(self, argv: list[str], env: dict[str, str]) -> Any:
-        """Start a daemon as a child in a session of its own; return its output's pipe."""
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=env, **Platform.DETACHED,
-        )  # fmt: skip
-        process.returncode = 0  # it is meant to outlive us: no ResourceWarning
-        return process.stdout
-
     def _await_ready(self, pipe: Any) -> int:
         """Read what the starting daemon reports. Raises the error it reports, START_FAILED."""
-        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Fields] = queue.SimpleQueue()
 
         def read() -> None:
+            last = "it ended without a word"
             with pipe:
-                for line in iter(pipe.readline, b""):
-                    lines.put(line)
-            lines.put(b"")
+                for line in pipe:
+                    try:
+                        events.put(dict(json.loads(line)))
+                    except (ValueError, TypeError):
+                        last = line.decode("utf-8", "replace").strip() or last
+            error = DaemonError("START_FAILED", last, "see `logs`")
+            events.put({"event": "error", **error.to_dict()})
 
         threading.Thread(target=read, name="report", daemon=True).start()
-        last = "it ended without a word"
-        while True:
+        event: Fields = {}
+        while event.get("event") not in ("ready", "error"):
             try:
-                line = lines.get(timeout=START_TIMEOUT_S)
+                event = events.get(timeout=START_TIMEOUT_S)
             except queue.Empty:
                 what = f"it did not answer within {START_TIMEOUT_S:.0f} s"
                 raise DaemonError("START_FAILED", what, "see `logs`") from None
-            if not line:
-                raise DaemonError("START_FAILED", last, "see `logs`")
-            try:
-                event = json.loads(line)
-                if event["event"] == "ready":
-                    return int(event["pid"])
-                if event["event"] == "error":  # what follows must not meet it any more
-                    self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
-                    raise DaemonError.from_dict(event)
-            except (ValueError, TypeError, KeyError):
-                last = line.decode("utf-8", "replace").strip() or last
+        if event["event"] == "ready":
+            return int(event["pid"])
+        if "pid" in event:  # what follows must not meet it any more
+            self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
+        raise DaemonError.from_dict(event)
 
     def run_foreground(self) -> int:
         """Become the daemon (never returns), or be it where there is no exec."""
@@ -7224,19 +7214,17 @@ class DaemonManager(Client):
         """Return the daemon that lives, None when there is none. Raises BUSY."""
         deadline = Clock.mono() + CLIENT_HOLD_S
         while True:
-            holder = self._pid_file.holder() or self._find_unlocked()
-            if holder is None or (holder.role == "daemon" and holder.is_alive()):
+            holder = self._pid_file.holder()
+            if holder is None:  # ask the socket, too: the lock file may be gone
+                with contextlib.suppress(DaemonError):
+                    pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
+                    return Holder.of_pid(pid, "daemon") if pid else None
+                return None
+            if holder.role == "daemon" and holder.is_alive():
                 return holder
             if Clock.mono() > deadline:
                 raise held_by(holder)
             threading.Event().wait(0.02)
-
-    def _find_unlocked(self) -> Holder | None:
-        """Ask the socket, before anybody says that no daemon runs: its lock file may be gone."""
-        with contextlib.suppress(DaemonError):
-            pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
-            return Holder.of_pid(pid, "daemon") if pid else None
-        return None
 
     def is_daemon_running(self) -> bool:
         """Tell whether a daemon holds the lock."""
@@ -7251,23 +7239,26 @@ class DaemonManager(Client):
         holder = self.find_holder()
         if holder is None:
             return None
-        config = Config({})
-        with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
-            config = load_config(holder.config or self.project.config_path)
         if timeout_s is None:
-            timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + STOP_MARGIN_S
-            timeout_s += config.stop_timeout_s
-        if Platform.is_posix:
-            deadline = Clock.mono() + timeout_s
-            Platform.send(holder.pid, signal.SIGTERM)
-            while force and Clock.mono() < deadline and not self._await_gone(holder, FIRST_TERM_S):
-                Platform.send(holder.pid, signal.SIGTERM)  # it counts from when it heard the first
-        else:
-            self.call("shutdown", {})
-        if not self._await_gone(holder, timeout_s):
-            what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
-            raise DaemonError("STOP_KILLED", what, "`start` goes on with it; see `logs` for why")
-        return holder.pid
+            config = Config({})
+            with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
+                config = load_config(holder.config or self.project.config_path)
+            timeout_s = config.daemon.graceful_timeout + config.daemon.stop_timeout
+            timeout_s += config.stop_timeout_s + STOP_MARGIN_S
+        deadline = Clock.mono() + timeout_s
+        while True:
+            if Platform.is_posix:
+                Platform.send(holder.pid, signal.SIGTERM)
+            else:
+                with contextlib.suppress(DaemonError):
+                    self.call("shutdown", {})
+            left_s = deadline - Clock.mono()
+            if self._await_gone(holder, min(left_s, FIRST_TERM_S) if force else left_s):
+                return holder.pid
+            if Clock.mono() >= deadline:
+                what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
+                hint = "`start` goes on with it; see `logs` for why"
+                raise DaemonError("STOP_KILLED", what, hint)
 
     def _await_gone(self, holder: Holder, timeout_s: float) -> bool:
         deadline, pause_s = Clock.mono() + timeout_s, 0.002
@@ -7288,24 +7279,23 @@ class DaemonManager(Client):
             # A killed daemon's other threads can hold the lock for a moment longer.
             if not self._pid_file.acquire("client stop", wait_s=1.0):
                 return "another program has the project now"
-            try:
-                return self._clear_away()
-            finally:
-                self._pid_file.release()
+            return self._clear_away()
         except DaemonError as error:  # a read-only disk
             return f"what it started runs on; {error.message}"
+        finally:
+            self._pid_file.release()
 
     def _clear_away(self) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
-        folder, tasks, processes = self.project.folder, 0, 0
-        place = read_endpoint(folder).get("socket", os.path.join(folder, "control.sock"))
-        remove_socket(place, os.path.join(folder, "endpoint"), self._pid_file.path)
-        path, lock = os.path.join(folder, "apex.db"), self._pid_file
-        if os.path.exists(path):
-            with contextlib.closing(TaskStore(path, None, lock, self.project.path)) as store:
+        folder, file, tasks = self.project.folder, self.project.file, 0
+        place = read_endpoint(folder).get("socket", file("control.sock"))
+        remove_socket(place, file("endpoint"), self._pid_file.path)
+        if os.path.exists(file("apex.db")):
+            store = TaskStore(file("apex.db"), None, self._pid_file, self.project.path)
+            with contextlib.closing(store):
                 tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
-        for _, _, note in find_notes(folder):
-            processes += note["pid"] > 0 and Platform.start_time(note["pid"]) == note.get("at")
+        notes = [note for _, _, note in find_notes(folder) if note["pid"] > 0]
+        processes = sum(Platform.start_time(note["pid"]) == note.get("at") for note in notes)
         of_tasks = f"{tasks} task{'s' * (tasks != 1)}"
         return f"{of_tasks} and {processes} process{'es' * (processes != 1)} run on"
 
@@ -7313,16 +7303,18 @@ class DaemonManager(Client):
         """SIGKILL it, its children too if wanted; return its PID, None without one.
 
         Children run on otherwise. With children also when no daemon is left: they count
-        as interrupted and run again at the next start.
+        as interrupted and run again at the next start. Raises STOP_FAILED, naming what is left.
         """
         holder = self.find_holder()
         if holder is not None:
             self._kill(holder)
-        path = os.path.join(self.project.folder, "apex.db")
+        path = self.project.file("apex.db")
         if with_children and os.path.exists(path):
-            config = load_config(self.project.config_path)
-            with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
-                end_everything(store)
+            with contextlib.closing(TaskStore(path, project=self.project.path)) as store:
+                left = end_orphans(store, is_all=True)
+            if left:
+                hint = "the next daemon adopts it; `kill --all` again, or see `ps`"
+                raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
         return holder.pid if holder else None
 
     def leave_daemon(self) -> None:
@@ -7340,7 +7332,7 @@ class DaemonManager(Client):
             details = self.call("status", {})
             return DaemonStatus(running=True, exit_status=0, pid=details["pid"], details=details)
         except DaemonError as error:
-            status, reason, pid = 4, error.message, None
+            status, reason = 4, error.message
             if error.code == "NOT_RUNNING":
                 try:
                     pid = self._pid_file.read().get("pid")
@@ -7398,13 +7390,9 @@ COMMON = (
     arg("--json", "-j", action="store_true", help="print JSON only"),
 )
 ID = arg("id", type=reads(integer(0)), metavar="ID", help="a task id")
-def id_words(text: str) -> str:
-    """Check ids, and leave them as they are: a range need never be a list."""
-    task_ids(text)
-    return text
-
-
-IDS = arg("ids", nargs="+", type=reads(id_words), metavar="ID", help="task ids: 3 5-9 or 3,5-9")
+# Ids stay as they are written: a range need never be a list.
+READ_IDS = reads(lambda text: task_ids(text) and text)
+IDS = arg("ids", nargs="+", type=READ_IDS, metavar="ID", help="task ids: 3 5-9 or 3,5-9")
 GROUP = arg("--group", "-g", help="only this group")
 PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default: the daemon")
 ONE = arg("name", metavar="PROCESS", help="a process")
@@ -7450,21 +7438,16 @@ def width() -> int:
     return 80
 
 
-def client_of(args: Args) -> Client:
+def client_of(args: Args) -> DaemonManager:
     """Make the client of the project that the arguments name."""
-    return Client(args.project, args.state, args.config, notice)
-
-
-def manager_of(args: Args) -> DaemonManager:
-    """Make the manager of the project that the arguments name."""
     return DaemonManager(args.project, args.state, args.config, notice)
 
 
-def refuse_ids(verb: str, args: Args) -> None:
+def refuse_ids(args: Args) -> None:
     """Keep `kill 12` from killing the daemon."""
     if args.extra:
         hint = f"did you mean `cancel {' '.join(args.extra)}`?"
-        raise bad(f"{verb} acts on the daemon, not on tasks", hint)
+        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
 
 
 @register(
@@ -7473,7 +7456,7 @@ def refuse_ids(verb: str, args: Args) -> None:
 )  # fmt: skip
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
-    manager = manager_of(args)
+    manager = client_of(args)
     if args.foreground:
         return manager.run_foreground()
     pid, was_running = manager.start_daemon(args.mode)
@@ -7488,8 +7471,8 @@ def cmd_start(args: Args) -> int:
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
-    refuse_ids("stop", args)
-    pid = manager_of(args).stop_daemon(args.timeout, args.force)
+    refuse_ids(args)
+    pid = client_of(args).stop_daemon(args.timeout, args.force)
     return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
 
 
@@ -7515,22 +7498,19 @@ def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
         return ask_for("restart_process", args, name=args.name)
-    manager = manager_of(args)
-    holder = manager.find_holder()
-    if args.config is None and holder is not None and holder.config is not None:
-        args.config = holder.config
-        manager = manager_of(args)
+    holder = client_of(args).find_holder()
+    args.config = args.config or (holder and holder.config)
+    args.foreground, manager = False, client_of(args)
     load_config(manager.project.config_path)
+    if not args.drain:
+        manager.leave_daemon()
+        return cmd_start(args)
     try:
-        if args.drain:
-            manager.stop_daemon()
-        else:
-            manager.leave_daemon()
+        manager.stop_daemon()
     except DaemonError as error:
         if error.code != "STOP_KILLED":
             raise
         notice(error.message)
-    args.foreground = False
     return cmd_start(args)
 
 
@@ -7546,9 +7526,8 @@ def cmd_reload(args: Args) -> int:
 @register("status")
 def cmd_status(args: Args) -> int:
     """Say whether the daemon runs: 0 yes, 1 dead with a PID file, 3 no, 4 unknown."""
-    status = manager_of(args).get_status()
-    details = status.details
-    text = status.reason or ""
+    status = client_of(args).get_status()
+    details, text = status.details, status.reason or ""
     if status.running:
         counts = {state: sum(groups.values()) for state, groups in details["counts"].items()}
         tasks = ", ".join(f"{n} {state}" for state, n in counts.items()) or "none"
@@ -7562,9 +7541,8 @@ def cmd_status(args: Args) -> int:
             text += "\npaused: " + ", ".join(details["paused"]).replace("*", "everything")
         if details["draining"]:
             text += "\nstopping: running tasks are finishing"
-    known = status.to_dict()
-    del known["details"]
-    emit({**known, **details}, args, text)
+    about = {name: field for name, field in status.to_dict().items() if name != "details"}
+    emit({**about, **details}, args, text)
     return int(status.exit_status)
 
 
@@ -7575,27 +7553,23 @@ def cmd_ps(args: Args) -> int:
     try:
         known = [process["name"] for process in client.call("list_processes", {})["processes"]]
     except DaemonError as error:
-        if error.code == "NOT_RUNNING" and os.path.exists(client.project.folder + "/run"):
+        if error.code == "NOT_RUNNING" and os.path.exists(client.project.file("run")):
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
-    rows = [("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")]
-    found = []
+    found, rows = [], list[tuple[object, ...]]()
+    rows.append(("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND"))
     for name in args.names or known:
         process = client.call("get_process", {"name": name})["process"]
         for one in process["instance_details"]:
             found.append({"name": name, **one})
-            cells = (
-                f"{name}.{one['index']}",
-                one["state"],
-                one["pid"] or "-",
-                "-" if one["uptime_secs"] is None else span(one["uptime_secs"]),
-                "-" if one["cpu_percent"] is None else f"{one['cpu_percent']:.0f}%",
-                "-" if one["memory_bytes"] is None else f"{one['memory_bytes'] / 1e6:.0f}MB",
-                one["restart_count"],
-                fill(" ".join([process["command"], *process["args"]]), one["index"]),
-            )
-            rows.append(tuple(map(str, cells)))  # type: ignore[arg-type]
+            uptime, cpu, memory = one["uptime_secs"], one["cpu_percent"], one["memory_bytes"]
+            uptime = uptime if uptime is None else span(uptime)
+            cpu = cpu if cpu is None else f"{cpu:.0f}%"
+            memory = memory if memory is None else f"{memory / 1e6:.0f}MB"
+            text = fill(" ".join([process["command"], *process["args"]]), one["index"])
+            cells = (one["state"], one["pid"], uptime, cpu, memory, one["restart_count"], text)
+            rows.append((f"{name}.{one['index']}", *cells))
     return emit(found, args, columns(rows))
 
 
@@ -7638,8 +7612,8 @@ def cmd_signal(args: Args) -> int:
 @register("kill", EXTRA, arg("--all", action="store_true", help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
-    refuse_ids("kill", args)
-    pid = manager_of(args).kill_daemon(args.all)
+    refuse_ids(args)
+    pid = client_of(args).kill_daemon(args.all)
     return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
 
 
@@ -7670,12 +7644,6 @@ def read_batch() -> list[Any]:
     return commands
 
 
-def add_tasks(client: Client, commands: Sequence[Any], args: Args) -> Sequence[int]:
-    """Add tasks with the options on the command line."""
-    options = {name: getattr(args, name) for name in TASK_READERS}
-    return client.add_all(commands, args.token, args.dir, args.env, **options)
-
-
 @register(
     "add", *ADD[:-1],
     arg("--print-id", "-p", action="store_true", help="print the id alone"),
@@ -7690,7 +7658,8 @@ def cmd_add(args: Args) -> int:
     client = client_of(args)
     if args.wait:
         client.call("ping", {})
-    ids = add_tasks(client, commands, args)
+    options = {name: getattr(args, name) for name in TASK_READERS}
+    ids = client.add_all(commands, args.token, args.dir, args.env, **options)
     if args.wait:
         return show_output(client, ids, args)
     text = "\n".join(map(str, ids))
@@ -7710,12 +7679,18 @@ def cmd_add(args: Args) -> int:
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
     """Copy the output of tasks to ours until they are done; return their status."""
-    for task_id in ids:
-        for data in client.follow(task_id, attempt=1):
+    try:
+        for data in (data for task_id in ids for data in client.follow(task_id, attempt=1)):
             if not args.json:
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-    return tell_end(client, ids, client.wait(ids), args)
+        return tell_end(client, ids, client.wait(ids), args)
+    except KeyboardInterrupt:
+        if args.verb == "run":
+            client.close()  # a request was cut in the middle
+            client.cancel(*ids)
+            notice(f"task {ids[0]} cancelled")
+        raise
 
 
 def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) -> int:
@@ -7731,16 +7706,8 @@ def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) 
 @register("run", *ADD)
 def cmd_run(args: Args) -> int:
     """Run a task now and show its output; exits with its status. Ctrl-C cancels it."""
-    client = client_of(args)
-    client.call("ping", {})
-    ids = add_tasks(client, [read_command(args)], args)
-    try:
-        return show_output(client, ids, args)
-    except KeyboardInterrupt:
-        client.close()  # a request was cut in the middle
-        client.cancel(*ids)
-        notice(f"task {ids[0]} cancelled")
-        raise
+    args.batch, args.wait = False, True
+    return cmd_add(args)
 
 
 @register(
@@ -7766,26 +7733,26 @@ def cmd_list(args: Args) -> int:
 
 def task_table(tasks: Sequence[Fields]) -> str:
     """Lay tasks out in columns."""
-    rows = [("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")]
+    head = ("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")
+    rows: list[tuple[object, ...]] = [head]
     for task in tasks:
-        end = task["finished_at"] or Clock.now()
-        is_timed = task["started_at"] and task["state"] not in ("queued", "scheduled", "waiting")
-        took = span(end - task["started_at"]) if is_timed else "-"
-        is_told = task["state"] == "running" and task["progress"] is not None
-        state = f"running {task['progress']:.0f}%" if is_told else task["state"]
-        code = "-" if task["exit_code"] is None else task["exit_code"]
-        words = task["command"]
+        state, took, words = task["state"], None, task["command"]
+        if task["started_at"] and state not in ("queued", "scheduled", "waiting"):
+            took = span((task["finished_at"] or Clock.now()) - task["started_at"])
+        if state == "running" and task["progress"] is not None:
+            state = f"running {task['progress']:.0f}%"
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
-        cells = (task["id"], state, task["group"], task["priority"], task["attempts"], code, took)
-        rows.append((*map(str, cells), text))  # type: ignore[arg-type]
+        counts = (task["priority"], task["attempts"], task["exit_code"])
+        rows.append((task["id"], state, task["group"], *counts, took, text))
     return columns(rows)
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Lay rows out in columns, cut at the terminal's width."""
-    widths = [max(map(len, column)) for column in [*zip(*rows)][:-1]]
+def columns(rows: Sequence[Sequence[object]]) -> str:
+    """Lay rows out in columns, None as "-", cut at the terminal's width."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in [*zip(*cells)][:-1]]
     most = width() if sys.stdout.isatty() else 10000
-    lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows)
+    lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in cells)
     return "\n".join(printable(line.replace("\n", " "))[:most].rstrip() for line in lines)
 
 
@@ -7832,11 +7799,13 @@ def register_change(verb: str, done: str, problem: str, text: str) -> None:
     """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
 
     def change(args: Args) -> int:
-        answer = client_of(args).call(verb, {"ids": args.ids})
+        answer = client_of(args).change(verb, args.ids)
         emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
-        if answer["not_done"]:
-            notice(f"{problem}: {', '.join(map(str, answer['not_done']))}")
-        return 1 if answer["not_done"] else 0
+        left = answer.get("left")
+        for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
+            if ids:
+                notice(f"{what}: {', '.join(map(str, ids))}")
+        return 1 if answer["not_done"] or left else 0
 
     change.__doc__ = text
     register(verb, IDS)(change)
@@ -7887,7 +7856,7 @@ def cmd_logs(args: Args) -> int:
     """Show the output of a task or a process; without a name the daemon's log."""
     client = client_of(args)
     if args.task is None:
-        path = os.path.join(client.project.folder, "daemon.log")
+        path = client.project.file("daemon.log")
         chunks = follow_file(path, args.lines or 50, args.follow)
     else:
         match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task)
@@ -7915,22 +7884,21 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
 
     Lines of several instances begin with "web.0 | ".
     """
-    until, count = Clock.mono() + RETURN_TIMEOUT_S, 0
+    instances = set[str]()
 
     def read(offsets: dict[str, int], lines: int) -> dict[str, tuple[bytes, int]]:
-        nonlocal count
         fields = {"name": name, "lines": lines, "offsets": offsets}
         logs = client.call("process_logs", fields)["logs"]
-        count = len(logs)
-        from_base64 = binascii.a2b_base64
-        return {one: (from_base64(part["data"]), part["next"]) for one, part in logs.items()}
+        instances.update(logs)
+        return {one: (binascii.a2b_base64(log["data"]), log["next"]) for one, log in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
-        marks = {one: f"{one} | ".encode() if count > 1 else b"" for one, _ in found}
+        is_marked = len(instances) > 1
         if found:
-            yield b"".join(marks[one] + line + b"\n" for one, line in found)
+            shown = ((f"{one} | ".encode() if is_marked else b"") + line for one, line in found)
+            yield b"\n".join([*shown, b""])
         elif to_end:
-            until = client.outwait(until)
+            client.outwait()
             threading.Event().wait(STREAM_PAUSE_S)
 
 
@@ -7945,12 +7913,12 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
 def cmd_report(args: Args) -> int:
     """Report usage and progress of the task this runs in."""
     inside = os.environ.get("APEX_TASK_ID", "")
-    if args.task is None and not inside.isdigit():
-        raise bad("this runs in no task", "name one with --task")
     usage = {n: getattr(args, n) for n in ("tokens", "cost", "progress", "note")}
     if args.task is None:
-        usage["run_id"] = os.environ.get("APEX_RUN_ID")
-    answer = client_of(args).report(int(inside) if args.task is None else args.task, **usage)
+        if not inside.isdigit():
+            raise bad("this runs in no task", "name one with --task")
+        args.task, usage["run_id"] = int(inside), os.environ.get("APEX_RUN_ID")
+    answer = client_of(args).report(args.task, **usage)
     text = "over budget: the task is being ended" if answer["over_budget"] else "ok"
     return emit(answer, args, text)
 
@@ -7958,23 +7926,22 @@ def cmd_report(args: Args) -> int:
 @register(
     "dlq",
     arg("action", nargs="?", default="list", choices=("list", "show", "retry", "drop")),
-    arg("ids", nargs="*", type=reads(id_words), metavar="ID", help="default: all failed ones"),
+    arg("ids", nargs="*", type=READ_IDS, metavar="ID", help="default: all failed ones"),
 )
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
-    failed = [task["id"] for task in client_of(args).list(state="failed")]
     if args.action == "list":
         args.in_state, args.group, args.lines = "failed", None, None
         return cmd_list(args)
-    known = set(failed)
-    for task_id in (task_id for ids in task_ids(args.ids or failed) for task_id in ids):
+    failed = {task["id"] for task in client_of(args).list(state="failed")}
+    args.ids = args.ids or sorted(failed)
+    for task_id in (task_id for ids in task_ids(args.ids) for task_id in ids):
         if args.action == "show":
             args.id = task_id
             cmd_show(args)
-        elif task_id not in known:
+        elif task_id not in failed:
             what = f"task {task_id} is no dead letter"
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
-    args.ids = args.ids or failed
     if args.action == "show":
         return 0
     return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
@@ -7983,7 +7950,7 @@ def cmd_dlq(args: Args) -> int:
 @register("config")
 def cmd_config(args: Args) -> int:
     """Check the configuration and print the effective values, of a broken one the good part."""
-    path, faults = manager_of(args).project.config_path, list[DaemonError]()
+    path, faults = client_of(args).project.config_path, list[DaemonError]()
     try:
         config = load_config(path)
     except DaemonError as error:
@@ -8008,7 +7975,7 @@ def cmd_config(args: Args) -> int:
 @register("doctor")
 def cmd_doctor(args: Args) -> int:
     """Look for what could go wrong here; 1 when something is."""
-    checks = [*find_faults(manager_of(args))]
+    checks = [*find_faults(client_of(args))]
     lines = [f"{'ok ' if is_good else 'BAD'} {name}: {text}" for name, is_good, text in checks]
     data = [{"check": name, "ok": is_good, "text": text} for name, is_good, text in checks]
     emit(data, args, "\n".join(lines))
