@@ -533,12 +533,10 @@ def matching(pattern: str, form: str) -> Callable[[Any], Any]:
     return reader(form, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
 
 
-def is_text_list(value: object) -> bool:
-    """Tell whether it is a list of strings."""
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-text_list = reader("a list of strings", is_text_list)
+text_list = reader(
+    "a list of strings",
+    lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+)
 truth = reader("true or false", lambda value: isinstance(value, bool))
 mapping = reader("an object", lambda value: isinstance(value, dict))  # its values: see later
 
@@ -718,10 +716,7 @@ def is_passing(reason: str | None) -> bool:
 
 
 def next_state(task: Task, outcome: Outcome, jitter: float) -> tuple[State, float]:
-    """Decide what becomes of a task after an attempt: (state, delay in seconds).
-
-    The counters of `task` include the attempt that just ended. Pure.
-    """
+    """Decide what an attempt, counted already, makes of its task: (state, delay in seconds)."""
     if outcome in (Outcome.OK, Outcome.CANCELLED):
         return (State.SUCCEEDED if outcome == Outcome.OK else State.CANCELLED), 0.0
     if outcome == Outcome.INTERRUPTED:
@@ -907,9 +902,7 @@ else:
             for name in names:
                 try:
                     user = os.stat(f"/proc/{name}").st_uid
-                    if user not in users:
-                        continue
-                    env = _environment(name)
+                    env = _environment(name) if user in users else {}
                     is_sure = is_sure and env is not None
                     run = (env or {}).get("APEX_RUN_ID", "")
                     if env and runs.get(run) == user:
@@ -944,8 +937,6 @@ else:
             the folder, or the step that failed. (`on_end` is of Windows: here SIGCHLD tells.)
             """
             is_special = word.get("limits") or word.get("nice") or word.get("ids")
-            if sys.platform == "linux" and not is_special:  # 0.1 ms less than Popen
-                return _spawn_child(word, log_fd)
             reader, writer = os.pipe() if is_special else (-1, -1)
             try:
                 process = subprocess.Popen(
@@ -986,10 +977,7 @@ else:
                     }
 
         def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
-            """Return {session: (processor seconds, resident bytes)} (Linux; else {}).
-
-            Processor time includes what waited-for children used.
-            """
+            """Return {session: (processor seconds, also of children, bytes)} (Linux; else {})."""
             found: dict[int, tuple[float, int]] = {}
             tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
             for name in _list_processes():
@@ -1182,14 +1170,12 @@ else:
             return kind if kind in NETWORK_FILE_SYSTEMS else None
 
         def collapse(self, fd: int, size: int) -> bool:
-            """Cut `size` bytes, whole blocks, off a file's head in place; False: cannot.
-
-            FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS, fallocate(2).
-            """
+            """Cut `size` bytes, whole blocks, off a file's head in place; False: cannot."""
             import ctypes
 
             call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
             zero, length = ctypes.c_longlong(0), ctypes.c_longlong(size)
+            # 8: FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS
             return call is not None and bool(call(fd, 8, zero, length) == 0)
 
         def close_inherited(self) -> None:
@@ -1239,29 +1225,6 @@ else:
         pairs = (item.partition("=") for item in os.fsdecode(data).split("\0"))
         return {name: value for name, _, value in pairs if name}
 
-    def _spawn_child(word: Mapping[str, Any], log_fd: int) -> int:
-        """Start a child with posix_spawn(3), from its own folder and with its umask."""
-        program, env = word["argv"][0], word["env"]
-        os.chdir(word["cwd"])
-        umask = os.umask(word["umask"])
-        try:
-            folders = [""] if "/" in program else os.get_exec_path(env)
-            places = (f"{folder}/{program}" if folder else program for folder in folders)
-            fit = (x for x in places if os.access(x, os.X_OK) and os.path.isfile(x))
-            place = next(fit, program if "/" in program else f"{folders[0]}/{program}")
-            files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-            files += [(os.POSIX_SPAWN_DUP2, log_fd, fd) for fd in (1, 2)]  # type: ignore[misc]
-            default = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them
-            return os.posix_spawn(
-                place, word["argv"], env, file_actions=files, setsid=True, setsigdef=default
-            )
-        except FileNotFoundError as error:
-            error.filename = program
-            raise
-        finally:
-            os.umask(umask)
-            os.chdir("/")
-
     def _prepare(word: Mapping[str, Any], writer: int) -> None:
         """Become what a child is to be: with limits, another niceness, another user.
 
@@ -1290,10 +1253,7 @@ else:
             raise
 
     def _outer_folder(state_folder: str) -> str:
-        """Return a folder of ours for sockets that cannot be in the state folder; made if need be.
-
-        Its name is that of the state folder's inode: the next daemon finds it again.
-        """
+        """Make, or find again, a folder of ours for sockets that cannot be in the state folder."""
         info = os.stat(state_folder)
         base = "/run" if os.geteuid() == 0 and os.path.isdir("/run") else "/tmp"
         folder = f"{base}/apexd-{info.st_dev:x}-{info.st_ino:x}"
@@ -1575,7 +1535,7 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
     """Yield the launcher's path and text. What lies in the project is named relatively."""
     source, python = os.path.abspath(__file__), sys.executable or "python3"
     folder, project = os.path.realpath(folder), os.path.realpath(project)
-    call = f'@"{python}" -I -S "%~dp0apexd" %*\r\n'
+    batch = f'@"{python}" -I -S "%~dp0apexd" %*\r\n'
 
     def seen(path: str) -> str:
         inner = os.path.realpath(path)
@@ -1591,7 +1551,7 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
     names.update(source=seen(source), project=seen(project))
     yield launcher_path(folder), _LAUNCHER.format(**names)
     if not Platform.is_posix:
-        yield launcher_path(folder) + ".cmd", os.fsencode(call).decode("latin-1")
+        yield launcher_path(folder) + ".cmd", os.fsencode(batch).decode("latin-1")
 
 
 def store_bytecode(folder: str) -> None:
@@ -1609,12 +1569,10 @@ def store_bytecode(folder: str) -> None:
     sys.pycache_prefix = former
     numbers = (0, int(info.st_mtime) & 0xFFFFFFFF, info.st_size & 0xFFFFFFFF)
     head = util.MAGIC_NUMBER + struct.pack("<3I", *numbers)  # PEP 552
-    try:
+    with contextlib.suppress(OSError):
         if not (read_file(target, USER_FILE_BYTES) or b"").startswith(head):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             write_atomically(target, head + marshal.dumps(_BYTECODE))
-    except OSError as error:
-        raise cannot_create(folder, error) from None
 
 
 # A log that grows over its cap loses its head to `.1`. Offsets that users of this section
@@ -2084,21 +2042,22 @@ def load_good_part(path: str | None) -> tuple[Config, list[DaemonError]]:
         data = _load(path) if path else {}
     except DaemonError as error:
         return Config({}), [error]
-    tables = {kind: one if isinstance(one, dict) else {"": one} for kind, one in data.items()}
-    places = [(kind, key) for kind, table in tables.items() for key in table]
     good: dict[str, Any] = {}
-    is_more = True
-    while is_more:  # again: a process may need a later one
-        is_more, faults = False, dict[str, DaemonError]()
-        for kind, key in [place for place in places if place[1] not in good.get(place[0], {})]:
+    tables = {kind: one if isinstance(one, dict) else {"": one} for kind, one in data.items()}
+    left = [(kind, key) for kind, table in tables.items() for key in table]
+    while True:  # again as long as something is found sound: a process may need a later one
+        count, faults = len(left), dict[str, DaemonError]()
+        for kind, key in list(left):
             trial = {**good.get(kind, {}), key: tables[kind][key]}
             try:
                 Config({**good, kind: trial}, path)
             except DaemonError as error:
                 faults[error.message] = error
             else:
-                good[kind], is_more = trial, True
-    return Config(good, path), [*faults.values()]
+                good[kind] = trial
+                left.remove((kind, key))
+        if len(left) == count:
+            return Config(good, path), [*faults.values()]
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -2477,10 +2436,7 @@ class Database:
                 raise
 
     def _find_or_make(self) -> None:
-        """Check the file, or make it under another name: so an empty one was cut off.
-
-        Raises DATABASE_CORRUPT, CANNOT_CREATE.
-        """
+        """Check the file, or make it under another name: so an empty one was cut off."""
         temporary, wal = self.path + ".new", self.path + "-wal"
         with contextlib.suppress(FileNotFoundError):
             info = os.lstat(self.path)
@@ -2837,10 +2793,7 @@ def _remove(db: sqlite3.Connection, task_id: int, state: State) -> bool:
 
 
 def set_wish(db: sqlite3.Connection, task_id: int, wish: Outcome) -> None:
-    """Write down why a running attempt is about to be ended; the first wish stays.
-
-    But a user's `cancel` overrides what would let the task run again.
-    """
+    """Write down why a running attempt is to end; the first wish stays, but a cancel wins."""
     kept = "?" if wish == Outcome.CANCELLED else "coalesce(wish, ?)"
     sql = f"UPDATE attempts SET wish = {kept} WHERE task_id = ? AND outcome IS NULL"
     db.execute(sql, (wish.value, task_id))
@@ -2966,10 +2919,7 @@ class TaskStore:
         return not rows or State(rows[0][0]) in DONE
 
     def get_progress(self, ids: Sequence[int | range]) -> tuple[dict[str, Any], int | None]:
-        """Return what `wait` answers of tasks, and the last one that is not done.
-
-        Raises UNKNOWN_TASK.
-        """
+        """Return what `wait` answers, and the last task not done. Raises UNKNOWN_TASK."""
         asked = {"asked": ranges_as_json(ids)}
         with self.database.lock:
             ((total, pending, percent, running, last),) = self.database.fetch(
@@ -3751,8 +3701,6 @@ def run_keeper(folder: str, name: str) -> int:
 
 def spawn_keeper(folder: str, name: str) -> Any:
     """Start a keeper, return its Popen. Raises OSError."""
-    import subprocess
-
     env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
     argv = [sys.executable, "-I", "-S", launcher_path(folder), "_keeper", folder, name]
     null = subprocess.DEVNULL
@@ -8036,8 +7984,6 @@ def cmd_doctor(args: Args) -> int:
 
 def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     """Yield (what was looked at, whether it is good, what was seen)."""
-    import sqlite3
-
     project = manager.project
     yield "python", sys.version_info >= (3, 9), sys.version.split()[0]
     yield "sqlite", sqlite3.sqlite_version_info >= (3, 31), sqlite3.sqlite_version
@@ -8107,8 +8053,6 @@ def parse(words: list[str]) -> Args:
     if name is None and not {"-h", "--help"}.intersection(words):
         words, name = [*words, "status"], "status"
     if name is not None and name not in REGISTRY and name not in ALIASES:
-        import difflib
-
         near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], 1, 0.5)
         hint = f"did you mean `{near[0]}`?" if near else "see `apexd.py --help`"
         raise DaemonError("UNKNOWN_COMMAND", f"there is no command {name!r}", hint)
