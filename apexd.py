@@ -937,6 +937,8 @@ else:
             the folder, or the step that failed. (`on_end` is of Windows: here SIGCHLD tells.)
             """
             is_special = word.get("limits") or word.get("nice") or word.get("ids")
+            if sys.platform == "linux" and not is_special:  # 0.1 ms less than Popen
+                return _spawn_child(word, log_fd)
             reader, writer = os.pipe() if is_special else (-1, -1)
             try:
                 process = subprocess.Popen(
@@ -1224,6 +1226,30 @@ else:
             return {} if fields[0] in b"ZX" or is_kernels or was_given_none else None
         pairs = (item.partition("=") for item in os.fsdecode(data).split("\0"))
         return {name: value for name, _, value in pairs if name}
+
+    def _spawn_child(word: Mapping[str, Any], log_fd: int) -> int:
+        """Start a child with posix_spawn(3), from its own folder and with its umask."""
+        program, env = word["argv"][0], word["env"]
+        os.chdir(word["cwd"])
+        umask = os.umask(word["umask"])
+        try:
+            places = [program] if "/" in program else [
+                os.path.join(folder, program) for folder in os.get_exec_path(env)
+            ]  # fmt: skip
+            fit = (x for x in places if os.path.isfile(x) and os.access(x, os.X_OK))
+            place = next(fit, places[0])
+            files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+            files += [(os.POSIX_SPAWN_DUP2, log_fd, fd) for fd in (1, 2)]  # type: ignore[misc]
+            default = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them
+            return os.posix_spawn(
+                place, word["argv"], env, file_actions=files, setsid=True, setsigdef=default
+            )
+        except FileNotFoundError as error:
+            error.filename = program
+            raise
+        finally:
+            os.umask(umask)
+            os.chdir("/")
 
     def _prepare(word: Mapping[str, Any], writer: int) -> None:
         """Become what a child is to be: with limits, another niceness, another user.
