@@ -2569,11 +2569,18 @@ SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
 """
-# The tasks in :asked, [[first id, last id], ...], in that order (asked.key, t.id).
+# The tasks in :asked, a blob of first and last ids of 19 digits, in that order (asked.at, t.id).
 _ASKED_SQL = """
-json_each(:asked) asked
-CROSS JOIN tasks t ON t.id BETWEEN json_extract(asked.value, '$[0]')
-                               AND json_extract(asked.value, '$[1]')
+(
+  WITH RECURSIVE place(at) AS (
+    SELECT 0 WHERE length(:asked) > 0
+    UNION ALL SELECT at + 38 FROM place WHERE at + 38 < length(:asked)
+  )
+  SELECT at, CAST(substr(:asked, at + 1, 19) AS INTEGER) AS first,
+         CAST(substr(:asked, at + 20, 19) AS INTEGER) AS last
+  FROM place
+) asked
+CROSS JOIN tasks t ON t.id BETWEEN asked.first AND asked.last
 """
 _INSERT_SQL = """
 INSERT INTO tasks (id, command, request_id, state, open_deps, grp, priority, label, key, due_at,
@@ -2831,9 +2838,9 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
         yield one if isinstance(one, range) else range(one, one + 1)
 
 
-def ranges_as_json(ids: Iterable[int | range]) -> str:
+def pack_ranges(ids: Iterable[int | range]) -> bytes:
     """Write ids for _ASKED_SQL."""
-    return json.dumps([(one.start, one.stop - 1) for one in as_ranges(ids)])
+    return b"".join(b"%019d%019d" % (one[0], one[-1]) for one in as_ranges(ids) if one)
 
 
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
@@ -2927,8 +2934,8 @@ class TaskStore:
         }
         sql = _TASK_SQL + "WHERE t.id < :before"
         sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
-        values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
-        values["asked"] = ranges_as_json(ids or ())
+        values: dict[str, Any] = {"state": state, "grp": group, "before": before or INTEGER_MAX}
+        values.update(most=limit, asked=pack_ranges(ids or ()))
         rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
         return [_row_to_task(row) for row in reversed(rows)]
 
@@ -2946,7 +2953,7 @@ class TaskStore:
 
     def get_progress(self, ids: Sequence[int | range]) -> tuple[dict[str, Any], int | None]:
         """Return what `wait` answers, and the last task not done. Raises UNKNOWN_TASK."""
-        asked = {"asked": ranges_as_json(ids)}
+        asked = {"asked": pack_ranges(ids)}
         with self.database.lock:
             ((total, pending, percent, running, last),) = self.database.fetch(
                 f"""
@@ -2969,7 +2976,7 @@ class TaskStore:
                 FROM {_ASKED_SQL}
                 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
                 WHERE t.state IN ('failed', 'cancelled', 'skipped') AND a.exit_code IS NOT 0
-                ORDER BY asked.key, t.id
+                ORDER BY asked.at, t.id
                 LIMIT 1
                 """,
                 asked,
