@@ -7892,21 +7892,22 @@ def cmd_why(args: Args) -> int:
 )
 def cmd_logs(args: Args) -> int:
     """Show the output of a task or a process; without a name the daemon's log."""
-    client = client_of(args)
+    import codecs
+
+    client, lines = client_of(args), args.lines or 50
+    match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task or "")
     if args.task is None:
-        path = client.project.file("daemon.log")
-        chunks = follow_file(path, args.lines or 50, args.follow)
+        chunks = follow_file(client.project.file("daemon.log"), lines, args.follow)
+    elif match:
+        attempt = int(match[2]) if match[2] else None
+        chunks = client.follow(int(match[1]), attempt, -(args.lines or 0), args.follow)
+    elif args.task[:1].isalpha():
+        chunks = follow_process(client, args.task, lines, args.follow)
     else:
-        match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task)
-        if match:
-            attempt = int(match[2]) if match[2] else None
-            chunks = client.follow(int(match[1]), attempt, -(args.lines or 0), args.follow)
-        elif args.task[:1].isalpha():
-            chunks = follow_process(client, args.task, args.lines or 50, args.follow)
-        else:
-            raise bad(f"{args.task!r}: must be a task id, ID.ATTEMPT or a process", "see `list`")
+        raise bad(f"{args.task!r}: must be a task id, ID.ATTEMPT or a process", "see `list`")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a chunk may end in a character
     for data in chunks:
-        text = data.decode("utf-8", "replace")
+        text = decoder.decode(data)
         if args.json:
             print(json.dumps({"data": text}), flush=True)
         elif sys.stdout.isatty() and not args.raw:
