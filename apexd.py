@@ -7186,10 +7186,10 @@ class DaemonManager(Client):
         make_state_folder(folder, self.project.path)
         store_bytecode(folder)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
-        argv = [sys.executable, "-I", "-S", launcher_path(folder)]
+        argv = [sys.executable, "-I", "-S", launcher_path(folder), "_daemon", options]
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
         env.update(APEX_DAEMON_MODE="1", MALLOC_ARENA_MAX="2")  # else an arena a thread
-        return [*argv, "_daemon", options], env
+        return argv, env
 
     def start_daemon(self, mode: str = "auto") -> tuple[int, bool]:
         """Start it and wait until it answers; return (PID, whether it was there before).
@@ -7421,11 +7421,12 @@ def reads(read: Callable[[Any], Any]) -> Callable[[str], Any]:
     return convert
 
 
+FLAG = {"action": "store_true"}
 COMMON = (
     arg("--project", metavar="DIR", help="the project (default: the current folder's)"),
     arg("--state", metavar="DIR", help="the state folder (default: PROJECT/.apex)"),
     arg("--config", metavar="FILE", help="the configuration file"),
-    arg("--json", "-j", action="store_true", help="print JSON only"),
+    arg("--json", "-j", **FLAG, help="print JSON only"),
 )
 ID = arg("id", type=reads(integer(0)), metavar="ID", help="a task id")
 # Ids stay as they are written: a range need never be a list.
@@ -7488,10 +7489,7 @@ def refuse_ids(args: Args) -> None:
         raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
 
 
-@register(
-    "start", MODE,
-    arg("--foreground", "--no-daemon", action="store_true", help="do not detach"),
-)  # fmt: skip
+@register("start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"))
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
     manager = client_of(args)
@@ -7503,9 +7501,8 @@ def cmd_start(args: Args) -> int:
 
 
 @register(
-    "stop", EXTRA,
+    "stop", EXTRA, arg("--force", **FLAG, help="interrupt running tasks"),
     arg("--timeout", type=reads(duration), metavar="TIME", help="before it is KILLed"),
-    arg("--force", action="store_true", help="interrupt running tasks"),
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
@@ -7528,10 +7525,7 @@ def ask_for(verb: str, args: Args, **fields: object) -> int:
     return emit(answer, args, answer["message"])
 
 
-@register(
-    "restart", PROCESS, MODE,
-    arg("--drain", action="store_true", help="let tasks finish first"),
-)  # fmt: skip
+@register("restart", PROCESS, MODE, arg("--drain", **FLAG, help="let tasks finish first"))
 def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
@@ -7595,8 +7589,8 @@ def cmd_ps(args: Args) -> int:
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
-    found, rows = [], list[tuple[object, ...]]()
-    rows.append(("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND"))
+    head = ("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")
+    found, rows = [], list[tuple[object, ...]]([head])
     for name in args.names or known:
         process = client.call("get_process", {"name": name})["process"]
         for one in process["instance_details"]:
@@ -7623,10 +7617,10 @@ def find_names(args: Args) -> list[str]:
     return names
 
 
-@register("up", NAMES, arg("--no-wait", action="store_true", help="do not wait until ready"))
+@register("up", NAMES, arg("--no-wait", **FLAG, help="do not wait until ready"))
 def cmd_up(args: Args) -> int:
     """Start processes, and what they need; returns when they are ready, 1 when they failed."""
-    return ask_for("up", args, names=find_names(args), **({"wait": False} if args.no_wait else {}))
+    return ask_for("up", args, names=find_names(args), wait=not args.no_wait)
 
 
 @register("down", NAMES)
@@ -7647,7 +7641,7 @@ def cmd_signal(args: Args) -> int:
     return ask_for("signal_process", args, name=args.name, signal=args.signal)
 
 
-@register("kill", EXTRA, arg("--all", action="store_true", help="its tasks and processes too"))
+@register("kill", EXTRA, arg("--all", **FLAG, help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
     refuse_ids(args)
@@ -7684,9 +7678,9 @@ def read_batch() -> list[Any]:
 
 @register(
     "add", *ADD[:-1],
-    arg("--print-id", "-p", action="store_true", help="print the id alone"),
-    arg("--batch", action="store_true", help="read commands from standard input, one a line"),
-    arg("--wait", action="store_true", help="show its output, exit with its status"), ADD[-1],
+    arg("--print-id", "-p", **FLAG, help="print the id alone"),
+    arg("--batch", **FLAG, help="read commands from standard input, one a line"),
+    arg("--wait", **FLAG, help="show its output, exit with its status"), ADD[-1],
 )  # fmt: skip
 def cmd_add(args: Args) -> int:
     """Put a task into the queue and print its id; it is on disk then."""
@@ -7887,8 +7881,8 @@ def cmd_why(args: Args) -> int:
     "logs",
     arg("task", nargs="?", metavar="TASK|PROCESS", help="12, 12.2 (an attempt), web or web.0"),
     arg("-n", "--lines", type=reads(integer(1)), help="the last N lines"),
-    arg("-f", "--follow", action="store_true", help="go on as it grows"),
-    arg("--raw", action="store_true", help="do not escape control characters on a terminal"),
+    arg("-f", "--follow", **FLAG, help="go on as it grows"),
+    arg("--raw", **FLAG, help="do not escape control characters on a terminal"),
 )
 def cmd_logs(args: Args) -> int:
     """Show the output of a task or a process; without a name the daemon's log."""
