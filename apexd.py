@@ -6954,8 +6954,6 @@ class Daemon:
             self._pid_file.release()
             close_log()
 
-
-
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
         deadline = Clock.mono() + CLIENT_HOLD_S
@@ -6971,14 +6969,13 @@ class Daemon:
 
     def _serve(self) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
-        on_drained = functools.partial(self._mailbox.post, "drained")
-        self._runner = DaemonRunner(self._store, None, self._look_after, on_drained, keepers)
-        on_stopped = functools.partial(self._mailbox.post, "stopped")
-        self._supervisor = Supervisor(self._store, self._give_up, on_stopped, keepers)
+        store, post = self._store, self._mailbox.post
+        self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
+        self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
         keepers.on_standing = self._note_standing
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
-            **TaskVerbs(self._store, self._runner).table,
-            **ProcessVerbs(self._supervisor, self._store).table,
+            **TaskVerbs(store, self._runner).table,
+            **ProcessVerbs(self._supervisor, store).table,
             "ping": ("", lambda: {"type": "pong", **self._identity()}),
             "status": ("", lambda: {"type": "status", **self._status()}),
             "reload": ("", lambda: {"plan": self._reload()}),
@@ -7028,7 +7025,6 @@ class Daemon:
             self._supervisor.stop()
         elif name == "failed":
             if not self._first_term:
-                log.info("stopping")
                 self._runner.drain(self._config.daemon.graceful_timeout)
         elif name in ("stop", "SIGTERM", "SIGINT", "SIGBREAK"):
             now, is_first = Clock.mono(), not self._first_term
