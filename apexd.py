@@ -6950,8 +6950,6 @@ class Daemon:
             self._pid_file.release()
             close_log()
 
-
-
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
         deadline = Clock.mono() + CLIENT_HOLD_S
@@ -6967,14 +6965,13 @@ class Daemon:
 
     def _serve(self) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
-        on_drained = functools.partial(self._mailbox.post, "drained")
-        self._runner = DaemonRunner(self._store, None, self._look_after, on_drained, keepers)
-        on_stopped = functools.partial(self._mailbox.post, "stopped")
-        self._supervisor = Supervisor(self._store, self._give_up, on_stopped, keepers)
+        store, post = self._store, self._mailbox.post
+        self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
+        self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
         keepers.on_standing = self._note_standing
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
-            **TaskVerbs(self._store, self._runner).table,
-            **ProcessVerbs(self._supervisor, self._store).table,
+            **TaskVerbs(store, self._runner).table,
+            **ProcessVerbs(self._supervisor, store).table,
             "ping": ("", lambda: {"type": "pong", **self._identity()}),
             "status": ("", lambda: {"type": "status", **self._status()}),
             "reload": ("", lambda: {"plan": self._reload()}),
@@ -7023,7 +7020,6 @@ class Daemon:
             self._supervisor.stop()
         elif name == "failed":
             if not self._first_term:
-                log.info("stopping")
                 self._runner.drain(self._config.daemon.graceful_timeout)
         elif name in ("stop", "SIGTERM", "SIGINT", "SIGBREAK"):
             now, is_first = Clock.mono(), not self._first_term
@@ -7181,10 +7177,10 @@ class DaemonManager(Client):
         make_state_folder(folder, self.project.path)
         store_bytecode(folder)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
-        argv = [sys.executable, "-I", "-S", launcher_path(folder)]
+        argv = [sys.executable, "-I", "-S", launcher_path(folder), "_daemon", options]
         env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
         env.update(APEX_DAEMON_MODE="1", MALLOC_ARENA_MAX="2")  # else an arena a thread
-        return [*argv, "_daemon", options], env
+        return argv, env
 
     def start_daemon(self, mode: str = "auto") -> tuple[int, bool]:
         """Start it and wait until it answers; return (PID, whether it was there before).
@@ -7416,11 +7412,12 @@ def reads(read: Callable[[Any], Any]) -> Callable[[str], Any]:
     return convert
 
 
+FLAG = {"action": "store_true"}
 COMMON = (
     arg("--project", metavar="DIR", help="the project (default: the current folder's)"),
     arg("--state", metavar="DIR", help="the state folder (default: PROJECT/.apex)"),
     arg("--config", metavar="FILE", help="the configuration file"),
-    arg("--json", "-j", action="store_true", help="print JSON only"),
+    arg("--json", "-j", **FLAG, help="print JSON only"),
 )
 ID = arg("id", type=reads(integer(0)), metavar="ID", help="a task id")
 # Ids stay as they are written: a range need never be a list.
@@ -7483,10 +7480,7 @@ def refuse_ids(args: Args) -> None:
         raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
 
 
-@register(
-    "start", MODE,
-    arg("--foreground", "--no-daemon", action="store_true", help="do not detach"),
-)  # fmt: skip
+@register("start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"))
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
     manager = client_of(args)
@@ -7498,9 +7492,8 @@ def cmd_start(args: Args) -> int:
 
 
 @register(
-    "stop", EXTRA,
+    "stop", EXTRA, arg("--force", **FLAG, help="interrupt running tasks"),
     arg("--timeout", type=reads(duration), metavar="TIME", help="before it is KILLed"),
-    arg("--force", action="store_true", help="interrupt running tasks"),
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
@@ -7523,10 +7516,7 @@ def ask_for(verb: str, args: Args, **fields: object) -> int:
     return emit(answer, args, answer["message"])
 
 
-@register(
-    "restart", PROCESS, MODE,
-    arg("--drain", action="store_true", help="let tasks finish first"),
-)  # fmt: skip
+@register("restart", PROCESS, MODE, arg("--drain", **FLAG, help="let tasks finish first"))
 def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
@@ -7590,8 +7580,8 @@ def cmd_ps(args: Args) -> int:
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
-    found, rows = [], list[tuple[object, ...]]()
-    rows.append(("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND"))
+    head = ("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")
+    found, rows = [], list[tuple[object, ...]]([head])
     for name in args.names or known:
         process = client.call("get_process", {"name": name})["process"]
         for one in process["instance_details"]:
@@ -7618,10 +7608,10 @@ def find_names(args: Args) -> list[str]:
     return names
 
 
-@register("up", NAMES, arg("--no-wait", action="store_true", help="do not wait until ready"))
+@register("up", NAMES, arg("--no-wait", **FLAG, help="do not wait until ready"))
 def cmd_up(args: Args) -> int:
     """Start processes, and what they need; returns when they are ready, 1 when they failed."""
-    return ask_for("up", args, names=find_names(args), **({"wait": False} if args.no_wait else {}))
+    return ask_for("up", args, names=find_names(args), wait=not args.no_wait)
 
 
 @register("down", NAMES)
@@ -7642,7 +7632,7 @@ def cmd_signal(args: Args) -> int:
     return ask_for("signal_process", args, name=args.name, signal=args.signal)
 
 
-@register("kill", EXTRA, arg("--all", action="store_true", help="its tasks and processes too"))
+@register("kill", EXTRA, arg("--all", **FLAG, help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
     refuse_ids(args)
@@ -7679,9 +7669,9 @@ def read_batch() -> list[Any]:
 
 @register(
     "add", *ADD[:-1],
-    arg("--print-id", "-p", action="store_true", help="print the id alone"),
-    arg("--batch", action="store_true", help="read commands from standard input, one a line"),
-    arg("--wait", action="store_true", help="show its output, exit with its status"), ADD[-1],
+    arg("--print-id", "-p", **FLAG, help="print the id alone"),
+    arg("--batch", **FLAG, help="read commands from standard input, one a line"),
+    arg("--wait", **FLAG, help="show its output, exit with its status"), ADD[-1],
 )  # fmt: skip
 def cmd_add(args: Args) -> int:
     """Put a task into the queue and print its id; it is on disk then."""
@@ -7882,26 +7872,27 @@ def cmd_why(args: Args) -> int:
     "logs",
     arg("task", nargs="?", metavar="TASK|PROCESS", help="12, 12.2 (an attempt), web or web.0"),
     arg("-n", "--lines", type=reads(integer(1)), help="the last N lines"),
-    arg("-f", "--follow", action="store_true", help="go on as it grows"),
-    arg("--raw", action="store_true", help="do not escape control characters on a terminal"),
+    arg("-f", "--follow", **FLAG, help="go on as it grows"),
+    arg("--raw", **FLAG, help="do not escape control characters on a terminal"),
 )
 def cmd_logs(args: Args) -> int:
     """Show the output of a task or a process; without a name the daemon's log."""
-    client = client_of(args)
+    import codecs
+
+    client, lines = client_of(args), args.lines or 50
+    match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task or "")
     if args.task is None:
-        path = client.project.file("daemon.log")
-        chunks = follow_file(path, args.lines or 50, args.follow)
+        chunks = follow_file(client.project.file("daemon.log"), lines, args.follow)
+    elif match:
+        attempt = int(match[2]) if match[2] else None
+        chunks = client.follow(int(match[1]), attempt, -(args.lines or 0), args.follow)
+    elif args.task[:1].isalpha():
+        chunks = follow_process(client, args.task, lines, args.follow)
     else:
-        match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task)
-        if match:
-            attempt = int(match[2]) if match[2] else None
-            chunks = client.follow(int(match[1]), attempt, -(args.lines or 0), args.follow)
-        elif args.task[:1].isalpha():
-            chunks = follow_process(client, args.task, args.lines or 50, args.follow)
-        else:
-            raise bad(f"{args.task!r}: must be a task id, ID.ATTEMPT or a process", "see `list`")
+        raise bad(f"{args.task!r}: must be a task id, ID.ATTEMPT or a process", "see `list`")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a chunk may end in a character
     for data in chunks:
-        text = data.decode("utf-8", "replace")
+        text = decoder.decode(data)
         if args.json:
             print(json.dumps({"data": text}), flush=True)
         elif sys.stdout.isatty() and not args.raw:

@@ -8883,6 +8883,15 @@ class TestCli:
         assert ask(box, "logs", f"{lost}.2") == "attempt 2\nend 2\n"
         assert ask(box, "logs", "-n", "1", lost) == "end 3\n"
 
+    def test_logs_cut_no_character_in_two(self, box):
+        text = "x" + "\u00e9" * 200_000
+        code = f"import sys; sys.stdout.buffer.write({text[:2]!r}.encode() + {text[1]!r}.encode() * 199_999)"
+        box.start()
+        (task_id,) = enqueue(box, [sys.executable, "-c", code])
+        settle(box, [task_id])
+        lines = ask(box, "--json", "logs", task_id).splitlines()
+        assert "".join(json.loads(line)["data"] for line in lines) == text
+
     def test_ctrl_c_leaves_wait_and_cancels_run(self, box):
         box.start()
         (task_id,) = enqueue(box, "sleep 600")
