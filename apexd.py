@@ -5567,15 +5567,15 @@ class Supervisor:
         down: {id: "backoff", "crashed" or "failed"}; health: "degraded" then, else "healthy".
         """
         with self.moved:
-            everyone = self._instances.values()
-            given_up = (ProcessState.FAILED, ProcessState.CRASHED)
-            failed = [one.id for one in everyone if one.view.state in given_up]
-            down = {one.id: one.view.state.value for one in everyone if one.is_failing()}
-            count = len(self.store.config.processes)
-            running = sum(one.view.state in _READY for one in everyone)
-            health = "degraded" if down else "healthy"
-            counts = {"process_count": count, "running_instances": running}
-            return {**counts, "failed": failed, "down": down, "health": health}
+            states = {one.id: one.view.state for one in self._instances.values()}
+        down = {name: state.value for name, state in states.items() if state in _DOWN}
+        return {
+            "process_count": len(self.store.config.processes),
+            "running_instances": sum(state in _READY for state in states.values()),
+            "failed": [name for name, state in down.items() if state != "backoff"],
+            "down": down,
+            "health": "degraded" if down else "healthy",
+        }
 
     def arrange(self) -> None:
         """Have the instances that configuration and users' decisions ask for; holds the lock."""
