@@ -917,7 +917,7 @@ else:
             """SIGKILL a process if it, not another of its number, carries this run id."""
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 send: Callable[[int], object] = functools.partial(os.kill, pid)
-                if hasattr(os, "pidfd_open"):
+                if sys.platform == "linux" and hasattr(os, "pidfd_open"):
                     fd = os.pidfd_open(pid)
                     stack.callback(os.close, fd)
                     send = functools.partial(signal.pidfd_send_signal, fd)
@@ -1200,10 +1200,11 @@ else:
 
         -1: the system cannot tell (macOS before Python 3.13). Raises ChildProcessError.
         """
-        if sys.platform == "linux" or hasattr(os, "waitid"):
-            peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-            return peek.si_pid if peek else 0
-        return -1
+        waitid: Any = getattr(os, "waitid", None)
+        if waitid is None:
+            return -1
+        peek = waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        return peek.si_pid if peek else 0
 
     def _list_processes() -> list[str]:
         """Return the PIDs of all processes (Linux; else none)."""
