@@ -864,6 +864,8 @@ if sys.platform == "win32":
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
 
+        place_socket = staticmethod(lambda folder, path, is_closed=False: path)
+
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
 
@@ -1092,9 +1094,7 @@ else:
             closed to `owner`. The umask is 077: nobody else could connect meanwhile.
             """
             is_other = owner not in (None, os.geteuid())
-            if is_other or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
-                folder = _outer_folder(os.path.dirname(os.path.dirname(path)))
-                path = os.path.join(folder, os.path.basename(path))
+            path = self.place_socket(os.path.dirname(os.path.dirname(path)), path, is_other)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)  # a dead daemon's: we hold the lock
             bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -1102,6 +1102,12 @@ else:
             if is_other:
                 os.chown(path, owner or 0, -1)
             return bound, path
+
+        def place_socket(self, folder: str, path: str, is_closed: bool = False) -> str:
+            """Return where a socket can be reached by everybody: `path`, or outside `folder`."""
+            if is_closed or len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES:
+                return os.path.join(_outer_folder(folder), os.path.basename(path))
+            return path
 
         def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             """Listen at a path, however long; return the socket, and what a file beside it says."""
@@ -6350,10 +6356,13 @@ class ControlServer:
     def _bind(self) -> None:
         self._hang_up()
         try:
-            listener, where = Platform.listen(os.path.join(self._folder, "control.sock"))
+            near = os.path.join(self._folder, "control.sock")
+            path = Platform.place_socket(self._folder, near)
+            listener, where = Platform.listen(path)
         except OSError as error:
-            raise cannot_create(os.path.join(self._folder, "control.sock"), error) from None
-        path = os.path.join(self._folder, where.get("socket", ""))
+            raise cannot_create(near, error) from None
+        if path != near:
+            where["socket"] = path
         self._listener, self._socket = listener, (path, file_id(path))
         about = {"pid": os.getpid(), "folder": file_id(self._folder)}
         self._endpoint = json.loads(json.dumps({**where, **about}))
