@@ -5544,16 +5544,6 @@ def read_process_logs(
     return found
 
 
-def look_until(keepers: Keepers, halted: threading.Event) -> None:
-    """Look at keepers, as the runner does where there is one."""
-    while not halted.is_set():
-        try:
-            keepers.look(3600.0)
-        except Exception:  # this thread's top frame
-            log.exception("looking at the keepers failed")
-            halted.wait(1.0)
-
-
 class Supervisor:
     """Keeps the processes of the configuration as they are wanted.
 
@@ -5585,8 +5575,7 @@ class Supervisor:
         threading.Thread(target=self._loop, name="supervisor", daemon=True).start()
         if self._is_alone:
             self.keepers.on_standing = self.wake
-            act = functools.partial(look_until, self.keepers, self.halted)
-            threading.Thread(target=act, name="keepers", daemon=True).start()
+            threading.Thread(target=self._look, name="keepers", daemon=True).start()
 
     def wake(self) -> None:
         """Have it decide anew: a keeper takes starts now."""
@@ -5643,6 +5632,7 @@ class Supervisor:
             for instance in self._instances.values():
                 instance.watch.asking.set()
             self.moved.notify_all()
+        self.keepers.wake()
 
     def reload(self, old: Config) -> None:
         """Start, stop and replace what differs now from the configuration before."""
@@ -5697,6 +5687,16 @@ class Supervisor:
             instance.view.is_wanted, instance.is_surplus = False, True
         self.moved.notify_all()
 
+    def _look(self) -> None:
+        """Look at the keepers, as the runner does where there is one."""
+        while not self.halted.is_set():
+            try:
+                self.keepers.look(3600.0)
+            except Exception:  # this thread's top frame
+                log.exception("looking at the keepers failed")
+                self.halted.wait(1.0)
+        self.keepers.close(self._is_stopping)
+
     def _loop(self) -> None:
         while not self.halted.is_set():
             try:
@@ -5749,7 +5749,9 @@ class Supervisor:
         everyone = self._instances.values()
         if self._is_stopping and not any(one.ward for one in everyone):
             self.halted.set()
+            self.keepers.wake()
             self._on_stopped()
+            return 0.0
         times = [when_due(one.view) for one in everyone]
         times += [one.log.due_mono for one in everyone if one.ward]
         times += [now + 1.0 for one in everyone if one.watch.is_unasked]

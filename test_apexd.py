@@ -5985,6 +5985,20 @@ class TestSupervisor:
         assert box.run("up", "web").stdout == "web runs already\n"
         assert box.error("up", "wbe", rc=2)["code"] == "process_not_found"
 
+    def test_within_another_program_it_leaves_neither_threads_nor_a_keeper(self, box):
+        config = apexd.Config({"process": {"web": {"command": ["sleep", "60"]}}})
+        before, stopped = set(threading.enumerate()), threading.Event()
+        with contextlib.closing(apexd.TaskStore(box.file("apex.db"), config)) as store:
+            for end in ("halt", "stop"):
+                supervisor = apexd.Supervisor(store, on_stopped=stopped.set)
+                supervisor.start()
+                eventually(lambda: supervisor.status()["running_instances"] == 1)
+                assert len(keepers(box)) == 1
+                getattr(supervisor, end)()
+                eventually(lambda: set(threading.enumerate()) <= before, 5)
+            assert stopped.is_set()
+            eventually(lambda: not keepers(box), 5)
+
     @linux
     def test_a_keeper_that_is_reached_anew_costs_no_descriptor(self, box):
         live = {"notify": True, "timeout": "60s"}
