@@ -4125,8 +4125,12 @@ class _Roster:
                 if not isinstance(error, EOFError):
                     log.error("the keeper %s is not understood: %s", link.name, error)
                     link.is_foreign = True
-                self.watched.remove(link.connection)
-                link.drop()
+                self._hang_up(link)
+
+    def _hang_up(self, link: _Link) -> None:
+        if link.connection is not None:
+            self.watched.remove(link.connection)
+        link.drop()
 
 
 class Keepers(_Roster):
@@ -4156,6 +4160,9 @@ class Keepers(_Roster):
             self._is_open = True
             self._kinds.add(kind)
             self._find()
+            for link in self._links.values():
+                if link.is_greeted:  # it has told of this kind before: once more
+                    self._hang_up(link)
             for ward in self._wards.values():
                 if ward.is_suspect and ward.keeper in self._links:
                     self._links[ward.keeper].is_private = True
@@ -4603,8 +4610,7 @@ class DaemonRunner:
         self.adopt()
         while wanted & self._running.keys() and Clock.mono() < deadline_mono:
             self.keepers.look(0.1)
-            runs = [run for run in self._running.values() if run.task.id in wanted]
-            living = [run for run in runs if run.is_known and not (run.is_told or run.is_ending)]
+            living = [r for r in self._runs() if r.task.id in wanted and r.is_known and r.can_end()]
             if force and living:
                 self._attempts.set_wishes([run.task.id for run in living], Outcome.INTERRUPTED)
                 for run in living:
@@ -4733,8 +4739,7 @@ class DaemonRunner:
             self._count(task, result)
         for task in claimed:
             log.info("Starting task %d", task.id)
-        if results:
-            self.tell([task.id for task, _ in results])
+        self.tell(task.id for task, _ in results)
         if is_drained:
             self._note_drained()
 
@@ -4759,20 +4764,20 @@ class DaemonRunner:
         run = self._running[task.id] = make_run(task, self.store, self._take)
         if task.timeout is not None:
             run.deadline_mono = Clock.mono() + task.timeout
-        if self._execute is None:
-            env, umask = self._attempts.get_context(task)
-            self.keepers.start(run.ward, make_start(task, env, umask, self.store))
-            return
-        execute, run_id = self._execute, task.run_id or ""
-
-        def carry_out() -> None:
-            self._take(run_id, call(task, execute))
-            self.keepers.wake()
-
         try:
-            threading.Thread(target=carry_out, name=f"call-{task.id}", daemon=True).start()
-        except RuntimeError:  # no thread to be had: it goes back, uncounted
-            self._take(run_id, Result(never_ran=True))
+            if self._execute is None:
+                env, umask = self._attempts.get_context(task)
+                self.keepers.start(run.ward, make_start(task, env, umask, self.store))
+            else:
+                act, name = functools.partial(self._carry_out, task), f"call-{task.id}"
+                threading.Thread(target=act, name=name, daemon=True).start()
+        except (DaemonError, RuntimeError) as error:  # no thread to be had, a disk's moment
+            self._take(task.run_id or "", Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
+
+    def _carry_out(self, task: Task) -> None:
+        assert self._execute is not None
+        self._take(task.run_id or "", call(task, self._execute))
+        self.keepers.wake()
 
     def _take(self, run_id: str, what: Begun | Result) -> None:
         """Hear of an attempt: it lives, or it has ended; recorded by the next turn."""
@@ -5544,6 +5549,17 @@ def read_process_logs(
     return found
 
 
+def look_until(supervisor: Supervisor) -> None:
+    """Look at a supervisor's keepers, as the runner does where there is one, until it ends."""
+    while not supervisor.halted.is_set():
+        try:
+            supervisor.keepers.look(3600.0)
+        except Exception:  # this thread's top frame
+            log.exception("looking at the keepers failed")
+            supervisor.halted.wait(1.0)
+    supervisor.keepers.close(supervisor.is_stopping)
+
+
 class Supervisor:
     """Keeps the processes of the configuration as they are wanted.
 
@@ -5562,7 +5578,7 @@ class Supervisor:
         # Guards all instances; taken before the locks of keepers and store.
         self.moved = threading.Condition()
         self._instances: dict[str, Instance] = {}
-        self._is_stopping = False
+        self.is_stopping = False
         self.halted = threading.Event()
         self._next_check = 0.0  # monotonic
 
@@ -5575,7 +5591,7 @@ class Supervisor:
         threading.Thread(target=self._loop, name="supervisor", daemon=True).start()
         if self._is_alone:
             self.keepers.on_standing = self.wake
-            threading.Thread(target=self._look, name="keepers", daemon=True).start()
+            threading.Thread(target=look_until, args=(self,), name="keepers", daemon=True).start()
 
     def wake(self) -> None:
         """Have it decide anew: a keeper takes starts now."""
@@ -5593,8 +5609,8 @@ class Supervisor:
             log.info("Adopting process %s", instance.id)
             instance.adopt()
 
-    def end_left(self) -> None:
-        """KILL all that a former daemon left, without a thread; before the keepers are opened.
+    def finish(self, deadline_mono: float) -> list[str]:
+        """KILL all that a former daemon left, without a thread; return what still runs then.
 
         For a client that acts while there is no daemon; the next start is a first one.
         """
@@ -5605,9 +5621,6 @@ class Supervisor:
                 instance.end("KILL", 0.0)
                 if instance.failure is not None:
                     instance.take_end(instance.failure)
-
-    def finish(self, deadline_mono: float) -> list[str]:
-        """Wait until that has ended; return what still runs then."""
         self.keepers.open("a")
         while Clock.mono() < deadline_mono and any(o.ward for o in self._instances.values()):
             self.keepers.look(0.1)
@@ -5616,7 +5629,7 @@ class Supervisor:
     def stop(self, force: bool = False) -> None:
         """End all, each after what needs it; `on_stopped` is called when it is done."""
         with self.moved:
-            self._is_stopping = True
+            self.is_stopping = True
             for instance in self._instances.values():
                 instance.view.is_wanted = False
                 if instance.ward is None:
@@ -5641,7 +5654,7 @@ class Supervisor:
                 before = old.processes.get(name)
                 if before is not None and before.instances != policy.instances:
                     self.store.decide_process(name, "instances", None)
-            if not self._is_stopping:
+            if not self.is_stopping:
                 self.arrange()
 
     def status(self) -> dict[str, Any]:
@@ -5686,16 +5699,6 @@ class Supervisor:
         for instance in surplus.values():
             instance.view.is_wanted, instance.is_surplus = False, True
         self.moved.notify_all()
-
-    def _look(self) -> None:
-        """Look at the keepers, as the runner does where there is one."""
-        while not self.halted.is_set():
-            try:
-                self.keepers.look(3600.0)
-            except Exception:  # this thread's top frame
-                log.exception("looking at the keepers failed")
-                self.halted.wait(1.0)
-        self.keepers.close(self._is_stopping)
 
     def _loop(self) -> None:
         while not self.halted.is_set():
@@ -5747,7 +5750,7 @@ class Supervisor:
 
     def _next_wake_s(self, now: float) -> float | None:
         everyone = self._instances.values()
-        if self._is_stopping and not any(one.ward for one in everyone):
+        if self.is_stopping and not any(one.ward for one in everyone):
             self.halted.set()
             self.keepers.wake()
             self._on_stopped()
@@ -5821,7 +5824,7 @@ class Supervisor:
     def acting(self, names: Iterable[str]) -> Iterator[list[Instance]]:
         """Hold the lock, give all instances of processes. Raises PROCESS_NOT_FOUND, BUSY."""
         with self.moved:
-            if self._is_stopping:
+            if self.is_stopping:
                 raise DaemonError("BUSY", "the daemon is stopping", "`start` it again first")
             for name in names:
                 get_process(self.store.config, name)
@@ -6973,18 +6976,20 @@ def end_attempts(store: TaskStore, ids: Sequence[int], deadline_mono: float) -> 
         runner.keepers.close(False)
 
 
-def end_everything(store: TaskStore) -> list[str]:
-    """KILL tasks and processes, while there is no daemon; return what still runs."""
+def end_everything(store: TaskStore) -> None:
+    """KILL tasks and processes, while there is no daemon. Raises STOP_FAILED."""
     deadline = Clock.mono() + 2 * STOP_MARGIN_S
     runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
     supervisor = Supervisor(store, keepers=runner.keepers)
     ids = [task.id for task in store.find(state="running", limit=INTEGER_MAX)]
-    supervisor.end_left()
     try:
         left = [str(task_id) for task_id in runner.finish(ids, deadline, force=True)]
-        return [*left, *supervisor.finish(deadline)]
+        left += supervisor.finish(deadline)
     finally:
         runner.keepers.close(True)
+    if left:
+        what = f"{', '.join(left):.200} may still run"
+        raise DaemonError("STOP_FAILED", what, "if its keeper hangs, kill that first")
 
 
 # ============================================================================
@@ -7471,8 +7476,8 @@ class DaemonManager(Client):
     def kill_daemon(self, with_children: bool = False) -> int | None:
         """SIGKILL it, its children too if wanted; return its PID, None without one.
 
-        Raises STOP_FAILED. Children run on otherwise. With children also when no daemon is left: they count
-        as interrupted and run again at the next start.
+        Children run on otherwise. With children also when no daemon is left: they count as
+        interrupted and run again at the next start. Raises STOP_FAILED.
         """
         holder = self.find_holder()
         if holder is not None:
@@ -7481,10 +7486,7 @@ class DaemonManager(Client):
         if with_children and os.path.exists(path):
             config = load_config(self.project.config_path)
             with contextlib.closing(TaskStore(path, config, None, self.project.path)) as store:
-                left = end_everything(store)
-            if left:
-                what = f"{', '.join(left):.200} may still run"
-                raise DaemonError("STOP_FAILED", what, "if its keeper hangs, kill that first")
+                end_everything(store)
         return holder.pid if holder else None
 
     def leave_daemon(self) -> None:

@@ -4803,6 +4803,36 @@ class TestRunner:
         finally:
             store.close()
 
+    @pytest.mark.parametrize("lack", ["thread", "disk"])
+    def test_what_cannot_be_started_now_is_tried_later_and_not_at_once(self, box, lack, monkeypatch):
+        start, turns = threading.Thread.start, []
+
+        def refuse(self, *args):
+            if lack == "disk":
+                raise apexd.DaemonError("DATABASE_FAILED", "disk I/O error")
+            if self.name.startswith("call-"):
+                raise RuntimeError("can't start new thread")
+            start(self)
+
+        class Counting(apexd.AttemptStore):
+            turn = lambda self, *args: turns.append(1) or super().turn(*args)
+
+        monkeypatch.setattr(apexd, "AttemptStore", Counting)
+        where, name = (Counting, "get_context") if lack == "disk" else (threading.Thread, "start")
+        execute = None if lack == "disk" else lambda task: 0
+        with contextlib.closing(apexd.TaskStore(box.file("apex.db"))) as store:
+            ids = store.add([["true"]] * 2)
+            runner = apexd.DaemonRunner(store, execute=execute)
+            with monkeypatch.context() as patched:
+                patched.setattr(where, name, refuse)
+                runner.start()
+                eventually(lambda: all(store.get(i).outcome == "not_started" for i in ids), 5)
+                pause(0.5)
+            assert len(turns) < 30
+            done = lambda: all(store.get(i).state == apexd.State.SUCCEEDED for i in ids)
+            eventually(done, 10)
+            runner.stop(0)
+
     def test_stopping_a_runner_waits_for_the_function_that_runs(self, box):
         store = apexd.TaskStore(box.file("apex.db"))
         began, finish = threading.Event(), threading.Event()
