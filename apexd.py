@@ -4001,7 +4001,7 @@ class _Sweeper:
                 del self._wards[ward.run_id]
                 yield ward
                 continue
-            if is_late and (ward.pause_s or 0.0) < 1.0:
+            if 0.5 < (ward.pause_s or 0.0) < 1.0:  # once
                 log.warning("waiting for what is left of run %s", ward.run_id)
             ward.pause_s = min(2 * (ward.pause_s or 0.0), 1.0)
             ward.sweep_mono = now + ward.pause_s
@@ -4561,7 +4561,7 @@ class DaemonRunner:
         on_drained: Callable[[], None] = lambda: None, keepers: Keepers | None = None,
     ) -> None:  # fmt: skip
         self.store = store
-        self.keepers = keepers or Keepers(store.folder)
+        self.keepers = keepers or Keepers(store.folder, execute is None)
         self._attempts = AttemptStore(store)
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
@@ -4588,17 +4588,18 @@ class DaemonRunner:
     def adopt(self) -> None:
         """Take over what a former daemon left; the keepers tell what became of it."""
         self._metrics.started_at = Clock.now()
-        for task in self.store.find(state="running", limit=INTEGER_MAX):
-            run = self._running[task.id] = make_run(task, self.store, self._take)
-            if self._execute is not None or task.keeper == CALLED:
-                self._take(task.run_id or "", Result())
-                continue
-            self.keepers.adopt(run.ward)
-            log.info("Adopting task %d", task.id)
-            if task.wish is not None:
-                self._end(run)
-        if self._execute is None:
-            self.keepers.open("0")
+        with self._lock:  # or a wish of this moment would be seen neither here nor by `end`
+            for task in self.store.find(state="running", limit=INTEGER_MAX):
+                run = self._running[task.id] = make_run(task, self.store, self._take)
+                if task.keeper == CALLED:
+                    self._take(task.run_id or "", Result())
+                    continue
+                self.keepers.adopt(run.ward)
+                log.info("Adopting task %d", task.id)
+                if task.wish is not None:
+                    self._end(run)
+            if self._execute is None or not all(run.is_told for run in self._running.values()):
+                self.keepers.open("0")
 
     def finish(self, ids: Iterable[int], deadline_mono: float, force: bool = False) -> list[int]:
         """End running tasks, without a thread; return those that still run then.
@@ -4728,7 +4729,6 @@ class DaemonRunner:
             self._running = {i: r for i, r in self._running.items() if r.task.run_id not in gone}
             for task in claimed:
                 self._start(task)
-            is_drained = self.is_draining and not self._running
         self.keepers.flush()
         if claimed:
             failpoint("sent")
@@ -4740,7 +4740,7 @@ class DaemonRunner:
         for task in claimed:
             log.info("Starting task %d", task.id)
         self.tell(task.id for task, _ in results)
-        if is_drained:
+        if self.is_draining and not self._running:
             self._note_drained()
 
     def _note_drained(self) -> None:

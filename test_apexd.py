@@ -4833,6 +4833,43 @@ class TestRunner:
             eventually(done, 10)
             runner.stop(0)
 
+    def test_a_cancel_just_as_a_runner_adopts_ends_the_task(self, box):
+        box.start()
+        (task_id,) = enqueue(box, "sleep 60")
+        command = command_of(box, task_id)
+        box.kill9()
+
+        class Meanwhile(apexd.TaskStore):
+            def find(self, **where):
+                found = super().find(**where)
+                apexd.AttemptStore(self).set_wishes([task_id], apexd.Outcome.CANCELLED)
+                threading.Thread(target=lambda: runner.end([task_id])).start()
+                pause(0.2)
+                return found
+
+        with contextlib.closing(Meanwhile(box.file("apex.db"))) as store:
+            runner = apexd.DaemonRunner(store)
+            runner.start()
+            eventually(lambda: store.get(task_id).state == apexd.State.CANCELLED, 10)
+            assert not lives(command)
+            runner.stop(0)
+
+    def test_a_function_does_not_run_beside_the_command_of_a_dead_daemon(self, box):
+        box.start()
+        (task_id,) = enqueue(box, "until [ -e go ]; do sleep 0.02; done; exit 7")
+        command = command_of(box, task_id)
+        box.kill9()
+        with contextlib.closing(apexd.TaskStore(box.file("apex.db"))) as store:
+            runner = apexd.DaemonRunner(store, execute=lambda task: lives(command))
+            runner.start()
+            pause(0.5)
+            put(box, "go")
+            eventually(lambda: store.get(task_id).finished_at, 10)
+            task = store.get(task_id)
+            assert (task.exit_code, task.attempts) == (7, 1)
+            runner.stop(0)
+        eventually(lambda: not keepers(box), 5)
+
     def test_stopping_a_runner_waits_for_the_function_that_runs(self, box):
         store = apexd.TaskStore(box.file("apex.db"))
         began, finish = threading.Event(), threading.Event()
