@@ -4080,7 +4080,7 @@ class _Roster:
                 times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
         links = [link for link in self._links.values() if not link.is_private]
         is_starter = self._is_open and self._is_starter
-        if is_starter and all(link.is_foreign or link.is_silent() for link in links):
+        if is_starter and all(x.is_foreign or x.is_quitting or x.is_silent() for x in links):
             if now >= self._next_spawn:
                 self._spawn()
             times.append(self._next_spawn)
@@ -4306,6 +4306,8 @@ class Keepers(_Roster):
         elif kind == "started" and ward is not None:
             self._begin(ward, word, False)
         elif kind in ("exited", "failed"):
+            if (word.get("errno"), word.get("what")) == (errno.EAGAIN, "keeper"):
+                link.is_quitting = True  # it was told to end: another takes what is to start
             if ward is not None and ward.result is None:
                 self._settle(ward, read_result(word))
             elif ward is None and self._kind(run_id) in self._kinds:

@@ -4028,6 +4028,16 @@ class TestKeeper:
         assert lives(command) and history_of(box, task_id) == [None]
         assert os.path.getsize(box.file("daemon.log")) < size + 20_000
 
+    def test_beside_a_keeper_that_was_told_to_end_another_goes_on(self, box):
+        box.config({}, process={"holder": {"command": ["sleep", "300"]}})
+        box.start()
+        (held,), keeper = pids(box, "holder", 1), keeper_of(box)
+        os.kill(keeper, signal.SIGTERM)
+        assert box.until(enqueue(box, "exit 7")[0], within_s=10)["exit_code"] == 7
+        assert lives(held) and len(keepers(box)) == 2
+        kill(held)
+        eventually(lambda: keeper not in keepers(box) and pids(box, "holder", 1))
+
     def test_a_request_of_the_greatest_size_is_started_or_refused_but_not_for_ever(self, box):
         box.config({}, process={"holder": {"command": ["sleep", "300"]}})
         box.start()
