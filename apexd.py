@@ -3900,7 +3900,7 @@ class _Link:
         """Tell whether it is there, for everybody, and answers."""
         return self.is_greeted and not (self.is_private or self.is_quitting or self.is_silent())
 
-    def reach(self, may_connect: bool) -> bytes | None:
+    def reach(self) -> bytes | None:
         """Try to connect; None: perhaps later, else it has gone and this is what its file says."""
         self.retry_mono = Clock.mono() + self.pause_s
         self.pause_s = min(self.pause_s * 1.2, 1.0)
@@ -3917,7 +3917,7 @@ class _Link:
             with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
                 head = json.loads(file.readline(4096))
                 self.is_foreign |= head["keeper"] != KEEPER_PROTOCOL
-                if self.is_foreign or not may_connect:  # it ends by itself: look for its lock
+                if self.is_foreign:  # it ends by itself: look for its lock
                     self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
                 else:
                     self.connection = Platform.connect_near(self.path, head)
@@ -4024,7 +4024,6 @@ class _Roster:
         self._is_starter = is_starter  # else nothing new is to be run
         self._next_spawn = 0.0  # monotonic
         self._obstacle = "it is being started"  # why no keeper stands
-        self.is_owner: Callable[[], bool] = lambda: True  # of the project, still
         self.watched = Watched()
         self.wake = self.watched.wake  # makes `look` return
 
@@ -4098,7 +4097,7 @@ class _Roster:
 
     def _reach(self, link: _Link) -> None:
         """Connect to a keeper, or find that it has gone and conclude on its runs."""
-        text = link.reach(self.is_owner())
+        text = link.reach()
         if link.connection is not None:
             self.watched.add(link.connection, functools.partial(self._read, link))
         if text is None:
