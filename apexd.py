@@ -1257,7 +1257,7 @@ else:
             was_given_none = is_loaded and fields[47] == fields[48]  # env_start, env_end
             return {} if fields[0] in b"ZX" or is_kernels or was_given_none else None
         pairs = (item.partition("=") for item in os.fsdecode(data).split("\0"))
-        return {name: value for name, _, value in pairs}
+        return {name: value for name, _, value in pairs if name}
 
     def _spawn_child(word: Mapping[str, Any], log_fd: int) -> int:
         """Start a child with posix_spawn(3), from its own folder and with its umask."""
