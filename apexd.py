@@ -3806,7 +3806,7 @@ class _Link:
         """Tell whether it is there, for everybody, and answers."""
         return self.is_greeted and not (self.is_private or self.is_quitting or self.is_silent())
 
-    def reach(self, may_connect: bool) -> bytes | None:
+    def reach(self) -> bytes | None:
         """Try to connect; None: perhaps later, else it has gone and this is what its file says."""
         self.retry_mono = Clock.mono() + self.pause_s
         self.pause_s = min(self.pause_s * 1.2, 1.0)
@@ -3823,7 +3823,7 @@ class _Link:
             with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
                 head = json.loads(file.readline(4096))
                 self.is_foreign |= head["keeper"] != KEEPER_PROTOCOL
-                if self.is_foreign or not may_connect:  # it ends by itself: look for its lock
+                if self.is_foreign:  # it ends by itself: look for its lock
                     self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
                 else:
                     folder = os.path.dirname(self.path)
@@ -3909,16 +3909,23 @@ class _Sweeper:
                 del self._wards[ward.run_id]
                 yield ward
                 continue
-            if is_late and (ward.pause_s or 0.0) < 1.0:
+            if 0.5 < (ward.pause_s or 0.0) < 1.0:  # once
                 log.warning("waiting for what is left of run %s", ward.run_id)
             ward.pause_s = min(2 * (ward.pause_s or 0.0), 1.0)
             ward.sweep_mono = now + ward.pause_s
 
     def _is_leader_alive(self, ward: Ward) -> bool:
-        """Tell whether the command of a lost run lives: its PID was not used again."""
+        """Tell whether the command of a lost run lives.
+
+        Its PID was not used again, and it is not that of another project, which this one is a
+        copy of.
+        """
         is_lost = ward.result is not None and ward.result.exit_code is None
         is_known = ward.pid and ward.start_time and ward.boot_id == Platform.boot_id()
-        return bool(is_lost and is_known and Platform.start_time(ward.pid or 0) == ward.start_time)
+        if not is_lost or not is_known or Platform.start_time(ward.pid or 0) != ward.start_time:
+            return False
+        folder = Platform.environment_of(ward.pid or 0).get("APEX_STATE_DIR", self._folder)
+        return folder == self._folder or not os.path.isdir(folder)
 
 
 class _Roster:
@@ -3932,7 +3939,6 @@ class _Roster:
         self._is_starter = is_starter  # else nothing new is to be run
         self._next_spawn = 0.0  # monotonic
         self._obstacle = "it is being started"  # why no keeper stands
-        self.is_owner: Callable[[], bool] = lambda: True  # of the project, still
         self.watched = Watched()
         self.wake = self.watched.wake  # makes `look` return
 
@@ -3988,7 +3994,7 @@ class _Roster:
                 times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
         links = [link for link in self._links.values() if not link.is_private]
         is_starter = self._is_open and self._is_starter
-        if is_starter and all(link.is_foreign or link.is_silent() for link in links):
+        if is_starter and all(x.is_foreign or x.is_quitting or x.is_silent() for x in links):
             if now >= self._next_spawn:
                 self._spawn()
             times.append(self._next_spawn)
@@ -4006,7 +4012,7 @@ class _Roster:
 
     def _reach(self, link: _Link) -> None:
         """Connect to a keeper, or find that it has gone and conclude on its runs."""
-        text = link.reach(self.is_owner())
+        text = link.reach()
         if link.connection is not None:
             self.watched.add(link.connection, functools.partial(self._read, link))
         if text is None:
@@ -4069,6 +4075,9 @@ class Keepers(_Roster):
             self._is_open = True
             self._kinds.add(kind)
             self._find()
+            for link in self._links.values():
+                if link.is_greeted:  # it has told of this kind before: once more
+                    self._hang_up(link)
             for ward in self._wards.values():
                 if ward.is_suspect and ward.keeper in self._links:
                     self._links[ward.keeper].is_private = True
@@ -4215,6 +4224,8 @@ class Keepers(_Roster):
         elif kind == "started" and ward is not None:
             self._begin(ward, word, False)
         elif kind in ("exited", "failed"):
+            if (word.get("errno"), word.get("what")) == (errno.EAGAIN, "keeper"):
+                link.is_quitting = True  # it was told to end: another takes what is to start
             if ward is not None and ward.result is None:
                 self._settle(ward, read_result(word))
             elif ward is None and self._kind(run_id) in self._kinds:
@@ -4470,7 +4481,7 @@ class DaemonRunner:
         on_drained: Callable[[], None] = lambda: None, keepers: Keepers | None = None,
     ) -> None:  # fmt: skip
         self.store = store
-        self.keepers = keepers or Keepers(store.folder)
+        self.keepers = keepers or Keepers(store.folder, execute is None)
         self._attempts = AttemptStore(store)
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
@@ -4497,17 +4508,18 @@ class DaemonRunner:
     def adopt(self) -> None:
         """Take over what a former daemon left; the keepers tell what became of it."""
         self._metrics.started_at = Clock.now()
-        for task in self.store.find(state="running", limit=INTEGER_MAX):
-            run = self._running[task.id] = make_run(task, self.store, self._take)
-            if self._execute is not None or task.keeper == CALLED:
-                self._take(task.run_id or "", Result())
-                continue
-            self.keepers.adopt(run.ward)
-            log.info("Adopting task %d", task.id)
-            if task.wish is not None:
-                self._end(run)
-        if self._execute is None:
-            self.keepers.open("0")
+        with self._lock:  # or a wish of this moment would be seen neither here nor by `end`
+            for task in self.store.find(state="running", limit=INTEGER_MAX):
+                run = self._running[task.id] = make_run(task, self.store, self._take)
+                if task.keeper == CALLED:
+                    self._take(task.run_id or "", Result())
+                    continue
+                self.keepers.adopt(run.ward)
+                log.info("Adopting task %d", task.id)
+                if task.wish is not None:
+                    self._end(run)
+            if self._execute is None or not all(run.is_told for run in self._running.values()):
+                self.keepers.open("0")
 
     def finish(self, ids: Iterable[int], deadline_mono: float, force: bool = False) -> list[int]:
         """End running tasks, without a thread; return those that still run then.
@@ -4519,8 +4531,7 @@ class DaemonRunner:
         self.adopt()
         while wanted & self._running.keys() and Clock.mono() < deadline_mono:
             self.keepers.look(0.1)
-            runs = [run for run in self._running.values() if run.task.id in wanted]
-            living = [run for run in runs if run.is_known and not (run.is_told or run.is_ending)]
+            living = [r for r in list(self._running.values()) if r.task.id in wanted and r.is_known and r.can_end()]
             if force and living:
                 self._attempts.set_wishes([run.task.id for run in living], Outcome.INTERRUPTED)
                 for run in living:
@@ -4640,7 +4651,6 @@ class DaemonRunner:
             self._running = {i: r for i, r in self._running.items() if r.task.run_id not in gone}
             for task in claimed:
                 self._start(task)
-            is_drained = self.is_draining and not self._running
         self.keepers.flush()
         if claimed:
             failpoint("sent")
@@ -4651,9 +4661,8 @@ class DaemonRunner:
             self._count(task, result)
         for task in claimed:
             log.info("Starting task %d", task.id)
-        if results:
-            self.tell([task.id for task, _ in results])
-        if is_drained:
+        self.tell(task.id for task, _ in results)
+        if self.is_draining and not self._running:
             self._note_drained()
 
     def _note_drained(self) -> None:
@@ -4677,20 +4686,20 @@ class DaemonRunner:
         run = self._running[task.id] = make_run(task, self.store, self._take)
         if task.timeout is not None:
             run.deadline_mono = Clock.mono() + task.timeout
-        if self._execute is None:
-            env, umask = self._attempts.get_context(task)
-            self.keepers.start(run.ward, make_start(task, env, umask, self.store))
-            return
-        execute, run_id = self._execute, task.run_id or ""
-
-        def carry_out() -> None:
-            self._take(run_id, call_task(task, execute))
-            self.keepers.wake()
-
         try:
-            threading.Thread(target=carry_out, name=f"call-{task.id}", daemon=True).start()
-        except RuntimeError:  # no thread to be had: it goes back, uncounted
-            self._take(run_id, Result(never_ran=True))
+            if self._execute is None:
+                env, umask = self._attempts.get_context(task)
+                self.keepers.start(run.ward, make_start(task, env, umask, self.store))
+            else:
+                act, name = functools.partial(self._carry_out, task), f"call-{task.id}"
+                threading.Thread(target=act, name=name, daemon=True).start()
+        except (DaemonError, RuntimeError) as error:  # no thread to be had, a disk's moment
+            self._take(task.run_id or "", Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
+
+    def _carry_out(self, task: Task) -> None:
+        assert self._execute is not None
+        self._take(task.run_id or "", call_task(task, self._execute))
+        self.keepers.wake()
 
     def _take(self, run_id: str, what: Begun | Result) -> None:
         """Hear of an attempt: it lives, or it has ended; recorded by the next turn."""
@@ -5458,14 +5467,15 @@ def read_process_logs(
     return found
 
 
-def look_until(keepers: Keepers, halted: threading.Event) -> None:
-    """Look at keepers, as the runner does where there is one."""
-    while not halted.is_set():
+def look_until(supervisor: Supervisor) -> None:
+    """Look at a supervisor's keepers, as the runner does where there is one, until it ends."""
+    while not supervisor.halted.is_set():
         try:
-            keepers.look(3600.0)
+            supervisor.keepers.look(3600.0)
         except Exception:  # this thread's top frame
             log.exception("looking at the keepers failed")
-            halted.wait(1.0)
+            supervisor.halted.wait(1.0)
+    supervisor.keepers.close(supervisor.is_stopping)
 
 
 class Supervisor:
@@ -5486,7 +5496,7 @@ class Supervisor:
         # Guards all instances; taken before the locks of keepers and store.
         self.moved = threading.Condition()
         self._instances: dict[str, Instance] = {}
-        self._is_stopping = False
+        self.is_stopping = False
         self.halted = threading.Event()
         self._next_check = 0.0  # monotonic
 
@@ -5499,8 +5509,7 @@ class Supervisor:
         threading.Thread(target=self._loop, name="supervisor", daemon=True).start()
         if self._is_alone:
             self.keepers.on_standing = self.wake
-            act = functools.partial(look_until, self.keepers, self.halted)
-            threading.Thread(target=act, name="keepers", daemon=True).start()
+            threading.Thread(target=look_until, args=(self,), name="keepers", daemon=True).start()
 
     def wake(self) -> None:
         """Have it decide anew: a keeper takes starts now."""
@@ -5518,8 +5527,8 @@ class Supervisor:
             log.info("Adopting process %s", instance.id)
             instance.adopt()
 
-    def end_left(self) -> None:
-        """KILL all that a former daemon left, without a thread; before the keepers are opened.
+    def finish(self, deadline_mono: float) -> list[str]:
+        """KILL all that a former daemon left, without a thread; return what still runs then.
 
         For a client that acts while there is no daemon; the next start is a first one.
         """
@@ -5530,9 +5539,6 @@ class Supervisor:
                 instance.end("KILL", 0.0)
                 if instance.failure is not None:
                     instance.take_end(instance.failure)
-
-    def finish(self, deadline_mono: float) -> list[str]:
-        """Wait until that has ended; return what still runs then."""
         self.keepers.open("a")
         while Clock.mono() < deadline_mono and any(o.ward for o in self._instances.values()):
             self.keepers.look(0.1)
@@ -5541,7 +5547,7 @@ class Supervisor:
     def stop(self, force: bool = False) -> None:
         """End all, each after what needs it; `on_stopped` is called when it is done."""
         with self.moved:
-            self._is_stopping = True
+            self.is_stopping = True
             for instance in self._instances.values():
                 instance.view.is_wanted = False
                 if instance.ward is None:
@@ -5557,6 +5563,7 @@ class Supervisor:
             for instance in self._instances.values():
                 instance.watch.asking.set()
             self.moved.notify_all()
+        self.keepers.wake()
 
     def reload(self, old: Config) -> None:
         """Start, stop and replace what differs now from the configuration before."""
@@ -5565,7 +5572,7 @@ class Supervisor:
                 before = old.processes.get(name)
                 if before is not None and before.instances != policy.instances:
                     self.store.decide_process(name, "instances", None)
-            if not self._is_stopping:
+            if not self.is_stopping:
                 self.arrange()
 
     def status(self) -> dict[str, Any]:
@@ -5661,9 +5668,11 @@ class Supervisor:
 
     def _next_wake_s(self, now: float) -> float | None:
         everyone = self._instances.values()
-        if self._is_stopping and not any(one.ward for one in everyone):
+        if self.is_stopping and not any(one.ward for one in everyone):
             self.halted.set()
+            self.keepers.wake()
             self._on_stopped()
+            return 0.0
         times = [when_due(one.view) for one in everyone]
         times += [one.log.due_mono for one in everyone if one.ward]
         times += [now + 1.0 for one in everyone if one.watch.is_unasked]
@@ -5733,7 +5742,7 @@ class Supervisor:
     def acting(self, names: Iterable[str]) -> Iterator[list[Instance]]:
         """Hold the lock, give all instances of processes. Raises PROCESS_NOT_FOUND, BUSY."""
         with self.moved:
-            if self._is_stopping:
+            if self.is_stopping:
                 raise DaemonError("BUSY", "the daemon is stopping", "`start` it again first")
             for name in names:
                 get_process(self.store.config, name)
@@ -6865,11 +6874,10 @@ def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
     deadline = Clock.mono() + grace_s + STOP_MARGIN_S
     runner = DaemonRunner(store, keepers=Keepers(store.folder, False))
     try:
-        supervisor = Supervisor(store, keepers=runner.keepers)
-        if is_all:
-            supervisor.end_left()
         left = [str(task_id) for task_id in runner.finish(ids, deadline, force=is_all)]
-        return [*left, *supervisor.finish(deadline)] if is_all else left
+        if is_all:
+            left += Supervisor(store, keepers=runner.keepers).finish(deadline)
+        return left
     finally:
         runner.keepers.close(is_all)
 

@@ -4028,6 +4028,16 @@ class TestKeeper:
         assert lives(command) and history_of(box, task_id) == [None]
         assert os.path.getsize(box.file("daemon.log")) < size + 20_000
 
+    def test_beside_a_keeper_that_was_told_to_end_another_goes_on(self, box):
+        box.config({}, process={"holder": {"command": ["sleep", "300"]}})
+        box.start()
+        (held,), keeper = pids(box, "holder", 1), keeper_of(box)
+        os.kill(keeper, signal.SIGTERM)
+        assert box.until(enqueue(box, "exit 7")[0], within_s=10)["exit_code"] == 7
+        assert lives(held) and len(keepers(box)) == 2
+        kill(held)
+        eventually(lambda: keeper not in keepers(box) and pids(box, "holder", 1))
+
     def test_a_request_of_the_greatest_size_is_started_or_refused_but_not_for_ever(self, box):
         box.config({}, process={"holder": {"command": ["sleep", "300"]}})
         box.start()
@@ -4806,6 +4816,73 @@ class TestRunner:
             assert store.add(["after"]), "the store goes on without it"
         finally:
             store.close()
+
+    @pytest.mark.parametrize("lack", ["thread", "disk"])
+    def test_what_cannot_be_started_now_is_tried_later_and_not_at_once(self, box, lack, monkeypatch):
+        start, turns = threading.Thread.start, []
+
+        def refuse(self, *args):
+            if lack == "disk":
+                raise apexd.DaemonError("DATABASE_FAILED", "disk I/O error")
+            if self.name.startswith("call-"):
+                raise RuntimeError("can't start new thread")
+            start(self)
+
+        class Counting(apexd.AttemptStore):
+            turn = lambda self, *args: turns.append(1) or super().turn(*args)
+
+        monkeypatch.setattr(apexd, "AttemptStore", Counting)
+        where, name = (Counting, "get_context") if lack == "disk" else (threading.Thread, "start")
+        execute = None if lack == "disk" else lambda task: 0
+        with contextlib.closing(apexd.TaskStore(box.file("apex.db"))) as store:
+            ids = store.add([["true"]] * 2)
+            runner = apexd.DaemonRunner(store, execute=execute)
+            with monkeypatch.context() as patched:
+                patched.setattr(where, name, refuse)
+                runner.start()
+                eventually(lambda: all(store.get(i).outcome == "not_started" for i in ids), 5)
+                pause(0.5)
+            assert len(turns) < 30
+            done = lambda: all(store.get(i).state == apexd.State.SUCCEEDED for i in ids)
+            eventually(done, 10)
+            runner.stop(0)
+
+    def test_a_cancel_just_as_a_runner_adopts_ends_the_task(self, box):
+        box.start()
+        (task_id,) = enqueue(box, "sleep 60")
+        command = command_of(box, task_id)
+        box.kill9()
+
+        class Meanwhile(apexd.TaskStore):
+            def find(self, **where):
+                found = super().find(**where)
+                apexd.AttemptStore(self).set_wishes([task_id], apexd.Outcome.CANCELLED)
+                threading.Thread(target=lambda: runner.end([task_id])).start()
+                pause(0.2)
+                return found
+
+        with contextlib.closing(Meanwhile(box.file("apex.db"))) as store:
+            runner = apexd.DaemonRunner(store)
+            runner.start()
+            eventually(lambda: store.get(task_id).state == apexd.State.CANCELLED, 10)
+            assert not lives(command)
+            runner.stop(0)
+
+    def test_a_function_does_not_run_beside_the_command_of_a_dead_daemon(self, box):
+        box.start()
+        (task_id,) = enqueue(box, "until [ -e go ]; do sleep 0.02; done; exit 7")
+        command = command_of(box, task_id)
+        box.kill9()
+        with contextlib.closing(apexd.TaskStore(box.file("apex.db"))) as store:
+            runner = apexd.DaemonRunner(store, execute=lambda task: lives(command))
+            runner.start()
+            pause(0.5)
+            put(box, "go")
+            eventually(lambda: store.get(task_id).finished_at, 10)
+            task = store.get(task_id)
+            assert (task.exit_code, task.attempts) == (7, 1)
+            runner.stop(0)
+        eventually(lambda: not keepers(box), 5)
 
     def test_stopping_a_runner_waits_for_the_function_that_runs(self, box):
         store = apexd.TaskStore(box.file("apex.db"))
@@ -5988,6 +6065,20 @@ class TestSupervisor:
         assert len(pids(box, "web")) == 1 and get_page(port)
         assert box.run("up", "web").stdout == "web runs already\n"
         assert box.error("up", "wbe", rc=2)["code"] == "process_not_found"
+
+    def test_within_another_program_it_leaves_neither_threads_nor_a_keeper(self, box):
+        config = apexd.Config({"process": {"web": {"command": ["sleep", "60"]}}})
+        before, stopped = set(threading.enumerate()), threading.Event()
+        with contextlib.closing(apexd.TaskStore(box.file("apex.db"), config)) as store:
+            for end in ("halt", "stop"):
+                supervisor = apexd.Supervisor(store, on_stopped=stopped.set)
+                supervisor.start()
+                eventually(lambda: supervisor.status()["running_instances"] == 1)
+                assert len(keepers(box)) == 1
+                getattr(supervisor, end)()
+                eventually(lambda: set(threading.enumerate()) <= before, 5)
+            assert stopped.is_set()
+            eventually(lambda: not keepers(box), 5)
 
     @linux
     def test_a_keeper_that_is_reached_anew_costs_no_descriptor(self, box):
