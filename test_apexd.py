@@ -5123,8 +5123,14 @@ class TestTaskPromises:
         daemon = box.start()
         (task_id,) = enqueue(box, ["sleep", "60"])
         pid, keeper = command_of(box, task_id), keeper_of(box)
-        shutil.rmtree(copy.state)
-        subprocess.run(["cp", "-a", box.state, copy.state], check=True)
+
+        def knows_the_pid():
+            shutil.rmtree(copy.state)
+            subprocess.run(["cp", "-a", box.state, copy.state], check=True)
+            with contextlib.closing(sqlite3.connect(copy.file("apex.db"))) as db:
+                return db.execute("SELECT pid FROM attempts").fetchone() == (pid,)
+
+        eventually(knows_the_pid)
         assert copy.run("add", "-p", "--delay", "1h", "--", "true", rc=None)
         assert len(ask_json(box, "list")) == 1, "it went to the copy"
         copy.run("stop", "--force", rc=None)
