@@ -6370,7 +6370,9 @@ class ControlServer:
             listener, where = Platform.listen(path)
         except OSError as error:
             raise cannot_create(near, error) from None
-        if path != near:
+        if "socket" not in where:  # Windows has a port
+            path = self._folder
+        elif path != near:
             where["socket"] = path
         self._listener, self._socket = listener, (path, file_id(path))
         about = {"pid": os.getpid(), "folder": file_id(self._folder)}
