@@ -4531,7 +4531,8 @@ class DaemonRunner:
         self.adopt()
         while wanted & self._running.keys() and Clock.mono() < deadline_mono:
             self.keepers.look(0.1)
-            living = [r for r in list(self._running.values()) if r.task.id in wanted and r.is_known and r.can_end()]
+            runs = [run for run in self._running.values() if run.task.id in wanted]
+            living = [run for run in runs if run.is_known and run.can_end()]
             if force and living:
                 self._attempts.set_wishes([run.task.id for run in living], Outcome.INTERRUPTED)
                 for run in living:
