@@ -8969,7 +8969,7 @@ class TestCli:
         text = "echo attempt $APEX_ATTEMPT; sleep 0.2; until [ -e go ]; do sleep 0.05; done; "
         text += "echo end $APEX_ATTEMPT"
         box.start()
-        go = os.path.join(box.path, "go")
+        go, lost = os.path.join(box.path, "go"), 0
         ends = f"{text}; [ $APEX_ATTEMPT = 3 ] || kill -9 $PPID; sleep 0.2", f"{text}; [ $APEX_ATTEMPT = 2 ]"
         for command, attempts in zip(ends, (3, 2)):  # one by one: the first kills its keeper
             (task_id,) = enqueue(box, command, retries=1)
