@@ -419,6 +419,15 @@ class Result(Value):
     max_rss: int | None  # bytes
 
 
+class Begun(Value):
+    """What a keeper tells of a run that lives."""
+
+    pid: int
+    start_time: str | None
+    age_s: float  # how long it has run
+    is_adopted: bool  # it was started by a former daemon
+
+
 class DaemonMetrics(Value):
     """The runner's counters since its start; times are epoch seconds."""
 
@@ -3320,15 +3329,6 @@ class AttemptStore:
 #     lock is held nothing is concluded. When it is free, the keeper is gone: a result in the file
 #     counts; with `left` there was no other run; else no status can ever come, and what
 #     carries the run id, the state folder and the user of the run is ended before it is `lost`.
-
-
-class Begun(Value):
-    """What a keeper tells of a run that lives."""
-
-    pid: int
-    start_time: str | None
-    age_s: float  # how long it has run
-    is_adopted: bool  # it was started by a former daemon
 
 
 def describe_end(result: Result) -> str:
