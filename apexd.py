@@ -3457,7 +3457,7 @@ class Keeper:
         self._inbox, self._outbox = bytearray(), bytearray()
         self._daemon: socket.socket | None = None
         self._is_wanted = True  # until `quit`, or a hang-up, or no daemon came
-        self._is_terminated = False
+        self._is_terminated = self._has_lost = False
         self._patience_mono = Clock.mono() + KEEPER_PATIENCE_S
         self._watched = Watched()
         self._listener, self._endpoint = Platform.listen(self._path + ".sock")
@@ -3642,8 +3642,7 @@ class Keeper:
 
     def _sweep(self, pid: int) -> None:
         """End a child's group while its dead leader still holds the number."""
-        child = self._children.get(pid)
-        if child is not None and child.is_swept:
+        if pid in self._children and self._children[pid].is_swept:
             Platform.signal_group(pid, Platform.kill)
 
     def _note_end(self, pid: int, how: dict[str, Any]) -> None:
@@ -3687,8 +3686,9 @@ class Keeper:
                     return
                 self._written.add(word["run"])
         except OSError as error:  # a full disk: tried again each second
-            if error.errno in (errno.EROFS, errno.EIO):  # for good: what it knew is lost
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # for good: it is lost
                 self._ended.clear()
+                self._has_lost = True
 
     def _tell(self) -> None:
         """Send what there is to tell, as far as the daemon takes it."""
@@ -3711,7 +3711,7 @@ class Keeper:
         """Say that all results are in the file; then let go of it."""
         with contextlib.suppress(OSError):
             os.unlink(self._path + ".sock")
-        while os.fstat(self._fd).st_nlink:
+        while os.fstat(self._fd).st_nlink and not self._has_lost:
             try:
                 os.fsync(self._fd)
                 os.write(self._fd, b'\n{"type": "left"}\n')

@@ -3998,6 +3998,19 @@ class TestKeeper:
         assert box.run("kill", "--all").stdout == "not running\n"
         assert not lives(command)
 
+    def test_a_keeper_that_has_lost_a_result_does_not_say_that_it_told_all(self, tmp_path):
+        os.makedirs(tmp_path / "run", mode=0o700)
+        keeper = apexd.Keeper(str(tmp_path), "0" * 16)
+        path, whole = str(tmp_path / "run" / ("keeper-" + "0" * 16)), keeper._fd
+        keeper._is_wanted, keeper._ended = False, {"1-a": {"type": "exited", "run": "1-a", "code": 7}}
+        keeper._fd = os.open(path, os.O_RDONLY)  # no write succeeds
+        keeper._write()
+        os.close(keeper._fd)
+        keeper._fd = whole
+        keeper._leave()
+        os.close(whole)
+        assert apexd.read_results(read(path).encode()) == ({}, False), "else it would run again"
+
     def test_kill_all_waits_for_no_process_that_ended_as_nobody_listened(self, box):
         box.config({}, process={"web": {"command": "until [ -e go ]; do sleep 0.01; done"}})
         box.start()
