@@ -862,9 +862,16 @@ if sys.platform == "win32":
         peer_uid = staticmethod(lambda connection: None)  # the token decides
         distrust = staticmethod(lambda info, root_too=True: None)
         is_root = staticmethod(lambda: False)
+        is_taken = staticmethod(lambda path: False)
+        notify = staticmethod(lambda address, text: None)
+        adjust_limits = restore_limits = staticmethod(lambda pid=0: None)
+        blocked_signals = contextlib.nullcontext
+        take_sockets = staticmethod(lambda: {})
+        become = staticmethod(lambda ids: None)
+        acting_as = staticmethod(lambda uid: contextlib.nullcontext())
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
-        close_inherited = staticmethod(lambda: None)
+        close_inherited = staticmethod(lambda kept=(): None)
         reap_orphans = staticmethod(lambda known: None)
 
         def fork(self, argv: list[str], env: dict[str, str]) -> Any:
@@ -885,6 +892,7 @@ else:
     import fcntl
 
     _HAS_PROC = os.path.exists("/proc/self/stat")
+    _FORMER_LIMITS: dict[int, tuple[int, int]] = {}  # those that this process has changed
 
     class _Children:
         """What a keeper does with its children, and what is known of them."""
@@ -1073,6 +1081,25 @@ else:
                 raise ValueError("our own: only root can become another")
             return {}, {}
 
+        def become(self, ids: Mapping[str, Any]) -> None:
+            """Become another user, with its groups alone, for good. Raises OSError."""
+            os.setgroups(ids["groups"])
+            os.setgid(ids["gid"])
+            os.setuid(ids["uid"])
+            for undo in (os.setuid, os.seteuid) if ids["uid"] else ():
+                with contextlib.suppress(PermissionError):
+                    undo(0)
+                    raise OSError(errno.EPERM, "there is a way back to root")
+
+        @contextlib.contextmanager
+        def acting_as(self, uid: int) -> Iterator[None]:
+            """As root, open files as another user for a while: only what it may, too."""
+            os.seteuid(uid)
+            try:
+                yield
+            finally:
+                os.seteuid(0)
+
         def can_fork(self) -> bool:
             """Tell whether forking is safe here: Linux, one thread."""
             return sys.platform == "linux" and threading.active_count() == 1
@@ -1095,6 +1122,55 @@ else:
                 os.waitpid(child, 0)
             os.close(writer)
             return os.fdopen(reader, "rb")
+
+        def notify(self, address: str, text: str) -> None:
+            """Tell a service manager something, if it listens (sd_notify(3)); never waits."""
+            if address[:1] == "@":  # an abstract one
+                address = "\0" + address[1:]
+            with contextlib.suppress(OSError):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+                    mouth.setblocking(False)
+                    mouth.sendto(text.encode(), address)
+
+        @contextlib.contextmanager
+        def blocked_signals(self) -> Iterator[None]:
+            """Keep signals pending; a program that is started meanwhile begins so, too."""
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                yield
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+        def adjust_limits(self) -> None:
+            """Allow as many descriptors as may be (Linux), and no core dump: it has secrets."""
+            for name, is_raised in (("RLIMIT_NOFILE", True), ("RLIMIT_CORE", False)):
+                if sys.platform == "linux":
+                    which = getattr(resource, name)
+                    _FORMER_LIMITS[which] = soft, hard = resource.getrlimit(which)
+                    resource.setrlimit(which, (hard if is_raised else 0, hard))
+
+        def restore_limits(self, pid: int) -> None:
+            """Give a keeper, and so all that it starts, the limits that we were started with."""
+            with contextlib.suppress(OSError):
+                for which, limits in _FORMER_LIMITS.items():
+                    resource.prlimit(pid, which, limits)
+
+        def take_sockets(self) -> dict[str, socket.socket]:
+            """Return the sockets that a service manager hands us, by name (sd_listen_fds(3))."""
+            told, taken = os.environ.get("LISTEN_PID"), dict[str, socket.socket]()
+            with contextlib.suppress(OSError, ValueError):
+                count = int(os.environ["LISTEN_FDS"]) if told == str(os.getpid()) else 0
+                names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+                for fd, name in zip(range(3, 3 + count), names):
+                    taken[name] = socket.socket(fileno=fd)
+                    os.set_inheritable(fd, False)
+            return taken
+
+        def is_taken(self, path: str) -> bool:
+            """Tell whether a path has anything but a dead socket."""
+            with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as trial:
+                return not stat.S_ISSOCK(os.lstat(path).st_mode) or trial.connect_ex(path) == 0
+            return False
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
@@ -1195,10 +1271,10 @@ else:
             # 8: FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS
             return call is not None and bool(call(fd, 8, zero, length) == 0)
 
-        def close_inherited(self) -> None:
-            """Close every descriptor above 2 that came from the caller."""
+        def close_inherited(self, kept: Container[int] = ()) -> None:
+            """Close every descriptor above 2 that came from the caller, but for those."""
             for name in os.listdir("/proc/self/fd" if _HAS_PROC else "/dev/fd"):
-                if int(name) > 2:
+                if int(name) > 2 and int(name) not in kept:
                     with contextlib.suppress(OSError):
                         os.close(int(name))
 
@@ -1282,9 +1358,7 @@ else:
             ids = word.get("ids")
             if ids:
                 step = "user"
-                os.setgroups(ids["groups"])
-                os.setgid(ids["gid"])
-                os.setuid(ids["uid"])
+                Platform.become(ids)
             failpoint("fork", os.getppid())
             step = word["cwd"]
             os.chdir(step)
@@ -1337,11 +1411,16 @@ _PASSED: list[str] = []
 
 
 def failpoint(name: str, pid: int = 0) -> None:
-    """Kill this process (or `pid`) when APEXD_FAILPOINT says "NAME" or "NAME:N", the Nth time."""
-    wanted, _, count = os.environ.get("APEXD_FAILPOINT", "").partition(":")
+    """Kill this process (or `pid`) when APEXD_FAILPOINT says "NAME" or "NAME:N", the Nth time.
+
+    "NAME:N:hang": this thread goes no further.
+    """
+    wanted, count, what = (os.environ.get("APEXD_FAILPOINT", "") + "::").split(":")[:3]
     if wanted == name:
         _PASSED.append(name)
         if len(_PASSED) >= int(count or 1):
+            if what:
+                threading.Event().wait()
             Platform.send(pid or os.getpid(), Platform.kill)
 
 
@@ -3467,6 +3546,7 @@ class Keeper:
         self._acts: dict[str, Callable[[dict[str, Any]], None]] = {
             "start": self._start, "signal": self._signal, "end": self._end,
             "forget": self._forget, "quit": self._quit,
+            "ping": lambda word: self._untold.append({"type": "pong"}),
         }  # fmt: skip
 
     def _make_file(self) -> int:
@@ -3539,6 +3619,7 @@ class Keeper:
                 runs = [child.describe() for child in self._children.values()]
                 hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid()}
                 hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
+                hello["pings"] = True
                 self._untold.extend((hello, *self._ended.values()))
                 return True
         peer.close()
@@ -3746,7 +3827,11 @@ def spawn_keeper(folder: str, name: str) -> Any:
     null = subprocess.DEVNULL
     for options in Platform.KEEPER:  # the first that the system permits
         with contextlib.suppress(PermissionError):
-            return subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, env=env, **options)
+            keeper = subprocess.Popen(
+                argv, stdin=null, stdout=null, stderr=null, env=env, **options
+            )
+            Platform.restore_limits(keeper.pid)
+            return keeper
     raise PermissionError(errno.EPERM, "not permitted", argv[0])
 
 
@@ -3793,7 +3878,7 @@ class _Link:
         self.name, self.path, self.process, self.is_private = name, path, process, is_private
         self.pid, self.file_id = 0, [0, 0]
         self.connection: socket.socket | None = None
-        self.is_greeted = self.is_foreign = self.is_quitting = False
+        self.is_greeted = self.is_foreign = self.is_quitting = self.has_pings = False
         self.asked_mono: float | None = Clock.mono()  # since when it owes an answer
         self.retry_mono, self.pause_s = 0.0, 0.002
         self.inbox, self.outbox = bytearray(), bytearray()
@@ -3971,6 +4056,18 @@ class _Roster:
         """Tell whether a PID is that of a keeper that was started here."""
         with self._lock:
             return any(x.process is not None and x.process.pid == pid for x in self._links.values())
+
+    def is_turning(self, within_s: float) -> bool:
+        """Ask for a sign of life; tell whether a keeper gave the last one in time."""
+        with self._lock:
+            links, now = [x for x in self._links.values() if x.is_greeted], Clock.mono()
+            late = [x for x in links if x.asked_mono and now - x.asked_mono >= within_s]
+            for link in links:
+                if link.has_pings and link.asked_mono is None:
+                    link.asked_mono = now
+                    link.send("ping")
+            self.flush()
+        return not links or len(late) < len(links)
 
     def flush(self) -> None:
         """Send what there is to send, as far as the keepers take it now."""
@@ -4239,6 +4336,7 @@ class Keepers(_Roster):
         if word["keeper"] != KEEPER_PROTOCOL or word["file"] != link.file_id:
             raise ValueError("another project's, or of another protocol")
         link.is_greeted, link.pid, self._obstacle = True, int(word["pid"]), ""
+        link.has_pings = bool(word.get("pings"))  # older ones have none
         runs = {str(run["run"]): run for run in word["runs"]}
         for run_id, told in runs.items():
             ward = self._wards.get(run_id)
@@ -4497,6 +4595,7 @@ class DaemonRunner:
         self._is_woken = True  # a turn is wanted
         self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)
         self._note_mono = float("inf")  # when `_begun` is recorded at the latest
+        self.turned_mono = Clock.mono()  # when the loop went round last
         names = ("tasks_processed", "tasks_succeeded", "tasks_failed", "poll_count")
         self._metrics = DaemonMetrics(**dict.fromkeys(names, 0))
 
@@ -4586,6 +4685,8 @@ class DaemonRunner:
         next_poll, next_upkeep, wait_s = 0.0, 0.0, 0.0
         while not self.halted.is_set():
             try:
+                self.turned_mono = Clock.mono()
+                failpoint("turn")
                 self.keepers.look(wait_s)
                 if self._results and len(self._results) < len(self._running):
                     self.keepers.look(GATHER_S)
@@ -6913,8 +7014,12 @@ class Mailbox:
         with contextlib.suppress(BlockingIOError):  # full: it is awake
             self._waker.send(b"x")
 
-    def take(self) -> Iterator[str]:
-        """Yield messages as they come, SIGHUP or what was posted; of several alike, one."""
+    def take(self, tick_s: float | None) -> Iterator[str]:
+        """Yield messages as they come, SIGHUP or what was posted; of several alike, one.
+
+        "tick" when none has come for so long.
+        """
+        self._wakee.settimeout(tick_s)
         while True:
             waiting: dict[str, None] = {}
             with contextlib.suppress(queue.Empty):
@@ -6922,7 +7027,33 @@ class Mailbox:
                     waiting[self._messages.get_nowait()] = None
             yield from waiting
             if not waiting:
-                self._wakee.recv(4096)
+                try:
+                    self._wakee.recv(4096)
+                except socket.timeout:
+                    yield "tick"
+
+
+class ServiceManager:
+    """Tells systemd, or what else set NOTIFY_SOCKET, how the daemon is (sd_notify(3))."""
+
+    def __init__(self, is_ours: bool) -> None:
+        self._address = os.environ.get("NOTIFY_SOCKET", "") if is_ours else ""
+        watched = os.environ.get("WATCHDOG_PID") == str(os.getpid()) and self._address
+        within_us = os.environ.get("WATCHDOG_USEC", "") if watched else ""
+        # Half of what the watchdog allows; None: nobody watches.
+        self.tick_s = int(within_us) / 2e6 if re.fullmatch("0*[1-9][0-9]{0,15}", within_us) else None
+
+    def tell(self, *lines: str) -> None:
+        """Send lines such as READY=1; none without a service manager."""
+        if self._address:
+            Platform.notify(self._address, "\n".join(lines))
+
+    def ping(self, runner: DaemonRunner) -> None:
+        """Keep the watchdog quiet, unless runner or keepers are stuck. In the main thread."""
+        if self.tick_s is not None:
+            is_turning = runner.keepers.is_turning(self.tick_s * 0.9)
+            if is_turning and Clock.mono() - runner.turned_mono < self.tick_s * 0.9:
+                self.tell("WATCHDOG=1")
 
 
 class Daemon:
