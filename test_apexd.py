@@ -1845,6 +1845,8 @@ class TestConfig:
     def test_defaults_are_those_of_the_table(self):
         config = apexd.Config({"process": {"web": {"command": "serve"}}})
         tables = {"group": config.groups["default"], "process": config.processes["web"]}
+        for kind in ("schedule", "watch", "hook"):
+            tables[kind] = getattr(apexd.Config({kind: {"one": {"command": "x"}}}), apexd.TABLES[kind])["one"]
         for section, options in apexd.OPTIONS.items():
             values = vars(tables.get(section) or getattr(config, section))
             defaults = {key: default for key, (_, default, _) in options.items()}
@@ -1865,7 +1867,7 @@ class TestConfig:
         config = self.load(tmp_path, text)
         assert config.daemon.poll_interval == 0.25 and config.daemon.max_concurrent == 7
         assert not config.limits.timeout and config.limits.retries == 2
-        assert set(config.groups) == {"default", "gpu"}
+        assert set(config.groups) == {"default", "hooks", "gpu"}
         assert config.groups["gpu"].max_concurrent == 1
 
     @pytest.mark.parametrize(
