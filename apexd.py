@@ -472,6 +472,8 @@ class DaemonStatus(Value):
     running: bool
     exit_status: int  # 0 running, 1 dead with a PID file, 3 not running, 4 unknown
     pid: int | None
+    started_at: float | None  # epoch seconds
+    uptime: float | None  # seconds
     reason: str | None
     details: dict[str, Any]  # the daemon's own `status` answer, {} without one
 
@@ -884,7 +886,7 @@ if sys.platform == "win32":
         notify = staticmethod(lambda address, text: None)
         adjust_limits = restore_limits = staticmethod(lambda pid=0: None)
         blocked_signals = contextlib.nullcontext
-        take_sockets = staticmethod(lambda: {})
+        take_sockets = dict[str, socket.socket]
         become = staticmethod(lambda ids: None)
         acting_as = staticmethod(lambda uid: contextlib.nullcontext())
         can_fork = staticmethod(lambda: False)
@@ -1095,7 +1097,7 @@ else:
                 names = dict.fromkeys(("USER", "LOGNAME"), account.pw_name)
                 env = {**names, "HOME": account.pw_dir, "SHELL": account.pw_shell}
                 return {"uid": account.pw_uid, "gid": gid, "groups": groups}, env
-            if (account.pw_uid, gid) != (os.geteuid(), os.getegid()):
+            if account.pw_uid != os.geteuid() or (group and gid != os.getegid()):
                 raise ValueError("our own: only root can become another")
             return {}, {}
 
@@ -1145,10 +1147,10 @@ else:
             """Tell a service manager something, if it listens (sd_notify(3)); never waits."""
             if address[:1] == "@":  # an abstract one
                 address = "\0" + address[1:]
-            with contextlib.suppress(OSError):
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
-                    mouth.setblocking(False)
-                    mouth.sendto(text.encode(), address)
+            mouth = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with mouth, contextlib.suppress(OSError):
+                mouth.setblocking(False)
+                mouth.sendto(text.encode(), address)
 
         @contextlib.contextmanager
         def blocked_signals(self) -> Iterator[None]:
@@ -1164,7 +1166,8 @@ else:
             for name, is_raised in (("RLIMIT_NOFILE", True), ("RLIMIT_CORE", False)):
                 if sys.platform == "linux":
                     which = getattr(resource, name)
-                    _FORMER_LIMITS[which] = soft, hard = resource.getrlimit(which)
+                    _FORMER_LIMITS[which] = resource.getrlimit(which)
+                    hard = _FORMER_LIMITS[which][1]
                     resource.setrlimit(which, (hard if is_raised else 0, hard))
 
         def restore_limits(self, pid: int) -> None:
@@ -1986,9 +1989,20 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "stop_timeout": (duration, 10.0, "from a task's TERM to its KILL"),
         "heartbeat_interval": (interval, 30.0, "seconds between two heartbeats"),
         "env_keep": (text_list, [], 'variables of the caller that tasks get; ["*"]: all'),
+        "user": (user_name, None, "that root becomes, for good; the state folder is to be its own"),
+        "group": (group_name, None, "the same; null: the user's"),
+        "umask": (octal, "077", "of the daemon, a string of octal digits"),
+        "work_dir": (line_of_text, None, "of the daemon, seen from the project; null: .apex"),
+        "stdout": (line_of_text, None, "a file for what the daemon prints; null: nowhere"),
+        "stderr": (line_of_text, None, "the same, for standard error"),
+        "socket": (line_of_text, None, "the control socket; null: .apex/control.sock"),
+        "pid_file": (line_of_text, None, "a file for the PID alone, besides .apex/daemon.pid"),
+        "on_usr2": (command_line, None, "a task that SIGUSR2 adds"),
     },
     "log": {
         "level": (choice("debug", "info", "warning", "error"), "info", "of daemon.log"),
+        "format": (choice("text", "json"), "text", "of daemon.log"),
+        "file": (line_of_text, None, "instead of .apex/daemon.log"),
         "max_size_mb": (number, 50.0, "of daemon.log before it is rotated"),
         "max_files": (integer(1, 100), 5, "rotated daemon logs kept"),
         "total_mb": (number, 500.0, "all task logs together; the oldest go first"),
@@ -2082,6 +2096,11 @@ FORMER_NAMES = {
     "maxTokensPerTask": "limits.max_tokens",
     "maxCostPerTask": "limits.max_cost",
     "logLevel": "log.level",
+    "action_timeout_minutes": "limits.timeout (in seconds, or as 5m)",
+    "gracefulShutdownTimeoutMs": "daemon.graceful_timeout (in seconds)",
+    "heartbeat_interval_seconds": "daemon.heartbeat_interval",
+    "processes": "[process.NAME], a table for each process, and limits.processes",
+    "args": "command, a list of the program and its arguments",
 }
 
 
@@ -2228,6 +2247,22 @@ def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[
     return env
 
 
+def write_default_config(folder: str) -> str:
+    """Write a configuration that sets nothing: every option is a comment. Returns its path."""
+    is_toml = sys.version_info >= (3, 11)
+    path = os.path.join(folder, "config.toml" if is_toml else "config.json")
+    lines: list[str] = []
+    for section, options in OPTIONS.items():
+        mark, name = ("# ", section + ".NAME") if section in TABLES else ("", section)
+        lines += ["", f"{mark}[{name}]"]
+        for key, (_, default, meaning) in options.items():
+            shown = "" if default in (None, {}) else json.dumps(default)
+            lines.append(f"# {key} = {shown}".ljust(32) + f"  # {meaning}")
+    head = "# The configuration of apexd: what is no comment counts; after a change `reload`."
+    write_atomically(path, "\n".join([head, *lines, ""]) if is_toml else "{}\n")
+    return path
+
+
 def find_config(folder: str) -> str | None:
     """Return the configuration file of a state folder, None when it has none."""
     paths = [os.path.join(folder, "config." + kind) for kind in ("toml", "json", "yaml")]
@@ -2250,12 +2285,17 @@ def read_users_file(path: str) -> bytes:
     return data
 
 
-def load_config(path: str | None) -> Config:
+def load_config(path: str | None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read and check a configuration file; None gives the defaults.
 
+    overrides: {"log": {"level": "debug"}}, what the command line says instead.
     Raises CONFIG_INVALID with file, key and reason; then nothing has changed.
     """
-    config = Config(_load(path) if path else {}, path)
+    data = _load(path) if path else {}
+    for section, options in (overrides or {}).items():
+        given = data.get(section, {})
+        data[section] = {**given, **options} if isinstance(given, dict) else given
+    config = Config(data, path)
     milliseconds = os.environ.get("APEX_POLL_INTERVAL")
     if milliseconds is not None:
         try:
@@ -2337,14 +2377,19 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
     """Send the log to a rotating file, and to standard error in the foreground.
 
     A line: [2025-01-15T10:30:05.456Z] [INFO] Starting task 12
+    With log.format json: {"time": "2025-...Z", "level": "info", "message": "Starting task 12"}
     """
     import logging
     import logging.handlers
 
     class Formatter(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            head, *rest = super().format(record).split("\n")
-            line = f"[{timestamp(record.created)}] [{record.levelname}] {printable(head)}"
+            moment, text = timestamp(record.created), super().format(record)
+            level = "WARN" if record.levelname == "WARNING" else record.levelname
+            if options.format == "json":
+                return json.dumps({"time": moment, "level": level.lower(), "message": text})
+            head, *rest = text.split("\n")
+            line = f"[{moment}] [{level}] {printable(head)}"
             return "\n".join([line, *("    " + printable(more) for more in rest)])
 
     class Handler(logging.handlers.RotatingFileHandler):
@@ -2403,6 +2448,7 @@ class Holder(Value):
     boot_id: str | None
     role: str  # "daemon" or "client VERB"
     config: str | None  # the configuration that the daemon was told to use
+    overrides: dict[str, Any] | None  # what its command line said besides
 
     def is_alive(self) -> bool:
         """Tell whether exactly this process lives: PID, start time and boot must agree."""
@@ -2410,30 +2456,31 @@ class Holder(Value):
         return bool(is_known) and Platform.start_time(self.pid) == self.start_time
 
     @classmethod
-    def of_pid(cls, pid: int, role: str, config: str | None = None) -> Holder:
+    def of_pid(cls, pid: int, role: str, **told: Any) -> Holder:
         """Describe a process that lives."""
         start_time, boot_id = Platform.start_time(pid), Platform.boot_id()
-        return cls(pid=pid, start_time=start_time, boot_id=boot_id, role=role, config=config)
+        return cls(pid=pid, start_time=start_time, boot_id=boot_id, role=role, **told)
 
 
 class PidFile:
     """A PID file in JSON and the lock beside it (NAME.lock) that makes it true.
 
+    plain_path: a second one that holds the number alone, for other programs.
     Life: acquire -> release; a process that dies releases it too. The lock file stays.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, plain_path: str | None = None) -> None:
+        self.path, self._plain_path = path, plain_path
         self.lock_path = os.path.splitext(path)[0] + ".lock"
         self._fd: int | None = None
 
     def acquire(
         self, role: str = "daemon", project: str = "", wait_s: float = 0.0,
-        config: str | None = None,
+        told: Mapping[str, Any] | None = None,
     ) -> bool:  # fmt: skip
         """Take the lock, waiting `wait_s` at most; False when somebody else has it.
 
-        A daemon's PID file is written too:
+        told: what a Holder says besides. A daemon's PID file is written too:
         {"pid": 1, "startedAt": "2025-01-15T10:30:00.000Z", "version": ..., "projectPath": ...}
         Raises CANNOT_CREATE, PERMISSION_DENIED.
         """
@@ -2443,13 +2490,15 @@ class PidFile:
                 os.close(fd)
                 return False
             threading.Event().wait(0.01)
-        me = Holder.of_pid(os.getpid(), role, config).to_dict()
+        me = Holder.of_pid(os.getpid(), role, **(told or {})).to_dict()
         fields = {"pid": os.getpid(), "startedAt": timestamp(Clock.now()), "version": __version__}
         try:
             os.ftruncate(fd, 0)
             os.write(fd, json.dumps(me).encode())
             if role == "daemon":
                 write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
+                if self._plain_path:
+                    write_atomically(self._plain_path, f"{os.getpid()}\n", 0o644)
         except BaseException as error:
             os.close(fd)
             if isinstance(error, OSError):
@@ -2473,6 +2522,8 @@ class PidFile:
             with contextlib.suppress(DaemonError, OSError):
                 if self.is_held() and self.read().get("pid") == os.getpid():
                     insist(os.unlink, self.path)
+                    if self._plain_path:
+                        insist(os.unlink, self._plain_path)
             os.close(self._fd)
             self._fd = None
 
@@ -3986,11 +4037,11 @@ def spawn_keeper(folder: str, name: str) -> Any:
     null = subprocess.DEVNULL
     for options in Platform.KEEPER:  # the first that the system permits
         with contextlib.suppress(PermissionError):
-            keeper = subprocess.Popen(
+            process = subprocess.Popen(
                 argv, stdin=null, stdout=null, stderr=null, env=env, **options
             )
-            Platform.restore_limits(keeper.pid)
-            return keeper
+            Platform.restore_limits(process.pid)
+            return process
     raise PermissionError(errno.EPERM, "not permitted", argv[0])
 
 
@@ -4787,6 +4838,8 @@ class DaemonRunner:
         """Claim nothing more; interrupt what still runs after `timeout_s`."""
         with self._lock:
             self.is_draining, self._drain_at = True, Clock.mono() + timeout_s
+            if self._running and timeout_s:
+                log.info("Waiting for %d tasks", len(self._running))
         self.wake()
 
     def stop(self, timeout_s: float | None = None) -> None:
@@ -4838,6 +4891,7 @@ class DaemonRunner:
                 poll_s, is_polling = self.store.config.daemon.poll_interval, now >= next_poll
                 next_poll = now + poll_s if is_polling else min(next_poll, now + poll_s)
                 if is_polling:
+                    log.debug("Polling for tasks")
                     self._metrics.last_poll_at = Clock.now()
                     self._metrics.poll_count += 1
                     if "queued" in self.store.get_counts():
@@ -4918,8 +4972,13 @@ class DaemonRunner:
 
     def _count(self, task: Task, result: Result) -> None:
         self._metrics.count(result)
-        took = span(Clock.now() - task.started_at if result.ran_s is None else result.ran_s)
-        log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
+        took_s = Clock.now() - task.started_at if result.ran_s is None else result.ran_s
+        how = "completed" if result.exit_code == 0 else f"ended, {describe_end(result)}"
+        log.info("Task %d %s (%.1fs)", task.id, how, took_s)
+        for after in self.store.find(ids=[task.id]) if result.exit_code == 75 else ():
+            if after.state == State.SCHEDULED:
+                when = timestamp(after.due_at or 0.0)
+                log.warning("Task %d rate limited, comes back at %s", task.id, when)
 
     def _find_keeper(self, is_suspect: bool) -> str | None:
         """Return who takes a task that is claimed now; None: nobody."""
@@ -4988,6 +5047,8 @@ class DaemonRunner:
                 if wish != Outcome.INTERRUPTED:
                     raise
                 log.error("%s", error)
+            if ending and wish == Outcome.INTERRUPTED:
+                log.warning("Timed out waiting: %d tasks are interrupted", len(ending))
             for run in ending:
                 log.warning("Ending task %d: %s", run.task.id, wish.value)
                 self._end(run)
@@ -6394,7 +6455,7 @@ class ProcessVerbs:
             "scale_process": ("name! instances!", self._scale),
             "signal_process": ("name! signal!", self._signal),
             "why_process": ("name!", self._why),
-            "tail_logs": ("name! lines follow", self._tail),
+            "tail_logs": ("name lines follow", self._tail),
         }
 
     def _look(self, names: Iterable[str]) -> list[list[Fields]]:
@@ -6425,7 +6486,7 @@ class ProcessVerbs:
             if mine and all(one.is_up() and (one.is_ready() or not wait) for one in mine):
                 what = f"{', '.join(names)} runs already"
                 raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
-            todo = list(names)
+            todo, ran = list(names), sum(one.is_up() for one in mine)
             for name in todo:
                 needs = self._store.config.processes[name].needs
                 todo += [need for need in needs if need not in todo]
@@ -6436,7 +6497,8 @@ class ProcessVerbs:
             if wait:
                 self._await_up(mine)
             self._supervisor.moved.notify_all()
-        return {"message": f"started: {', '.join(names)}"}
+        rest = f" ({ran} of {len(mine)} instances ran already)" if ran else ""
+        return {"message": f"started: {', '.join(names)}{rest}"}
 
     def _has_come_up(self, one: Instance) -> bool:
         """Tell whether an instance is ready; without `ready`, whether it stays."""
@@ -6535,8 +6597,15 @@ class ProcessVerbs:
                 reasons += [one.explain() for one in self._supervisor.find(need)]
         return {"name": name, "reasons": reasons or [f"{name} has no instances: `scale {name} 1`"]}
 
-    def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Fields]:
-        read = functools.partial(read_process_logs, self._store, name)
+    def _tail(
+        self, name: str | None = None, lines: int = 50, follow: bool = False
+    ) -> Fields | Iterator[Fields]:
+        def read(offsets: Mapping[str, int], lines: int) -> dict[str, tuple[bytes, int]]:
+            found = {}
+            for one in [name] if name else [*self._store.config.processes]:
+                found.update(read_process_logs(self._store, one, offsets, lines))
+            return found
+
         if follow:
             read({}, 1)  # raises PROCESS_NOT_FOUND
             return _frame_lines(follow_lines(read, lines, True))
@@ -6568,8 +6637,9 @@ def remove_socket(path: str, *others: str) -> None:
         with contextlib.suppress(OSError):
             if not os.path.isdir(name):  # on Windows there is no socket
                 insist(os.unlink, name)
-    with contextlib.suppress(OSError):
-        os.rmdir(os.path.dirname(path))  # the state folder is not empty
+    if os.path.basename(os.path.dirname(path)).startswith("apexd-"):
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(path))
 
 
 class ControlServer:
@@ -6579,9 +6649,14 @@ class ControlServer:
     Life: start -> stop.
     """
 
-    def __init__(self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]]) -> None:
+    def __init__(
+        self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]],
+        place: str | None = None, inherited: socket.socket | None = None,
+    ) -> None:  # fmt: skip
         self._folder = folder
         self._verbs = verbs
+        self._place = place or os.path.join(folder, "control.sock")
+        self._inherited = inherited  # a service manager's, who keeps it for our successor
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
         self._lock = threading.Lock()  # guards what follows
@@ -6591,6 +6666,8 @@ class ControlServer:
         self._path = os.path.join(folder, "endpoint")
         self._endpoint: Fields = {}
         self._listener: socket.socket | None = None
+        self._watched = Watched()
+        self._thread = threading.Thread(target=self._accept_all, name="control", daemon=True)
         self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id`
 
     def start(self, told: Fields) -> None:
@@ -6610,12 +6687,18 @@ class ControlServer:
 
     def _bind(self) -> None:
         self._hang_up()
+        near = os.path.join(self._folder, "control.sock")
         try:
-            near = os.path.join(self._folder, "control.sock")
-            path = Platform.place_socket(self._folder, near)
-            listener, where = Platform.listen(path)
+            if self._inherited is not None:
+                listener, path = self._inherited.dup(), self._inherited.getsockname()
+                where: Fields = {"socket": path}
+            else:
+                path = Platform.place_socket(self._folder, self._place)
+                if path != near and Platform.is_taken(path):
+                    raise OSError(errno.EADDRINUSE, "somebody else's")
+                listener, where = Platform.listen(path)
         except OSError as error:
-            raise cannot_create(near, error) from None
+            raise cannot_create(self._place, error) from None
         if "socket" not in where:  # Windows has a port
             path = self._folder
         elif path != near:
@@ -6623,8 +6706,10 @@ class ControlServer:
         self._listener, self._socket = listener, (path, file_id(path))
         about = {"pid": os.getpid(), "folder": file_id(self._folder)}
         self._endpoint = json.loads(json.dumps({**where, **about}))
-        accept = functools.partial(self._accept_all, listener)
-        threading.Thread(target=accept, name="control", daemon=True).start()
+        listener.setblocking(False)
+        self._watched.add(listener, functools.partial(self._accept, listener))
+        if not self._thread.is_alive():
+            self._thread.start()
 
     def _read_endpoint(self) -> Fields | None:
         with contextlib.suppress(ValueError, DaemonError):
@@ -6632,11 +6717,10 @@ class ControlServer:
         return None
 
     def _hang_up(self) -> None:
-        """Accept nothing more: a listener that is only closed would stay in accept(2)."""
+        """Accept nothing more. A service manager's socket stays open, and what comes waits."""
         if self._listener is not None:
             listener, self._listener = self._listener, None
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
+            self._watched.remove(listener)
             listener.close()
 
     def stop(self) -> None:
@@ -6644,29 +6728,37 @@ class ControlServer:
         with self._lock:
             self._is_stopping = True
             self._hang_up()
+            self._watched.wake()
             path, known = self._socket
-            if known is not None and file_id(path) == known:
+            is_ours = self._inherited is None
+            if is_ours and known is not None and file_id(path) == known:
                 others = [self._path] if self._read_endpoint() == self._endpoint else []
                 remove_socket(path, *others)
 
-    def _accept_all(self, listener: socket.socket) -> None:
-        """Give each connection to a thread; if all are taken, the longest idle one's."""
-        while listener is self._listener:
-            try:
-                peer = listener.accept()[0]
-                while not self._room.acquire(timeout=0.02):
-                    for idle in list(self._idle)[:1]:
-                        self._idle.pop(idle, None)
-                        with contextlib.suppress(OSError):  # it has just gone
-                            idle.shutdown(socket.SHUT_RDWR)
-                threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
-            except (OSError, RuntimeError) as error:  # no descriptor, no thread
-                if listener is not self._listener:
-                    return
-                log.warning("a connection was refused: %s", error)
-                if isinstance(error, RuntimeError):
-                    self._room.release()
-                threading.Event().wait(0.1)
+    def _accept_all(self) -> None:
+        while not self._is_stopping:
+            self._watched.wait(float("inf"))
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Give a connection to a thread; if all are taken, the longest idle one's."""
+        if listener is not self._listener:
+            return
+        try:
+            peer = listener.accept()[0]
+            peer.setblocking(True)
+            while not self._room.acquire(timeout=0.02):
+                for idle in list(self._idle)[:1]:
+                    self._idle.pop(idle, None)
+                    with contextlib.suppress(OSError):  # it has just gone
+                        idle.shutdown(socket.SHUT_RDWR)
+            threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            if isinstance(error, BlockingIOError) or listener is not self._listener:
+                return
+            log.warning("a connection was refused: %s", error)
+            if isinstance(error, RuntimeError):
+                self._room.release()
+            threading.Event().wait(0.1)
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer requests until the peer leaves or sends what is none."""
@@ -6761,8 +6853,9 @@ class ControlServer:
 
 
 def settings_of(config: Config) -> Fields:
-    """Return what clients need of a configuration: {"env_keep": [...], "timeout": seconds}."""
-    return {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
+    """Return what clients need of a configuration: {"env_keep", "timeout", "log_file"}."""
+    settings = {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
+    return {**settings, "log_file": config.log.file}
 
 
 READING_VERBS = frozenset("list get wait why logs queue process_logs".split())
@@ -6775,24 +6868,30 @@ class Project(Value):
     path: str
     folder: str
     config_path: str | None
+    overrides: dict[str, Any] | None  # what the command line says instead
 
-    def file(self, name: str) -> str:
-        """Return the path of a file in the state folder."""
-        return os.path.join(self.folder, name)
+    def file(self, name: str, other: str | None = None) -> str:
+        """Return the path of a file in the state folder, or `other`, seen from the project."""
+        return os.path.join(self.path, other) if other else os.path.join(self.folder, name)
+
+    def load_config(self) -> Config:
+        """Read the configuration; one that was not there before counts too."""
+        return load_config(self.config_path or find_config(self.folder), self.overrides)
 
     @property
-    def named_config(self) -> str | None:
-        """The configuration that was named; None: it was found in the state folder."""
+    def told(self) -> Fields:
+        """What was named, not found: {"config": its path or None, "overrides"}."""
         path = self.config_path
-        return path if path and os.path.dirname(path) != self.folder else None
+        named = path if path and os.path.dirname(path) != self.folder else None
+        return {"config": named, "overrides": self.overrides}
 
 
-def find_project(path: str | None, state: str | None, config: str | None) -> Project:
+def find_folders(path: str | None, state: str | None) -> tuple[str, str]:
     """Decide which project is meant: named, from the environment, or by the current folder.
 
     That is the launcher's own; or the nearest folder with `.apex` from here up to the
     repository's root (`.git`), else, if it has one, the folder of this file; else this one.
-    The state is in `state`, APEX_STATE_DIR, or PROJECT/.apex. Raises PERMISSION_DENIED.
+    The state is in `state`, APEX_STATE_DIR, or PROJECT/.apex. Returns both folders.
     """
     if path is None:
         given = (os.environ.get("APEX_PROJECT_PATH"), os.environ.get("APEX_STATE_DIR"))
@@ -6801,12 +6900,25 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
     path = os.path.realpath(path)
     if not os.path.isdir(path):
         raise bad(f"{path} is no folder", "name the project's folder")
-    folder = os.path.realpath(state) if state else os.path.join(path, STATE_FOLDER)
+    return path, os.path.realpath(state) if state else os.path.join(path, STATE_FOLDER)
+
+
+def find_project(path: str | None, state: str | None, config: str | None) -> Project:
+    """Find a project, see `find_folders`, and its configuration. Raises PERMISSION_DENIED."""
+    path, folder = find_folders(path, state)
     check_state_folder(folder)
     if config is not None and not os.path.isfile(config):
         raise DaemonError("CONFIG_INVALID", f"{config}: no such file", "name the file")
     found = os.path.realpath(config) if config else find_config(folder)
     return Project(path=path, folder=folder, config_path=found)
+
+
+def find_identity(user: str | None, group: str | None) -> Any:
+    """Return `Platform.identity` of whom root is still to become, None: nobody."""
+    if not (Platform.is_root() and (user or group)):
+        return None
+    ids, env = Platform.identity(user, group)
+    return (ids, env) if (ids["uid"], ids["gid"]) != (os.geteuid(), os.getegid()) else None
 
 
 def _nearest_project() -> str:
@@ -6927,7 +7039,7 @@ class Client:
             self._connect()
             if "env_keep" in self._endpoint:
                 return self._endpoint
-        return settings_of(load_config(self.project.config_path))
+        return settings_of(self.project.load_config())
 
     def _explain_silence(self, fields: Fields) -> DaemonError:
         if "token" in fields:
@@ -7182,10 +7294,10 @@ class ServiceManager:
 
     def __init__(self, is_ours: bool) -> None:
         self._address = os.environ.get("NOTIFY_SOCKET", "") if is_ours else ""
-        watched = os.environ.get("WATCHDOG_PID") == str(os.getpid()) and self._address
-        within_us = os.environ.get("WATCHDOG_USEC", "") if watched else ""
-        # Half of what the watchdog allows; None: nobody watches.
-        self.tick_s = int(within_us) / 2e6 if re.fullmatch("0*[1-9][0-9]{0,15}", within_us) else None
+        is_watched = os.environ.get("WATCHDOG_PID") == str(os.getpid()) and self._address
+        within_us = os.environ.get("WATCHDOG_USEC", "") if is_watched else ""
+        is_number = re.fullmatch("[1-9][0-9]{0,15}", within_us)
+        self.tick_s = int(within_us) / 2e6 if is_number else None  # half of it; None: no watchdog
 
     def tell(self, *lines: str) -> None:
         """Send lines such as READY=1; none without a service manager."""
@@ -7210,8 +7322,10 @@ class Daemon:
         self._project = project
         self._report = report
         self._foreground = foreground
-        self._config = load_config(project.config_path)
-        self._pid_file = PidFile(project.file("daemon.pid"))
+        self._config = config = project.load_config()
+        plain_path = config.daemon.pid_file and project.file("", config.daemon.pid_file)
+        self._pid_file = PidFile(project.file("daemon.pid"), plain_path)
+        self._manager = ServiceManager(foreground)
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
         self._exit_status, self._files = 0, dict[str, object]()  # the database's, with `file_id`
@@ -7221,22 +7335,28 @@ class Daemon:
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
-        Platform.close_inherited()
+        sockets = Platform.take_sockets()
+        Platform.close_inherited({one.fileno() for one in sockets.values()})
         self._mailbox = Mailbox()
+        Platform.adjust_limits()
+        if find_identity(self._config.daemon.user, self._config.daemon.group):
+            hint = "start it by the command line, which becomes that user"
+            raise DaemonError("PERMISSION_DENIED", "daemon.user names another user", hint)
         os.umask(0o077)
         make_state_folder(self._project.folder, self._project.path)
-        os.chdir(self._project.folder)
         self._take_lock()
         try:
-            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
+            self._open_log()
+            outputs = self._settle_in()
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
+            self._manager.tell("WATCHDOG=1")
             self._report({"event": "progress", "what": "checking the database"})
             path, lock = self._project.file("apex.db"), self._pid_file
             self._store = TaskStore(path, self._config, lock, self._project.path)
             with contextlib.closing(self._store):
                 self._store.database.check()
                 self._files = {name: file_id(name) for name in (path, path + "-wal")}
-                self._serve()
+                self._serve(outputs, sockets)
             log.info("stopped; metrics %s", json.dumps(self._runner.get_metrics().to_dict()))
             return self._exit_status
         except DaemonError as error:
@@ -7249,8 +7369,7 @@ class Daemon:
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
         deadline = Clock.mono() + CLIENT_HOLD_S
-        path, config = self._project.path, self._project.named_config
-        while not self._pid_file.acquire("daemon", path, config=config):
+        while not self._pid_file.acquire("daemon", self._project.path, told=self._project.told):
             holder = self._pid_file.holder()
             if holder and holder.role == "daemon" and holder.is_alive():
                 what = f"already running, PID {holder.pid}"
@@ -7259,7 +7378,28 @@ class Daemon:
                 raise held_by(holder)
             threading.Event().wait(0.02)
 
-    def _serve(self) -> None:
+    def _open_log(self) -> None:
+        path = self._project.file("daemon.log", self._config.log.file)
+        open_log(path, self._config.log, self._foreground)
+
+    def _settle_in(self) -> dict[int, int]:
+        """Take on umask and folder; return {descriptor: what it is to be}, once it is ready."""
+        options, project = self._config.daemon, self._project
+        os.umask(int(options.umask, 8))
+        folder = project.file("", options.work_dir)
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise cannot_create(folder, error) from None
+        null = None if self._foreground else os.open(os.devnull, os.O_RDWR)
+        outputs = {0: null, 1: null, 2: null}
+        for fd, name in ((1, options.stdout), (2, options.stderr)):
+            if name:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                outputs[fd] = open_file(project.file("", name), flags)
+        return {fd: output for fd, output in outputs.items() if output is not None}
+
+    def _serve(self, outputs: Mapping[int, int], sockets: Mapping[str, socket.socket]) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
         store, post = self._store, self._mailbox.post
         self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
@@ -7273,13 +7413,17 @@ class Daemon:
             "reload": ("", lambda: {"plan": self._reload()}),
             "shutdown": ("keep", self._shutdown),
         }
-        self._control = ControlServer(self._project.folder, verbs)
+        near = self._project.file("control.sock", self._config.daemon.socket)
+        self._control = ControlServer(self._project.folder, verbs, near, sockets.get("control"))
         self._control.start(settings_of(self._config))
         self._supervisor.start()
         self._runner.start()
         self._standing.wait(STANDING_S)
         log.info("ready")
         self._report({"event": "ready", "pid": os.getpid()})
+        for fd, output in outputs.items():
+            os.dup2(output, fd)
+        self._manager.tell("READY=1", "STATUS=ready")
         try:
             self._obey()
         finally:
@@ -7299,7 +7443,8 @@ class Daemon:
     def _obey(self) -> None:
         """Do what signal handlers and threads ask for, until the end."""
         ended = set[str]()
-        for name in self._mailbox.take():
+        for name in self._mailbox.take(self._manager.tick_s):
+            self._manager.ping(self._runner)
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             self._is_over = len(ended) == 2
             if name == "leave" or self._is_over:
@@ -7320,7 +7465,9 @@ class Daemon:
         elif name in ("stop", "SIGTERM", "SIGINT", "SIGBREAK"):
             now, is_first = Clock.mono(), not self._first_term
             if is_first or now - self._first_term >= FIRST_TERM_S:
-                log.info("%s: stopping%s", name, "" if is_first else " at once")
+                how = "shutting down gracefully" if is_first else "again, stopping at once"
+                log.info("Received %s, %s", name, how)
+                self._manager.tell("STOPPING=1", f"STATUS={how}")
                 self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
                 if not is_first:
                     self._supervisor.stop(force=True)
@@ -7331,8 +7478,12 @@ class Daemon:
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
-            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
+            self._open_log()
             log.info("reopened the log")
+            if self._config.daemon.on_usr2:
+                env = capture_environment(self._config.daemon.env_keep)
+                self._store.add([self._config.daemon.on_usr2], {}, cwd=self._project.path, env=env)
+                self._runner.wake()
         elif os.getpid() == 1:  # SIGCHLD
             Platform.reap_orphans(self._keepers.has_child)
 
@@ -7354,14 +7505,17 @@ class Daemon:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
         with self._reload_lock:
             try:
-                new = load_config(self._project.config_path or find_config(self._project.folder))
+                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
+                new = self._project.load_config()
             except DaemonError as error:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
+            finally:
+                self._manager.tell("READY=1")
             plan = self._config.plan(new)
-            if new.log != self._config.log:
-                open_log(self._project.file("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
+            if new.log != old.log:
+                self._open_log()
             self._supervisor.reload(old)
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
@@ -7382,7 +7536,8 @@ class Daemon:
                 self._write_state()
         except DaemonError as error:  # a full disk
             log.error("%s (%s)", error, error.hint)
-        return min(self._next_look, self._next_heartbeat) - Clock.mono()
+        wait_s = min(self._next_look, self._next_heartbeat) - Clock.mono()
+        return min(wait_s, (self._manager.tick_s or float("inf")) / 2)
 
     def _inspect(self) -> None:
         """Look whether database, lock file and socket are where they were."""
@@ -7393,7 +7548,7 @@ class Daemon:
         if gone:
             return  # nothing here is ours to write any more
         lock, project = self._pid_file, self._project
-        if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config)):
+        if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.told)):
             holder = lock.holder()
             if holder is not None and holder.role == "daemon":
                 self._mailbox.post("leave")
@@ -7402,7 +7557,23 @@ class Daemon:
             Platform.reap_orphans(self._keepers.has_child)
 
     def _write_state(self) -> None:
-        text = json.dumps(self._status(), indent=1)
+        """Write `status`, with what runs, and what is watched over, and when that acted last."""
+        fires, now = EventStore(self._store).get_fires(), Clock.now()
+        with self._supervisor.moved:
+            find, names = self._supervisor.find, self._config.processes
+            processes = {name: [one.describe({}) for one in find(name)] for name in names}
+        monitors: Fields = {"processes": processes}
+        for kind in ("schedule", "watch"):
+            monitors[TABLES[kind]] = {
+                name: {"last_fired_at": at, "last_task": task}
+                for name in getattr(self._config, TABLES[kind])
+                for at, task in [fires.get(f"{kind}.{name}", (None, None))]
+            }
+        running = [
+            {"id": task.id, "name": task.label or task.command, "for_s": now - task.started_at}
+            for task in self._store.find(state="running", limit=1000)
+        ]
+        text = json.dumps({**self._status(), "monitors": monitors, "running": running}, indent=1)
         write_atomically(self._project.file("state.json"), text + "\n")
 
     def _dump(self) -> None:
@@ -7441,8 +7612,6 @@ def run_daemon(options: Fields) -> int:
         if not foreground:
             with contextlib.suppress(OSError):
                 os.write(1, json.dumps(event).encode() + b"\n")
-                for fd in (0, 1, 2) if event["event"] == "ready" else ():
-                    os.dup2(os.open(os.devnull, os.O_RDWR), fd)
 
     try:
         return Daemon(Project(**options), report, foreground).run()
@@ -7469,8 +7638,9 @@ class DaemonManager(Client):
     def _command(self, foreground: bool) -> tuple[list[str], dict[str, str]]:
         """Return (argv, environment) that become the daemon."""
         folder = self.project.folder
-        load_config(self.project.config_path)
-        make_state_folder(folder, self.project.path)
+        self.project.load_config()
+        if make_state_folder(folder, self.project.path) and not self.project.config_path:
+            write_default_config(folder)
         store_bytecode(folder)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
         argv = [sys.executable, "-I", "-S", launcher_path(folder), "_daemon", options]
@@ -7492,8 +7662,10 @@ class DaemonManager(Client):
                 if error.code != "NOT_RUNNING":
                     raise
             is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
+            with Platform.blocked_signals():  # until it has handlers
+                pipe = (Platform.fork if is_forked else spawn)(argv, env)
             try:
-                return self._await_ready((Platform.fork if is_forked else spawn)(argv, env)), False
+                return self._await_ready(pipe), False
             except DaemonError as error:
                 if error.code != "ALREADY_RUNNING":
                     raise
@@ -7532,7 +7704,8 @@ class DaemonManager(Client):
         """Become the daemon (never returns), or be it where there is no exec."""
         argv, env = self._command(foreground=True)
         if Platform.is_posix:
-            os.execve(argv[0], argv, env)
+            with Platform.blocked_signals():  # until there are handlers
+                os.execve(argv[0], argv, env)
         return run_daemon({**self.project.to_dict(), "foreground": True})
 
     def find_holder(self) -> Holder | None:
@@ -7655,7 +7828,8 @@ class DaemonManager(Client):
         """Return what is known, without starting or changing anything."""
         try:
             details = self.call("status", {})
-            return DaemonStatus(running=True, exit_status=0, pid=details["pid"], details=details)
+            about = {name: details.get(name) for name in ("pid", "started_at", "uptime")}
+            return DaemonStatus(running=True, exit_status=0, details=details, **about)
         except DaemonError as error:
             status, reason = 4, error.message
             if error.code == "NOT_RUNNING":
@@ -7764,8 +7938,41 @@ def width() -> int:
     return 80
 
 
+def become_user(args: Args) -> None:
+    """As root, become `daemon.user` for good, whatever the command is.
+
+    Before anything in the state folder is opened, which is to be that user's: whoever owns a
+    folder could have root open other files than are meant. Raises PERMISSION_DENIED.
+    """
+    folder = find_folders(args.project, args.state)[1]
+    owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
+    path, identity = args.config or find_config(folder), None
+    with contextlib.suppress(DaemonError, ValueError, AttributeError):  # refused where it is read
+        with Platform.acting_as(owner):
+            options = _load(path).get("daemon", {}) if path else {}
+        identity = find_identity(options.get("user"), options.get("group"))
+    if identity is None:
+        return
+    ids, env = identity
+    try:
+        Platform.become(ids)
+    except OSError as error:
+        hint = "start it as that user, without daemon.user"
+        raise DaemonError("PERMISSION_DENIED", f"daemon.user: {error.strerror}", hint) from None
+    os.environ.update(env)
+    needed = {sys.executable: os.X_OK, os.path.abspath(__file__): os.R_OK}
+    needed[folder if os.path.exists(folder) else os.path.dirname(folder)] = os.W_OK
+    for path, mode in needed.items():
+        if not os.access(path, mode):
+            what = f"{path} cannot be {'written' if mode == os.W_OK else 'read'} by {env['USER']}"
+            hint = f"`chown -R {env['USER']}` it, or take daemon.user from the configuration"
+            raise DaemonError("PERMISSION_DENIED", what, hint)
+
+
 def client_of(args: Args) -> DaemonManager:
     """Make the client of the project that the arguments name."""
+    if Platform.is_root():
+        become_user(args)
     return DaemonManager(args.project, args.state, args.config, notice)
 
 
@@ -7776,12 +7983,28 @@ def refuse_ids(args: Args) -> None:
         raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
 
 
-@register("start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"))
+@register(
+    "start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"),
+    arg("--log-file", metavar="FILE", help="instead of daemon.log"),
+    arg("--log-level", choices=("debug", "info", "warning", "error"), help="of that"),
+    arg("--socket", metavar="FILE", help="the control socket"),
+    arg("--pid-file", metavar="FILE", help="one for the PID alone, besides daemon.pid"),
+)  # fmt: skip
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
+    paths = {"file": args.log_file, "socket": args.socket, "pid_file": args.pid_file}
+    given = {name: os.path.abspath(path) for name, path in paths.items() if path}
+    given.update({"level": args.log_level} if args.log_level else {})
     manager = client_of(args)
-    if args.foreground:
-        return manager.run_foreground()
+    manager.project.overrides = {
+        section: {name: value for name, value in given.items() if name in OPTIONS[section]}
+        for section in ("daemon", "log")
+    }
+    return manager.run_foreground() if args.foreground else launch(manager, args)
+
+
+def launch(manager: DaemonManager, args: Args) -> int:
+    """Start a daemon in the background."""
     pid, was_running = manager.start_daemon(args.mode)
     text = f"{'already running' if was_running else 'started'}, PID {pid}"
     return emit({"pid": pid, "already_running": was_running}, args, text)
@@ -7819,18 +8042,19 @@ def cmd_restart(args: Args) -> int:
         return ask_for("restart_process", args, name=args.name)
     holder = client_of(args).find_holder()
     args.config = args.config or (holder and holder.config)
-    args.foreground, manager = False, client_of(args)
-    load_config(manager.project.config_path)
+    manager = client_of(args)
+    manager.project.overrides = holder and holder.overrides
+    manager.project.load_config()
     if not args.drain:
         manager.leave_daemon()
-        return cmd_start(args)
+        return launch(manager, args)
     try:
         manager.stop_daemon()
     except DaemonError as error:
         if error.code != "STOP_KILLED":
             raise
         notice(error.message)
-    return cmd_start(args)
+    return launch(manager, args)
 
 
 @register("reload", PROCESS)
@@ -8178,7 +8402,8 @@ def cmd_logs(args: Args) -> int:
     client, lines = client_of(args), args.lines or 50
     match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task or "")
     if args.task is None:
-        chunks = follow_file(client.project.file("daemon.log"), lines, args.follow)
+        place = client.project.file("daemon.log", client.find_settings().get("log_file"))
+        chunks = follow_file(place, lines, args.follow)
     elif match:
         attempt = int(match[2]) if match[2] else None
         chunks = client.follow(int(match[1]), attempt, -(args.lines or 0), args.follow)
@@ -8323,6 +8548,16 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     status = manager.get_status()
     text = f"running, PID {status.pid}" if status.running else status.reason or ""
     yield "daemon", status.exit_status in (0, 3), text
+
+
+@register("init")
+def cmd_init(args: Args) -> int:
+    """Make the state folder, and a configuration with every option as a comment."""
+    project = client_of(args).project
+    make_state_folder(project.folder, project.path)
+    path, is_new = project.config_path, project.config_path is None
+    path = write_default_config(project.folder) if path is None else path
+    return emit({"path": path, "is_new": is_new}, args, f"{path}{'' if is_new else ' is there'}")
 
 
 @register("version")
