@@ -2347,6 +2347,8 @@ def _load(path: str) -> dict[str, Any]:
 def _parse(path: str, text: str) -> object:
     """Turn a file's text into data by its ending. Raises ValueError, ImportError."""
     if path.endswith(".toml"):
+        if not re.sub(r"(?m)^(#.*|\[[a-z]+\])$", "", text).strip():
+            return {}  # as `write_default_config` left it: any Python can read that
         import tomllib  # Python 3.11
 
         return tomllib.loads(text)
@@ -7639,7 +7641,8 @@ class DaemonManager(Client):
         """Return (argv, environment) that become the daemon."""
         folder = self.project.folder
         self.project.load_config()
-        if make_state_folder(folder, self.project.path) and not self.project.config_path:
+        make_state_folder(folder, self.project.path)
+        if self.project.config_path is None:
             write_default_config(folder)
         store_bytecode(folder)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
