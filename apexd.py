@@ -29,6 +29,7 @@ Map (a section uses only sections above it):
     14. SUPERVISOR  processes: state table, what happens next, instances
     16. CONTROL     frames, verbs, server, Client
     18. DAEMON      wiring, start order, signals; DaemonManager
+    19. SERVICE     unit, init script, launchd, Windows texts
     20. CLI         registry and handlers
 
 Files, all in `.apex/` (mode 0700):
@@ -882,13 +883,9 @@ if sys.platform == "win32":
         peer_uid = staticmethod(lambda connection: None)  # the token decides
         distrust = staticmethod(lambda info, root_too=True: None)
         is_root = staticmethod(lambda: False)
-        is_taken = staticmethod(lambda path: False)
-        notify = staticmethod(lambda address, text: None)
-        adjust_limits = restore_limits = staticmethod(lambda pid=0: None)
+        notify = change_limits = become = staticmethod(lambda *args: None)
         blocked_signals = contextlib.nullcontext
         take_sockets = dict[str, socket.socket]
-        become = staticmethod(lambda ids: None)
-        acting_as = staticmethod(lambda uid: contextlib.nullcontext())
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
         close_inherited = staticmethod(lambda kept=(): None)
@@ -1106,19 +1103,10 @@ else:
             os.setgroups(ids["groups"])
             os.setgid(ids["gid"])
             os.setuid(ids["uid"])
-            for undo in (os.setuid, os.seteuid) if ids["uid"] else ():
-                with contextlib.suppress(PermissionError):
-                    undo(0)
+            with contextlib.suppress(PermissionError):
+                if ids["uid"]:
+                    os.setuid(0)
                     raise OSError(errno.EPERM, "there is a way back to root")
-
-        @contextlib.contextmanager
-        def acting_as(self, uid: int) -> Iterator[None]:
-            """As root, open files as another user for a while: only what it may, too."""
-            os.seteuid(uid)
-            try:
-                yield
-            finally:
-                os.seteuid(0)
 
         def can_fork(self) -> bool:
             """Tell whether forking is safe here: Linux, one thread."""
@@ -1161,20 +1149,17 @@ else:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
-        def adjust_limits(self) -> None:
-            """Allow as many descriptors as may be (Linux), and no core dump: it has secrets."""
-            for name, is_raised in (("RLIMIT_NOFILE", True), ("RLIMIT_CORE", False)):
-                if sys.platform == "linux":
-                    which = getattr(resource, name)
-                    _FORMER_LIMITS[which] = resource.getrlimit(which)
-                    hard = _FORMER_LIMITS[which][1]
-                    resource.setrlimit(which, (hard if is_raised else 0, hard))
+        def change_limits(self, pid: int = 0) -> None:
+            """Take all descriptors there are, and dump no core: it would hold secrets (Linux).
 
-        def restore_limits(self, pid: int) -> None:
-            """Give a keeper, and so all that it starts, the limits that we were started with."""
-            with contextlib.suppress(OSError):
-                for which, limits in _FORMER_LIMITS.items():
-                    resource.prlimit(pid, which, limits)
+            pid: give that keeper, and so all that it starts, what we were started with.
+            """
+            names = ("RLIMIT_NOFILE", "RLIMIT_CORE") if sys.platform == "linux" else ()
+            for which in (getattr(resource, name) for name in names):
+                former = _FORMER_LIMITS.setdefault(which, resource.getrlimit(which))
+                most = former[1] if which == resource.RLIMIT_NOFILE else 0
+                with contextlib.suppress(OSError):  # it has gone
+                    resource.prlimit(pid, which, former if pid else (most, former[1]))
 
         def take_sockets(self) -> dict[str, socket.socket]:
             """Return the sockets that a service manager hands us, by name (sd_listen_fds(3))."""
@@ -1187,11 +1172,6 @@ else:
                     os.set_inheritable(fd, False)
             return taken
 
-        def is_taken(self, path: str) -> bool:
-            """Tell whether a path has anything but a dead socket."""
-            with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as trial:
-                return not stat.S_ISSOCK(os.lstat(path).st_mode) or trial.connect_ex(path) == 0
-            return False
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
@@ -1218,6 +1198,8 @@ else:
         def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             """Listen at a path, however long; return the socket, and what a file beside it says."""
             with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                    raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
                 os.unlink(path)  # a dead process's
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with _short_path(path) as name:
@@ -2099,8 +2081,8 @@ FORMER_NAMES = {
     "action_timeout_minutes": "limits.timeout (in seconds, or as 5m)",
     "gracefulShutdownTimeoutMs": "daemon.graceful_timeout (in seconds)",
     "heartbeat_interval_seconds": "daemon.heartbeat_interval",
-    "processes": "[process.NAME], a table for each process, and limits.processes",
-    "args": "command, a list of the program and its arguments",
+    "processes": "process.NAME (a table for each, [process.web])",
+    "args": "process.command (a list: the program and its arguments)",
 }
 
 
@@ -2249,17 +2231,14 @@ def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[
 
 def write_default_config(folder: str) -> str:
     """Write a configuration that sets nothing: every option is a comment. Returns its path."""
-    is_toml = sys.version_info >= (3, 11)
-    path = os.path.join(folder, "config.toml" if is_toml else "config.json")
-    lines: list[str] = []
+    is_toml, text = sys.version_info >= (3, 11), "# apexd's options, all at their defaults\n"
     for section, options in OPTIONS.items():
-        mark, name = ("# ", section + ".NAME") if section in TABLES else ("", section)
-        lines += ["", f"{mark}[{name}]"]
+        text += f"\n# [{section}.NAME]\n" if section in TABLES else f"\n[{section}]\n"
         for key, (_, default, meaning) in options.items():
             shown = "" if default in (None, {}) else json.dumps(default)
-            lines.append(f"# {key} = {shown}".ljust(32) + f"  # {meaning}")
-    head = "# The configuration of apexd: what is no comment counts; after a change `reload`."
-    write_atomically(path, "\n".join([head, *lines, ""]) if is_toml else "{}\n")
+            text += f"# {key} = {shown}".ljust(32) + f"  # {meaning}\n"
+    path = os.path.join(folder, "config.toml" if is_toml else "config.json")
+    write_atomically(path, text if is_toml else "{}\n")
     return path
 
 
@@ -2288,13 +2267,13 @@ def read_users_file(path: str) -> bytes:
 def load_config(path: str | None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read and check a configuration file; None gives the defaults.
 
-    overrides: {"log": {"level": "debug"}}, what the command line says instead.
+    overrides: {"log.level": "debug"}, what the command line says instead.
     Raises CONFIG_INVALID with file, key and reason; then nothing has changed.
     """
     data = _load(path) if path else {}
-    for section, options in (overrides or {}).items():
-        given = data.get(section, {})
-        data[section] = {**given, **options} if isinstance(given, dict) else given
+    for name, value in (overrides or {}).items():
+        section, _, key = name.partition(".")
+        data[section] = {**dict(data.get(section, {})), key: value}
     config = Config(data, path)
     milliseconds = os.environ.get("APEX_POLL_INTERVAL")
     if milliseconds is not None:
@@ -3756,9 +3735,8 @@ class Keeper:
         self._watched.add(self._listener, self._meet)
         self._fd = self._make_file()
         self._acts: dict[str, Callable[[dict[str, Any]], None]] = {
-            "start": self._start, "signal": self._signal, "end": self._end,
-            "forget": self._forget, "quit": self._quit,
-            "ping": lambda word: self._untold.append({"type": "pong"}),
+            "start": self._start, "signal": self._signal, "end": self._end, "forget": self._forget,
+            "quit": self._quit, "ping": lambda word: self._untold.append({"type": "pong"}),
         }  # fmt: skip
 
     def _make_file(self) -> int:
@@ -3829,9 +3807,8 @@ class Keeper:
                 self._watched.add(peer, self._read)
                 info = os.fstat(self._fd)
                 runs = [child.describe() for child in self._children.values()]
-                hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid()}
+                hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid(), "pings": 1}
                 hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
-                hello["pings"] = True
                 self._untold.extend((hello, *self._ended.values()))
                 return True
         peer.close()
@@ -4042,7 +4019,7 @@ def spawn_keeper(folder: str, name: str) -> Any:
             process = subprocess.Popen(
                 argv, stdin=null, stdout=null, stderr=null, env=env, **options
             )
-            Platform.restore_limits(process.pid)
+            Platform.change_limits(process.pid)
             return process
     raise PermissionError(errno.EPERM, "not permitted", argv[0])
 
@@ -4273,13 +4250,13 @@ class _Roster:
         """Ask for a sign of life; tell whether a keeper gave the last one in time."""
         with self._lock:
             links, now = [x for x in self._links.values() if x.is_greeted], Clock.mono()
-            late = [x for x in links if x.asked_mono and now - x.asked_mono >= within_s]
+            ages = [now - (link.asked_mono or now) for link in links]
             for link in links:
                 if link.has_pings and link.asked_mono is None:
                     link.asked_mono = now
                     link.send("ping")
             self.flush()
-        return not links or len(late) < len(links)
+        return min(ages, default=0.0) < within_s
 
     def flush(self) -> None:
         """Send what there is to send, as far as the keepers take it now."""
@@ -6696,8 +6673,6 @@ class ControlServer:
                 where: Fields = {"socket": path}
             else:
                 path = Platform.place_socket(self._folder, self._place)
-                if path != near and Platform.is_taken(path):
-                    raise OSError(errno.EADDRINUSE, "somebody else's")
                 listener, where = Platform.listen(path)
         except OSError as error:
             raise cannot_create(self._place, error) from None
@@ -6914,13 +6889,6 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
     found = os.path.realpath(config) if config else find_config(folder)
     return Project(path=path, folder=folder, config_path=found)
 
-
-def find_identity(user: str | None, group: str | None) -> Any:
-    """Return `Platform.identity` of whom root is still to become, None: nobody."""
-    if not (Platform.is_root() and (user or group)):
-        return None
-    ids, env = Platform.identity(user, group)
-    return (ids, env) if (ids["uid"], ids["gid"]) != (os.geteuid(), os.getegid()) else None
 
 
 def _nearest_project() -> str:
@@ -7340,8 +7308,8 @@ class Daemon:
         sockets = Platform.take_sockets()
         Platform.close_inherited({one.fileno() for one in sockets.values()})
         self._mailbox = Mailbox()
-        Platform.adjust_limits()
-        if find_identity(self._config.daemon.user, self._config.daemon.group):
+        Platform.change_limits()
+        if Platform.is_root() and self._config.daemon.user not in (None, "root"):
             hint = "start it by the command line, which becomes that user"
             raise DaemonError("PERMISSION_DENIED", "daemon.user names another user", hint)
         os.umask(0o077)
@@ -7386,20 +7354,19 @@ class Daemon:
 
     def _settle_in(self) -> dict[int, int]:
         """Take on umask and folder; return {descriptor: what it is to be}, once it is ready."""
-        options, project = self._config.daemon, self._project
+        options, place = self._config.daemon, self._project.file
         os.umask(int(options.umask, 8))
-        folder = project.file("", options.work_dir)
+        folder = place("", options.work_dir)
         try:
             os.chdir(folder)
         except OSError as error:
             raise cannot_create(folder, error) from None
-        null = None if self._foreground else os.open(os.devnull, os.O_RDWR)
-        outputs = {0: null, 1: null, 2: null}
+        null = os.open(os.devnull, os.O_RDWR)
+        outputs = {} if self._foreground else dict.fromkeys((0, 1, 2), null)
         for fd, name in ((1, options.stdout), (2, options.stderr)):
             if name:
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-                outputs[fd] = open_file(project.file("", name), flags)
-        return {fd: output for fd, output in outputs.items() if output is not None}
+                outputs[fd] = open_file(place("", name), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        return outputs
 
     def _serve(self, outputs: Mapping[int, int], sockets: Mapping[str, socket.socket]) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
@@ -7560,22 +7527,19 @@ class Daemon:
 
     def _write_state(self) -> None:
         """Write `status`, with what runs, and what is watched over, and when that acted last."""
-        fires, now = EventStore(self._store).get_fires(), Clock.now()
         with self._supervisor.moved:
             find, names = self._supervisor.find, self._config.processes
             processes = {name: [one.describe({}) for one in find(name)] for name in names}
-        monitors: Fields = {"processes": processes}
-        for kind in ("schedule", "watch"):
-            monitors[TABLES[kind]] = {
-                name: {"last_fired_at": at, "last_task": task}
-                for name in getattr(self._config, TABLES[kind])
-                for at, task in [fires.get(f"{kind}.{name}", (None, None))]
+        fires = EventStore(self._store).get_fires()
+        triggers = {
+            TABLES[kind]: {
+                name: fires.get(f"{kind}.{name}") for name in getattr(self._config, TABLES[kind])
             }
-        running = [
-            {"id": task.id, "name": task.label or task.command, "for_s": now - task.started_at}
-            for task in self._store.find(state="running", limit=1000)
-        ]
-        text = json.dumps({**self._status(), "monitors": monitors, "running": running}, indent=1)
+            for kind in ("schedule", "watch", "hook")
+        }
+        running = [task.to_dict() for task in self._store.find(state="running", limit=1000)]
+        state = {**self._status(), "monitors": {"processes": processes, **triggers}}
+        text = json.dumps({**state, "running": running}, indent=1)
         write_atomically(self._project.file("state.json"), text + "\n")
 
     def _dump(self) -> None:
@@ -7846,8 +7810,108 @@ class DaemonManager(Client):
 
 
 # ============================================================================
+# 19. SERVICE - what init systems are given: unit, init script, plist, Windows
+#     Uses 1-18. Main thread. It makes texts, and starts or changes nothing.
+# ============================================================================
+
+# apexd.service has the same lines with the reasons for them, and what hardening costs.
+_UNIT = """\
+# @PLACE@/@NAME@.service
+[Unit]
+Description=apexd, the background work of @PROJECT@
+StartLimitIntervalSec=0
+
+[Service]
+Type=simple
+ExecStart=@COMMAND@ start --foreground
+ExecReload=/bin/kill -HUP $MAINPID
+@USER@# Signal the daemon alone: what it started is there for the next one to adopt.
+KillMode=process
+OOMPolicy=continue
+TimeoutStopSec=@STOP@
+Restart=on-failure
+RestartSec=2
+RestartPreventExitStatus=2 64 65 73 77 78
+WatchdogSec=60
+UMask=0077
+
+[Install]
+WantedBy=@TARGET@.target
+"""
+_INIT_SCRIPT = """\
+#!/bin/sh
+### BEGIN INIT INFO
+# Provides:          @NAME@
+# Required-Start:    $local_fs $remote_fs
+# Required-Stop:     $local_fs $remote_fs
+# Default-Start:     2 3 4 5
+# Default-Stop:      0 1 6
+# Short-Description: apexd, the background work of a project
+### END INIT INFO
+[ -x @PYTHON@ ] || exit 5
+case ${1-} in
+  start | stop | restart | reload | status) verb=$1 ;;
+  force-reload) verb=reload ;;
+  *) echo "usage: $0 start|stop|restart|reload|force-reload|status" >&2; exit 2 ;;
+esac
+@COMMAND@ "$verb"
+code=$?
+[ "$verb" = status ] && exit "$code"
+case $code in # what LSB calls it
+  69) exit 7 ;;
+  73 | 77) exit 4 ;;
+  78) exit 6 ;;
+  0 | 1 | 2) exit "$code" ;;
+  *) exit 1 ;;
+esac
+"""
+_WINDOWS = """\
+rem As administrator; `schtasks /Delete /TN @NAME@` undoes it.
+schtasks /Create /TN @NAME@ /SC ONSTART /RU SYSTEM /TR "@COMMAND@ start"
+"""
+
+
+def make_service(kind: str, project: Project, user: str) -> str:
+    """Return what a service manager needs to run a project's daemon.
+
+    kind: systemd, systemd-user, sysv, launchd or windows; user: as whom.
+    """
+    import plistlib
+    import shlex
+
+    config, target = project.load_config(), "multi-user"
+    stop_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + config.stop_timeout_s
+    name = "apexd-" + re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(project.path))
+    words = [sys.executable, os.path.abspath(__file__), "--project", project.path]
+    is_elsewhere = os.path.dirname(project.folder) != project.path
+    words += ["--state", project.folder] if is_elsewhere else []
+    words += ["--config", project.told["config"]] if project.told["config"] else []
+    place, run_as, stop_s = "/etc/systemd/system", f"User={user}\n", stop_s + 2 * STOP_MARGIN_S
+    if kind == "launchd":
+        about: Fields = {"Label": name, "ProgramArguments": [*words, "start", "--foreground"]}
+        about.update(RunAtLoad=True, KeepAlive={"SuccessfulExit": False}, UserName=user)
+        about.update(AbandonProcessGroup=True, ExitTimeOut=int(stop_s))  # its tasks outlive it
+        return plistlib.dumps(about, sort_keys=False).decode()
+    if kind == "systemd-user":
+        place, run_as, target = "~/.config/systemd/user", "", "default"
+    if kind == "sysv":
+        become = ["su", "-s", "/bin/sh", "-c", 'exec "$0" "$@"', "--", user]
+        command = shlex.join(words if user == "root" else [*become, *words])
+    elif kind == "windows":
+        command = " ".join(f'\\"{word}\\"' for word in words)
+    else:  # systemd.syntax(7)
+        words = [re.sub(r'(["\\])', r"\\\1", word).replace("$", "$$") for word in words]
+        command = " ".join(f'"{word}"' for word in words).replace("%", "%%")
+    fields = {"NAME": name, "PROJECT": project.path.replace("%", "%%"), "COMMAND": command}
+    fields.update(PYTHON=shlex.quote(sys.executable), STOP=f"{stop_s:.0f}", PLACE=place)
+    fields.update(USER=run_as, TARGET=target)
+    text = {"sysv": _INIT_SCRIPT, "windows": _WINDOWS}.get(kind, _UNIT)
+    return re.sub("@([A-Z]+)@", lambda match: fields[match[1]], text)
+
+
+# ============================================================================
 # 20. CLI - registry and handlers
-#     Uses 1-18. Main thread. The only section that prints or exits.
+#     Uses 1-19. Main thread. The only section that prints or exits.
 # ============================================================================
 
 if TYPE_CHECKING:
@@ -7886,6 +7950,7 @@ def reads(read: Callable[[Any], Any]) -> Callable[[str], Any]:
 
 
 FLAG = {"action": "store_true"}
+FILE = {"metavar": "FILE", "type": os.path.abspath}  # instead of the option of that name
 COMMON = (
     arg("--project", metavar="DIR", help="the project (default: the current folder's)"),
     arg("--state", metavar="DIR", help="the state folder (default: PROJECT/.apex)"),
@@ -7948,24 +8013,25 @@ def become_user(args: Args) -> None:
     folder could have root open other files than are meant. Raises PERMISSION_DENIED.
     """
     folder = find_folders(args.project, args.state)[1]
-    owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
-    path, identity = args.config or find_config(folder), None
-    with contextlib.suppress(DaemonError, ValueError, AttributeError):  # refused where it is read
-        with Platform.acting_as(owner):
-            options = _load(path).get("daemon", {}) if path else {}
-        identity = find_identity(options.get("user"), options.get("group"))
-    if identity is None:
-        return
-    ids, env = identity
+    path = args.config or find_config(folder)
     try:
+        os.seteuid(os.stat(folder).st_uid if os.path.isdir(folder) else 0)
+        options = _load(path)["daemon"] if path else {}
+    except (DaemonError, LookupError):  # refused where it is read
+        return
+    finally:
+        os.seteuid(0)
+    user, group = options.get("user"), options.get("group")
+    if not (user or group):
+        return
+    try:
+        ids, env = Platform.identity(user, group)
         Platform.become(ids)
-    except OSError as error:
-        hint = "start it as that user, without daemon.user"
-        raise DaemonError("PERMISSION_DENIED", f"daemon.user: {error.strerror}", hint) from None
-    os.environ.update(env)
-    needed = {sys.executable: os.X_OK, os.path.abspath(__file__): os.R_OK}
-    needed[folder if os.path.exists(folder) else os.path.dirname(folder)] = os.W_OK
-    for path, mode in needed.items():
+        os.environ.update(env)
+    except (OSError, ValueError) as error:
+        raise DaemonError("PERMISSION_DENIED", f"daemon.user {user}: {error}") from None
+    place = folder if os.path.exists(folder) else os.path.dirname(folder)
+    for path, mode in ((place, os.W_OK), (__file__, os.R_OK), (sys.executable, os.X_OK)):
         if not os.access(path, mode):
             what = f"{path} cannot be {'written' if mode == os.W_OK else 'read'} by {env['USER']}"
             hint = f"`chown -R {env['USER']}` it, or take daemon.user from the configuration"
@@ -7988,21 +8054,14 @@ def refuse_ids(args: Args) -> None:
 
 @register(
     "start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"),
-    arg("--log-file", metavar="FILE", help="instead of daemon.log"),
-    arg("--log-level", choices=("debug", "info", "warning", "error"), help="of that"),
-    arg("--socket", metavar="FILE", help="the control socket"),
-    arg("--pid-file", metavar="FILE", help="one for the PID alone, besides daemon.pid"),
+    arg("--log-file", dest="log.file", **FILE), arg("--log-level", dest="log.level"),
+    arg("--socket", dest="daemon.socket", **FILE),
+    arg("--pid-file", dest="daemon.pid_file", **FILE),
 )  # fmt: skip
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
-    paths = {"file": args.log_file, "socket": args.socket, "pid_file": args.pid_file}
-    given = {name: os.path.abspath(path) for name, path in paths.items() if path}
-    given.update({"level": args.log_level} if args.log_level else {})
-    manager = client_of(args)
-    manager.project.overrides = {
-        section: {name: value for name, value in given.items() if name in OPTIONS[section]}
-        for section in ("daemon", "log")
-    }
+    manager, given = client_of(args), vars(args)
+    manager.project.overrides = {k: v for k, v in given.items() if "." in k and v is not None}
     return manager.run_foreground() if args.foreground else launch(manager, args)
 
 
@@ -8043,10 +8102,10 @@ def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
         return ask_for("restart_process", args, name=args.name)
-    holder = client_of(args).find_holder()
-    args.config = args.config or (holder and holder.config)
+    holder = client_of(args).find_holder() or Holder()
+    args.config = args.config or holder.config
     manager = client_of(args)
-    manager.project.overrides = holder and holder.overrides
+    manager.project.overrides = holder.overrides
     manager.project.load_config()
     if not args.drain:
         manager.leave_daemon()
@@ -8558,9 +8617,17 @@ def cmd_init(args: Args) -> int:
     """Make the state folder, and a configuration with every option as a comment."""
     project = client_of(args).project
     make_state_folder(project.folder, project.path)
-    path, is_new = project.config_path, project.config_path is None
-    path = write_default_config(project.folder) if path is None else path
-    return emit({"path": path, "is_new": is_new}, args, f"{path}{'' if is_new else ' is there'}")
+    path = project.config_path or write_default_config(project.folder)
+    return emit({"path": path}, args, path)
+
+
+@register("service", arg("kind", choices=("systemd", "systemd-user", "sysv", "launchd", "windows")))
+def cmd_service(args: Args) -> int:
+    """Print what makes this project's daemon a service here, run by you."""
+    import getpass
+
+    text = make_service(args.kind, client_of(args).project, getpass.getuser())
+    return emit({"text": text}, args, text[:-1])
 
 
 @register("version")
