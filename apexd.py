@@ -1165,7 +1165,7 @@ else:
             """Return the sockets that a service manager hands us, by name (sd_listen_fds(3))."""
             told, taken = os.environ.get("LISTEN_PID"), dict[str, socket.socket]()
             with contextlib.suppress(OSError, ValueError):
-                count = int(os.environ["LISTEN_FDS"]) if told == str(os.getpid()) else 0
+                count = int(os.environ.get("LISTEN_FDS", "")) if told == str(os.getpid()) else 0
                 names = os.environ.get("LISTEN_FDNAMES", "").split(":")
                 for fd, name in zip(range(3, 3 + count), names):
                     taken[name] = socket.socket(fileno=fd)
@@ -7276,9 +7276,9 @@ class ServiceManager:
 
     def ping(self, runner: DaemonRunner) -> None:
         """Keep the watchdog quiet, unless runner or keepers are stuck. In the main thread."""
-        if self.tick_s is not None:
-            is_turning = runner.keepers.is_turning(self.tick_s * 0.9)
-            if is_turning and Clock.mono() - runner.turned_mono < self.tick_s * 0.9:
+        most_s = self.tick_s and self.tick_s * 0.9
+        if most_s and runner.keepers.is_turning(most_s):
+            if Clock.mono() - runner.turned_mono < most_s:
                 self.tell("WATCHDOG=1")
 
 
@@ -7319,7 +7319,7 @@ class Daemon:
             self._open_log()
             outputs = self._settle_in()
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
-            self._manager.tell("WATCHDOG=1")
+            self._manager.tell("STATUS=starting")
             self._report({"event": "progress", "what": "checking the database"})
             path, lock = self._project.file("apex.db"), self._pid_file
             self._store = TaskStore(path, self._config, lock, self._project.path)

@@ -2198,7 +2198,7 @@ class TestLog:
         log = box.log()
         assert not re.search(r"(?m)^\[2025-01-15T10:30:05", log)
         assert "\x1b" not in log and "\r" not in log and "\u202e" not in log
-        finished = [line for line in log.splitlines() if "Task 1 completed" in line]
+        finished = [line for line in log.splitlines() if "Task 1 ended, " in line]
         assert len(finished) == 1
 
     def test_rotation_loses_no_line_and_keeps_to_its_size(self, box):
@@ -8747,6 +8747,243 @@ class TestDaemonPromises:
         for name in ("poll_interval", "heartbeat_interval"):
             box.config({"daemon": {name: 9999999999}})
             assert box.error("reload", rc=78)["code"] == "config_invalid"
+
+
+# ============================================================================
+# 19. SERVICE - what service managers are told and given, and what root gives up
+# ============================================================================
+
+# Becomes a program whose variables name the PID they are meant for. argv: the PID, "" for its
+# own; a socket that it gets as descriptor 3, or ""; the program.
+SERVE = (
+    "import os, sys; pid, fd, *words = sys.argv[1:]; pid = pid or str(os.getpid()); "
+    "fd and int(fd) != 3 and os.dup2(int(fd), 3); os.set_inheritable(3, True) if fd else 0; "
+    "os.environ.update(WATCHDOG_PID=pid, LISTEN_PID=pid); os.execv(words[0], words)"
+)
+
+
+class Systemd:
+    """What a service manager hears: a datagram socket, by path or abstract."""
+
+    def __init__(self, box, is_abstract=False):
+        self.path = os.path.join(box.root, "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("\0" + self.path if is_abstract else self.path)
+        self.address = "@" + self.path if is_abstract else self.path
+        self.heard = []  # (when, {name: value})
+
+    def start(self, box, pid="", fd="", **env):
+        """Start the daemon as its service, with these variables."""
+        box.warm()
+        words = [sys.executable, "-I", "-S", "-c", SERVE, pid, str(fd)]
+        words += box.command("start", "--foreground")
+        env = {**box.env, "NOTIFY_SOCKET": self.address, **env}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        fds = [fd] if fd else []
+        child = subprocess.Popen(words, cwd=box.path, env=env, pass_fds=fds, **pipes)
+        box.children.append(child)
+        return child
+
+    def hear(self, within_s=20.0):
+        """Return the next message, None when there is none in time."""
+        self.socket.settimeout(within_s)
+        try:
+            text = self.socket.recv(4096).decode()
+        except socket.timeout:
+            return None
+        self.heard.append((time.monotonic(), dict(line.split("=", 1) for line in text.split("\n"))))
+        return self.heard[-1][1]
+
+    def until(self, name, value="1"):
+        """Wait for a message with this line; return it."""
+        while True:
+            message = self.hear()
+            assert message is not None, (name, value, self.heard)
+            if message.get(name) == value:
+                return message
+
+    def silent_for(self, seconds):
+        """Tell whether no ping comes for so long, beginning at some time soon."""
+        return eventually(lambda: self.hear(seconds) is None, why="no ping comes any more")
+
+
+@linux
+class TestNotify:
+    @pytest.mark.parametrize("is_abstract", [False, True])
+    def test_a_service_manager_hears_of_start_watchdog_reload_and_stop(self, box, is_abstract):
+        systemd = Systemd(box, is_abstract)
+        daemon = systemd.start(box, WATCHDOG_USEC="400000")
+        systemd.until("READY")
+        for _ in range(6):
+            systemd.until("WATCHDOG")
+        pings = [at for at, message in systemd.heard if "WATCHDOG" in message]
+        gaps = sorted(later - at for at, later in zip(pings, pings[1:]))
+        assert gaps[len(gaps) // 2] < 0.35, "half of what is allowed"
+        before = time.monotonic()
+        os.kill(daemon.pid, signal.SIGHUP)
+        message = systemd.until("RELOADING")
+        assert before * 1e6 <= int(message["MONOTONIC_USEC"]) <= time.monotonic() * 1e6
+        systemd.until("READY")
+        os.kill(daemon.pid, signal.SIGTERM)
+        systemd.until("STOPPING")
+        assert daemon.wait(20) == 0
+
+    @pytest.mark.parametrize("pid, usec", [("1", "100000"), ("", "0"), ("", "soon")])
+    def test_a_watchdog_of_somebody_elses_is_not_fed(self, box, pid, usec):
+        systemd = Systemd(box)
+        daemon = systemd.start(box, pid, WATCHDOG_USEC=usec)
+        systemd.until("READY")
+        assert systemd.hear(0.3) is None
+        daemon.terminate()
+        systemd.until("STOPPING")
+        assert not any("WATCHDOG" in message for _, message in systemd.heard)
+
+    def test_a_manager_that_has_gone_or_reads_nothing_hinders_nobody(self, box):
+        systemd = Systemd(box)
+        daemon = systemd.start(box, WATCHDOG_USEC="10000")
+        eventually(lambda: os.path.exists(box.file("endpoint")))
+        for _ in range(5):
+            assert box.quick("add", "--wait", "--", "true").returncode == 0
+        systemd.socket.close()
+        os.unlink(systemd.path)
+        box.until(box.add("true"), "succeeded")
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+
+    def test_a_hung_keeper_silences_the_watchdog_and_its_return_feeds_it(self, box):
+        systemd = Systemd(box)
+        daemon = systemd.start(box, WATCHDOG_USEC="600000")
+        systemd.until("WATCHDOG")
+        (keeper,) = eventually(lambda: keepers(box))
+        os.kill(keeper, signal.SIGSTOP)
+        try:
+            systemd.silent_for(0.7)
+            assert box.request({"type": "ping"})["pid"] == daemon.pid, "the daemon itself is well"
+        finally:
+            os.kill(keeper, signal.SIGCONT)
+        systemd.until("WATCHDOG")
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+
+    def test_a_hung_runner_is_not_fed_for_and_the_next_daemon_adopts_its_tasks(self, box):
+        systemd = Systemd(box)
+        daemon = systemd.start(box, WATCHDOG_USEC="600000", APEXD_FAILPOINT="turn:40:hang")
+        systemd.until("READY")
+        task = box.add("sh", "-c", "sleep 3; exit 7")
+        systemd.silent_for(0.7)
+        assert box.request({"type": "ping"})["pid"] == daemon.pid
+        daemon.send_signal(signal.SIGABRT)  # what the watchdog of systemd sends
+        assert daemon.wait(20) == -signal.SIGABRT
+        daemon = systemd.start(box, WATCHDOG_USEC="600000")
+        systemd.until("WATCHDOG")
+        assert box.until(task, "failed")["exit_code"] == 7
+        assert box.task(task)["attempts"] == 1
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+
+    def test_only_a_service_tells(self, box):
+        systemd = Systemd(box)
+        box.start(env={"NOTIFY_SOCKET": systemd.address})
+        assert systemd.hear(0.1) is None
+
+    def test_signals_that_come_before_there_are_handlers_are_kept(self, box):
+        box.config({"daemon": {"graceful_timeout": 1}})
+        for _ in range(ROUNDS):
+            systemd = Systemd(box)
+            daemon = systemd.start(box)
+            blocked = f"/proc/{daemon.pid}/status"
+            eventually(lambda: "apexd\0_daemon" in read(f"/proc/{daemon.pid}/cmdline"))
+            os.kill(daemon.pid, signal.SIGHUP)
+            assert systemd.until("RELOADING"), read(blocked)
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+            systemd.socket.close()
+            os.unlink(systemd.path)
+
+
+@linux
+class TestSocketActivation:
+    def listen(self, box):
+        """Listen as a service manager does; return the socket, as descriptor 3 of the test."""
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.path.join(box.root, "control"))
+        listener.listen(16)
+        return listener
+
+    def start(self, box, listener, pid="", names="control"):
+        systemd = Systemd(box)
+        child = systemd.start(box, pid, listener.fileno(), LISTEN_FDS="1", LISTEN_FDNAMES=names)
+        systemd.until("READY")
+        systemd.socket.close()
+        os.unlink(systemd.path)
+        return child
+
+    def ask(self, box, connection):
+        connection.sendall(frame({"type": "ping"}))
+        return read_frame(connection)["pid"]
+
+    def connect(self, listener):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(20)
+        connection.connect(listener.getsockname())
+        return connection
+
+    def test_an_update_drops_no_request(self, box):
+        listener = self.listen(box)
+        waiting = self.connect(listener)  # before there is any daemon
+        waiting.sendall(frame({"type": "ping"}))
+        for _ in range(2):
+            daemon = self.start(box, listener)
+            assert read_frame(waiting)["pid"] == daemon.pid == box.json("status")["pid"]
+            assert self.ask(box, self.connect(listener)) == daemon.pid
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+            assert os.path.exists(listener.getsockname()), "it is the service manager's"
+            waiting = self.connect(listener)
+            waiting.sendall(frame({"type": "ping"}))
+        daemon = self.start(box, listener)
+        assert read_frame(waiting)["pid"] == daemon.pid
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+
+    def test_no_request_is_dropped_while_daemons_come_and_go(self, box):
+        listener, answers, over = self.listen(box), [], threading.Event()
+
+        def ask():
+            while not over.is_set():
+                with self.connect(listener) as connection:
+                    answers.append(self.ask(box, connection))
+
+        daemons = [self.start(box, listener)]
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            for _ in range(ROUNDS):
+                eventually(lambda: daemons[-1].pid in answers)
+                daemons[-1].terminate()
+                assert daemons[-1].wait(20) == 0
+                daemons.append(self.start(box, listener))
+            eventually(lambda: daemons[-1].pid in answers)
+        finally:
+            over.set()
+            asking.join(20)
+        assert not asking.is_alive() and set(answers) == {one.pid for one in daemons}
+        daemons[-1].terminate()
+        assert daemons[-1].wait(20) == 0
+
+    @pytest.mark.parametrize("pid, names", [("1", "control"), ("", "web")])
+    def test_a_socket_of_somebody_elses_is_left_alone(self, box, pid, names):
+        listener = self.listen(box)
+        daemon = self.start(box, listener, pid, names)
+        assert json.loads(read(box.file("endpoint")))["socket"] == "control.sock"
+        connection = self.connect(listener)
+        connection.setblocking(False)
+        connection.sendall(frame({"type": "ping"}))
+        assert box.request({"type": "ping"})["pid"] == daemon.pid
+        with pytest.raises(BlockingIOError):
+            connection.recv(1)
+        daemon.terminate()
+        assert daemon.wait(20) == 0
 
 
 # ============================================================================
