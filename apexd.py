@@ -2477,9 +2477,9 @@ class PidFile:
             os.ftruncate(fd, 0)
             os.write(fd, json.dumps(me).encode())
             if role == "daemon":
-                write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
                 if self._plain_path:
                     write_atomically(self._plain_path, f"{os.getpid()}\n", 0o644)
+                write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
         except BaseException as error:
             os.close(fd)
             if isinstance(error, OSError):

@@ -8952,11 +8952,15 @@ class TestSocketActivation:
         def ask():
             while not over.is_set():
                 with self.connect(listener) as connection:
-                    answers.append(self.ask(box, connection))
+                    try:
+                        answers.append(self.ask(box, connection))
+                    except (OSError, TypeError) as error:
+                        answers.append(error)
 
         daemons = [self.start(box, listener)]
-        asking = threading.Thread(target=ask)
-        asking.start()
+        asking = [threading.Thread(target=ask) for _ in range(3)]
+        for one in asking:
+            one.start()
         try:
             for _ in range(ROUNDS):
                 eventually(lambda: daemons[-1].pid in answers)
@@ -8966,8 +8970,9 @@ class TestSocketActivation:
             eventually(lambda: daemons[-1].pid in answers)
         finally:
             over.set()
-            asking.join(20)
-        assert not asking.is_alive() and set(answers) == {one.pid for one in daemons}
+            for one in asking:
+                one.join(20)
+        assert set(answers) == {one.pid for one in daemons}
         daemons[-1].terminate()
         assert daemons[-1].wait(20) == 0
 
@@ -8984,6 +8989,276 @@ class TestSocketActivation:
             connection.recv(1)
         daemon.terminate()
         assert daemon.wait(20) == 0
+
+
+@posix
+class TestServiceOptions:
+    @linux
+    def test_what_the_daemon_is_told_of_itself(self, box):
+        os.mkdir(os.path.join(box.path, "work"))
+        section = {"umask": "027", "work_dir": "work", "stdout": "out.txt", "stderr": "err.txt"}
+        box.config({"daemon": section})
+        pid = box.start()
+        assert os.readlink(f"/proc/{pid}/cwd") == os.path.join(box.path, "work")
+        assert "Umask:\t0027" in read(f"/proc/{pid}/status")
+        files = ("/dev/null", os.path.join(box.path, "out.txt"), os.path.join(box.path, "err.txt"))
+        assert tuple(os.readlink(f"/proc/{pid}/fd/{n}") for n in range(3)) == files
+        box.until(box.add("true"), "succeeded")
+
+    @pytest.mark.parametrize("name", ["work_dir", "stdout", "stderr", "pid_file", "socket"])
+    def test_a_path_that_cannot_be_used_is_named_and_nothing_is_left(self, box, name):
+        place = write(os.path.join(box.root, "file"), "mine") + "/x"
+        box.config({"daemon": {name: place}})
+        error = box.error("start", rc=73)
+        assert place in error["message"] and not os.path.exists(box.file("daemon.pid"))
+
+    def test_a_file_in_the_place_of_the_socket_is_left_alone(self, box):
+        place = write(os.path.join(box.root, "file"), "mine")
+        assert place in box.error("start", "--socket", place, rc=73)["message"]
+        assert read(place) == "mine"
+
+    def test_start_says_where_log_socket_and_pid_are_and_restart_keeps_them(self, box):
+        log, place, number = (os.path.join(box.root, name) for name in ("l", "s", "n"))
+        box.start("--log-file", log, "--socket", place, "--pid-file", number, "--log-level=debug")
+        for _ in range(2):
+            assert read(number) == f"{box.pid()}\n"
+            assert stat.S_ISSOCK(os.stat(place).st_mode) and not os.path.exists(box.file("daemon.log"))
+            eventually(lambda: "[DEBUG] Polling for tasks" in read(log))
+            assert box.run("logs").stdout and box.json("status")["running"]
+            box.run("reload")
+            box.run("restart")
+        box.stop()
+        assert not os.path.exists(place) and not os.path.exists(number) and os.path.exists(log)
+        assert box.error("start", "--log-level", "loud", rc=78)["code"] == "config_invalid"
+
+    def test_a_log_can_be_json(self, box):
+        box.config({"log": {"format": "json"}})
+        box.start()
+        box.until(box.add("sh", "-c", "exit 75"), "scheduled")
+        eventually(lambda: "rate limited" in box.log())
+        box.stop()
+        lines = [json.loads(line) for line in box.log().splitlines()]
+        assert {"time", "level", "message"} == set(lines[0]) and lines[0]["level"] == "info"
+        (late,) = [line for line in lines if "rate limited" in line["message"]]
+        assert late["level"] == "warn"
+        assert re.fullmatch(r"Task 1 rate limited, comes back at \d{4}-\S+Z", late["message"])
+
+    @linux
+    def test_the_daemon_has_descriptors_and_dumps_no_core_and_its_tasks_have_what_was_there(self, box):
+        limits = 'ulimit -Sn 100; ulimit -Hn 400; ulimit -Sc 1000; exec "$@"'
+        subprocess.run(["bash", "-c", limits, "sh", *box.command("start")], cwd=box.path, env=box.env, check=True)
+        limits = dict(re.findall(r"(?m)^(Max open files|Max core file size) +(\S+)", read(f"/proc/{box.pid()}/limits")))
+        assert limits == {"Max open files": "400", "Max core file size": "0"}
+        task = box.add("bash", "-c", "ulimit -Sn; ulimit -Hn; ulimit -c")
+        box.until(task, "succeeded")
+        assert box.output(task).split() == ["100", "400", "1000"]
+
+    def test_usr2_adds_a_task(self, box):
+        box.config({"daemon": {"on_usr2": "echo rotated"}})
+        os.kill(box.start(), signal.SIGUSR2)
+        eventually(lambda: [task["state"] for task in box.json("list")] == ["succeeded"])
+        assert box.output(1) == "rotated\n"
+
+    def test_state_json_says_what_is_watched_over_and_what_runs(self, box):
+        web, night = {"command": ["sleep", "500"]}, {"cron": "@daily", "command": "true"}
+        box.config({}, process={"web": web}, schedule={"night": night})
+        box.start()
+        task = box.add("sleep", "500")
+        box.until(task, "running")
+
+        def check():
+            state = json.loads(read(box.file("state.json")))
+            assert state["uptime"] > 0 and [one["id"] for one in state["running"]] == [task]
+            monitors = state["monitors"]
+            assert monitors["processes"]["web"][0]["state"] == "running"
+            return monitors["schedules"] == {"night": None} and monitors["watches"] == {}
+
+        eventually(check)
+        box.run("stop", "--force")
+        state = json.loads(read(box.file("state.json")))
+        assert state["running"] == [] and state["draining"]
+
+    def test_the_log_says_how_the_end_went(self, box):
+        box.config({"daemon": {"graceful_timeout": 0.1}})
+        pid = box.start()
+        box.until(box.add("true"), "succeeded")
+        for _ in range(2):
+            box.until(box.add("sleep", "500"), "running")
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not lives(pid))
+        said = ["Task 1 completed (0.", "Received SIGTERM, shutting down gracefully", "Waiting for 2 tasks"]
+        for text in [*said, "[WARN] Timed out waiting: 2 tasks are interrupted"]:
+            assert times_logged(box, text) == 1, text
+
+    def test_the_first_start_and_init_write_a_configuration_and_never_again(self, boxes):
+        for words in (["init"], ["start"]):
+            box = boxes()
+            shutil.rmtree(box.state)
+            shown = box.run(*words).stdout
+            path = box.file("config.toml" if sys.version_info >= (3, 11) else "config.json")
+            assert words == ["start"] or shown == f"{path}\n"
+            text = read(path)
+            if sys.version_info >= (3, 11):
+                plain = re.sub(r"(?m)^# (?=\[|\w+ = [^ ])", "", text)  # all that have a default
+                import tomllib
+
+                data = tomllib.loads(plain)
+                for section, options in apexd.OPTIONS.items():
+                    given = data[section]["NAME"] if section in apexd.TABLES else data[section]
+                    assert given == {k: d for k, (_, d, _) in options.items() if d not in (None, {})}
+                    assert all(f"# {key} = " in text for key in options)
+            write(path, "# mine\n" if path.endswith("toml") else '{ }')
+            assert box.run("init").stdout == f"{path}\n"
+            box.run("stop")
+            box.run("start")
+            assert "mine" in read(path) or read(path) == "{ }"
+
+    @linux
+    def test_a_configuration_without_settings_needs_no_tomllib(self, box):
+        assert apexd.Config(apexd._parse("x.toml", "# [a]\n\n[daemon]\n# x = 1\n")).to_dict()
+
+
+@other_user
+class TestPrivileges:
+    @pytest.fixture
+    def box(self, box):
+        """Give a project that is within everybody's reach, with the system's own Python."""
+        for folder in (box.root, box.path):
+            os.chmod(folder, 0o755)
+        os.chmod(os.path.join(box.path, "apexd.py"), 0o644)
+        box.command = lambda *args: ["/usr/bin/python3", os.path.join(box.path, "apexd.py"), *map(str, args)]
+        box.quick_command = box.command
+        box.config({"daemon": {"user": "nobody"}})
+        return box
+
+    def give(self, box):
+        for folder, names, files in os.walk(box.state):
+            for path in (folder, *(os.path.join(folder, name) for name in names + files)):
+                os.chown(path, 65534, 65534)
+
+    def test_root_becomes_another_user_for_good_and_so_does_all_that_it_starts(self, box):
+        self.give(box)
+        setgroups = ["setpriv", "--groups", "0,1,2,3"]
+        subprocess.run([*setgroups, *box.command("start")], cwd=box.path, env=box.env, check=True)
+        task = box.add("sh", "-c", "id -u; id -g; id -G; echo $HOME $USER; sleep 1")
+        box.until(task, "running")
+        import pwd
+
+        account = pwd.getpwnam("nobody")
+        expected = os.getgrouplist("nobody", account.pw_gid)
+        for pid in (box.pid(), *keepers(box), box.look(task)["pid"]):
+            status = dict(re.findall(r"(?m)^(\w+):\t(.*)$", read(f"/proc/{pid}/status")))
+            assert status["Uid"].split() == [str(account.pw_uid)] * 4
+            assert status["Gid"].split() == [str(account.pw_gid)] * 4
+            assert sorted(map(int, status["Groups"].split())) == sorted(expected)
+            assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+        box.until(task, "succeeded")
+        assert box.output(task).split()[:2] == [str(account.pw_uid), str(account.pw_gid)]
+        assert all(os.lstat(box.file(name)).st_uid == account.pw_uid for name in os.listdir(box.state))
+        for words in ("status", "restart", "reload", "ps", "stop"):
+            box.run(words)
+        assert box.run("start", "--foreground", "--log-file", "/proc/nope/x", rc=73)
+
+    def test_there_is_no_way_back(self):
+        text = (
+            "import apexd, os; ids, env = apexd.Platform.identity('nobody', None); "
+            "apexd.Platform.become(ids); print(env['HOME'], os.getresuid(), os.getresgid());"
+            "[print(f'{act.__name__} {type(error).__name__}') for act in (os.setuid, os.seteuid, os.setgid, "
+            "lambda n: os.setgroups([n])) for error in [caught(act)]]"
+        )
+        text = "def caught(act):\n try: act(0)\n except OSError as e: return e\n" + text
+        done = subprocess.run([sys.executable, "-c", text], cwd=HERE, capture_output=True, text=True)
+        assert done.stdout.count("PermissionError") == 4, done
+        assert "(65534, 65534, 65534)" in done.stdout
+
+    def test_what_that_user_cannot_use_is_named(self, box):
+        assert box.file() in box.error("start", rc=77)["message"], "it is still root's"
+        self.give(box)
+        os.mkdir(os.path.join(box.root, "mine"), 0o700)
+        for option in ("--log-file", "--socket", "--pid-file"):
+            place = os.path.join(box.root, "mine", "x")
+            error = box.error("start", option, place, rc=77)
+            assert place in error["message"], error
+        os.chmod(os.path.join(box.path, "apexd.py"), 0o600)
+        assert "apexd.py" in box.error("start", rc=77)["message"]
+
+    def test_a_user_that_does_not_exist_or_is_not_ours_is_refused(self, box):
+        box.config({"daemon": {"user": "no such"}})
+        assert "no such" in box.error("start", rc=77)["message"]
+        box.config({"daemon": {"user": "root"}})
+        self.give(box)
+        env = {**box.env, "HOME": "/"}
+        done = as_nobody("-B", os.path.join(box.path, "apexd.py"), "start", cwd=box.path, env=env)
+        assert done.returncode == 78 and "daemon.user" in done.stderr
+
+    def test_a_program_of_roots_does_not_become_it_by_itself(self, box):
+        with pytest.raises(apexd.DaemonError) as caught:
+            apexd.DaemonManager(box.path).start_daemon()
+        assert caught.value.code == "PERMISSION_DENIED" and "another user" in caught.value.message
+        assert os.geteuid() == 0
+
+
+class TestService:
+    def text(self, box, kind):
+        return box.run("service", kind).stdout
+
+    @posix
+    def test_the_file_of_the_repository_sets_what_is_printed(self, box):
+        def settings(text):
+            return {line for line in text.split("\n") if line and line[0] != "#"}
+
+        os.unlink(box.file("config.json"))
+        printed = self.text(box, "systemd")
+        names = ((box.path, "/srv/project"), (sys.executable, "/usr/bin/python3"), ('"', ""))
+        for shown, name in names:
+            printed = printed.replace(shown, name)
+        printed = printed.replace("User=root\n", "")
+        assert settings(read(os.path.join(HERE, "apexd.service"))) == settings(printed)
+
+    @needs("systemd-analyze")
+    @pytest.mark.parametrize("kind", ["systemd", "systemd-user"])
+    def test_units_are_what_systemd_takes(self, boxes, kind):
+        box = boxes()
+        odd = os.path.join(box.root, "a b%c$d'e")
+        shutil.copytree(box.path, odd)
+        unit = write(os.path.join(box.root, "x.service"), box.run("--project", odd, "service", kind).stdout)
+        words = ["systemd-analyze", *(["--user"] if "user" in kind else []), "verify", unit]
+        env = {**os.environ, "XDG_RUNTIME_DIR": box.root}
+        done = subprocess.run(words, capture_output=True, text=True, env=env)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert f'"{odd}"'.replace("%", "%%").replace("$", "$$") in read(unit)
+        assert ("User=" in read(unit)) == (kind == "systemd")
+
+    def test_a_plist_is_one(self, box):
+        import plistlib
+
+        found = plistlib.loads(self.text(box, "launchd").encode())
+        assert found["ProgramArguments"][-2:] == ["start", "--foreground"]
+        assert found["AbandonProcessGroup"] and found["ExitTimeOut"] >= 17
+
+    def test_windows_gets_a_task_of_its_own(self, box):
+        assert "schtasks /Create /TN apexd-p /SC ONSTART" in self.text(box, "windows")
+
+    @posix
+    def test_the_init_script_through_a_whole_life(self, box):
+        script = write(os.path.join(box.root, "init"), self.text(box, "sysv"))
+        if shutil.which("shellcheck"):
+            assert subprocess.run(["shellcheck", script], capture_output=True).stdout == b""
+        assert re.search(r"(?s)### BEGIN INIT INFO\n.*### END INIT INFO", read(script))
+
+        def call(*words):
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": "/"}
+            return subprocess.run(["sh", script, *words], env=box.env, timeout=60, **pipes).returncode
+
+        assert [call("status"), call("stop"), call("reload"), call("force-reload")] == [3, 0, 7, 7]
+        assert [call("start"), call("start"), call("status")] == [0, 0, 0]
+        first = box.pid()
+        assert [call("reload"), call("force-reload"), call("restart"), call("status")] == [0, 0, 0, 0]
+        assert box.pid() != first
+        box.kill9()
+        assert [call("status"), call("start"), call("stop"), call("status")] == [1, 0, 0, 3]
+        box.config({"daemon": {"nonsense": 1}})
+        assert [call("start"), call("restart"), call(), call("dance")] == [6, 6, 2, 2]
 
 
 # ============================================================================
