@@ -1198,8 +1198,6 @@ else:
         def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             """Listen at a path, however long; return the socket, and what a file beside it says."""
             with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                    raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
                 os.unlink(path)  # a dead process's
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with _short_path(path) as name:
@@ -2273,7 +2271,8 @@ def load_config(path: str | None, overrides: Mapping[str, Any] | None = None) ->
     data = _load(path) if path else {}
     for name, value in (overrides or {}).items():
         section, _, key = name.partition(".")
-        data[section] = {**dict(data.get(section, {})), key: value}
+        if isinstance(data.setdefault(section, {}), dict):
+            data[section][key] = value
     config = Config(data, path)
     milliseconds = os.environ.get("APEX_POLL_INTERVAL")
     if milliseconds is not None:
@@ -4213,6 +4212,7 @@ class _Roster:
         self._is_starter = is_starter  # else nothing new is to be run
         self._next_spawn = 0.0  # monotonic
         self._obstacle = "it is being started"  # why no keeper stands
+        self._looked_mono = Clock.mono()  # when `look` was called last
         self.watched = Watched()
         self.wake = self.watched.wake  # makes `look` return
 
@@ -4247,7 +4247,7 @@ class _Roster:
             return any(x.process is not None and x.process.pid == pid for x in self._links.values())
 
     def is_turning(self, within_s: float) -> bool:
-        """Ask for a sign of life; tell whether a keeper gave the last one in time."""
+        """Ask for a sign of life; tell whether a keeper gave the last one in time, and `look`."""
         with self._lock:
             links, now = [x for x in self._links.values() if x.is_greeted], Clock.mono()
             ages = [now - (link.asked_mono or now) for link in links]
@@ -4256,7 +4256,7 @@ class _Roster:
                     link.asked_mono = now
                     link.send("ping")
             self.flush()
-        return min(ages, default=0.0) < within_s
+        return min(ages, default=0.0) < within_s and now - self._looked_mono < within_s
 
     def flush(self) -> None:
         """Send what there is to send, as far as the keepers take it now."""
@@ -4468,6 +4468,8 @@ class Keepers(_Roster):
 
     def look(self, timeout_s: float) -> None:
         """Read what keepers tell, and do what is due; return when something happened."""
+        failpoint("look")
+        self._looked_mono = Clock.mono()
         with self._lock:
             due_s = min(self._tend(), self._sweeper.due() - Clock.mono(), timeout_s)
         self.watched.wait(0.0 if self._told else max(due_s, 0.0))
@@ -4710,6 +4712,17 @@ def call_task(task: Task, execute: Callable[[Task], object]) -> Result:
     return Result(exit_code=code if isinstance(code, int) else 0)
 
 
+def log_end(store: TaskStore, task: Task, result: Result) -> None:
+    """Log how an attempt ended, and when it comes back if it asked for that."""
+    took_s = Clock.now() - task.started_at if result.ran_s is None else result.ran_s
+    how = "completed" if result.exit_code == 0 else f"ended, {describe_end(result)}"
+    log.info("Task %d %s (%.1fs)", task.id, how, took_s)
+    for after in store.find(ids=[task.id]) if result.exit_code == 75 else ():
+        if after.state == State.SCHEDULED:
+            when = timestamp(after.due_at or 0.0)
+            log.warning("Task %d rate limited, comes back at %s", task.id, when)
+
+
 class Waiters:
     """Those who wait for tasks to move. Any thread."""
 
@@ -4769,7 +4782,6 @@ class DaemonRunner:
         self._is_woken = True  # a turn is wanted
         self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)
         self._note_mono = float("inf")  # when `_begun` is recorded at the latest
-        self.turned_mono = Clock.mono()  # when the loop went round last
         names = ("tasks_processed", "tasks_succeeded", "tasks_failed", "poll_count")
         self._metrics = DaemonMetrics(**dict.fromkeys(names, 0))
 
@@ -4817,8 +4829,7 @@ class DaemonRunner:
         """Claim nothing more; interrupt what still runs after `timeout_s`."""
         with self._lock:
             self.is_draining, self._drain_at = True, Clock.mono() + timeout_s
-            if self._running and timeout_s:
-                log.info("Waiting for %d tasks", len(self._running))
+            log.info("Waiting for %d tasks", len(self._running))
         self.wake()
 
     def stop(self, timeout_s: float | None = None) -> None:
@@ -4861,8 +4872,6 @@ class DaemonRunner:
         next_poll, next_upkeep, wait_s = 0.0, 0.0, 0.0
         while not self.halted.is_set():
             try:
-                self.turned_mono = Clock.mono()
-                failpoint("turn")
                 self.keepers.look(wait_s)
                 if self._results and len(self._results) < len(self._running):
                     self.keepers.look(GATHER_S)
@@ -4937,7 +4946,8 @@ class DaemonRunner:
             failpoint("result")
             self.keepers.forget(task.run_id or "" for task, _ in results)
         for task, result in results:
-            self._count(task, result)
+            self._metrics.count(result)
+            log_end(self.store, task, result)
         for task in claimed:
             log.info("Starting task %d", task.id)
         self.tell(task.id for task, _ in results)
@@ -4949,15 +4959,6 @@ class DaemonRunner:
             self._drained.set()
             self._on_drained()
 
-    def _count(self, task: Task, result: Result) -> None:
-        self._metrics.count(result)
-        took_s = Clock.now() - task.started_at if result.ran_s is None else result.ran_s
-        how = "completed" if result.exit_code == 0 else f"ended, {describe_end(result)}"
-        log.info("Task %d %s (%.1fs)", task.id, how, took_s)
-        for after in self.store.find(ids=[task.id]) if result.exit_code == 75 else ():
-            if after.state == State.SCHEDULED:
-                when = timestamp(after.due_at or 0.0)
-                log.warning("Task %d rate limited, comes back at %s", task.id, when)
 
     def _find_keeper(self, is_suspect: bool) -> str | None:
         """Return who takes a task that is claimed now; None: nobody."""
@@ -5026,10 +5027,10 @@ class DaemonRunner:
                 if wish != Outcome.INTERRUPTED:
                     raise
                 log.error("%s", error)
-            if ending and wish == Outcome.INTERRUPTED:
-                log.warning("Timed out waiting: %d tasks are interrupted", len(ending))
+
             for run in ending:
-                log.warning("Ending task %d: %s", run.task.id, wish.value)
+                how = "Timed out waiting: ending" if wish == Outcome.INTERRUPTED else "Ending"
+                log.warning("%s task %d: %s", how, run.task.id, wish.value)
                 self._end(run)
 
 
@@ -6616,9 +6617,10 @@ def remove_socket(path: str, *others: str) -> None:
         with contextlib.suppress(OSError):
             if not os.path.isdir(name):  # on Windows there is no socket
                 insist(os.unlink, name)
-    if os.path.basename(os.path.dirname(path)).startswith("apexd-"):
+    folder = os.path.dirname(path)
+    if re.search("apexd-[0-9a-f]+-[0-9a-f]+$", folder):
         with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(path))
+            os.rmdir(folder)
 
 
 class ControlServer:
@@ -6673,6 +6675,8 @@ class ControlServer:
                 where: Fields = {"socket": path}
             else:
                 path = Platform.place_socket(self._folder, self._place)
+                if path != near and os.path.isfile(path):
+                    raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
                 listener, where = Platform.listen(path)
         except OSError as error:
             raise cannot_create(self._place, error) from None
@@ -7274,12 +7278,47 @@ class ServiceManager:
         if self._address:
             Platform.notify(self._address, "\n".join(lines))
 
-    def ping(self, runner: DaemonRunner) -> None:
-        """Keep the watchdog quiet, unless runner or keepers are stuck. In the main thread."""
-        most_s = self.tick_s and self.tick_s * 0.9
-        if most_s and runner.keepers.is_turning(most_s):
-            if Clock.mono() - runner.turned_mono < most_s:
-                self.tell("WATCHDOG=1")
+    def ping(self, keepers: Keepers) -> None:
+        """Keep the watchdog quiet, unless the runner or the keepers hang. In the main thread."""
+        if self.tick_s and keepers.is_turning(self.tick_s * 0.9):
+            self.tell("WATCHDOG=1")
+
+
+def settle_in(options: Any, project: Project, foreground: bool) -> dict[int, int]:
+    """Take on umask and folder; return {descriptor: what it is to be}, once it is ready.
+
+    options: config.daemon. Raises CANNOT_CREATE, PERMISSION_DENIED.
+    """
+    os.umask(int(options.umask, 8))
+    folder, null = project.file("", options.work_dir), os.open(os.devnull, os.O_RDWR)
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise cannot_create(folder, error) from None
+    outputs = {} if foreground else dict.fromkeys((0, 1, 2), null)
+    for fd, name in ((1, options.stdout), (2, options.stderr)):
+        if name:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            outputs[fd] = open_file(project.file("", name), flags)
+    return outputs
+
+
+def describe_work(supervisor: Supervisor, config: Config) -> Fields:
+    """Return what state.json says besides `status`: {"monitors", "running": [tasks]}.
+
+    monitors: {"processes": {"web": [instances]}, "schedules": {"night": [time, task] or None
+    when it never acted}, "watches", "hooks"}.
+    """
+    with supervisor.moved:
+        found = {name: supervisor.find(name) for name in config.processes}
+        processes = {name: [one.describe({}) for one in each] for name, each in found.items()}
+    monitors: Fields = {"processes": processes}
+    fires = EventStore(supervisor.store).get_fires()
+    for kind in ("schedule", "watch", "hook"):
+        names = getattr(config, TABLES[kind])
+        monitors[TABLES[kind]] = {name: fires.get(f"{kind}.{name}") for name in names}
+    tasks = supervisor.store.find(state="running", limit=1000)
+    return {"monitors": monitors, "running": [task.to_dict() for task in tasks]}
 
 
 class Daemon:
@@ -7317,7 +7356,7 @@ class Daemon:
         self._take_lock()
         try:
             self._open_log()
-            outputs = self._settle_in()
+            outputs = settle_in(self._config.daemon, self._project, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._manager.tell("STATUS=starting")
             self._report({"event": "progress", "what": "checking the database"})
@@ -7352,22 +7391,6 @@ class Daemon:
         path = self._project.file("daemon.log", self._config.log.file)
         open_log(path, self._config.log, self._foreground)
 
-    def _settle_in(self) -> dict[int, int]:
-        """Take on umask and folder; return {descriptor: what it is to be}, once it is ready."""
-        options, place = self._config.daemon, self._project.file
-        os.umask(int(options.umask, 8))
-        folder = place("", options.work_dir)
-        try:
-            os.chdir(folder)
-        except OSError as error:
-            raise cannot_create(folder, error) from None
-        null = os.open(os.devnull, os.O_RDWR)
-        outputs = {} if self._foreground else dict.fromkeys((0, 1, 2), null)
-        for fd, name in ((1, options.stdout), (2, options.stderr)):
-            if name:
-                outputs[fd] = open_file(place("", name), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        return outputs
-
     def _serve(self, outputs: Mapping[int, int], sockets: Mapping[str, socket.socket]) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
         store, post = self._store, self._mailbox.post
@@ -7389,9 +7412,11 @@ class Daemon:
         self._runner.start()
         self._standing.wait(STANDING_S)
         log.info("ready")
-        self._report({"event": "ready", "pid": os.getpid()})
+        channel = os.dup(1)
         for fd, output in outputs.items():
             os.dup2(output, fd)
+        self._report({"event": "ready", "pid": os.getpid(), "channel": channel})
+        os.close(channel)
         self._manager.tell("READY=1", "STATUS=ready")
         try:
             self._obey()
@@ -7413,7 +7438,7 @@ class Daemon:
         """Do what signal handlers and threads ask for, until the end."""
         ended = set[str]()
         for name in self._mailbox.take(self._manager.tick_s):
-            self._manager.ping(self._runner)
+            self._manager.ping(self._keepers)
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             self._is_over = len(ended) == 2
             if name == "leave" or self._is_over:
@@ -7526,20 +7551,8 @@ class Daemon:
             Platform.reap_orphans(self._keepers.has_child)
 
     def _write_state(self) -> None:
-        """Write `status`, with what runs, and what is watched over, and when that acted last."""
-        with self._supervisor.moved:
-            find, names = self._supervisor.find, self._config.processes
-            processes = {name: [one.describe({}) for one in find(name)] for name in names}
-        fires = EventStore(self._store).get_fires()
-        triggers = {
-            TABLES[kind]: {
-                name: fires.get(f"{kind}.{name}") for name in getattr(self._config, TABLES[kind])
-            }
-            for kind in ("schedule", "watch", "hook")
-        }
-        running = [task.to_dict() for task in self._store.find(state="running", limit=1000)]
-        state = {**self._status(), "monitors": {"processes": processes, **triggers}}
-        text = json.dumps({**state, "running": running}, indent=1)
+        about = describe_work(self._supervisor, self._config)
+        text = json.dumps({**self._status(), **about}, indent=1)
         write_atomically(self._project.file("state.json"), text + "\n")
 
     def _dump(self) -> None:
@@ -7577,7 +7590,7 @@ def run_daemon(options: Fields) -> int:
     def report(event: Fields) -> None:
         if not foreground:
             with contextlib.suppress(OSError):
-                os.write(1, json.dumps(event).encode() + b"\n")
+                os.write(event.get("channel", 1), json.dumps(event).encode() + b"\n")
 
     try:
         return Daemon(Project(**options), report, foreground).run()

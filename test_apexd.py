@@ -8714,7 +8714,7 @@ class TestDaemonPromises:
         os.kill(daemon, signal.SIGUSR2)
         (task_id,) = enqueue(box, "exit 3")
         assert settle(box, [task_id])[0]["exit_code"] == 3 and box.pid() == daemon
-        eventually(lambda: " completed (" in box.log())
+        eventually(lambda: f"Task {task_id} ended, exit 3" in box.log())
 
     def test_a_second_failure_is_no_second_term(self, box):
         """L4"""
@@ -8867,7 +8867,7 @@ class TestNotify:
 
     def test_a_hung_runner_is_not_fed_for_and_the_next_daemon_adopts_its_tasks(self, box):
         systemd = Systemd(box)
-        daemon = systemd.start(box, WATCHDOG_USEC="600000", APEXD_FAILPOINT="turn:40:hang")
+        daemon = systemd.start(box, WATCHDOG_USEC="600000", APEXD_FAILPOINT="look:40:hang")
         systemd.until("READY")
         task = box.add("sh", "-c", "sleep 3; exit 7")
         systemd.silent_for(0.7)
@@ -9087,7 +9087,7 @@ class TestServiceOptions:
         os.kill(pid, signal.SIGTERM)
         eventually(lambda: not lives(pid))
         said = ["Task 1 completed (0.", "Received SIGTERM, shutting down gracefully", "Waiting for 2 tasks"]
-        for text in [*said, "[WARN] Timed out waiting: 2 tasks are interrupted"]:
+        for text in [*said, "[WARN] Timed out waiting: ending task 2: interrupted"]:
             assert times_logged(box, text) == 1, text
 
     def test_the_first_start_and_init_write_a_configuration_and_never_again(self, boxes):
@@ -9259,6 +9259,63 @@ class TestService:
         assert [call("status"), call("start"), call("stop"), call("status")] == [1, 0, 0, 3]
         box.config({"daemon": {"nonsense": 1}})
         assert [call("start"), call("restart"), call(), call("dance")] == [6, 6, 2, 2]
+
+
+def has_slurm():
+    """Tell whether there is a Slurm that takes jobs (SLURM_CONF names its configuration)."""
+    if not os.environ.get("SLURM_CONF") or shutil.which("srun") is None:
+        return False
+    return subprocess.run(["sinfo", "-h"], capture_output=True, timeout=20).returncode == 0
+
+
+@linux
+class TestLauncherOfAGroup:
+    """A group's commands go to a cluster's scheduler: the real Slurm, where there is one."""
+
+    @pytest.fixture(name="slurm")
+    def slurm(self, box):
+        """Give a daemon whose group `slurm` hands its commands to Slurm."""
+        if not has_slurm():
+            pytest.skip("needs a running Slurm, and SLURM_CONF")
+        launcher = ["srun", "-Q", "-n1", "--overcommit", "--immediate=30"]
+        options = {"max_concurrent": 8, "env_keep": ["SLURM_CONF"]}
+        box.config({"daemon": options}, group={"slurm": {"launcher": launcher}})
+        box.env["SLURM_CONF"] = os.environ["SLURM_CONF"]
+        box.start()
+        yield box
+        box.run("stop", "--force")
+        eventually(lambda: self.jobs(box) == "", 60, "no job is left")
+
+    def jobs(self, box):
+        """Return what Slurm still runs of this box's."""
+        words = ["squeue", "-h", "-o", "%i %t %Z"]
+        lines = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+        return "\n".join(line for line in lines if line.endswith(box.path))
+
+    def test_status_output_environment_and_words_are_the_tasks_own(self, slurm):
+        words = ("sh", "-c", 'echo "$APEX_TASK_ID $SLURM_JOB_ID $1"; echo oops >&2; exit 5', "x", "a  b$c")
+        task = slurm.add(*words, group="slurm")
+        assert slurm.until(task, "failed", within_s=60)["exit_code"] == 5
+        first, *rest = slurm.output(task).split("\n")
+        assert re.fullmatch(rf"{task} [0-9]+ a  b\$c", first) and "oops" in rest
+
+    def test_cancel_and_timeout_end_the_job(self, slurm):
+        task = slurm.add("sleep", "500", group="slurm")
+        eventually(lambda: " R " in self.jobs(slurm), 60)
+        slurm.run("cancel", task)
+        assert slurm.until(task, "cancelled", within_s=60)["outcome"] == "cancelled"
+        eventually(lambda: self.jobs(slurm) == "", 60)
+        task = slurm.add("sleep", "500", group="slurm", timeout=3)
+        assert slurm.until(task, "failed", within_s=60)["outcome"] == "timeout"
+
+    def test_a_job_outlives_the_daemon_and_is_adopted(self, slurm):
+        task = slurm.add("sh", "-c", "sleep 3; echo on; exit 6", group="slurm")
+        eventually(lambda: " R " in self.jobs(slurm), 60)
+        slurm.kill9()
+        slurm.start()
+        found = slurm.until(task, "failed", within_s=60)
+        assert (found["exit_code"], found["attempts"]) == (6, 1)
+        assert "on\n" in slurm.output(task)
 
 
 # ============================================================================
