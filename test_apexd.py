@@ -881,7 +881,7 @@ class TestReadme:
         self.text = read(os.path.join(HERE, "README.md"))
 
     def test_its_table_of_options_is_that_of_the_program(self):
-        rows = re.findall(r"(?m)^\| `([a-z]+\.[A-Za-z_.]+)` \| ([^|]*) \| (.*) \|$", self.text)
+        rows = re.findall(r"(?m)^\| `([a-z]+\.[A-Za-z0-9_.]+)` \| ([^|]*) \| (.*) \|$", self.text)
         table = {key: (value.strip("` "), meaning.strip()) for key, value, meaning in rows}
         assert table == readme_options()
 
