@@ -1970,7 +1970,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "heartbeat_interval": (interval, 30.0, "seconds between two heartbeats"),
         "env_keep": (text_list, [], 'variables of the caller that tasks get; ["*"]: all'),
         "user": (user_name, None, "that root becomes, for good; the state folder is to be its own"),
-        "group": (group_name, None, "the same; null: the user's"),
+        "group": (group_name, None, "the same, with user; null: the user's"),
         "umask": (octal, "077", "of the daemon, a string of octal digits"),
         "work_dir": (line_of_text, None, "of the daemon, seen from the project; null: .apex"),
         "stdout": (line_of_text, None, "a file for what the daemon prints; null: nowhere"),
@@ -6674,8 +6674,10 @@ class ControlServer:
                 listener, path = self._inherited.dup(), self._inherited.getsockname()
                 where: Fields = {"socket": path}
             else:
-                path = Platform.place_socket(self._folder, self._place)
-                if path != near and os.path.isfile(path):
+                path = self._place
+                if path == near:
+                    path = Platform.place_socket(self._folder, path)
+                elif os.path.isfile(path):
                     raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
                 listener, where = Platform.listen(path)
         except OSError as error:
@@ -7348,9 +7350,10 @@ class Daemon:
         Platform.close_inherited({one.fileno() for one in sockets.values()})
         self._mailbox = Mailbox()
         Platform.change_limits()
-        if Platform.is_root() and self._config.daemon.user not in (None, "root"):
-            hint = "start it by the command line, which becomes that user"
-            raise DaemonError("PERMISSION_DENIED", "daemon.user names another user", hint)
+        user, folder = self._config.daemon.user, self._project.folder
+        if Platform.is_root() and user not in (None, "root"):
+            hint = f"`chown -R {user} {folder}`; then the command line becomes that user"
+            raise DaemonError("PERMISSION_DENIED", f"{folder} is not {user}'s (daemon.user)", hint)
         os.umask(0o077)
         make_state_folder(self._project.folder, self._project.path)
         self._take_lock()
@@ -8019,42 +8022,42 @@ def width() -> int:
     return 80
 
 
-def become_user(args: Args) -> None:
-    """As root, become `daemon.user` for good, whatever the command is.
+def become_owner(args: Args) -> None:
+    """As root, become `daemon.user` for good if the state folder is that user's.
 
-    Before anything in the state folder is opened, which is to be that user's: whoever owns a
-    folder could have root open other files than are meant. Raises PERMISSION_DENIED.
+    Before anything in there is opened as root: its owner could have put a link to something
+    else in a file's place. Raises PERMISSION_DENIED.
     """
     folder = find_folders(args.project, args.state)[1]
-    path = args.config or find_config(folder)
+    owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
+    options: Fields = {}
     try:
-        os.seteuid(os.stat(folder).st_uid if os.path.isdir(folder) else 0)
-        options = _load(path)["daemon"] if path else {}
-    except (DaemonError, LookupError):  # refused where it is read
-        return
+        os.seteuid(owner)
+        options = dict(_load(args.config or find_config(folder) or "")["daemon"]) if owner else {}
+    except (DaemonError, LookupError, TypeError, ValueError):
+        pass  # refused where it is read in earnest
     finally:
         os.seteuid(0)
-    user, group = options.get("user"), options.get("group")
-    if not (user or group):
+    if not options.get("user"):
         return
     try:
-        ids, env = Platform.identity(user, group)
+        ids, env = Platform.identity(options["user"], options.get("group"))
+        if ids["uid"] != owner:
+            return
         Platform.become(ids)
-        os.environ.update(env)
-    except (OSError, ValueError) as error:
-        raise DaemonError("PERMISSION_DENIED", f"daemon.user {user}: {error}") from None
-    place = folder if os.path.exists(folder) else os.path.dirname(folder)
-    for path, mode in ((place, os.W_OK), (__file__, os.R_OK), (sys.executable, os.X_OK)):
-        if not os.access(path, mode):
-            what = f"{path} cannot be {'written' if mode == os.W_OK else 'read'} by {env['USER']}"
-            hint = f"`chown -R {env['USER']}` it, or take daemon.user from the configuration"
-            raise DaemonError("PERMISSION_DENIED", what, hint)
+    except (OSError, TypeError, ValueError) as error:
+        raise DaemonError("PERMISSION_DENIED", f"daemon.user: must be {error}") from None
+    os.environ.update(env)
+    for path in (sys.executable, os.path.abspath(__file__)):
+        if not os.access(path, os.R_OK):
+            hint = "give it that right, or take daemon.user from the configuration"
+            raise DaemonError("PERMISSION_DENIED", f"{path} cannot be read by {env['USER']}", hint)
 
 
 def client_of(args: Args) -> DaemonManager:
     """Make the client of the project that the arguments name."""
     if Platform.is_root():
-        become_user(args)
+        become_owner(args)
     return DaemonManager(args.project, args.state, args.config, notice)
 
 

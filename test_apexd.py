@@ -9117,6 +9117,43 @@ class TestServiceOptions:
     def test_a_configuration_without_settings_needs_no_tomllib(self, box):
         assert apexd.Config(apexd._parse("x.toml", "# [a]\n\n[daemon]\n# x = 1\n")).to_dict()
 
+    def test_what_users_of_older_systems_write_is_answered_with_what_to_write(self, box):
+        for data, told in (
+            ({"processes": [{"name": "web"}]}, "process.NAME"),
+            ({"process": {"web": {"command": "x", "args": []}}}, "process.command (a list"),
+            ({"daemon": {"gracefulShutdownTimeoutMs": 1}}, "daemon.graceful_timeout"),
+            ({"daemon": {"action_timeout_minutes": 1}}, "limits.timeout"),
+            ({"heartbeat_interval_seconds": 1}, "daemon.heartbeat_interval"),
+        ):
+            write(box.file("config.json"), json.dumps(data))
+            assert f"is called {told}" in box.error("start", rc=78)["message"]
+
+    @linux
+    def test_logs_of_all_processes_and_the_start_of_the_rest_of_one(self, box):
+        text = 'echo "I am $APEX_PROCESS.{instance}"; [ -e go ] || [ {instance} = 0 ] || exit 3; exec sleep 500'
+        web = {"command": text, "instances": 2, "restart": "never"}
+        box.config({}, process={"web": web, "other": {"command": "echo other; exec sleep 500"}})
+        before = time.time()
+        box.start()
+        status = apexd.DaemonManager(box.path).get_status()
+        assert before - 60 < status.started_at <= time.time() and status.uptime >= 0
+
+        def states():
+            found = box.request({"type": "get_process", "name": "web"})["process"]
+            return [one["state"] for one in found["instance_details"]]
+
+        eventually(lambda: states() == ["running", "failed"] or states() == ["running", "crashed"])
+        (first, *_), message = box.json("ps"), {"type": "tail_logs", "lines": 5}
+        said = eventually(lambda: len(lines := box.request(message)["lines"]) == 3 and lines)
+        assert {(one["process_name"], one["instance"], one["content"]) for one in said} == {
+            ("web", 0, "I am web.0"), ("web", 1, "I am web.1"), ("other", 0, "other"),
+        }  # fmt: skip
+        write(os.path.join(box.path, "go"), "")
+        answer = box.request({"type": "start_process", "name": "web"})
+        assert answer["message"] == "started: web (1 of 2 instances ran already)"
+        assert states() == ["running"] * 2
+        assert first["pid"] in [one["pid"] for one in box.json("ps")]
+
 
 @other_user
 class TestPrivileges:
@@ -9131,10 +9168,10 @@ class TestPrivileges:
         box.config({"daemon": {"user": "nobody"}})
         return box
 
-    def give(self, box):
+    def give(self, box, user=65534):
         for folder, names, files in os.walk(box.state):
             for path in (folder, *(os.path.join(folder, name) for name in names + files)):
-                os.chown(path, 65534, 65534)
+                os.chown(path, user, user)
 
     def test_root_becomes_another_user_for_good_and_so_does_all_that_it_starts(self, box):
         self.give(box)
@@ -9172,7 +9209,8 @@ class TestPrivileges:
         assert "(65534, 65534, 65534)" in done.stdout
 
     def test_what_that_user_cannot_use_is_named(self, box):
-        assert box.file() in box.error("start", rc=77)["message"], "it is still root's"
+        error = box.error("start", rc=77)
+        assert box.state in error["message"] and "chown -R nobody" in error["hint"]
         self.give(box)
         os.mkdir(os.path.join(box.root, "mine"), 0o700)
         for option in ("--log-file", "--socket", "--pid-file"):
@@ -9183,8 +9221,12 @@ class TestPrivileges:
         assert "apexd.py" in box.error("start", rc=77)["message"]
 
     def test_a_user_that_does_not_exist_or_is_not_ours_is_refused(self, box):
-        box.config({"daemon": {"user": "no such"}})
-        assert "no such" in box.error("start", rc=77)["message"]
+        for user, group in (("no such", None), (None, "no such")):
+            box.config({"daemon": {"user": user, "group": group}})
+            assert "no such" in box.error("start", rc=78)["message"]
+            self.give(box)
+            assert box.state in box.error("start", rc=77)["message"] or user
+            self.give(box, 0)
         box.config({"daemon": {"user": "root"}})
         self.give(box)
         env = {**box.env, "HOME": "/"}
@@ -9194,7 +9236,7 @@ class TestPrivileges:
     def test_a_program_of_roots_does_not_become_it_by_itself(self, box):
         with pytest.raises(apexd.DaemonError) as caught:
             apexd.DaemonManager(box.path).start_daemon()
-        assert caught.value.code == "PERMISSION_DENIED" and "another user" in caught.value.message
+        assert caught.value.code == "PERMISSION_DENIED" and "daemon.user" in caught.value.message
         assert os.geteuid() == 0
 
 
