@@ -1412,10 +1412,8 @@ _PASSED: list[str] = []
 
 
 def failpoint(name: str, pid: int = 0) -> None:
-    """Kill this process (or `pid`) when APEXD_FAILPOINT says "NAME" or "NAME:N", the Nth time.
-
-    "NAME:N:hang": this thread goes no further.
-    """
+    """Kill this process (or `pid`) when APEXD_FAILPOINT says "NAME" or "NAME:N", the Nth time;
+    with "NAME:N:hang" this thread goes no further."""
     wanted, count, what = (os.environ.get("APEXD_FAILPOINT", "") + "::").split(":")[:3]
     if wanted == name:
         _PASSED.append(name)
@@ -4015,9 +4013,8 @@ def spawn_keeper(folder: str, name: str) -> Any:
     null = subprocess.DEVNULL
     for options in Platform.KEEPER:  # the first that the system permits
         with contextlib.suppress(PermissionError):
-            process = subprocess.Popen(
-                argv, stdin=null, stdout=null, stderr=null, env=env, **options
-            )
+            files: Any = dict.fromkeys(("stdin", "stdout", "stderr"), null)
+            process = subprocess.Popen(argv, env=env, **files, **options)
             Platform.change_limits(process.pid)
             return process
     raise PermissionError(errno.EPERM, "not permitted", argv[0])
@@ -7306,11 +7303,9 @@ def settle_in(options: Any, project: Project, foreground: bool) -> dict[int, int
 
 
 def describe_work(supervisor: Supervisor, config: Config) -> Fields:
-    """Return what state.json says besides `status`: {"monitors", "running": [tasks]}.
-
-    monitors: {"processes": {"web": [instances]}, "schedules": {"night": [time, task] or None
-    when it never acted}, "watches", "hooks"}.
-    """
+    """Return what state.json says besides `status`: {"running": [tasks], "monitors": {
+    "processes": {"web": [instances]}, "schedules": {"night": [time of its last fire, task] or
+    None}, "watches", "hooks"}}."""
     with supervisor.moved:
         found = {name: supervisor.find(name) for name in config.processes}
         processes = {name: [one.describe({}) for one in each] for name, each in found.items()}
