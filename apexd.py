@@ -1154,12 +1154,12 @@ else:
 
             pid: give that keeper, and so all that it starts, what we were started with.
             """
-            names = ("RLIMIT_NOFILE", "RLIMIT_CORE") if sys.platform == "linux" else ()
-            for which in (getattr(resource, name) for name in names):
-                former = _FORMER_LIMITS.setdefault(which, resource.getrlimit(which))
-                most = former[1] if which == resource.RLIMIT_NOFILE else 0
-                with contextlib.suppress(OSError):  # it has gone
-                    resource.prlimit(pid, which, former if pid else (most, former[1]))
+            if sys.platform == "linux":
+                for which in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE):
+                    former = _FORMER_LIMITS.setdefault(which, resource.getrlimit(which))
+                    most = former[1] if which == resource.RLIMIT_NOFILE else 0
+                    with contextlib.suppress(OSError):  # it has gone
+                        resource.prlimit(pid, which, former if pid else (most, former[1]))
 
         def take_sockets(self) -> dict[str, socket.socket]:
             """Return the sockets that a service manager hands us, by name (sd_listen_fds(3))."""
