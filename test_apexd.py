@@ -7444,7 +7444,7 @@ class TestProcessVerbs:
         odd = [5, True, [], {}, "", "a/b", "..", "web\0", "\udcff", "w" * 1000, "web\n", deep]
         verbs = "get_process start_process stop_process restart_process reload_process".split()
         wrong = [(v, {"name": x}) for v in [*verbs, "tail_logs", "why_process"] for x in odd]
-        wrong += [(verb, {}) for verb in [*verbs, "tail_logs", "up", "down", "signal_process"]]
+        wrong += [(verb, {}) for verb in [*verbs, "up", "down", "signal_process"]]
         wrong += [("up", {"names": names}) for names in (5, "web", [5], ["web", []])]
         signals = [0, -1, 65, 1.5, True, [], {}, "", "NOSUCH", "SIG_UNBLOCK", "SIG_IGN", 10**30]
         wrong += [("signal_process", {"name": "web", "signal": number}) for number in signals]
