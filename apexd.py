@@ -3424,17 +3424,68 @@ class Watched:
         self._selector.close()
 
 
-class _Child:
-    """What a keeper knows of a living child."""
+class Wire:
+    """A connection that carries frames and never waits for its other end; at times there is none.
+    """
 
-    __slots__ = ("began_mono", "is_swept", "kill_mono", "pid", "run")
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        self.connection: socket.socket | None = None
+        self._inbox, self.outbox = bytearray(), bytearray()
+
+    def take(self, connection: socket.socket, act: Callable[[], object]) -> None:
+        """Use a connection; `act` is called when something has come."""
+        connection.setblocking(False)
+        self.connection = connection
+        self._watched.add(connection, act)
+
+    def drop(self) -> None:
+        """Close the connection, with all that was on its way."""
+        if self.connection is not None:
+            self._watched.remove(self.connection)
+            self.connection.close()
+        self.connection = None
+        self._inbox, self.outbox = bytearray(), bytearray()
+
+    def send(self, kind: str, **fields: object) -> None:
+        """Put a word into the buffer that `flush` sends."""
+        self.outbox += pack_frame({"type": kind, **fields})
+
+    def flush(self) -> bool:
+        """Send as much as the other end takes now; tell whether something is left."""
+        if self.outbox and self.connection is not None:
+            with contextlib.suppress(OSError):  # `read` gets the end-of-file
+                del self.outbox[: self.connection.send(self.outbox)]
+        return bool(self.outbox)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the words that have come. Raises EOFError, ValueError."""
+        assert self.connection is not None
+        try:
+            data = self.connection.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._inbox += data
+        yield from take_frames(self._inbox)
+        if not data:
+            raise EOFError
+
+
+class _Child:
+    """What a keeper knows of a living child; times are monotonic."""
+
+    __slots__ = ("began_mono", "is_swept", "kill_mono", "pid", "run", "tell_mono")
 
     def __init__(self, run: str, pid: int, is_swept: bool) -> None:
         self.run, self.pid, self.is_swept = run, pid, is_swept
         self.began_mono, self.kill_mono = Clock.mono(), float("inf")
+        self.tell_mono = float("inf")  # when the daemon is told that it runs
 
     def describe(self) -> dict[str, Any]:
         """Return what `hello` and `started` say of it."""
+        self.tell_mono = float("inf")
         age_s = round(Clock.mono() - self.began_mono, 3)
         at = Platform.start_time(self.pid)
         return {"run": self.run, "pid": self.pid, "at": at, "age_s": age_s}
@@ -3450,24 +3501,19 @@ class Keeper:
         self._path = os.path.join(folder, "run", "keeper-" + name)
         self._children: dict[int, _Child] = {}  # by PID
         self._runs: dict[str, _Child] = {}
-        self._fresh: dict[str, float] = {}  # runs that are to be told as started, and when
         self._ended: dict[str, dict[str, Any]] = {}  # results, until they are forgotten
         self._written: set[str] = set()  # of these, those that the file has
         self._untold: deque[dict[str, Any]] = deque()  # words for the daemon that is connected
-        self._inbox, self._outbox = bytearray(), bytearray()
-        self._daemon: socket.socket | None = None
         self._is_wanted = True  # until `quit`, or a hang-up, or no daemon came
-        self._is_terminated = self._has_lost = False
+        self._is_terminated = False
+        self._is_broken = False  # the file cannot be written
         self._patience_mono = Clock.mono() + KEEPER_PATIENCE_S
         self._watched = Watched()
+        self._daemon = Wire(self._watched)
         self._listener, self._endpoint = Platform.listen(self._path + ".sock")
         self._listener.setblocking(False)
         self._watched.add(self._listener, self._meet)
         self._fd = self._make_file()
-        self._acts: dict[str, Callable[[dict[str, Any]], None]] = {
-            "start": self._start, "signal": self._signal, "end": self._end,
-            "forget": self._forget, "quit": self._quit,
-        }  # fmt: skip
 
     def _make_file(self) -> int:
         """Make the file, and lock it for life."""
@@ -3478,38 +3524,32 @@ class Keeper:
         os.write(fd, json.dumps({**head, **self._endpoint}).encode() + b"\n")
         return fd
 
-    def run(self) -> int:
-        """Serve until nobody needs it; return the exit status."""
-        self._take_signals()
-        while self._is_needed() or self._find_unwritten():
+    def run(self) -> None:
+        """Serve until nobody needs it."""
+        signal.set_wakeup_fd(self._watched.waker.fileno(), warn_on_full_buffer=False)
+        for name in Platform.SIGNALS:  # none is ignored, or children would ignore it, too
+            signal.signal(getattr(signal, name), self._note_signal)
+        while self._is_needed() or (self._find_unwritten() and not self._is_broken):
             self._watched.wait(self._next_wake_s())
             for pid, how in Platform.reap(self._sweep):
                 self._note_end(pid, how)
-            self._kill_late()
-            self._tell_started()
+            self._act_on_time()
             self._write()
             self._tell()
         self._leave()
-        return 0
 
-    def _take_signals(self) -> None:
-        """Let signals wake the loop; none is ignored, or children would ignore it, too."""
-
-        def note(number: int, _: object) -> None:
-            self._is_terminated |= number == signal.SIGTERM
-
-        signal.set_wakeup_fd(self._watched.waker.fileno(), warn_on_full_buffer=False)
-        for name in Platform.SIGNALS:
-            signal.signal(getattr(signal, name), note)
+    def _note_signal(self, number: int, _: object) -> None:
+        self._is_terminated |= number == signal.SIGTERM
 
     def _next_wake_s(self) -> float:
-        times = [child.kill_mono for child in self._children.values()] + [*self._fresh.values()]
-        if self._daemon is None:
+        children = self._children.values()
+        times = [time for child in children for time in (child.kill_mono, child.tell_mono)]
+        if self._daemon.connection is None:
             times.append(Clock.mono() + 1.0 if self._find_unwritten() else self._patience_mono)
         return max(min(times, default=float("inf")) - Clock.mono(), 0.0)
 
     def _is_needed(self) -> bool:
-        if self._daemon is None and Clock.mono() >= self._patience_mono:
+        if self._daemon.connection is None and Clock.mono() >= self._patience_mono:
             self._is_wanted = False
         return bool(self._children) or (self._is_wanted and not self._is_terminated)
 
@@ -3530,32 +3570,21 @@ class Keeper:
         with contextlib.suppress(OSError):
             shown = peer.recv(len(token), socket.MSG_WAITALL).decode("ascii", "replace")
             if shown == token and Platform.peer_uid(peer) in (None, 0):
-                self._drop_daemon()
-                peer.setblocking(False)
-                self._daemon, self._is_wanted = peer, True
-                self._patience_mono = float("inf")
-                self._watched.add(peer, self._read)
+                self._daemon.drop()
+                self._daemon.take(peer, self._read)
+                self._is_wanted, self._patience_mono = True, float("inf")
                 info = os.fstat(self._fd)
                 runs = [child.describe() for child in self._children.values()]
                 hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid()}
                 hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
-                self._untold.extend((hello, *self._ended.values()))
+                self._untold = deque((hello, *self._ended.values()))
                 return True
         peer.close()
         return False
 
-    def _drop_daemon(self) -> None:
-        if self._daemon is not None:
-            self._watched.remove(self._daemon)
-            self._daemon.close()
-        self._daemon = None
-        self._inbox, self._outbox = bytearray(), bytearray()
-        self._untold.clear()
-        self._fresh.clear()
-
     def _hang_up(self) -> None:
         """Go on without a daemon: what was not forgotten goes to the file."""
-        self._drop_daemon()
+        self._daemon.drop()
         self._is_wanted = False
         if os.fstat(self._fd).st_nlink == 0:  # the project was removed
             for child in self._children.values():
@@ -3563,26 +3592,32 @@ class Keeper:
             self._is_terminated = True
 
     def _read(self) -> None:
-        if self._daemon is None or self._meet():  # what a former daemon sent is dropped
+        if self._daemon.connection is None or self._meet():  # what the former one sent is dropped
             return
         try:
-            data = self._daemon.recv(1 << 18)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self._inbox += data
-        try:
-            for word in take_frames(self._inbox):
-                if word["type"] in self._acts:
-                    self._acts[word["type"]](word)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            data = b""  # not our protocol
-        if not data:
+            for word in self._daemon.read():
+                self._obey(word)
+        except (EOFError, ValueError, TypeError, KeyError, AttributeError):  # or not our protocol
             self._hang_up()
 
-    def _start(self, word: dict[str, Any]) -> None:
-        run = str(word["run"])
+    def _obey(self, word: dict[str, Any]) -> None:
+        kind, child = word["type"], self._runs.get(word.get("run", ""))
+        if kind == "start":
+            self._start(str(word["run"]), word)
+        elif kind == "signal" and child is not None:
+            Platform.send(child.pid, int(word["number"]))
+        elif kind == "end" and child is not None:
+            child.is_swept = True
+            child.kill_mono = min(child.kill_mono, Clock.mono() + float(word["grace"]))
+            Platform.signal_group(child.pid, int(word["number"]))
+        elif kind == "forget":
+            for run in word["runs"]:
+                self._ended.pop(run, None)
+                self._written.discard(run)
+        elif kind == "quit":
+            self._is_wanted = False
+
+    def _start(self, run: str, word: dict[str, Any]) -> None:
         failpoint("read")
         if run in self._ended:
             self._untold.append(self._ended[run])
@@ -3592,10 +3627,13 @@ class Keeper:
                 raise OSError(errno.EAGAIN, "the keeper was told to end", "keeper")
             child = self._runs.get(run) or self._spawn(run, word)
         except (OSError, ValueError) as error:
-            self._note_failure(run, error, str(word["argv"][0]))
+            number = getattr(error, "errno", None) or errno.EINVAL
+            text = getattr(error, "strerror", None) or str(error)
+            what = str(getattr(error, "filename", None) or word["argv"][0])
+            self._note({"type": "failed", "run": run, "errno": number, "what": what, "text": text})
             return
         self._children[child.pid] = self._runs[run] = child
-        self._fresh[run] = Clock.mono() + STARTED_S
+        child.tell_mono = Clock.mono() + STARTED_S
 
     def _spawn(self, run: str, word: dict[str, Any]) -> _Child:
         path = str(word["log"])
@@ -3613,33 +3651,6 @@ class Keeper:
         failpoint("spawn")
         return _Child(run, pid, bool(word.get("sweep")))
 
-    def _note_failure(self, run: str, error: Exception, what: str) -> None:
-        number = getattr(error, "errno", None) or errno.EINVAL
-        text = getattr(error, "strerror", None) or str(error)
-        what = getattr(error, "filename", None) or what
-        word = {"type": "failed", "run": run, "errno": number, "what": str(what), "text": text}
-        self._ended[run] = word
-        self._untold.append(word)
-
-    def _signal(self, word: dict[str, Any]) -> None:
-        if word["run"] in self._runs:
-            Platform.send(self._runs[word["run"]].pid, int(word["number"]))
-
-    def _end(self, word: dict[str, Any]) -> None:
-        child = self._runs.get(word["run"])
-        if child is not None:
-            child.is_swept = True
-            child.kill_mono = min(child.kill_mono, Clock.mono() + float(word["grace"]))
-            Platform.signal_group(child.pid, int(word["number"]))
-
-    def _forget(self, word: dict[str, Any]) -> None:
-        for run in word["runs"]:
-            self._ended.pop(run, None)
-            self._written.discard(run)
-
-    def _quit(self, word: dict[str, Any]) -> None:
-        self._is_wanted = False
-
     def _sweep(self, pid: int) -> None:
         """End a child's group while its dead leader still holds the number."""
         if pid in self._children and self._children[pid].is_swept:
@@ -3655,70 +3666,63 @@ class Keeper:
         word["ran_s"] = round(Clock.mono() - child.began_mono, 6)
         if self._is_terminated and "signal" in how:
             word["interrupted"] = True
-        self._ended[child.run] = word
-        self._untold.append(word)
+        self._note(word)
 
-    def _kill_late(self) -> None:
+    def _note(self, result: dict[str, Any]) -> None:
+        self._ended[result["run"]] = result
+        self._untold.append(result)
+
+    def _act_on_time(self) -> None:
+        """KILL what is late; tell of what started a moment ago: of the rest the end is enough."""
         now = Clock.mono()
         for child in self._children.values():
+            if now >= child.tell_mono:
+                self._untold.append({"type": "started", **child.describe()})
             if now >= child.kill_mono:
                 child.kill_mono = now + 1.0
                 Platform.signal_group(child.pid, Platform.kill)
 
-    def _tell_started(self) -> None:
-        """Tell of what was started a moment ago and lives: the end of the rest is enough."""
-        now = Clock.mono()
-        for run, due_mono in list(self._fresh.items()):
-            if run in self._runs and due_mono > now:
-                break
-            del self._fresh[run]
-            if run in self._runs:
-                self._untold.append({"type": "started", **self._runs[run].describe()})
-
     def _write(self) -> None:
-        """Append the results that no daemon hears; a torn line must not swallow the next."""
-        if self._daemon is not None and self._is_needed():
-            return
-        try:
+        """Append the results that no daemon hears."""
+        if self._daemon.connection is None or not self._is_needed():
             for word in self._find_unwritten():
-                line = f"\n{json.dumps(word)}\n".encode()
-                if os.write(self._fd, line) < len(line):
+                if not self._append(word):
                     return
                 self._written.add(word["run"])
+
+    def _append(self, word: Mapping[str, Any]) -> bool:
+        """Append a line; a torn one must not swallow the next. False: not yet, or (broken) never.
+        """
+        line = f"\n{json.dumps(word)}\n".encode()
+        try:
+            if word["type"] == "left":
+                os.fsync(self._fd)
+            self._is_broken = False
+            return os.write(self._fd, line) == len(line)
         except OSError as error:  # a full disk: tried again each second
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # for good: it is lost
-                self._ended.clear()
-                self._has_lost = True
+            self._is_broken = error.errno not in (errno.ENOSPC, errno.EDQUOT)
+            return False
 
     def _tell(self) -> None:
         """Send what there is to tell, as far as the daemon takes it."""
-        if self._daemon is None:
+        wire = self._daemon
+        if wire.connection is None:
             self._untold.clear()
             return
-        try:
-            while self._untold or self._outbox:
-                while self._untold and len(self._outbox) < KEEPER_BUFFER_BYTES:
-                    self._outbox += pack_frame(self._untold.popleft())
-                del self._outbox[: self._daemon.send(self._outbox)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._hang_up()
-            return
-        self._watched.expect(self._daemon, bool(self._outbox))
+        is_full = wire.flush()
+        while self._untold and not is_full:
+            while self._untold and len(wire.outbox) < KEEPER_BUFFER_BYTES:
+                wire.outbox += pack_frame(self._untold.popleft())
+            is_full = wire.flush()
+        self._watched.expect(wire.connection, is_full)
 
     def _leave(self) -> None:
         """Say that all results are in the file; then let go of it."""
         with contextlib.suppress(OSError):
             os.unlink(self._path + ".sock")
-        while os.fstat(self._fd).st_nlink and not self._has_lost:
-            try:
-                os.fsync(self._fd)
-                os.write(self._fd, b'\n{"type": "left"}\n')
+        while os.fstat(self._fd).st_nlink and not self._is_broken:
+            if self._append({"type": "left"}):
                 return
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    return
             threading.Event().wait(1.0)
 
 
@@ -3729,7 +3733,7 @@ def run_keeper(folder: str, name: str) -> int:
     os.chdir(folder)
     reset_signals()
     try:
-        return Keeper(folder, name).run()
+        Keeper(folder, name).run()
     except Exception:  # this process's top frame
         import traceback
 
@@ -3737,6 +3741,7 @@ def run_keeper(folder: str, name: str) -> int:
         with open(open_file(os.path.join(folder, "daemon.log"), flags), "a") as file:
             file.write(f"keeper {name}: {traceback.format_exc()}")
         return CODES["INTERNAL"][0]
+    return 0
 
 
 def spawn_keeper(folder: str, name: str) -> Any:
@@ -3783,20 +3788,69 @@ class Ward(Value):
     result: Result | None  # told, while what is left of it is ended
     sweep_mono: float  # the next look for what is left of it
     since_mono: float  # the first one
-    pause_s: float | None  # between two
 
 
-class _Link:
+def sweep(wards: dict[str, Ward], folder: str) -> Iterator[Ward]:
+    """KILL what is left of ended runs that are due; remove and yield those nothing is left of.
+
+    One with a status counts, late, though something that is hidden holds its log.
+    """
+    now = Clock.mono()
+    due = [ward for ward in wards.values() if ward.sweep_mono <= now]
+    if not due:
+        return
+    found, is_sure = Platform.find_runs({ward.run_id: ward.user for ward in due}, folder)
+    living = {run_id for run_id, _ in found}
+    for run_id, pid in found:
+        Platform.kill_run(pid, run_id)
+    for ward in due:
+        has_status = ward.result is not None and ward.result.exit_code is not None
+        if not has_status and is_leader_alive(ward, folder):
+            Platform.signal_group(ward.pid or 0, Platform.kill)
+            living.add(ward.run_id)
+        took_s = now - ward.since_mono
+        is_empty = is_sure and ward.run_id not in living and is_unlocked(ward.log_path)
+        if is_empty or (has_status and took_s > SWEEP_MAX_S):
+            del wards[ward.run_id]
+            yield ward
+            continue
+        next_mono = now + min(max(took_s, SWEEP_PAUSE_S), 1.0)  # twice as long after the first
+        if ward.sweep_mono < ward.since_mono + 0.5 <= next_mono:  # once
+            log.warning("waiting for what is left of run %s", ward.run_id)
+        ward.sweep_mono = next_mono
+
+
+def is_leader_alive(ward: Ward, folder: str) -> bool:
+    """Tell whether the command of a lost run lives.
+
+    Its PID was not used again, and it is not that of another project, which this one is a
+    copy of.
+    """
+    pid, is_known = ward.pid or 0, ward.pid and ward.start_time
+    present = Platform.boot_id(), Platform.start_time(pid)
+    if not is_known or (ward.boot_id, ward.start_time) != present:
+        return False
+    theirs = Platform.environment_of(pid).get("APEX_STATE_DIR", folder)
+    return theirs == folder or not os.path.isdir(theirs)
+
+
+class _Link(Wire):
     """The way to one keeper: starting -> reached -> greeted; again, or gone."""
 
-    def __init__(self, name: str, path: str, process: Any = None, is_private: bool = False) -> None:
-        self.name, self.path, self.process, self.is_private = name, path, process, is_private
+    def __init__(self, watched: Watched, path: str, process: Any, is_private: bool) -> None:
+        super().__init__(watched)
+        self.path, self.process, self.is_private = path, process, is_private
+        self.name = path.rpartition("-")[2]
         self.pid, self.file_id = 0, [0, 0]
-        self.connection: socket.socket | None = None
-        self.is_greeted = self.is_foreign = self.is_quitting = False
+        self.is_foreign = self.is_quitting = False
+        self.drop()
+
+    def drop(self) -> None:
+        """Close the connection; the keeper is to be reached anew, or has gone."""
+        super().drop()
+        self.is_greeted = False
         self.asked_mono: float | None = Clock.mono()  # since when it owes an answer
         self.retry_mono, self.pause_s = 0.0, 0.002
-        self.inbox, self.outbox = bytearray(), bytearray()
 
     def is_silent(self) -> bool:
         """Tell whether it has owed an answer for too long."""
@@ -3806,7 +3860,7 @@ class _Link:
         """Tell whether it is there, for everybody, and answers."""
         return self.is_greeted and not (self.is_private or self.is_quitting or self.is_silent())
 
-    def reach(self) -> bytes | None:
+    def reach(self, act: Callable[[], object]) -> bytes | None:
         """Try to connect; None: perhaps later, else it has gone and this is what its file says."""
         self.retry_mono = Clock.mono() + self.pause_s
         self.pause_s = min(self.pause_s * 1.2, 1.0)
@@ -3826,106 +3880,11 @@ class _Link:
                 if self.is_foreign:  # it ends by itself: look for its lock
                     self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
                 else:
-                    folder = os.path.dirname(self.path)
-                    self.connection = Platform.connect(folder, head, 1.0)
-                    self.connection.sendall(head.get("token", "").encode())
-                    self.connection.setblocking(False)
+                    connection = Platform.connect(os.path.dirname(self.path), head, 1.0)
+                    connection.sendall(head.get("token", "").encode())
+                    self.take(connection, act)
                     self.asked_mono = self.asked_mono or Clock.mono()
         return None
-
-    def send(self, kind: str, **fields: object) -> None:
-        """Put a word into the buffer that `flush` sends."""
-        self.outbox += pack_frame({"type": kind, **fields})
-
-    def flush(self) -> None:
-        """Send what there is to send, as far as the keeper takes it now."""
-        if self.outbox and self.connection is not None:
-            with contextlib.suppress(OSError):  # `read` gets the end-of-file
-                del self.outbox[: self.connection.send(self.outbox)]
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the words that have come. Raises EOFError, ValueError."""
-        assert self.connection is not None
-        try:
-            data = self.connection.recv(1 << 18)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self.asked_mono = None
-        self.inbox += data
-        yield from take_frames(self.inbox)
-        if not data:
-            raise EOFError
-
-    def drop(self) -> None:
-        """Close the connection; the keeper is to be reached anew, or has gone."""
-        if self.connection is not None:
-            self.connection.close()
-        self.connection, self.is_greeted = None, False
-        self.inbox, self.outbox = bytearray(), bytearray()
-        self.retry_mono, self.pause_s, self.asked_mono = 0.0, 0.002, Clock.mono()
-
-
-class _Sweeper:
-    """Ends what is left of runs whose leader has ended; never waits for it."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._wards: dict[str, Ward] = {}
-
-    def add(self, ward: Ward) -> None:
-        """Begin with a run, that is looked at by the next `look`."""
-        ward.sweep_mono = ward.since_mono = Clock.mono()
-        ward.pause_s = SWEEP_PAUSE_S
-        self._wards[ward.run_id] = ward
-
-    def due(self) -> float:
-        """Return when there is something to be done (monotonic)."""
-        return min((ward.sweep_mono for ward in self._wards.values()), default=float("inf"))
-
-    def look(self) -> Iterator[Ward]:
-        """KILL what is found of the runs that are due; yield those of which nothing is left.
-
-        One with a status counts, late, though something that is hidden holds its log.
-        """
-        now = Clock.mono()
-        due = [ward for ward in self._wards.values() if ward.sweep_mono <= now]
-        if not due:
-            return
-        users = {ward.run_id: ward.user for ward in due}
-        found, is_sure = Platform.find_runs(users, self._folder)
-        living = {run_id for run_id, _ in found}
-        for run_id, pid in found:
-            Platform.kill_run(pid, run_id)
-        for ward in due:
-            if self._is_leader_alive(ward):
-                Platform.signal_group(ward.pid or 0, Platform.kill)
-                living.add(ward.run_id)
-            is_late = now - ward.since_mono > SWEEP_MAX_S
-            is_empty = is_sure and ward.run_id not in living and is_unlocked(ward.log_path)
-            has_status = ward.result is not None and ward.result.exit_code is not None
-            if is_empty or (is_late and has_status):
-                del self._wards[ward.run_id]
-                yield ward
-                continue
-            if 0.5 < (ward.pause_s or 0.0) < 1.0:  # once
-                log.warning("waiting for what is left of run %s", ward.run_id)
-            ward.pause_s = min(2 * (ward.pause_s or 0.0), 1.0)
-            ward.sweep_mono = now + ward.pause_s
-
-    def _is_leader_alive(self, ward: Ward) -> bool:
-        """Tell whether the command of a lost run lives.
-
-        Its PID was not used again, and it is not that of another project, which this one is a
-        copy of.
-        """
-        is_lost = ward.result is not None and ward.result.exit_code is None
-        is_known = ward.pid and ward.start_time and ward.boot_id == Platform.boot_id()
-        if not is_lost or not is_known or Platform.start_time(ward.pid or 0) != ward.start_time:
-            return False
-        folder = Platform.environment_of(ward.pid or 0).get("APEX_STATE_DIR", self._folder)
-        return folder == self._folder or not os.path.isdir(folder)
 
 
 class _Roster:
@@ -3948,14 +3907,11 @@ class _Roster:
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
         raise NotImplementedError
 
-    def _find(self) -> None:
-        for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
-            match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
-            if match:
-                self._links.setdefault(match[1], _Link(match[1], self._path(match[1])))
-
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, "run", "keeper-" + name)
+
+    def _add(self, name: str, process: Any = None, is_private: bool = False) -> None:
+        self._links[name] = _Link(self.watched, self._path(name), process, is_private)
 
     def standing(self) -> str | None:
         """Return the name of the keeper that takes starts; None: none does now."""
@@ -3976,8 +3932,7 @@ class _Roster:
         """Send what there is to send, as far as the keepers take it now."""
         with self._lock:
             for link in self._links.values():
-                link.flush()
-                if link.outbox:
+                if link.flush():
                     self.wake()  # `look` waits until it can go on
 
     def _tend(self) -> float:
@@ -4004,17 +3959,14 @@ class _Roster:
         """Start a keeper; it is reached when its file is there."""
         self._next_spawn, name = Clock.mono() + 1.0, os.urandom(8).hex()
         try:
-            process = spawn_keeper(self._folder, name)
-            self._links[name] = _Link(name, self._path(name), process, is_private)
+            self._add(name, spawn_keeper(self._folder, name), is_private)
         except OSError as error:
             self._obstacle = f"no keeper can be started: {error.strerror}"
             log.error("%s", self._obstacle)
 
     def _reach(self, link: _Link) -> None:
         """Connect to a keeper, or find that it has gone and conclude on its runs."""
-        text = link.reach()
-        if link.connection is not None:
-            self.watched.add(link.connection, functools.partial(self._read, link))
+        text = link.reach(functools.partial(self._read, link))
         if text is None:
             return
         del self._links[link.name]
@@ -4026,11 +3978,6 @@ class _Roster:
             log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
         self._conclude(link.name, results, has_left)
 
-    def _hang_up(self, link: _Link) -> None:
-        if link.connection is not None:
-            self.watched.remove(link.connection)
-        link.drop()
-
     def _read(self, link: _Link) -> None:
         """Take what a keeper tells; called by `look`."""
         with self._lock:
@@ -4038,13 +3985,14 @@ class _Roster:
                 return
             try:
                 for word in link.read():
+                    link.asked_mono = None
                     self._take(link, word)
                 link.flush()
             except (EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
                 if not isinstance(error, EOFError):
                     log.error("the keeper %s is not understood: %s", link.name, error)
                     link.is_foreign = True
-                self._hang_up(link)
+                link.drop()
 
 
 class Keepers(_Roster):
@@ -4057,7 +4005,7 @@ class Keepers(_Roster):
     def __init__(self, folder: str, is_starter: bool = True) -> None:
         super().__init__(folder, is_starter)
         self._wards: dict[str, Ward] = {}  # by run id, until it is forgotten
-        self._sweeper = _Sweeper(self._folder)
+        self._swept: dict[str, Ward] = {}  # of these, those whose leader has ended
         self._told: list[tuple[Ward, Begun | Result]] = []
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
         self._ours_alone: set[str] = set()  # keepers that had nothing of other kinds
@@ -4074,10 +4022,13 @@ class Keepers(_Roster):
         with self._lock:
             self._is_open = True
             self._kinds.add(kind)
-            self._find()
+            for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
+                match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
+                if match and match[1] not in self._links:
+                    self._add(match[1])
             for link in self._links.values():
                 if link.is_greeted:  # it has told of this kind before: once more
-                    self._hang_up(link)
+                    link.drop()
             for ward in self._wards.values():
                 if ward.is_suspect and ward.keeper in self._links:
                     self._links[ward.keeper].is_private = True
@@ -4089,9 +4040,8 @@ class Keepers(_Roster):
         """Return a keeper that has no child and gets one alone; None: not now."""
         with self._lock:
             private = [link for link in self._links.values() if link.is_private]
-            taken = {ward.keeper for ward in self._wards.values()}
             for link in private:
-                if link.is_greeted and not link.is_quitting and link.name not in taken:
+                if link.is_greeted and not link.is_quitting and not self._has_wards(link.name):
                     return link.name
             if len(private) < PRIVATE_KEEPERS_MAX and all(link.is_greeted for link in private):
                 self._spawn(is_private=True)
@@ -4175,7 +4125,7 @@ class Keepers(_Roster):
         with self._lock:
             ward = self._wards.get(run_id)
             link = self._links.get(ward.keeper or "") if ward is not None else None
-            if ward is not None and ward.result is not None and (ward.pause_s or 0.0) > 0.1:
+            if run_id in self._swept and Clock.mono() - self._swept[run_id].since_mono > 0.1:
                 return "something that it started still lives"
             is_silent = link is not None and link.is_silent()
             return f"its keeper (PID {link.pid}) does not answer" if link and is_silent else ""
@@ -4183,10 +4133,12 @@ class Keepers(_Roster):
     def look(self, timeout_s: float) -> None:
         """Read what keepers tell, and do what is due; return when something happened."""
         with self._lock:
-            due_s = min(self._tend(), self._sweeper.due() - Clock.mono(), timeout_s)
+            sweep_mono = min((ward.sweep_mono for ward in self._swept.values()), default=1e300)
+            due_s = min(self._tend(), sweep_mono - Clock.mono(), timeout_s)
         self.watched.wait(0.0 if self._told else max(due_s, 0.0))
         with self._lock:
-            self._told += [(ward, ward.result) for ward in self._sweeper.look() if ward.result]
+            ended = sweep(self._swept, self._folder)
+            self._told += [(ward, ward.result) for ward in ended if ward.result]
             told, self._told = self._told, []
             has_news, self._has_news = self._has_news, False
         if has_news:
@@ -4197,8 +4149,8 @@ class Keepers(_Roster):
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
         """Settle all runs of a keeper that has gone; its file goes with the last of them."""
         rest = Result(never_ran=True) if has_left else Result()
-        for ward in [ward for ward in self._wards.values() if ward.keeper == name]:
-            if ward.result is None:
+        for ward in self._wards.values():
+            if ward.keeper == name and ward.result is None:
                 self._settle(ward, results.get(ward.run_id, rest))
         if name is not None:
             if has_left and {self._kind(run_id) for run_id in results} <= self._kinds:
@@ -4248,8 +4200,8 @@ class Keepers(_Roster):
             elif self._kind(run_id) in self._kinds:  # nobody knows it any more
                 link.send("end", run=run_id, number=int(Platform.kill), grace=0.0)
         known = {*runs, *word["ended"]}
-        for ward in [ward for ward in self._wards.values() if ward.keeper == link.name]:
-            if ward.result is None and ward.run_id not in known:
+        for ward in self._wards.values():
+            if ward.keeper == link.name and ward.result is None and ward.run_id not in known:
                 self._settle(ward, Result(never_ran=True))
         self._has_news = True
 
@@ -4267,7 +4219,8 @@ class Keepers(_Roster):
         if is_clean or never_ran or ward.run_id.startswith("?"):
             self._told.append((ward, result))
         else:
-            self._sweeper.add(ward)
+            ward.sweep_mono = ward.since_mono = Clock.mono()
+            self._swept[ward.run_id] = ward
 
     def close(self, is_over: bool) -> None:
         """Hang up; is_over: nothing runs any more, so have the keepers leave, and see them go."""

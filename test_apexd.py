@@ -4005,6 +4005,7 @@ class TestKeeper:
         keeper._is_wanted, keeper._ended = False, {"1-a": {"type": "exited", "run": "1-a", "code": 7}}
         keeper._fd = os.open(path, os.O_RDONLY)  # no write succeeds
         keeper._write()
+        assert keeper._ended, "else the next daemon would hear that it never ran"
         os.close(keeper._fd)
         keeper._fd = whole
         keeper._leave()
