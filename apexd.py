@@ -4321,20 +4321,27 @@ def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[
 # ============================================================================
 
 
-class _Run(Value):
-    """A running attempt as the runner sees it; times are monotonic, never: infinity."""
+class _Run:
+    """A running attempt as the runner sees it."""
 
-    task: Task
-    ward: Ward
-    deadline_mono: float  # its timeout
-    is_ending: bool
-    is_known: bool  # its keeper says that it lives
-    is_told: bool  # its result waits to be recorded
-    log: LogWatch
+    def __init__(
+        self, task: Task, store: TaskStore, tell: Callable[[str, Begun | Result], None]
+    ) -> None:
+        self.task = task
+        self.log = LogWatch(log_path(store.folder, task.id, task.attempts))
+        self.ward = Ward(
+            run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
+            log_path=self.log.path, is_process=False, tell=tell, pid=task.pid,
+            start_time=task.start_time, is_suspect=task.suspect,
+        )  # fmt: skip
+        self.deadline_mono = float("inf")  # its timeout, monotonic
+        self.is_ending = False
+        self.begun: Begun | None = None  # its keeper says that it lives
+        self.result: Result | None = None  # waits to be recorded
 
     def can_end(self) -> bool:
         """Tell whether it is neither being ended nor has ended, though perhaps not told yet."""
-        return not (self.is_ending or self.is_told or self.ward.result is not None)
+        return not (self.is_ending or self.result or self.ward.result)
 
 
 def prune_all(store: TaskStore, running: Container[int]) -> None:
@@ -4368,27 +4375,6 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             excess -= size
-
-
-def make_run(task: Task, store: TaskStore, tell: Callable[[str, Begun | Result], None]) -> _Run:
-    """Make what the runner knows of an attempt; `tell` hears of it."""
-    path = log_path(store.folder, task.id, task.attempts)
-    ward = Ward(
-        run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
-        log_path=path, is_process=False, tell=tell, pid=task.pid, start_time=task.start_time,
-        is_suspect=task.suspect,
-    )  # fmt: skip
-    return _Run(task=task, ward=ward, deadline_mono=float("inf"), log=LogWatch(path))
-
-
-def call_task(task: Task, execute: Callable[[Task], object]) -> Result:
-    """Carry out a task by a function: an int is the exit status, None 0, an exception 1."""
-    try:
-        code = execute(task)
-    except Exception:  # the user's callback
-        log.exception("task %d raised", task.id)
-        code = 1
-    return Result(exit_code=code if isinstance(code, int) else 0)
 
 
 class Waiters:
@@ -4442,8 +4428,8 @@ class DaemonRunner:
         self.tell, self.wait_for = self._waiters.tell, self._waiters.wait_for
         self._lock = threading.RLock()  # guards what follows; taken before the store's
         self._running: dict[int, _Run] = {}
-        self._results: list[tuple[Task, Result]] = []  # not on disk yet
-        self._begun: list[tuple[Task, Begun]] = []  # the same
+        self._begun: list[_Run] = []  # what their keeper told is not on disk yet
+        self._ended: list[_Run] = []  # the same of results
         self.is_draining = False  # nothing more is claimed
         self._drain_at = float("inf")  # monotonic; from then on tasks are interrupted
         self.halted, self._drained = threading.Event(), threading.Event()
@@ -4463,15 +4449,15 @@ class DaemonRunner:
         self._metrics.started_at = Clock.now()
         with self._lock:  # or a wish of this moment would be seen neither here nor by `end`
             for task in self.store.find(state="running", limit=INTEGER_MAX):
-                run = self._running[task.id] = make_run(task, self.store, self._take)
+                run = self._running[task.id] = _Run(task, self.store, self._take)
                 if task.keeper == CALLED:
-                    self._take(task.run_id or "", Result())
+                    self._take(run.ward.run_id, Result())
                     continue
                 self.keepers.adopt(run.ward)
                 log.info("Adopting task %d", task.id)
                 if task.wish is not None:
                     self._end(run)
-            if self._execute is None or not all(run.is_told for run in self._running.values()):
+            if self._execute is None or len(self._ended) < len(self._running):
                 self.keepers.open("0")
 
     def finish(self, ids: Iterable[int], deadline_mono: float, force: bool = False) -> list[int]:
@@ -4485,7 +4471,7 @@ class DaemonRunner:
         while wanted & self._running.keys() and Clock.mono() < deadline_mono:
             self.keepers.look(0.1)
             runs = [run for run in self._running.values() if run.task.id in wanted]
-            living = [run for run in runs if run.is_known and run.can_end()]
+            living = [run for run in runs if run.begun and run.can_end()]
             if force and living:
                 self._attempts.set_wishes([run.task.id for run in living], Outcome.INTERRUPTED)
                 for run in living:
@@ -4540,7 +4526,7 @@ class DaemonRunner:
         while not self.halted.is_set():
             try:
                 self.keepers.look(wait_s)
-                if self._results and len(self._results) < len(self._running):
+                if self._ended and len(self._ended) < len(self._running):
                     self.keepers.look(GATHER_S)
                 now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
                 poll_s, is_polling = self.store.config.daemon.poll_interval, now >= next_poll
@@ -4563,8 +4549,8 @@ class DaemonRunner:
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
-                is_told = all(run.is_told for run in self._running.values())
-                if is_told and Clock.mono() >= self._drain_at:
+                has_ended = len(self._ended) == len(self._running)
+                if has_ended and Clock.mono() >= self._drain_at:
                     self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
@@ -4575,7 +4561,7 @@ class DaemonRunner:
         """Return how long nothing can be due; first: when something else is."""
         now, times = Clock.mono(), [first, self._note_mono]
         with self._lock:
-            if self._is_woken or self._results:
+            if self._is_woken or self._ended:
                 return 0.0
             for run in self._running.values():
                 times.append(run.log.due_mono)
@@ -4590,29 +4576,31 @@ class DaemonRunner:
         self._is_woken = False
         with self._lock:
             self._enforce()
-            results, begun = self._results[:], self._begun[:]
-            self._note_mono = float("inf")
-            gone = {task.run_id for task, _ in results}
-            active = [run.task for run in self._running.values() if run.task.run_id not in gone]
-            busy = Counter(task.group for task in active)
+            ended = self._ended
+            results = [(run.task, run.result) for run in ended if run.result]
+            begun = [(run.task, run.begun) for run in self._begun if run.begun and not run.result]
+            active = [run.task.group for run in self._running.values() if not run.result]
             most = 0 if self.is_draining else self.store.config.daemon.max_concurrent
-            living = [(task, what) for task, what in begun if task.run_id not in gone]
             room = max(most - len(active), 0)
-            claimed = self._attempts.turn(results, living, room, busy, self._find_keeper)
+            self._note_mono = float("inf")
+            claimed = self._attempts.turn(results, begun, room, Counter(active), self._find_keeper)
             if claimed:
                 failpoint("commit")
-            del self._results[: len(results)], self._begun[: len(begun)]
-            self._running = {i: r for i, r in self._running.items() if r.task.run_id not in gone}
+            self._ended, self._begun = [], []
+            for run in ended:
+                del self._running[run.task.id]
             for task in claimed:
                 self._start(task)
         self.keepers.flush()
         if claimed:
             failpoint("sent")
-        if results:
+        if ended:
             failpoint("result")
-            self.keepers.forget(task.run_id or "" for task, _ in results)
+            self.keepers.forget(run.ward.run_id for run in ended)
         for task, result in results:
-            self._count(task, result)
+            self._metrics.count(result)
+            took = span(Clock.now() - task.started_at if result.ran_s is None else result.ran_s)
+            log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
         for task in claimed:
             log.info("Starting task %d", task.id)
         self.tell(task.id for task, _ in results)
@@ -4624,11 +4612,6 @@ class DaemonRunner:
             self._drained.set()
             self._on_drained()
 
-    def _count(self, task: Task, result: Result) -> None:
-        self._metrics.count(result)
-        took = span(Clock.now() - task.started_at if result.ran_s is None else result.ran_s)
-        log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
-
     def _find_keeper(self, is_suspect: bool) -> str | None:
         """Return who takes a task that is claimed now; None: nobody."""
         if self._execute is not None:
@@ -4637,7 +4620,7 @@ class DaemonRunner:
 
     def _start(self, task: Task) -> None:
         """Start an attempt whose claim is on disk; holds the lock."""
-        run = self._running[task.id] = make_run(task, self.store, self._take)
+        run = self._running[task.id] = _Run(task, self.store, self._take)
         if task.timeout is not None:
             run.deadline_mono = Clock.mono() + task.timeout
         try:
@@ -4645,34 +4628,38 @@ class DaemonRunner:
                 env, umask = self._attempts.get_context(task)
                 self.keepers.start(run.ward, make_start(task, env, umask, self.store))
             else:
-                act, name = functools.partial(self._carry_out, task), f"call-{task.id}"
+                act, name = functools.partial(self._call, self._execute, run), f"call-{task.id}"
                 threading.Thread(target=act, name=name, daemon=True).start()
         except (DaemonError, RuntimeError) as error:  # no thread to be had, a disk's moment
-            self._take(task.run_id or "", Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
+            self._take(run.ward.run_id, Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
 
-    def _carry_out(self, task: Task) -> None:
-        assert self._execute is not None
-        self._take(task.run_id or "", call_task(task, self._execute))
+    def _call(self, execute: Callable[[Task], object], run: _Run) -> None:
+        try:
+            code = execute(run.task)
+        except Exception:  # the user's callback
+            log.exception("task %d raised", run.task.id)
+            code = 1
+        self._take(run.ward.run_id, Result(exit_code=code if isinstance(code, int) else 0))
         self.keepers.wake()
 
     def _take(self, run_id: str, what: Begun | Result) -> None:
         """Hear of an attempt: it lives, or it has ended; recorded by the next turn."""
         with self._lock:
             run = self._running.get(int(run_id.partition("-")[0]))
-            if run is None or run.task.run_id != run_id:
+            if run is None or run.ward.run_id != run_id:
                 self.keepers.forget([run_id])
                 return
-            if run.is_told:
+            if run.result is not None:
                 return
             if isinstance(what, Begun):
-                run.task.pid, run.task.start_time, run.is_known = what.pid, what.start_time, True
-                if what.is_adopted and run.task.timeout is not None:
+                run.begun, run.task.pid, run.task.start_time = what, what.pid, what.start_time
+                if run.task.timeout is not None:
                     run.deadline_mono = Clock.mono() + run.task.timeout - what.age_s
-                self._begun.append((run.task, what))
+                self._begun.append(run)
                 self._note_mono = min(self._note_mono, Clock.mono() + NOTE_S)
                 return
-            run.is_told = True
-            self._results.append((run.task, what))
+            run.result = what
+            self._ended.append(run)
         if what.reason is not None:
             log_reason(run.log.path, what.reason)
 
@@ -4680,7 +4667,7 @@ class DaemonRunner:
         run.is_ending = True
         failpoint("wish")
         stop_s = self.store.config.daemon.stop_timeout if stop_s is None else stop_s
-        self.keepers.end(run.task.run_id or "", signal.SIGTERM, stop_s)
+        self.keepers.end(run.ward.run_id, signal.SIGTERM, stop_s)
 
     def _enforce(self) -> None:
         """End what is out of time; holds the lock."""
