@@ -4924,16 +4924,16 @@ def find_notes(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (process, index, note) of the runs that a former daemon of this boot began."""
     for entry in sorted(os.listdir(os.path.join(folder, "run"))):
         match = re.fullmatch(r"proc-([A-Za-z][A-Za-z0-9_-]{0,63})\.(0|[1-9][0-9]{0,3})", entry)
-        path, note = os.path.join(folder, "run", entry), {}
-        if match:
-            with contextlib.suppress(OSError, DaemonError, ValueError, RecursionError):
-                with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
-                    found = json.loads(file.read(NOTE_BYTES).decode("utf-8", "surrogateescape"))
-                note = found if isinstance(found, dict) else {}
+        if match is None:
+            continue
+        path = os.path.join(folder, "run", entry)
+        note: dict[str, Any] = {}
+        with contextlib.suppress(DaemonError, ValueError):
+            note = read_json(path) or {}
         is_sound = all(isinstance(note.get(key), kind) for key, kind in _NOTE_TYPES.items())
-        if match and is_sound and note.get("boot") == Platform.boot_id():
+        if is_sound and note.get("boot") == Platform.boot_id():
             yield match[1], int(match[2]), note
-        elif match:
+        else:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
@@ -4946,32 +4946,35 @@ class Watch:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
-        self.word: dict[str, Any] = {}  # how it was started; of an adopted run, what shows
+        self.word: dict[str, Any] = {}  # how it was started; its probes run alike
         self.asking = threading.Event()  # ends the thread
         self.is_unasked = False  # that could not start
         self.hearing: socket.socket | None = None  # its NOTIFY_SOCKET
 
-    def make_word(self) -> dict[str, Any]:
-        """Return what `start` says of a run. Raises OSError, ValueError, DaemonError."""
+    def make_word(self, env: dict[str, str] | None = None) -> dict[str, Any]:
+        """Return what `start` says of a run; env: of an adopted one, if that is known.
+
+        Raises OSError, ValueError, DaemonError.
+        """
         one, policy, store = self.instance, self.instance.view.policy, self.instance.store
-        env = capture_environment(store.config.daemon.env_keep)
-        ids: dict[str, Any] = {}
-        if policy.user or policy.group:
-            ids, who = Platform.identity(policy.user, policy.group)
-            env.update(who)
-        if any(probe.kind == "notify" for probe in one.probes):
-            env["NOTIFY_SOCKET"] = self._listen(ids.get("uid"))
-            if policy.live and policy.live.kind == "notify":
-                env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
-        for path in policy.env_file:
-            env.update(read_environment(os.path.join(store.project, path)))
-        env.update({name: fill(text, one.index) for name, text in policy.env.items()})
-        marks = {"PROCESS": one.name, "INSTANCE": one.index, "RUN_ID": one.note["run"]}
-        env.update(make_marks(store, **marks))
+        is_other = policy.user or policy.group
+        ids, who = Platform.identity(policy.user, policy.group) if is_other else ({}, {})
+        notify = self._listen(ids.get("uid")) if "notify" in one.kinds else None
+        if not env:
+            env = {**capture_environment(store.config.daemon.env_keep), **who}
+            if notify is not None:
+                env["NOTIFY_SOCKET"] = notify
+                if policy.live and policy.live.kind == "notify":
+                    env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
+            for path in policy.env_file:
+                env.update(read_environment(os.path.join(store.project, path)))
+            env.update({name: fill(text, one.index) for name, text in policy.env.items()})
+            marks = {"PROCESS": one.name, "INSTANCE": one.index, "RUN_ID": one.note["run"]}
+            env.update(make_marks(store, **marks))
         command = fill(policy.command, one.index)
         self.word = {
             "argv": [*Platform.SHELL, command] if isinstance(command, str) else command,
-            "cwd": os.path.join(store.project, fill(policy.cwd, self.instance.index)),
+            "cwd": os.path.join(store.project, fill(policy.cwd, one.index)),
             "env": env,
             "umask": int(policy.umask, 8),
             "log": one.log.path,
@@ -5007,31 +5010,15 @@ class Watch:
                 if folder != os.path.dirname(self.instance.path):
                     os.rmdir(folder)  # with the last one's
 
-    def remember(self, pid: int) -> None:
-        """Learn of an adopted run what its probes need. Raises OSError, ValueError, DaemonError."""
-        one, policy, env = self.instance, self.instance.view.policy, Platform.environment_of(pid)
-        if self.word:  # it was only the keeper that was reached anew
-            return
-        if not env:
-            self.make_word()
-            return
-        is_other = policy.user or policy.group
-        if one.note.get("notify"):
-            self._listen(one.note["user"] if is_other else None)
-        ids = Platform.identity(policy.user, policy.group)[0] if is_other else {}
-        cwd = os.path.join(one.store.project, fill(policy.cwd, one.index))
-        self.word = {"env": env, "cwd": cwd, "umask": int(policy.umask, 8), "ids": ids}
-
     def ask_anew(self) -> None:
         """Ask by the probes that are configured now; holds the lock."""
         view = self.instance.view
         self.asking.set()
         view.is_ready |= view.policy.ready is None or bool(self.instance.note.get("ready"))
         view.lapses, view.last_sign, self.is_unasked = 0, Clock.mono(), False
-        if any(one.kind != "notify" for one in self.instance.probes):
+        if self.instance.kinds - {"notify"}:
             self.asking = threading.Event()
-            args = (self.asking, self.instance.ward)
-            name = "probe-" + self.instance.id
+            args, name = (self.asking, self.instance.ward), "probe-" + self.instance.id
             try:
                 threading.Thread(target=self._ask, args=args, name=name, daemon=True).start()
             except RuntimeError:  # no thread to be had: tried again
@@ -5118,7 +5105,6 @@ class Instance:
         self.view.quick_ends = self.view.jitter = 0
         self.ward: Ward | None = None  # of the run that is there
         self.watch = Watch(self)
-        self.failure: Result | None = None  # it could not be started
         self.note: dict[str, Any] = {}  # of the last run, as in its file
         self.last_end = self.remark = ""  # "exit 137"; what it says of itself (STATUS=)
         self.flaw = ""  # why it is stopping, if nobody asked for it
@@ -5141,9 +5127,9 @@ class Instance:
         return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
     @property
-    def probes(self) -> list[Probe]:
-        """What there is to ask or to hear."""
-        return [one for one in (self.view.policy.ready, self.view.policy.live) if one is not None]
+    def kinds(self) -> set[str]:
+        """How its probes ask or hear."""
+        return {one.kind for one in (self.view.policy.ready, self.view.policy.live) if one}
 
     def want(self) -> None:
         """Have it up from now on, as if for the first time; holds the lock."""
@@ -5200,7 +5186,7 @@ class Instance:
         """Write what the next daemon is to know of this run. Raises ValueError, DaemonError."""
         self.note.update(more)
         text = json.dumps(self.note, ensure_ascii=False)  # escapes could make it too long
-        data = text.encode("utf-8", "surrogateescape").ljust(NOTE_BYTES - 1) + b"\n"
+        data = text.encode("utf-8", "surrogatepass").ljust(NOTE_BYTES - 1) + b"\n"
         if len(data) > NOTE_BYTES:
             raise ValueError("the note of the run is too long: use a shorter path")
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
@@ -5231,30 +5217,30 @@ class Instance:
         try:
             word = self.watch.make_word()
             self.write_note(user=word["ids"].get("uid", Platform.user()))
-            self.ward = self._make_ward()
         except (OSError, ValueError, DaemonError) as error:
-            self.ward = self._make_ward()
-            self.failure = Result(exit_code=126, reason=f"spawn: {error}")
+            self.take_end(Result(exit_code=126, reason=f"spawn: {error}"))
             return
+        self.ward = self._make_ward()
         failpoint("note")
         self.keepers.start(self.ward, word)
         self.keepers.flush()
 
-    def adopt(self) -> None:
-        """Find out what became of the run that its note tells of; holds the lock."""
-        view, note = self.view, self.note
+    def adopt(self, note: dict[str, Any]) -> None:
+        """Find out what became of the run that a note tells of; holds the lock."""
+        view, self.note = self.view, note
         view.quick_ends, view.has_given_up = note["quick"], note.get("given_up", False)
         view.restarts = [Clock.mono()] * note["recent"]
         view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
         self._settle_in(max(Clock.now() - note["started"], 0.0))
-        view.is_ready, self.ward = bool(note.get("ready")), self._make_ward()
+        view.is_ready = bool(note.get("ready"))
         if isinstance(note.get("ended"), dict):  # told, but not acted on
-            self.failure = Result(**note["ended"])
+            self.take_end(Result(**note["ended"]))
         else:
+            self.ward = self._make_ward()
             self.keepers.adopt(self.ward)
 
     def _settle_in(self, age_s: float) -> None:
-        view, self.remark, self.failure = self.view, "", None
+        view, self.remark = self.view, ""
         view.is_ready, view.lapses, view.is_stale = False, 0, False
         view.last_sign = Clock.mono()
         view.started = view.last_sign - age_s
@@ -5287,16 +5273,19 @@ class Instance:
             self.write_note(pid=begun.pid, at=begun.start_time)
             if begun.is_adopted:
                 log.info("Adopted process %s, PID %d", self.id, begun.pid)
-                self.watch.remember(begun.pid)
+                if not self.watch.word:  # else it was only the keeper that was reached anew
+                    self.watch.make_word(Platform.environment_of(begun.pid))
         except (OSError, ValueError, DaemonError) as error:  # it runs all the same
             log.error("process %s is not looked after: %s", self.id, error)
         self.watch.ask_anew()
 
-    def end(self, name: str, grace_s: float) -> None:
-        """Ask all of the run to end by a signal, KILL it after a grace."""
+    def end(self, force: bool) -> None:
+        """Ask all of the run to end by `stop_signal`, KILL it after a grace; force: at once."""
+        policy, number = self.view.policy, int(Platform.kill)
+        if not force:
+            number = int(getattr(signal, "SIG" + policy.stop_signal, number))
         if self.ward is not None:
-            number = int(getattr(signal, "SIG" + name, Platform.kill))
-            self.keepers.end(self.ward.run_id, number, grace_s)
+            self.keepers.end(self.ward.run_id, number, 0.0 if force else policy.stop_timeout)
 
     def take_sign(self, is_well: bool) -> None:
         """Count a sign of life, or a lapse; the first good one is readiness; holds the lock."""
@@ -5311,7 +5300,7 @@ class Instance:
 
     def take_end(self, result: Result) -> None:
         """Note that the run has ended; holds the lock."""
-        view, self.ward, self.failure = self.view, None, None
+        view, self.ward = self.view, None
         self.watch.stop()
         if result.ran_s is not None:
             view.started = Clock.mono() - result.ran_s
@@ -5355,16 +5344,13 @@ class Instance:
     def explain(self) -> str:
         """Say in a line what it does, and why."""
         view, now, count = self.view, Clock.mono(), self.note.get("restarts", 0)
-        times = "1 time" if count == 1 else f"{count} times"
-        parts = [f"restarted {times}: {self.last_end}"] if self.last_end and count else []
-        if not parts and self.last_end:
-            parts = [self.last_end]
+        parts = [self.last_end] if self.last_end else []
+        if parts and count:
+            parts = [f"restarted {count} time{'s' * (count > 1)}: {self.last_end}"]
         if view.state in (ProcessState.BACKOFF, ProcessState.FAILED):
             parts.append(f"next try in {span(view.due - now)}")
         elif view.state == ProcessState.STARTING and self.ward is None:
-            obstacle = self.keepers.obstacle
-            needs = "waits for " + ", ".join(view.policy.needs)
-            parts = [obstacle or needs]
+            parts = [self.keepers.obstacle or "waits for " + ", ".join(view.policy.needs)]
         elif view.state == ProcessState.STARTING:
             parts.append(f"not ready yet, for {span(now - view.started)}")
         elif view.state == ProcessState.UNHEALTHY:
@@ -5464,9 +5450,8 @@ class Supervisor:
             policy = self.store.config.processes.get(name, gone)
             instance = self._instances[f"{name}.{index}"] = Instance(name, index, policy, self)
             instance.view.is_wanted = decisions.get(name, (None, None))[0] is not False
-            instance.note = note
             log.info("Adopting process %s", instance.id)
-            instance.adopt()
+            instance.adopt(note)
 
     def finish(self, deadline_mono: float) -> list[str]:
         """KILL all that a former daemon left, without a thread; return what still runs then.
@@ -5475,11 +5460,7 @@ class Supervisor:
         """
         with self.moved:
             self._adopt()
-            for instance in self._instances.values():
-                instance.view.is_wanted = False
-                instance.end("KILL", 0.0)
-                if instance.failure is not None:
-                    instance.take_end(instance.failure)
+            self.stop(force=True)
         self.keepers.open("a")
         while Clock.mono() < deadline_mono and any(o.ward for o in self._instances.values()):
             self.keepers.look(0.1)
@@ -5494,7 +5475,7 @@ class Supervisor:
                 if instance.ward is None:
                     instance.forget()
                 elif force:
-                    instance.end("KILL", 0.0)
+                    instance.end(force)
             self.moved.notify_all()
 
     def halt(self) -> None:
@@ -5589,8 +5570,6 @@ class Supervisor:
                 ready[one.name] = ready.get(one.name, True) and is_good_enough(one.view)
             for instance in everyone:
                 view = instance.view
-                if instance.failure is not None:
-                    instance.take_end(instance.failure)
                 if instance.watch.is_unasked and now >= view.last_sign + 1.0:
                     instance.watch.ask_anew()
                 view.is_spawned = instance.ward is not None
@@ -5629,16 +5608,15 @@ class Supervisor:
         for name in ("due", "quick_ends", "has_given_up", "is_wanted"):
             if getattr(action, name) is not None:
                 setattr(view, name, getattr(action, name))
-        if action.act == "start":
-            instance.begin(keeper)
-        elif action.act == "end":
-            instance.end(view.policy.stop_signal, view.policy.stop_timeout)
-        elif action.act == "kill":
-            instance.end("KILL", 0.0)
         is_moving = action.state != view.state
         if is_moving:
             instance.move(action.state, action.why)
-        if view.policy.critical and (is_over or (is_moving and view.state == ProcessState.FAILED)):
+        if action.act == "start":
+            instance.begin(keeper)
+        elif action.act is not None:
+            instance.end(action.act == "kill")
+        is_over = is_over or (is_moving and action.state == ProcessState.FAILED)
+        if view.policy.critical and is_over:
             self._on_failure(instance.id)
         return is_moving or action.act == "start"
 
@@ -5656,17 +5634,20 @@ class Supervisor:
         for instance in running:
             if now >= instance.log.due_mono:
                 instance.log.look(int(instance.view.policy.log_mb * 1e6))
-        limited = [one for one in running if one.view.policy.memory_restart_mb]
+        limited = {
+            one.ward.pid: one
+            for one in running if one.ward and one.ward.pid and one.view.policy.memory_restart_mb
+        }  # fmt: skip
         if not limited or now < self._next_check:
             return
         self._next_check = now + LOG_CHECK_S
-        pids = {one.id: one.ward.pid for one in limited if one.ward is not None and one.ward.pid}
-        usage = Platform.usage(set(pids.values()))
+        usage = Platform.usage(limited)
         with self.moved:
-            for instance in limited:
-                most = instance.view.policy.memory_restart_mb * 1e6
-                _, used = usage.get(pids.get(instance.id, 0), (0.0, 0))
-                if used > most and instance.ward is not None and not instance.view.is_stale:
+            for pid, (_, used) in usage.items():
+                instance = limited[pid]
+                is_there = instance.ward is not None and instance.ward.pid == pid
+                most = (instance.view.policy.memory_restart_mb or float("inf")) * 1e6
+                if is_there and used > most and not instance.view.is_stale:
                     log.warning("process %s uses %d MB", instance.id, used / 1e6)
                     instance.view.is_stale, instance.is_rolling = True, False
                     self.moved.notify_all()
