@@ -3502,7 +3502,7 @@ class Keeper:
         self._children: dict[int, _Child] = {}  # by PID
         self._runs: dict[str, _Child] = {}
         self._ended: dict[str, dict[str, Any]] = {}  # results, until they are forgotten
-        self._written: set[str] = set()  # of these, those that the file has
+        self._unwritten: dict[str, dict[str, Any]] = {}  # of these, those not in the file
         self._untold: deque[dict[str, Any]] = deque()  # words for the daemon that is connected
         self._is_wanted = True  # until `quit`, or a hang-up, or no daemon came
         self._is_terminated = False
@@ -3529,7 +3529,7 @@ class Keeper:
         signal.set_wakeup_fd(self._watched.waker.fileno(), warn_on_full_buffer=False)
         for name in Platform.SIGNALS:  # none is ignored, or children would ignore it, too
             signal.signal(getattr(signal, name), self._note_signal)
-        while self._is_needed() or (self._find_unwritten() and not self._is_broken):
+        while self._is_needed() or (self._unwritten and not self._is_broken):
             self._watched.wait(self._next_wake_s())
             for pid, how in Platform.reap(self._sweep):
                 self._note_end(pid, how)
@@ -3545,16 +3545,13 @@ class Keeper:
         children = self._children.values()
         times = [time for child in children for time in (child.kill_mono, child.tell_mono)]
         if self._daemon.connection is None:
-            times.append(Clock.mono() + 1.0 if self._find_unwritten() else self._patience_mono)
+            times.append(Clock.mono() + 1.0 if self._unwritten else self._patience_mono)
         return max(min(times, default=float("inf")) - Clock.mono(), 0.0)
 
     def _is_needed(self) -> bool:
         if self._daemon.connection is None and Clock.mono() >= self._patience_mono:
             self._is_wanted = False
         return bool(self._children) or (self._is_wanted and not self._is_terminated)
-
-    def _find_unwritten(self) -> list[dict[str, Any]]:
-        return [word for run, word in self._ended.items() if run not in self._written]
 
     def _meet(self) -> bool:
         """Take the next daemon in the place of the former one, and greet it, if there is one."""
@@ -3613,7 +3610,7 @@ class Keeper:
         elif kind == "forget":
             for run in word["runs"]:
                 self._ended.pop(run, None)
-                self._written.discard(run)
+                self._unwritten.pop(run, None)
         elif kind == "quit":
             self._is_wanted = False
 
@@ -3669,7 +3666,7 @@ class Keeper:
         self._note(word)
 
     def _note(self, result: dict[str, Any]) -> None:
-        self._ended[result["run"]] = result
+        self._ended[result["run"]] = self._unwritten[result["run"]] = result
         self._untold.append(result)
 
     def _act_on_time(self) -> None:
@@ -3685,10 +3682,8 @@ class Keeper:
     def _write(self) -> None:
         """Append the results that no daemon hears."""
         if self._daemon.connection is None or not self._is_needed():
-            for word in self._find_unwritten():
-                if not self._append(word):
-                    return
-                self._written.add(word["run"])
+            while self._unwritten and self._append(next(iter(self._unwritten.values()))):
+                del self._unwritten[next(iter(self._unwritten))]
 
     def _append(self, word: Mapping[str, Any]) -> bool:
         """Append a line; a torn one must not swallow the next. False: not yet, or (broken) never.
@@ -3850,7 +3845,7 @@ class _Link(Wire):
         super().drop()
         self.is_greeted = False
         self.asked_mono: float | None = Clock.mono()  # since when it owes an answer
-        self.retry_mono, self.pause_s = 0.0, 0.002
+        self.retry_mono = 0.0
 
     def is_silent(self) -> bool:
         """Tell whether it has owed an answer for too long."""
@@ -3862,8 +3857,9 @@ class _Link(Wire):
 
     def reach(self, act: Callable[[], object]) -> bytes | None:
         """Try to connect; None: perhaps later, else it has gone and this is what its file says."""
-        self.retry_mono = Clock.mono() + self.pause_s
-        self.pause_s = min(self.pause_s * 1.2, 1.0)
+        now = Clock.mono()
+        waited_s = now - (self.asked_mono or now)
+        self.retry_mono = now + min(max(waited_s / 5, 0.002), 1.0)
         is_ended = self.process is None or self.process.poll() is not None
         try:
             fd = os.open(self.path, os.O_RDONLY | _O_SAFE)
@@ -3878,17 +3874,20 @@ class _Link(Wire):
                 head = json.loads(file.readline(4096))
                 self.is_foreign |= head["keeper"] != KEEPER_PROTOCOL
                 if self.is_foreign:  # it ends by itself: look for its lock
-                    self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
+                    self.retry_mono, self.asked_mono = now + 1.0, None
                 else:
                     connection = Platform.connect(os.path.dirname(self.path), head, 1.0)
                     connection.sendall(head.get("token", "").encode())
                     self.take(connection, act)
-                    self.asked_mono = self.asked_mono or Clock.mono()
+                    self.asked_mono = self.asked_mono or now
         return None
 
 
 class _Roster:
     """The keepers that there are: found, started, connected to, gone. Keepers says what then."""
+
+    _take: Callable[[_Link, dict[str, Any]], None]
+    _conclude: Callable[[str | None, Mapping[str, Result], bool], None]
 
     def __init__(self, folder: str, is_starter: bool) -> None:
         self._folder = os.path.abspath(folder)
@@ -3900,12 +3899,6 @@ class _Roster:
         self._obstacle = "it is being started"  # why no keeper stands
         self.watched = Watched()
         self.wake = self.watched.wake  # makes `look` return
-
-    def _take(self, link: _Link, word: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
-        raise NotImplementedError
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, "run", "keeper-" + name)
@@ -4006,10 +3999,9 @@ class Keepers(_Roster):
         super().__init__(folder, is_starter)
         self._wards: dict[str, Ward] = {}  # by run id, until it is forgotten
         self._swept: dict[str, Ward] = {}  # of these, those whose leader has ended
-        self._told: list[tuple[Ward, Begun | Result]] = []
+        self._calls: list[Callable[[], None]] = []  # that `look` is to make
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
         self._ours_alone: set[str] = set()  # keepers that had nothing of other kinds
-        self._has_news = False  # `on_standing` is to be called
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
 
     def adopt(self, ward: Ward) -> None:
@@ -4036,8 +4028,10 @@ class Keepers(_Roster):
                 self._conclude(name, {}, False)  # its file is gone, and so is it
             self._tend()
 
-    def find_private(self) -> str | None:
-        """Return a keeper that has no child and gets one alone; None: not now."""
+    def find_keeper(self, is_suspect: bool) -> str | None:
+        """Return who takes a start now, None: nobody; a suspect's has no child but this."""
+        if not is_suspect:
+            return self.standing()
         with self._lock:
             private = [link for link in self._links.values() if link.is_private]
             for link in private:
@@ -4095,17 +4089,13 @@ class Keepers(_Roster):
     def forget(self, run_ids: Iterable[str]) -> None:
         """Let go of runs whose results are on disk."""
         with self._lock:
-            by_keeper: dict[str, list[str]] = {}
-            for run_id in run_ids:
-                ward = self._wards.pop(run_id, None)
-                if ward is not None and ward.keeper is not None:
-                    by_keeper.setdefault(ward.keeper, []).append(run_id)
-            for name, runs in by_keeper.items():
+            gone = [self._wards.pop(run_id) for run_id in run_ids if run_id in self._wards]
+            for name in {ward.keeper or "" for ward in gone}:
                 link = self._links.get(name)
                 if link is None:
                     self._remove(name)
                 elif link.is_greeted:
-                    link.send("forget", runs=runs)
+                    link.send("forget", runs=[x.run_id for x in gone if x.keeper == name])
                     if link.is_private and not self._has_wards(name):
                         link.is_quitting = True
                         link.send("quit")
@@ -4135,16 +4125,16 @@ class Keepers(_Roster):
         with self._lock:
             sweep_mono = min((ward.sweep_mono for ward in self._swept.values()), default=1e300)
             due_s = min(self._tend(), sweep_mono - Clock.mono(), timeout_s)
-        self.watched.wait(0.0 if self._told else max(due_s, 0.0))
+        self.watched.wait(0.0 if self._calls else max(due_s, 0.0))
         with self._lock:
-            ended = sweep(self._swept, self._folder)
-            self._told += [(ward, ward.result) for ward in ended if ward.result]
-            told, self._told = self._told, []
-            has_news, self._has_news = self._has_news, False
-        if has_news:
-            self.on_standing()
-        for ward, what in told:
-            ward.tell(ward.run_id, what)
+            for ward in sweep(self._swept, self._folder):
+                self._tell(ward, ward.result or Result())
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+    def _tell(self, ward: Ward, what: Begun | Result) -> None:
+        self._calls.append(functools.partial(ward.tell, ward.run_id, what))
 
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
         """Settle all runs of a keeper that has gone; its file goes with the last of them."""
@@ -4168,7 +4158,6 @@ class Keepers(_Roster):
                     insist(os.unlink, path)
 
     def _take(self, link: _Link, word: dict[str, Any]) -> None:
-        """Act on one word of a keeper's."""
         kind, run_id = word["type"], str(word.get("run"))
         ward = self._wards.get(run_id)
         if kind == "hello":
@@ -4203,13 +4192,13 @@ class Keepers(_Roster):
         for ward in self._wards.values():
             if ward.keeper == link.name and ward.result is None and ward.run_id not in known:
                 self._settle(ward, Result(never_ran=True))
-        self._has_news = True
+        self._calls.append(self.on_standing)
 
     def _begin(self, ward: Ward, told: Mapping[str, Any], is_adopted: bool) -> None:
         ward.pid, ward.start_time = int(told["pid"]), told["at"]
         age_s = float(told.get("age_s", 0.0))
         begun = Begun(pid=ward.pid, start_time=told["at"], age_s=age_s, is_adopted=is_adopted)
-        self._told.append((ward, begun))
+        self._tell(ward, begun)
 
     def _settle(self, ward: Ward, result: Result) -> None:
         """A run has come to its end: tell it, at once or when nothing of it is left."""
@@ -4217,7 +4206,7 @@ class Keepers(_Roster):
         is_clean = result.exit_code == 0 and not ward.is_process and ward.ending is None
         never_ran = result.never_ran or (result.reason is not None and ward.pid is None)
         if is_clean or never_ran or ward.run_id.startswith("?"):
-            self._told.append((ward, result))
+            self._tell(ward, result)
         else:
             ward.sweep_mono = ward.since_mono = Clock.mono()
             self._swept[ward.run_id] = ward
@@ -4343,6 +4332,15 @@ class _Run:
         """Tell whether it is neither being ended nor has ended, though perhaps not told yet."""
         return not (self.is_ending or self.result or self.ward.result)
 
+    def call(self, execute: Callable[[Task], object]) -> Result:
+        """Carry it out by a function."""
+        try:
+            code = execute(self.task)
+        except Exception:  # the user's callback
+            log.exception("task %d raised", self.task.id)
+            code = 1
+        return Result(exit_code=code if isinstance(code, int) else 0)
+
 
 def prune_all(store: TaskStore, running: Container[int]) -> None:
     """Forget tasks and logs past retention; never those of running tasks.
@@ -4377,35 +4375,6 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
             excess -= size
 
 
-class Waiters:
-    """Those who wait for tasks to move. Any thread."""
-
-    def __init__(self) -> None:
-        self._moved = threading.Condition()  # guards what follows
-        self._awaited: list[int] = []  # the task of each that waits
-        self.is_over = False
-
-    def tell(self, ids: Iterable[int]) -> None:
-        """Wake those who wait for any of these tasks: they have moved."""
-        with self._moved:
-            if not set(ids).isdisjoint(self._awaited):
-                self._moved.notify_all()
-
-    def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
-        """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
-        with self._moved:
-            self._awaited.append(task_id)
-            if not is_done() and not self.is_over:
-                self._moved.wait(timeout_s)
-            self._awaited.remove(task_id)
-
-    def end(self) -> None:
-        """Let nobody wait any more."""
-        with self._moved:
-            self.is_over = True
-            self._moved.notify_all()
-
-
 class DaemonRunner:
     """Claims tasks from a TaskStore, runs them, records how they ended.
 
@@ -4424,8 +4393,7 @@ class DaemonRunner:
         self._attempts = AttemptStore(store)
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
-        self._waiters = Waiters()
-        self.tell, self.wait_for = self._waiters.tell, self._waiters.wait_for
+        self._awaited: dict[threading.Event, int] = {}  # the task of each that waits
         self._lock = threading.RLock()  # guards what follows; taken before the store's
         self._running: dict[int, _Run] = {}
         self._begun: list[_Run] = []  # what their keeper told is not on disk yet
@@ -4470,12 +4438,9 @@ class DaemonRunner:
         self.adopt()
         while wanted & self._running.keys() and Clock.mono() < deadline_mono:
             self.keepers.look(0.1)
-            runs = [run for run in self._running.values() if run.task.id in wanted]
-            living = [run for run in runs if run.begun and run.can_end()]
-            if force and living:
-                self._attempts.set_wishes([run.task.id for run in living], Outcome.INTERRUPTED)
-                for run in living:
-                    self._end(run, 0.0)
+            runs = [run for run in self._running.values() if run.task.id in wanted and run.begun]
+            if force:
+                self._end_all(runs, Outcome.INTERRUPTED, 0.0)
             self._turn()
         return sorted(wanted & self._running.keys())
 
@@ -4496,7 +4461,7 @@ class DaemonRunner:
         """End the polling and leave the children to the next daemon."""
         self.halted.set()
         self.wake()
-        self._waiters.end()
+        self.tell(list(self._awaited.values()))
         if self._thread.is_alive():
             self._thread.join(ANSWER_TIMEOUT_S)
 
@@ -4511,6 +4476,21 @@ class DaemonRunner:
             for task_id in self._running.keys() & set(ids):
                 self._end(self._running[task_id])
         self.wake()
+
+    def tell(self, ids: Iterable[int]) -> None:
+        """Wake those who wait for any of these tasks: they have moved."""
+        moved = set(ids)
+        for event, task_id in list(self._awaited.items()):
+            if task_id in moved:
+                event.set()
+
+    def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
+        """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
+        event = threading.Event()
+        self._awaited[event] = task_id
+        if not is_done() and not self.halted.is_set():
+            event.wait(timeout_s)
+        del self._awaited[event]
 
     def get_metrics(self) -> DaemonMetrics:
         """Return a copy of the counters."""
@@ -4538,19 +4518,19 @@ class DaemonRunner:
                         self._is_woken = True  # no `|=`: what sets it meanwhile must stay
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
-                for run in self._running.values():
-                    if now >= run.log.due_mono:
-                        run.log.look(int(self.store.config.limits.log_mb * 1e6))
-                next_care = now + self._on_poll()
+                logs = [run.log for run in self._running.values()]
+                for watch in logs:
+                    if now >= watch.due_mono:
+                        watch.look(int(self.store.config.limits.log_mb * 1e6))
+                dues = [now + self._on_poll(), next_poll, *(watch.due_mono for watch in logs)]
                 if is_polling and now >= next_upkeep:
                     next_upkeep = now + MAINTENANCE_S
                     prune_all(self.store, self._running)
-                wait_s = self._next_wake_s(min(next_poll, next_care))
+                wait_s = self._next_wake_s(min(dues))
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
-                has_ended = len(self._ended) == len(self._running)
-                if has_ended and Clock.mono() >= self._drain_at:
+                if len(self._ended) == len(self._running) and Clock.mono() >= self._drain_at:
                     self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
@@ -4558,13 +4538,12 @@ class DaemonRunner:
                 self.halted.wait(1.0)
 
     def _next_wake_s(self, first: float) -> float:
-        """Return how long nothing can be due; first: when something else is."""
+        """Return how long no turn can be due; first: when something else is."""
         now, times = Clock.mono(), [first, self._note_mono]
         with self._lock:
             if self._is_woken or self._ended:
                 return 0.0
             for run in self._running.values():
-                times.append(run.log.due_mono)
                 if run.can_end():
                     times += (run.deadline_mono, self._drain_at)
         if self._attempts.next_due is not None and not self.is_draining:
@@ -4573,17 +4552,21 @@ class DaemonRunner:
 
     def _turn(self) -> None:
         """Enforce deadlines, record results, claim and start: once round."""
-        self._is_woken = False
+        now, self._is_woken = Clock.mono(), False
         with self._lock:
-            self._enforce()
+            runs = self._running.values()
+            self._end_all([run for run in runs if now >= run.deadline_mono], Outcome.TIMEOUT)
+            if now >= self._drain_at:
+                self._end_all(runs, Outcome.INTERRUPTED)
             ended = self._ended
             results = [(run.task, run.result) for run in ended if run.result]
             begun = [(run.task, run.begun) for run in self._begun if run.begun and not run.result]
-            active = [run.task.group for run in self._running.values() if not run.result]
+            active = [run.task.group for run in runs if not run.result]
             most = 0 if self.is_draining else self.store.config.daemon.max_concurrent
             room = max(most - len(active), 0)
             self._note_mono = float("inf")
-            claimed = self._attempts.turn(results, begun, room, Counter(active), self._find_keeper)
+            find = self.keepers.find_keeper if self._execute is None else lambda is_suspect: CALLED
+            claimed = self._attempts.turn(results, begun, room, Counter(active), find)
             if claimed:
                 failpoint("commit")
             self._ended, self._begun = [], []
@@ -4612,12 +4595,6 @@ class DaemonRunner:
             self._drained.set()
             self._on_drained()
 
-    def _find_keeper(self, is_suspect: bool) -> str | None:
-        """Return who takes a task that is claimed now; None: nobody."""
-        if self._execute is not None:
-            return CALLED
-        return self.keepers.find_private() if is_suspect else self.keepers.standing()
-
     def _start(self, task: Task) -> None:
         """Start an attempt whose claim is on disk; holds the lock."""
         run = self._running[task.id] = _Run(task, self.store, self._take)
@@ -4634,12 +4611,7 @@ class DaemonRunner:
             self._take(run.ward.run_id, Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
 
     def _call(self, execute: Callable[[Task], object], run: _Run) -> None:
-        try:
-            code = execute(run.task)
-        except Exception:  # the user's callback
-            log.exception("task %d raised", run.task.id)
-            code = 1
-        self._take(run.ward.run_id, Result(exit_code=code if isinstance(code, int) else 0))
+        self._take(run.ward.run_id, run.call(execute))
         self.keepers.wake()
 
     def _take(self, run_id: str, what: Begun | Result) -> None:
@@ -4669,23 +4641,20 @@ class DaemonRunner:
         stop_s = self.store.config.daemon.stop_timeout if stop_s is None else stop_s
         self.keepers.end(run.ward.run_id, signal.SIGTERM, stop_s)
 
-    def _enforce(self) -> None:
-        """End what is out of time; holds the lock."""
-        now = Clock.mono()
-        runs = [run for run in self._running.values() if run.can_end()]
-        late = [run for run in runs if now >= run.deadline_mono]
-        rest = [run for run in runs if run not in late] if now >= self._drain_at else []
-        for wish, ending in ((Outcome.TIMEOUT, late), (Outcome.INTERRUPTED, rest)):
-            try:
-                if ending:
-                    self._attempts.set_wishes([run.task.id for run in ending], wish)
-            except DaemonError as error:  # a read-only disk: TERM ends what runs all the same
-                if wish != Outcome.INTERRUPTED:
-                    raise
-                log.error("%s", error)
-            for run in ending:
-                log.warning("Ending task %d: %s", run.task.id, wish.value)
-                self._end(run)
+    def _end_all(self, runs: Iterable[_Run], wish: Outcome, stop_s: float | None = None) -> None:
+        """Write down why runs are ended, then end those that can be; holds the lock."""
+        runs = [run for run in runs if run.can_end()]
+        try:
+            if runs:
+                self._attempts.set_wishes([run.task.id for run in runs], wish)
+        except DaemonError as error:  # a read-only disk: TERM ends what runs all the same
+            if wish != Outcome.INTERRUPTED:
+                raise
+            log.error("%s", error)
+        tell = log.warning if wish == Outcome.TIMEOUT else log.info
+        for run in runs:
+            tell("Ending task %d: %s", run.task.id, wish.value)
+            self._end(run, stop_s)
 
 
 # ============================================================================
@@ -4974,14 +4943,10 @@ class Watch:
         command = fill(policy.command, one.index)
         self.word = {
             "argv": [*Platform.SHELL, command] if isinstance(command, str) else command,
-            "cwd": os.path.join(store.project, fill(policy.cwd, one.index)),
-            "env": env,
-            "umask": int(policy.umask, 8),
-            "log": one.log.path,
-            "sweep": True,
-            "ids": ids,
+            "cwd": os.path.join(store.project, fill(policy.cwd, one.index)), "env": env,
+            "umask": int(policy.umask, 8), "log": one.log.path, "sweep": True, "ids": ids,
             **make_limits(policy),
-        }
+        }  # fmt: skip
         return self.word
 
     def _listen(self, owner: int | None) -> str:
@@ -5048,10 +5013,7 @@ class Watch:
         run_id, keeper = f"?{one.id}-{os.urandom(8).hex()}", keepers.standing()
         if keeper is None or not self.word:
             return None
-        ward = Ward(
-            run_id=run_id, keeper=keeper, boot_id=Platform.boot_id(), user=Platform.user(),
-            log_path=os.devnull, is_process=False, tell=lambda run, what: told.put(what),
-        )  # fmt: skip
+        ward = Ward(run_id=run_id, keeper=keeper, tell=lambda run, what: told.put(what))
         command = fill(probe.target, one.index)
         argv = [*Platform.SHELL, command] if isinstance(command, str) else command
         word = {key: self.word[key] for key in ("env", "cwd", "umask", "ids")}
@@ -5170,10 +5132,10 @@ class Instance:
                 self.write_note(ready=True)
         if state == ProcessState.STOPPING:
             self.flaw = why or ""
-        is_given_up = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
-        self.view.state = state
-        if state == ProcessState.STOPPED and is_given_up:
+        is_waiting = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
+        if state == ProcessState.STOPPED and is_waiting:
             self.forget()
+        self.view.state = state
         self.moved.notify_all()
 
     def forget(self) -> None:
@@ -5202,17 +5164,11 @@ class Instance:
             window = view.policy.restart_window
             view.restarts = [x for x in recent if Clock.mono() - x < window]
         self.note = {
-            "run": f"{self.id}-{os.urandom(8).hex()}",
-            "keeper": keeper,
-            "pid": 0,
-            "boot": Platform.boot_id(),
-            "started": Clock.now(),
-            "restarts": note.get("restarts", 0) + is_again,
-            "quick": view.quick_ends,
-            "recent": len(view.restarts),
-            "given_up": view.has_given_up,
-            "spec": self.spec,
-        }
+            "run": f"{self.id}-{os.urandom(8).hex()}", "keeper": keeper, "pid": 0,
+            "boot": Platform.boot_id(), "started": Clock.now(), "spec": self.spec,
+            "restarts": note.get("restarts", 0) + is_again, "recent": len(view.restarts),
+            "quick": view.quick_ends, "given_up": view.has_given_up,
+        }  # fmt: skip
         self._settle_in(0.0)
         try:
             word = self.watch.make_word()
@@ -5322,24 +5278,19 @@ class Instance:
     def describe(self, usage: Mapping[int, tuple[float, int]]) -> dict[str, Any]:
         """Return {"index", "pid", "state", "cpu_percent", "memory_bytes", "uptime_secs",
         "restart_count"}; cpu_percent: since the last look; holds the lock."""
-        now = Clock.mono()
-        pid = self.ward.pid if self.ward is not None else None
+        now, pid, percent = Clock.mono(), self.ward.pid if self.ward is not None else None, None
         cpu_s, memory = usage.get(pid or 0, (None, None))
-        percent = None
         if cpu_s is not None:
             (last, last_s), self._sample = self._sample, (now, cpu_s)
             if last < self.view.started:  # the first look: since it began
                 last, last_s = self.view.started, 0.0
             percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+        uptime_s = int(now - self.view.started) if pid else None
         return {
-            "index": self.index,
-            "pid": pid,
-            "state": self.view.state.value,
-            "cpu_percent": percent,
-            "memory_bytes": memory,
-            "uptime_secs": int(now - self.view.started) if pid else None,
+            "index": self.index, "pid": pid, "state": self.view.state.value,
+            "cpu_percent": percent, "memory_bytes": memory, "uptime_secs": uptime_s,
             "restart_count": self.note.get("restarts", 0),
-        }
+        }  # fmt: skip
 
     def explain(self) -> str:
         """Say in a line what it does, and why."""
@@ -5575,8 +5526,10 @@ class Supervisor:
                 view.is_spawned = instance.ward is not None
                 if not view.is_wanted:  # what needs it, and is to end too, ends first
                     view.is_held = instance.name in holding
-                elif view.is_spawned:
-                    view.is_held = instance.is_rolling and self._is_needed_ready(instance)
+                elif view.is_spawned:  # one that is ready stays while a sibling is not
+                    is_rolling = instance.is_rolling and instance.is_ready()
+                    others = (x for x in everyone if x.name == instance.name and x.view.is_wanted)
+                    view.is_held = is_rolling and not all(one.is_ready() for one in others)
                 else:
                     needs = (ready.get(need, False) for need in view.policy.needs)
                     view.is_held = keeper is None or not all(needs)
@@ -5619,12 +5572,6 @@ class Supervisor:
         if view.policy.critical and is_over:
             self._on_failure(instance.id)
         return is_moving or action.act == "start"
-
-    def _is_needed_ready(self, instance: Instance) -> bool:
-        """Tell whether an instance must stay ready, since a sibling of its is not."""
-        siblings = [one for one in self._instances.values() if one.name == instance.name]
-        others = [one.view for one in siblings if one is not instance and one.view.is_wanted]
-        return instance.is_ready() and any(view.state not in _READY for view in others)
 
     def _check(self) -> None:
         """Cap the logs; replace what uses too much memory."""

@@ -4002,7 +4002,8 @@ class TestKeeper:
         os.makedirs(tmp_path / "run", mode=0o700)
         keeper = apexd.Keeper(str(tmp_path), "0" * 16)
         path, whole = str(tmp_path / "run" / ("keeper-" + "0" * 16)), keeper._fd
-        keeper._is_wanted, keeper._ended = False, {"1-a": {"type": "exited", "run": "1-a", "code": 7}}
+        keeper._is_wanted = False
+        keeper._note({"type": "exited", "run": "1-a", "code": 7})
         keeper._fd = os.open(path, os.O_RDONLY)  # no write succeeds
         keeper._write()
         assert keeper._ended, "else the next daemon would hear that it never ran"
