@@ -3425,8 +3425,7 @@ class Watched:
 
 
 class Wire:
-    """A connection that carries frames and never waits for its other end; at times there is none.
-    """
+    """A connection, at times none, that carries frames and never waits for its other end."""
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
@@ -3686,8 +3685,7 @@ class Keeper:
                 del self._unwritten[next(iter(self._unwritten))]
 
     def _append(self, word: Mapping[str, Any]) -> bool:
-        """Append a line; a torn one must not swallow the next. False: not yet, or (broken) never.
-        """
+        """Append a line, that a torn one cannot swallow. False: not yet, or (broken) never."""
         line = f"\n{json.dumps(word)}\n".encode()
         try:
             if word["type"] == "left":
@@ -3896,6 +3894,7 @@ class _Roster:
         self._is_open = False
         self._is_starter = is_starter  # else nothing new is to be run
         self._next_spawn = 0.0  # monotonic
+        self._spawned: set[str] = set()  # the names of those started here
         self._obstacle = "it is being started"  # why no keeper stands
         self.watched = Watched()
         self.wake = self.watched.wake  # makes `look` return
@@ -3953,6 +3952,7 @@ class _Roster:
         self._next_spawn, name = Clock.mono() + 1.0, os.urandom(8).hex()
         try:
             self._add(name, spawn_keeper(self._folder, name), is_private)
+            self._spawned.add(name)
         except OSError as error:
             self._obstacle = f"no keeper can be started: {error.strerror}"
             log.error("%s", self._obstacle)
@@ -4001,7 +4001,6 @@ class Keepers(_Roster):
         self._swept: dict[str, Ward] = {}  # of these, those whose leader has ended
         self._calls: list[Callable[[], None]] = []  # that `look` is to make
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
-        self._ours_alone: set[str] = set()  # keepers that had nothing of other kinds
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
 
     def adopt(self, ward: Ward) -> None:
@@ -4143,15 +4142,16 @@ class Keepers(_Roster):
             if ward.keeper == name and ward.result is None:
                 self._settle(ward, results.get(ward.run_id, rest))
         if name is not None:
-            if has_left and {self._kind(run_id) for run_id in results} <= self._kinds:
-                self._ours_alone.add(name)
             self._remove(name)
         else:
             log.warning("what an older apexd left running is ended, then run again")
 
     def _remove(self, name: str) -> None:
-        """Remove the file of a keeper that has gone, once it told all to those it concerns."""
-        is_ours = name in self._ours_alone or self._kinds >= {"0", "a"}
+        """Remove the file of a keeper that has gone, once it told all to those it concerns.
+
+        Others' tasks or processes may yet ask whether they ever began.
+        """
+        is_ours = name in self._spawned or self._kinds >= {"0", "a"}
         if is_ours and not self._has_wards(name):
             for path in (self._path(name), self._path(name) + ".sock"):
                 with contextlib.suppress(OSError):
@@ -4275,15 +4275,12 @@ def log_reason(path: str, reason: str) -> None:
 
 def make_limits(options: Any) -> dict[str, Any]:
     """Return what `start` says of limits: a section with memory_mb, cpu_seconds and the like."""
-    limits = {}
-    if options.memory_mb:
-        limits["RLIMIT_AS"] = [options.memory_mb << 20] * 2
-    if options.cpu_seconds:  # XCPU first, KILL a second later
-        limits["RLIMIT_CPU"] = [options.cpu_seconds, options.cpu_seconds + 1]
-    if options.open_files:
-        limits["RLIMIT_NOFILE"] = [options.open_files] * 2
-    if options.processes:
-        limits["RLIMIT_NPROC"] = [options.processes] * 2
+    asked = {
+        "RLIMIT_AS": (options.memory_mb or 0) << 20, "RLIMIT_CPU": options.cpu_seconds,
+        "RLIMIT_NOFILE": options.open_files, "RLIMIT_NPROC": options.processes,
+    }  # fmt: skip
+    # The processor time: XCPU first, KILL a second later.
+    limits = {name: [n, n + (name == "RLIMIT_CPU")] for name, n in asked.items() if n}
     return {"limits": limits, "nice": options.nice} if limits or options.nice else {}
 
 

@@ -4251,6 +4251,15 @@ class TestCrashWindows:
             assert [name for name in lines_of(box, "begun") if name[:-1] == str(number)] == expected
         assert lines_of(box, "overlaps") == []
 
+    def test_what_was_only_claimed_never_ran_though_its_keeper_has_left(self, box):
+        box.start(env={"APEXD_FAILPOINT": "commit"})
+        (task_id,) = box.batch([{"command": "exit 7", "on_lost": "fail"}])
+        eventually(lambda: not lives_in(box.file("daemon.pid")), why="it killed itself")
+        eventually(lambda: not keepers(box), why="it has no child")
+        box.start()
+        settle(box, [task_id])
+        assert history_of(box, task_id) == ["failed"] and box.look(task_id)["exit_code"] == 7
+
     @others
     def test_a_result_on_disk_counts_though_the_keeper_was_not_told(self, box, other):
         for number in range(ROUNDS):
