@@ -3774,7 +3774,7 @@ class Ward(Value):
     log_path: str
     is_process: bool  # nothing of it may outlive its command
     is_suspect: int  # its keeper is its own
-    tell: Callable[[str, Begun | Result], None]
+    tell: Callable[[Begun | Result], None]
     pid: int | None
     start_time: str | None
     ending: tuple[int, float] | None  # signal, monotonic time of the KILL
@@ -4133,7 +4133,7 @@ class Keepers(_Roster):
             call()
 
     def _tell(self, ward: Ward, what: Begun | Result) -> None:
-        self._calls.append(functools.partial(ward.tell, ward.run_id, what))
+        self._calls.append(functools.partial(ward.tell, what))
 
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
         """Settle all runs of a keeper that has gone; its file goes with the last of them."""
@@ -4311,14 +4311,14 @@ class _Run:
     """A running attempt as the runner sees it."""
 
     def __init__(
-        self, task: Task, store: TaskStore, tell: Callable[[str, Begun | Result], None]
+        self, task: Task, store: TaskStore, tell: Callable[[_Run, Begun | Result], None]
     ) -> None:
         self.task = task
         self.log = LogWatch(log_path(store.folder, task.id, task.attempts))
         self.ward = Ward(
             run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
-            log_path=self.log.path, is_process=False, tell=tell, pid=task.pid,
-            start_time=task.start_time, is_suspect=task.suspect,
+            log_path=self.log.path, is_process=False, is_suspect=task.suspect,
+            tell=functools.partial(tell, self), pid=task.pid, start_time=task.start_time,
         )  # fmt: skip
         self.deadline_mono = float("inf")  # its timeout, monotonic
         self.is_ending = False
@@ -4416,7 +4416,7 @@ class DaemonRunner:
             for task in self.store.find(state="running", limit=INTEGER_MAX):
                 run = self._running[task.id] = _Run(task, self.store, self._take)
                 if task.keeper == CALLED:
-                    self._take(run.ward.run_id, Result())
+                    self._take(run, Result())
                     continue
                 self.keepers.adopt(run.ward)
                 log.info("Adopting task %d", task.id)
@@ -4605,20 +4605,16 @@ class DaemonRunner:
                 act, name = functools.partial(self._call, self._execute, run), f"call-{task.id}"
                 threading.Thread(target=act, name=name, daemon=True).start()
         except (DaemonError, RuntimeError) as error:  # no thread to be had, a disk's moment
-            self._take(run.ward.run_id, Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
+            self._take(run, Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
 
     def _call(self, execute: Callable[[Task], object], run: _Run) -> None:
-        self._take(run.ward.run_id, run.call(execute))
+        self._take(run, run.call(execute))
         self.keepers.wake()
 
-    def _take(self, run_id: str, what: Begun | Result) -> None:
+    def _take(self, run: _Run, what: Begun | Result) -> None:
         """Hear of an attempt: it lives, or it has ended; recorded by the next turn."""
         with self._lock:
-            run = self._running.get(int(run_id.partition("-")[0]))
-            if run is None or run.ward.run_id != run_id:
-                self.keepers.forget([run_id])
-                return
-            if run.result is not None:
+            if run.result is not None or self._running.get(run.task.id) is not run:
                 return
             if isinstance(what, Begun):
                 run.begun, run.task.pid, run.task.start_time = what, what.pid, what.start_time
@@ -5010,7 +5006,7 @@ class Watch:
         run_id, keeper = f"?{one.id}-{os.urandom(8).hex()}", keepers.standing()
         if keeper is None or not self.word:
             return None
-        ward = Ward(run_id=run_id, keeper=keeper, tell=lambda run, what: told.put(what))
+        ward = Ward(run_id=run_id, keeper=keeper, tell=told.put)
         command = fill(probe.target, one.index)
         argv = [*Platform.SHELL, command] if isinstance(command, str) else command
         word = {key: self.word[key] for key in ("env", "cwd", "umask", "ids")}
@@ -5203,7 +5199,8 @@ class Instance:
         return Ward(
             run_id=note["run"], keeper=note.get("keeper"), boot_id=note["boot"],
             user=note.get("user", Platform.user()), log_path=self.log.path, is_process=True,
-            tell=self.take, pid=note["pid"] or None, start_time=note.get("at"),
+            tell=functools.partial(self.take, note["run"]), pid=note["pid"] or None,
+            start_time=note.get("at"),
         )  # fmt: skip
 
     def take(self, run_id: str, what: Begun | Result) -> None:
