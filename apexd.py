@@ -1833,11 +1833,6 @@ octal = matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"')
 STOP_SIGNALS = ("TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL")
 
 
-def niceness(value: object) -> int:
-    """Read a niceness; below 0 is for root alone."""
-    return integer(-20 if Platform.is_root() else 0, 19)(value)
-
-
 def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
     """Make a reader of a limit of setrlimit(2), in units, that can be set here."""
     return lambda value: integer(low, Platform.highest_limit(name) // unit)(value)
@@ -1853,6 +1848,17 @@ def paths(value: object) -> list[str]:
     return [line_of_text(path) for path in text_list([value] if isinstance(value, str) else value)]
 
 
+# What [limits] gives to tasks, and [process.NAME] to that process.
+_CHILD_LIMITS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of each process"),
+    "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of each process"),
+    "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of each process"),
+    "processes": (limit("RLIMIT_NPROC"), None, "processes of the user it runs as (not for root)"),
+    "nice": (
+        lambda value: integer(-20 if Platform.is_root() else 0, 19)(value), 0,
+        "added to the niceness; below 0 only as root",
+    ),
+}  # fmt: skip
 # One row an option: its reader, its default, its meaning. README and `config` follow it.
 OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "daemon": {
@@ -1878,11 +1884,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "timeout": (duration, 7200.0, "of a task that names none; 0: none"),
         "retries": (integer(0, 1000), 0, "of a task that names none"),
         "log_mb": (number, 50.0, "one attempt's log; its head goes to .1"),
-        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a task"),
-        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a task"),
-        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a task"),
-        "processes": (limit("RLIMIT_NPROC"), None, "processes of the task's user (not for root)"),
-        "nice": (niceness, 0, "added to the niceness of a task"),
+        **_CHILD_LIMITS,
         "max_tokens": (integer(1), None, "reported tokens that end a task"),
         "max_cost": (number, None, "reported cost that ends a task"),
     },
@@ -1913,11 +1915,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "user": (user_name, None, "to run as (the daemon is root)"),
         "group": (group_name, None, "to run as (the daemon is root)"),
         "umask": (octal, "022", "a string of octal digits"),
-        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a process"),
-        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a process"),
-        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a process"),
-        "processes": (limit("RLIMIT_NPROC"), None, "processes of its user (not for root)"),
-        "nice": (niceness, 0, "added to its niceness"),
+        **_CHILD_LIMITS,
         "memory_restart_mb": (number, None, "restarted when all of it uses more (Linux)"),
         "log_mb": (number, 50.0, "an instance's log; its head goes to .1"),
     },
@@ -1939,6 +1937,7 @@ class Config:
     """The effective configuration: config.daemon.poll_interval, config.groups["build"].
 
     data: the file's tables; [group.NAME] and [process.NAME] come with names of users'.
+    faults: a list that takes what is wrong, which is left out then; None: it is raised.
     Raises CONFIG_INVALID.
     """
 
@@ -1947,43 +1946,88 @@ class Config:
     retention: Any
     limits: Any
 
-    def __init__(self, data: Mapping[str, Any], path: str | None = None) -> None:
+    def __init__(
+        self, data: Mapping[str, Any], path: str | None = None,
+        faults: list[DaemonError] | None = None,
+    ) -> None:  # fmt: skip
+        self._path, self._faults = path, faults
         for key in data:
             if key not in OPTIONS:
-                raise _unknown(path, key, key, OPTIONS)
+                self._refuse_key(key, key, OPTIONS)
         for name in OPTIONS.keys() - {"group", "process"}:
-            setattr(self, name, _read_section(path, name, name, data.get(name, {})))
-        self.groups = {"default": _read_section(path, "group", "group.default", {})}
-        self.groups.update(_read_tables(path, "group", data.get("group", {})))
-        self.processes = _read_tables(path, "process", data.get("process", {}))
-        for name, process in self.processes.items():
+            setattr(self, name, self._read_section(name, name, data.get(name, {})))
+        self.groups = {"default": self._read_section("group", "group.default", {})}
+        self.groups.update(self._read_tables("group", data))
+        self.processes = self._read_tables("process", data)
+        for name, process in list(self.processes.items()):
             if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
                 hint = "letters, digits, - and _, at most 64, a letter first"
-                raise _broken(path, f"process.{name}: is no name of a process", hint)
-            if process.command is None:
-                raise _broken(path, f"process.{name}.command is missing", "say what to run")
+                self._refuse(f"process.{name}: is no name of a process", hint)
+                del self.processes[name]
+            elif process.command is None:
+                self._refuse(f"process.{name}.command is needed", "say what to run")
+                del self.processes[name]
         below_s: dict[str, float] = {}  # how long each takes to stop, after all that it needs
-        for name in self._order_processes(path):
+        for name in self._order_processes():
             process = self.processes[name]
             needed_s = max((below_s[need] for need in process.needs), default=0.0)
             below_s[name] = process.stop_timeout + needed_s
         self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
 
-    def _order_processes(self, path: str | None) -> list[str]:
-        """Return the processes, each after all that it needs. Raises CONFIG_INVALID."""
+    def _refuse(self, message: str, hint: str = "") -> None:
+        error = _broken(self._path, message, hint)
+        if self._faults is None:
+            raise error
+        self._faults.append(error)
+
+    def _refuse_key(self, where: str, key: str, known: Iterable[str]) -> None:
+        if key in FORMER_NAMES:
+            self._refuse(f"{where} is called {FORMER_NAMES[key]} here", "rename it")
+        else:
+            near = difflib.get_close_matches(key, list(known), 1, 0.0)
+            self._refuse(f"{where} is not an option", f"did you mean {near[0]}?")
+
+    def _read_section(self, kind: str, where: str, given: object) -> SimpleNamespace:
+        """Check one table of the file against OPTIONS and fill in the defaults."""
+        known = OPTIONS[kind]
+        section = SimpleNamespace(**{key: default for key, (_, default, _) in known.items()})
+        if not isinstance(given, dict):
+            self._refuse(f"[{where}] must be a table")
+            return section
+        for key, value in given.items():
+            if key not in known:
+                self._refuse_key(f"{where}.{key}", key, known)
+                continue
+            try:
+                setattr(section, key, known[key][0](value))
+            except ValueError as error:
+                self._refuse(f"{where}.{key} = {value!r}: must be {error}")
+        return section
+
+    def _read_tables(self, kind: str, data: Mapping[str, Any]) -> dict[str, SimpleNamespace]:
+        """Check the tables of a kind that users name, such as [group.NAME]."""
+        given = data.get(kind, {})
+        if not isinstance(given, dict):
+            self._refuse(f"[{kind}] must be a table of tables")
+            return {}
+        return {name: self._read_section(kind, f"{kind}.{name}", one) for name, one in given.items()}
+
+    def _order_processes(self) -> list[str]:
+        """Return the processes, each after all that it needs."""
         for name, process in self.processes.items():
-            for need in process.needs:
-                if need not in self.processes:
-                    what = f"process.{name}.needs: there is no process {need!r}"
-                    raise _broken(path, what, "processes: " + ", ".join(self.processes))
+            for need in [need for need in process.needs if need not in self.processes]:
+                hint = "processes: " + ", ".join(self.processes)
+                self._refuse(f"process.{name}.needs: there is no process {need!r}", hint)
+                process.needs = [other for other in process.needs if other != need]
         graph = {name: process.needs for name, process in self.processes.items()}
         try:
             return list(graphlib.TopologicalSorter(graph).static_order())
         except ValueError as error:  # its CycleError
             ring = error.args[1][::-1]
-            what = f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}"
-            raise _broken(path, what, "break it") from None
+        self._refuse(f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}", "break it")
+        self.processes[ring[0]].needs = []
+        return self._order_processes()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the effective values: {"daemon.poll_interval": 5.0, ...}."""
@@ -2007,38 +2051,8 @@ class Config:
 
 
 def _broken(path: str | None, message: str, hint: str = "") -> DaemonError:
-    hint = hint or "mend the file; `config` shows the effective values"
+    hint = hint or "fix the file; `config` shows the effective values"
     return DaemonError("CONFIG_INVALID", f"{path or 'configuration'}: {message}", hint)
-
-
-def _unknown(path: str | None, where: str, key: str, known: Iterable[str]) -> DaemonError:
-    if key in FORMER_NAMES:
-        return _broken(path, f"{where} is called {FORMER_NAMES[key]} here", "rename it")
-    near = difflib.get_close_matches(key, list(known), 1, 0.0)
-    return _broken(path, f"{where} is not an option", f"did you mean {near[0]}?")
-
-
-def _read_section(path: str | None, kind: str, where: str, given: object) -> SimpleNamespace:
-    """Check one table of the file against OPTIONS and fill in the defaults."""
-    known = OPTIONS[kind]
-    if not isinstance(given, dict):
-        raise _broken(path, f"[{where}] must be a table")
-    section = SimpleNamespace(**{key: default for key, (_, default, _) in known.items()})
-    for key, value in given.items():
-        if key not in known:
-            raise _unknown(path, f"{where}.{key}", key, known)
-        try:
-            setattr(section, key, known[key][0](value))
-        except ValueError as error:
-            raise _broken(path, f"{where}.{key} = {value!r}: must be {error}") from None
-    return section
-
-
-def _read_tables(path: str | None, kind: str, given: object) -> dict[str, SimpleNamespace]:
-    """Check the tables of a kind that users name, such as [group.NAME]."""
-    if not isinstance(given, dict):
-        raise _broken(path, f"[{kind}] must be a table of tables")
-    return {name: _read_section(path, kind, f"{kind}.{name}", one) for name, one in given.items()}
 
 
 def find_config(folder: str) -> str | None:
@@ -2063,12 +2077,19 @@ def read_users_file(path: str) -> bytes:
     return data
 
 
-def load_config(path: str | None) -> Config:
+def load_config(path: str | None, faults: list[DaemonError] | None = None) -> Config:
     """Read and check a configuration file; None gives the defaults.
 
-    Raises CONFIG_INVALID with file, key and reason; then nothing has changed.
+    faults: see Config. Raises CONFIG_INVALID with file, key and reason.
     """
-    config = Config(_load(path) if path else {}, path)
+    data: dict[str, Any] = {}
+    try:
+        data = _load(path) if path else {}
+    except DaemonError as error:
+        if faults is None:
+            raise
+        faults.append(error)
+    config = Config(data, path, faults)
     milliseconds = os.environ.get("APEX_POLL_INTERVAL")
     if milliseconds is not None:
         try:
@@ -2076,30 +2097,6 @@ def load_config(path: str | None) -> Config:
         except ValueError as error:
             raise _broken(None, f"APEX_POLL_INTERVAL {milliseconds!r}: must be {error}") from None
     return config
-
-
-def load_good_part(path: str | None) -> tuple[Config, list[DaemonError]]:
-    """Return what of a configuration is sound, and what is wrong with the rest."""
-    try:
-        data = _load(path) if path else {}
-    except DaemonError as error:
-        return Config({}), [error]
-    good: dict[str, Any] = {}
-    tables = {kind: one if isinstance(one, dict) else {"": one} for kind, one in data.items()}
-    left = [(kind, key) for kind, table in tables.items() for key in table]
-    while True:  # again as long as something is found sound: a process may need a later one
-        count, faults = len(left), dict[str, DaemonError]()
-        for kind, key in list(left):
-            trial = {**good.get(kind, {}), key: tables[kind][key]}
-            try:
-                Config({**good, kind: trial}, path)
-            except DaemonError as error:
-                faults[error.message] = error
-            else:
-                good[kind] = trial
-                left.remove((kind, key))
-        if len(left) == count:
-            return Config(good, path), [*faults.values()]
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -7996,14 +7993,7 @@ def cmd_dlq(args: Args) -> int:
 def cmd_config(args: Args) -> int:
     """Check the configuration and print the effective values, of a broken one the good part."""
     path, faults = client_of(args).project.config_path, list[DaemonError]()
-    try:
-        config = load_config(path)
-    except DaemonError as error:
-        if args.json:
-            raise
-        config, faults = load_good_part(path)
-        faults = faults or [error]
-    values = config.to_dict()
+    values = load_config(path, None if args.json else faults).to_dict()
     lines = [f"{key} = {json.dumps(setting)}" for key, setting in values.items()]
     data: dict[str, Any] = {"path": path}
     for key, setting in values.items():
