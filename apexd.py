@@ -175,6 +175,7 @@ CALLED = "call"  # stands for the keeper of what a function of the program carri
 GATHER_S = 0.0005  # for what ends at the same time: one commit for all of it
 NOTE_S = 0.1  # a PID is on disk so soon after its start
 NOTE_BYTES = 512  # a process's note: one sector, written as a whole
+LOG_FILES_MAX = 100  # rotated ones of the daemon's own log
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
 LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of processes
 LINES_MAX = 100_000  # of a log at once
@@ -510,17 +511,6 @@ def number(text: object) -> float:
     raise ValueError("a number from 0")
 
 
-def line_of_text(text: object) -> str:
-    """Read a name or note: a string without control characters, at most 1000 long."""
-    if not isinstance(text, str) or len(text) > 1000 or re.search(r"[\x00-\x1f\x7f]", text):
-        raise ValueError("one line of text, at most 1000 characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("text in UTF-8") from None
-    return text
-
-
 def reader(form: str, is_good: Callable[[Any], object]) -> Callable[[Any], Any]:
     """Make a reader that takes what `is_good` is true for, as it is."""
 
@@ -542,6 +532,9 @@ def matching(pattern: str, form: str) -> Callable[[Any], Any]:
     return reader(form, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
 
 
+line_of_text = matching(
+    r"[^\x00-\x1f\x7f\ud800-\udfff]{0,1000}", "one line of UTF-8 text, at most 1000 characters"
+)
 text_list = reader(
     "a list of strings",
     lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
@@ -558,13 +551,8 @@ def command_line(value: Any) -> Any:
     words = text_list([value] if isinstance(value, str) else value)
     if not words or not words[0].strip():
         raise ValueError("a command that is not empty")
-    for word in words:
-        if "\0" in word:
-            raise ValueError("a command without NUL bytes")
-        try:
-            word.isascii() or word.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:
-            raise ValueError("a command without lone surrogates") from None
+    if any(re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", word) for word in words):
+        raise ValueError("a command without NUL bytes and lone surrogates")
     if words is value and words[0].startswith("-"):
         raise ValueError(f"a command that does not begin with '-': write ./{words[0]}")
     return value
@@ -640,9 +628,8 @@ PROBES: dict[str, Callable[[Any], Any]] = {
 
 def probe(interval_s: float) -> Callable[[object], Probe]:
     """Make a reader of {tcp = "HOST:PORT"} and the like, asked every `interval_s`."""
-    times: dict[str, Callable[[Any], Any]]
-    times = {**dict.fromkeys(("interval", "timeout", "within"), interval)}
-    times["failures"] = integer(1, 1000)
+    times: dict[str, Callable[[Any], Any]] = {"failures": integer(1, 1000)}
+    times.update(dict.fromkeys(("interval", "timeout", "within"), interval))
     form = "a table with one of " + ", ".join(PROBES) + "; and perhaps " + ", ".join(times)
 
     def read(value: object) -> Probe:
@@ -743,7 +730,7 @@ def next_state(task: Task, outcome: Outcome, jitter: float) -> tuple[State, floa
 
 # ============================================================================
 # 4. PLATFORM - the only place that asks which system this is
-#    Uses 1-3. Any thread; holds no state. Two classes, the same method names.
+#    Uses 1-3. Any thread; holds no state. One class a system, the same method names.
 # ============================================================================
 
 if sys.platform == "win32":
@@ -754,8 +741,18 @@ if sys.platform == "win32":
     _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
     _KERNEL.OpenProcess.restype = _KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
 
-    class _Children:
-        """What a keeper does with its children, and what is known of them."""
+    class _Platform:
+        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
+
+        SHELL = ("cmd.exe", "/d", "/s", "/c")
+        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+        IS_OURS = "True"  # ACLs say who may write
+        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
+        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
+        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
+        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
+        is_posix = False
+        kill = signal.SIGTERM
 
         def __init__(self) -> None:
             self._jobs: dict[int, tuple[Any, int]] = {}  # of the keeper's children, by PID
@@ -806,18 +803,6 @@ if sys.platform == "win32":
             if group in self._jobs:  # there is no gentle way that every program understands
                 _KERNEL.TerminateJobObject(wintypes.HANDLE(self._jobs[group][1]), 1)
 
-    class _Platform(_Children):
-        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
-
-        SHELL = ("cmd.exe", "/d", "/s", "/c")
-        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-        IS_OURS = "True"  # ACLs say who may write
-        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
-        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
-        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
-        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
-        is_posix = False
-
         def lock(self, fd: int, shared: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
             os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
@@ -828,8 +813,6 @@ if sys.platform == "win32":
             finally:
                 os.lseek(fd, place, os.SEEK_SET)
             return True
-
-        boot_id = staticmethod(lambda: "")
 
         def start_time(self, pid: int) -> str | None:
             handle = wintypes.HANDLE(_KERNEL.OpenProcess(0x1000, False, pid))
@@ -848,8 +831,6 @@ if sys.platform == "win32":
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
-        kill = signal.SIGTERM
-
         def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
@@ -857,6 +838,7 @@ if sys.platform == "win32":
         def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
             return socket.create_connection(("127.0.0.1", int(told["port"])), timeout_s)
 
+        boot_id = staticmethod(lambda: "")
         user = staticmethod(lambda: 0)
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
@@ -866,14 +848,13 @@ if sys.platform == "win32":
         collapse = staticmethod(lambda fd, size: False)
         close_inherited = staticmethod(lambda: None)
         reap_orphans = staticmethod(lambda known: None)
+        place_socket = staticmethod(lambda folder, path, is_closed=False: path)
 
         def fork(self, argv: list[str], env: dict[str, str]) -> Any:
             raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
-
-        place_socket = staticmethod(lambda folder, path, is_closed=False: path)
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
@@ -950,19 +931,19 @@ else:
             is_special = word.get("limits") or word.get("nice") or word.get("ids")
             if sys.platform == "linux" and not is_special:  # 0.1 ms less than Popen
                 return _spawn_child(word, log_fd)
-            reader, writer = os.pipe() if is_special else (-1, -1)
+            reader, writer = os.pipe()
             try:
                 process = subprocess.Popen(
                     word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
-                    cwd=None if is_special else word["cwd"], env=word["env"], umask=word["umask"],
-                    start_new_session=True, close_fds=False,  # all of the keeper's close on exec
-                    preexec_fn=functools.partial(_prepare, word, writer) if is_special else None,
+                    env=word["env"], umask=word["umask"], start_new_session=True,
+                    close_fds=False,  # all of the keeper's close on exec
+                    preexec_fn=functools.partial(_prepare, word, writer),
                 )  # fmt: skip
             except subprocess.SubprocessError:
                 raise OSError(*json.loads(os.read(reader, 4096))) from None
             finally:
-                for fd in (reader, writer) if is_special else ():
-                    os.close(fd)
+                os.close(reader)
+                os.close(writer)
             process.returncode = 0  # `reap` collects it
             return process.pid
 
@@ -1268,7 +1249,7 @@ else:
             os.chdir("/")
 
     def _prepare(word: Mapping[str, Any], writer: int) -> None:
-        """Become what a child is to be: with limits, another niceness, another user.
+        """Become what a child is to be: with its folder, limits, niceness and user.
 
         As root whatever needs root, then never again. A step that fails is told to `writer` as
         (errno, text, step): Popen tells only that one did. The keeper has no other threads.
@@ -1750,14 +1731,13 @@ class LogWatch:
         self.due_mono = Clock.mono() + self._pause_s
 
 
-def cut_lines(data: bytes) -> tuple[list[bytes], bytes]:
-    """Return (lines, what is no line yet); lines over LINE_MAX_BYTES are cut."""
-    parts = [
+def cut_lines(data: bytes) -> list[bytes]:
+    """Return the lines, longer ones in pieces of LINE_MAX_BYTES; the last one has no end yet."""
+    return [
         line[at : at + LINE_MAX_BYTES]
         for line in data.split(b"\n")
         for at in range(0, max(len(line), 1), LINE_MAX_BYTES)
     ]
-    return parts[:-1], parts[-1]
 
 
 def follow_lines(
@@ -1775,7 +1755,7 @@ def follow_lines(
         found = []
         for name, (data, following) in read(offsets, lines).items():
             offsets[name] = following
-            whole, rests[name] = cut_lines(rests.get(name, b"") + data)
+            *whole, rests[name] = cut_lines(rests.get(name, b"") + data)
             if rests[name] and not to_end:
                 whole.append(rests[name])
             found += [(name, line) for line in whole]
@@ -1791,37 +1771,27 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
     A file is known by its inode. Rotation only ever makes a file older, so the ages are read
     from the newest on, and what was read from a name counts if the name is the same file then.
     """
-    inode, offset = 0, -lines
+    names = [path, *(f"{path}.{number}" for number in range(1, LOG_FILES_MAX + 1))]
+    known, offset = None, -lines  # the file that is being read
     while True:
-        ages = list(_find_rotated(path)) or [(path, 0)]
-        at = max((n for n, (_, number) in enumerate(ages) if number == inode), default=-1)
+        ages = [age for age in zip(names, map(file_id, names)) if age[1]] or [(path, None)]
+        at = max((n for n, (_, one) in enumerate(ages) if one == known), default=-1)
         if at < 0:  # the first look; or it is gone, and what followed it may be
-            at, offset = (len(ages) - 1, 0) if inode else (0, offset)
-        name, inode = ages[at]
+            at, offset = (len(ages) - 1, 0) if known else (0, offset)
+        name, known = ages[at]
         data, following = read_log(name, offset)
-        if inode and not (os.path.exists(name) and os.stat(name).st_ino == inode):
+        if file_id(name) != known:
             continue  # rotated meanwhile
         offset = following
         if data:
             yield data
         elif at > 0:
-            inode, offset = ages[at - 1][1], 0
+            known, offset = ages[at - 1][1], 0
             continue
         elif to_end:
             threading.Event().wait(STREAM_PAUSE_S)
         if not to_end:
             return
-
-
-def _find_rotated(path: str) -> Iterator[tuple[str, int]]:
-    """Yield (name, inode) of a log, PATH, PATH.1 ..., from the newest to the oldest."""
-    folder, name = os.path.split(path)
-    entries = os.listdir(folder) if os.path.isdir(folder) else []
-    numbers = [re.fullmatch(re.escape(name) + r"\.([0-9]{1,6})", entry) for entry in entries]
-    for number in [0, *sorted(int(match[1]) for match in numbers if match)]:
-        with contextlib.suppress(FileNotFoundError):
-            one = f"{path}.{number}" if number else path
-            yield one, os.stat(one).st_ino
 
 
 # ============================================================================
@@ -1872,7 +1842,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "log": {
         "level": (choice("debug", "info", "warning", "error"), "info", "of daemon.log"),
         "max_size_mb": (number, 50.0, "of daemon.log before it is rotated"),
-        "max_files": (integer(1, 100), 5, "rotated daemon logs kept"),
+        "max_files": (integer(1, LOG_FILES_MAX), 5, "rotated daemon logs kept"),
         "total_mb": (number, 500.0, "all task logs together; the oldest go first"),
     },
     "retention": {

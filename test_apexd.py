@@ -1581,7 +1581,7 @@ class TestFiles:
         """P10."""
         most = apexd.LINE_MAX_BYTES
         data = b"a\n" + b"b" * (2 * most + 5) + b"\n\nrest"
-        lines, rest = apexd.cut_lines(data)
+        *lines, rest = apexd.cut_lines(data)
         assert (b"".join(lines), rest) == (data.replace(b"\n", b"")[:-4], b"rest")
         assert [len(line) for line in lines] == [1, most, most, 5, 0]
         logs = iter([{"w.0": (b"x" * 100_000, at)} for at in range(1, 50)])
