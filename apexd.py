@@ -1864,7 +1864,9 @@ TASK_READERS: dict[str, Callable[[Any], Any]] = {
 TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "command": (command_line, None, "a string for sh, or a list of arguments"),
     "enabled": (truth, True, "false: it is checked, but starts nothing"),
-    "overlap": (choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"),
+    "overlap": (
+        choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"
+    ),  # fmt: skip
     "cwd": (line_of_text, ".", "seen from the project"),
     "env": (environment, {}, "variables on top of the daemon's own that are kept"),
     **{
@@ -2987,8 +2989,7 @@ class TaskStore:
                 ids.existing = answer["existing"] if isinstance(answer, dict) else ()
                 return ids
             context = (token, cwd or here(), env or {}, umask)
-            ids = self.insert(db, commands, options or {}, *context)
-        return ids
+            return self.insert(db, commands, options or {}, *context)
 
     def insert(
         self, db: sqlite3.Connection, commands: Sequence[Any], options: Mapping[str, Any],
@@ -3057,10 +3058,8 @@ class TaskStore:
                 asked,
             )
             if total != sum(map(len, as_ranges(ids))):
-                sql = "SELECT 1 FROM tasks WHERE id = ?"
                 for task_id in (task_id for one in as_ranges(ids) for task_id in one):
-                    if not self.database.fetch(sql, (task_id,)):
-                        raise unknown_task(task_id)
+                    self.get(task_id)
             bad_end = self.database.fetch(
                 f"""
                 SELECT coalesce(a.exit_code, 1)
@@ -3252,12 +3251,11 @@ class AttemptStore:
             )
             found += map(tuple, rows)
         ready = []
-        for _, task_id, is_suspect in sorted(found)[:room]:
-            if not is_suspect:
-                ready.append((task_id, shared))
-            elif private is not None:  # one at a time
-                ready.append((task_id, private))
-                private = None
+        for _, task_id, is_suspect in sorted(found):
+            keeper = private if is_suspect else shared
+            if keeper is not None and len(ready) < room:
+                ready.append((task_id, keeper))
+            private = None if is_suspect else private  # one at a time
         return ready
 
     def _claim(self, db: sqlite3.Connection, task_id: int, keeper: str) -> Task:

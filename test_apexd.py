@@ -1190,18 +1190,6 @@ class TestPlatform:
                 assert lock(mine.fileno(), shared=True) is True
 
     @posix
-    def test_waiting_for_a_lock_ends_when_its_holder_dies(self, tmp_path):
-        path = str(tmp_path / "lock")
-        with open(path, "a") as mine, locked(path) as other:
-            waiter = threading.Thread(
-                target=apexd.Platform.lock, args=(mine.fileno(),), kwargs={"wait": True}
-            )
-            waiter.start()
-            other.kill()
-            waiter.join(10)
-            assert not waiter.is_alive()
-
-    @posix
     def test_a_lock_is_inherited_and_outlives_its_taker(self, tmp_path):
         path = str(tmp_path / "lock")
         with open(path, "a") as again:
