@@ -928,9 +928,10 @@ else:
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 send: Callable[[int], object] = functools.partial(os.kill, pid)
                 if sys.platform == "linux" and hasattr(os, "pidfd_open"):
-                    fd = os.pidfd_open(pid)
-                    stack.callback(os.close, fd)
-                    send = functools.partial(signal.pidfd_send_signal, fd)
+                    with contextlib.suppress(OSError):  # Linux before 5.3
+                        fd = os.pidfd_open(pid)
+                        stack.callback(os.close, fd)
+                        send = functools.partial(signal.pidfd_send_signal, fd)
                 if self.environment_of(pid).get("APEX_RUN_ID") == run_id:
                     send(signal.SIGKILL)
 
@@ -980,10 +981,9 @@ else:
                         return
                     if which < 0:
                         before(pid)
-                    is_signal = os.WIFSIGNALED(status)
-                    how = os.WTERMSIG(status) if is_signal else os.WEXITSTATUS(status)
+                    code = os.waitstatus_to_exitcode(status)
                     yield pid, {
-                        "signal" if is_signal else "code": how,
+                        "signal" if code < 0 else "code": abs(code),
                         "cpu_s": round(used.ru_utime + used.ru_stime, 6),
                         "max_rss": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
                     }
@@ -1370,19 +1370,17 @@ def cannot_create(path: str, error: OSError) -> DaemonError:
     return DaemonError(code, f"{path}: {error.strerror or error}", hint)
 
 
-def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, through no symbolic link, a new one for us alone. Raises OSError."""
-    fd = os.open(path, flags | _O_SAFE, 0o600)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return fd
-
-
 def open_file(path: str, flags: int) -> int:
-    """Open like `open_regular`. Raises CANNOT_CREATE or PERMISSION_DENIED."""
+    """Open a regular file, through no symbolic link, a new one for us alone.
+
+    Raises CANNOT_CREATE or PERMISSION_DENIED.
+    """
     try:
-        return open_regular(path, flags)
+        fd: int = insist(os.open, path, flags | _O_SAFE, 0o600)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return fd
     except OSError as error:
         raise cannot_create(path, error) from None
 
@@ -1453,13 +1451,14 @@ def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> 
     ValueError (more than `most` bytes).
     """
     try:
-        fd = insist(open_regular, path, os.O_RDONLY)
-        with open(fd, "rb") as file:
+        with open(open_file(path, os.O_RDONLY), "rb") as file:
             if trusted:
-                refuse_foreign(path, os.fstat(fd))
-            data: bytes = file.read(most + 1)
-    except FileNotFoundError:
-        return None
+                refuse_foreign(path, os.fstat(file.fileno()))
+            data = file.read(most + 1)
+    except DaemonError as error:
+        if isinstance(error.__context__, FileNotFoundError):
+            return None
+        raise
     except OSError as error:
         raise cannot_create(path, error) from None
     if len(data) > most:
@@ -2151,10 +2150,9 @@ def read_users_file(path: str) -> bytes:
     """
     try:
         data = read_file(os.path.realpath(path), USER_FILE_BYTES, trusted=Platform.is_root())
-    except DaemonError as error:
-        raise _broken(path, error.message.partition(": ")[2] or error.message, error.hint) from None
-    except ValueError as error:
-        raise _broken(path, str(error)) from None
+    except (DaemonError, ValueError) as error:
+        what, hint = str(error), getattr(error, "hint", "")
+        raise _broken(path, what.partition(": ")[2] or what, hint) from None
     if data is None:
         raise _broken(path, "no such file", "make it, or name another")
     return data
@@ -2165,13 +2163,12 @@ def load_config(path: str | None, faults: list[DaemonError] | None = None) -> Co
 
     faults: see Config. Raises CONFIG_INVALID with file, key and reason.
     """
-    data: dict[str, Any] = {}
     try:
         data = _load(path) if path else {}
     except DaemonError as error:
         if faults is None:
             raise
-        faults.append(error)
+        faults[:], data = [error], {}
     config = Config(data, path, faults)
     milliseconds = os.environ.get("APEX_POLL_INTERVAL")
     if milliseconds is not None:
@@ -3126,12 +3123,10 @@ class TaskStore:
         """Stop or go on with claiming from a group, None: from all; return `get_paused`."""
         if group is not None and group not in self.config.groups:
             raise unknown_group(group, self.config)
+        add = "INSERT OR IGNORE INTO paused VALUES (coalesce(:grp, '*'))"
+        remove = "DELETE FROM paused WHERE grp = :grp OR :grp IS NULL"
         with self.database.write() as db:
-            if on:
-                db.execute("INSERT OR IGNORE INTO paused VALUES (?)", (group or "*",))
-            else:
-                sql = "DELETE FROM paused WHERE grp = :grp OR :grp IS NULL"
-                db.execute(sql, {"grp": group})
+            db.execute(add if on else remove, {"grp": group})
         return self.get_paused()
 
     def get_paused(self) -> list[str]:
