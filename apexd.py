@@ -864,11 +864,11 @@ if sys.platform == "win32":
         is_root = staticmethod(lambda: False)
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
-        close_inherited = staticmethod(lambda: None)
         reap_orphans = staticmethod(lambda known: None)
         place_socket = staticmethod(lambda folder, path, is_closed=False: path)
 
-        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
+        @property
+        def detach(self) -> Any:
             raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
@@ -1076,24 +1076,11 @@ else:
             """Tell whether forking is safe here: Linux, one thread."""
             return sys.platform == "linux" and threading.active_count() == 1
 
-        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
-            """Start a daemon by fork, setsid, fork, exec (daemon(7)); return its output, a file."""
-            reader, writer = os.pipe()
-            child = os.fork()
-            if child == 0:
-                try:
-                    os.setsid()
-                    if os.fork() == 0:
-                        null = os.open(os.devnull, os.O_RDWR)
-                        for source, target in ((null, 0), (writer, 1), (writer, 2)):
-                            os.dup2(source, target)
-                        os.execve(argv[0], argv, env)
-                finally:
-                    os._exit(0)
-            with contextlib.suppress(ChildProcessError):  # the caller ignores SIGCHLD
-                os.waitpid(child, 0)
-            os.close(writer)
-            return os.fdopen(reader, "rb")
+        def detach(self) -> None:
+            """Leave session and parent, in a child that is about to become a daemon (daemon(7))."""
+            os.setsid()
+            if os.fork():
+                os._exit(0)
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
@@ -1193,13 +1180,6 @@ else:
             zero, length = ctypes.c_longlong(0), ctypes.c_longlong(size)
             # 8: FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS
             return call is not None and bool(call(fd, 8, zero, length) == 0)
-
-        def close_inherited(self) -> None:
-            """Close every descriptor above 2 that came from the caller."""
-            for name in os.listdir("/proc/self/fd" if _HAS_PROC else "/dev/fd"):
-                if int(name) > 2:
-                    with contextlib.suppress(OSError):
-                        os.close(int(name))
 
         def reap_orphans(self, known: Callable[[int], bool]) -> None:
             """Collect what a container's processes left to us as PID 1; never a known child."""
@@ -3245,7 +3225,7 @@ class AttemptStore:
                 (group, private is not None, max(most, 0)),
             )
             found += map(tuple, rows)
-        ready = []
+        ready: list[tuple[int, str]] = []
         for _, task_id, is_suspect in sorted(found):
             keeper = private if is_suspect else shared
             if keeper is not None and len(ready) < room:
@@ -3845,8 +3825,7 @@ class Keeper:
 
 
 def run_keeper(folder: str, name: str) -> int:
-    """Be a keeper, with nothing of its daemon's; return its exit status."""
-    Platform.close_inherited()
+    """Be a keeper; return its exit status."""
     os.umask(0o077)
     os.chdir(folder)
     reset_signals()
@@ -7053,7 +7032,6 @@ class Daemon:
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
-        Platform.close_inherited()
         self._mailbox = Mailbox()
         os.umask(0o077)
         make_state_folder(self._project.folder, self._project.path)
@@ -7285,13 +7263,14 @@ def run_daemon(options: Fields) -> int:
         return error.exit_status
 
 
-def spawn(argv: list[str], env: dict[str, str]) -> Any:
-    """Start a daemon as a child in a session of its own; return its output's pipe."""
+def spawn(argv: list[str], env: dict[str, str], is_forked: bool) -> Any:
+    """Start a daemon in a session of its own, is_forked: by two forks; return its output's pipe."""
     from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
-    how = dict(Platform.DETACHED, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env)
-    process = Popen(argv, **how)
-    process.returncode = 0  # it is meant to outlive us: no ResourceWarning
+    how = {"preexec_fn": Platform.detach} if is_forked else Platform.DETACHED
+    process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env, **how)
+    # A daemon that is our child is meant to outlive us: no ResourceWarning.
+    process.returncode = process.wait() if is_forked else 0
     return process.stdout
 
 
@@ -7325,7 +7304,7 @@ class DaemonManager(Client):
                     raise
             is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
             try:
-                return self._await_ready((Platform.fork if is_forked else spawn)(argv, env)), False
+                return self._await_ready(spawn(argv, env, is_forked)), False
             except DaemonError as error:
                 if error.code != "ALREADY_RUNNING":
                     raise
