@@ -764,7 +764,6 @@ if sys.platform == "win32":
 
         SHELL = ("cmd.exe", "/d", "/s", "/c")
         SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-        IS_OURS = "True"  # ACLs say who may write
         REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
         # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
@@ -1006,7 +1005,6 @@ else:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SHELL = ("/bin/sh", "-c")
-        IS_OURS = "info.st_uid == os.geteuid() and not info.st_mode & 0o022"  # of a launcher
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
@@ -1117,16 +1115,13 @@ else:
         def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
             """Connect to the socket that a file in `folder` tells of. Raises OSError."""
             path = os.path.join(folder, told["socket"])
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
+            with contextlib.ExitStack() as stack, _short_path(path) as name:
+                connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 connection.settimeout(timeout_s)
-                with _short_path(path) as name:
-                    connection.connect(name)
+                connection.connect(name)
                 if self.peer_uid(connection) is not None:
                     raise PermissionError(errno.EPERM, "another user answers", path)
-            except BaseException:
-                connection.close()
-                raise
+                stack.pop_all()
             return connection
 
         user = staticmethod(os.geteuid)  # whom our children are started as
@@ -1482,7 +1477,7 @@ folder = os.path.dirname(os.path.realpath(__file__))
 source = os.path.normpath(os.path.join(folder, {source}))
 launched_for = os.path.normpath(os.path.join(folder, {project})), folder
 info, umask = os.stat(folder), os.umask(0o077)
-is_ours = {is_ours}
+is_ours = os.name == "nt" or (info.st_uid == os.geteuid() and not info.st_mode & 0o022)
 for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_ours:]:
     try:
         code = SourceFileLoader("apexd", source).get_code("apexd")
@@ -1567,9 +1562,8 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
         return "'" + text.replace("'", "'\"'\"'") + "'"
 
     gone = quoted(f"apexd: {python} is gone: run `python3 {source} start`")
-    names = {"python": quoted(python), "gone": gone, "is_ours": Platform.IS_OURS}
-    names.update(source=seen(source), project=seen(project))
-    yield launcher_path(folder), _LAUNCHER.format(**names)
+    places = {"source": seen(source), "project": seen(project)}
+    yield launcher_path(folder), _LAUNCHER.format(python=quoted(python), gone=gone, **places)
     if not Platform.is_posix:
         yield launcher_path(folder) + ".cmd", os.fsencode(batch).decode("latin-1")
 
@@ -1602,7 +1596,6 @@ def store_bytecode(folder: str) -> None:
 
 
 _LOG_LOCK = threading.Lock()  # between a cut and its new base a reader would be misled
-_complaints: set[str] = set()  # the logs that were warned of
 
 
 def log_path(folder: str, task_id: int, number: int) -> str:
@@ -1648,7 +1641,7 @@ def cap_log(path: str, most_bytes: int) -> bool:
             write_atomically(path + ".base", str(log_base(path) + cut))
         return True
     except (OSError, DaemonError) as error:
-        _complain(path, error)
+        _complain(path, str(error))
         return False
 
 
@@ -1666,13 +1659,12 @@ def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
             raise
         with contextlib.suppress(OSError):
             os.unlink(path)
-        _complain(path, error)
+        _complain(path, str(error))
 
 
-def _complain(path: str, error: Exception) -> None:
-    if path not in _complaints and len(_complaints) < 1000:
-        _complaints.add(path)
-        log.warning("%s: its head cannot be kept: %s", path, error)
+@functools.lru_cache(maxsize=1000)  # once for each log
+def _complain(path: str, what: str) -> None:
+    log.warning("%s: its head cannot be kept: %s", path, what)
 
 
 def keep_ballast(folder: str) -> None:
@@ -2479,6 +2471,9 @@ CREATE TRIGGER tasks_removed AFTER DELETE ON tasks BEGIN
 END;
 """
 # Script i brings `PRAGMA user_version` i to i + 1; a new database has SCHEMA at once.
+_KEPT = (
+    "task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome, exit_code, reason"
+)
 MIGRATIONS = (
     "",
     """
@@ -2488,13 +2483,9 @@ MIGRATIONS = (
     ALTER TABLE requests RENAME TO old_requests;
     """
     + "".join(re.findall(r"CREATE TABLE (?:requests|attempts) .*?;\n", SCHEMA, re.S))
-    + """
+    + f"""
     INSERT INTO requests SELECT * FROM old_requests;
-    INSERT INTO attempts (task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome,
-                          exit_code, reason)
-    SELECT task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome, exit_code,
-           reason
-    FROM old_attempts;
+    INSERT INTO attempts ({_KEPT}) SELECT {_KEPT} FROM old_attempts;
     DROP TABLE old_attempts;
     DROP TABLE old_requests;
     """,
