@@ -1284,20 +1284,18 @@ else:
     @contextlib.contextmanager
     def _short_path(path: str) -> Iterator[str]:
         """Give a name of a socket that fits into sun_path (unix(7)), through proc(5) or a link."""
-        if len(os.fsencode(path)) <= SOCKET_PATH_MAX_BYTES:
-            yield path
-            return
         folder, name = os.path.split(path)
-        if not _HAS_PROC:
-            with tempfile.TemporaryDirectory(prefix="apexd-") as temporary:
+        is_long = len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES
+        with contextlib.ExitStack() as stack:
+            if is_long and _HAS_PROC:
+                fd = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                path = f"/proc/self/fd/{fd}/{name}"
+            elif is_long:
+                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="apexd-"))
                 os.symlink(folder, f"{temporary}/x")
-                yield f"{temporary}/x/{name}"
-            return
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            yield f"/proc/self/fd/{fd}/{name}"
-        finally:
-            os.close(fd)
+                path = f"{temporary}/x/{name}"
+            yield path
 
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
@@ -1813,11 +1811,8 @@ _CHILD_LIMITS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of each process"),
     "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of each process"),
     "processes": (limit("RLIMIT_NPROC"), None, "processes of the user it runs as (not for root)"),
-    "nice": (
-        lambda value: integer(-20 if Platform.is_root() else 0, 19)(value), 0,
-        "added to the niceness; below 0 only as root",
-    ),
-}  # fmt: skip
+    "nice": (lambda n: integer(-20 * Platform.is_root(), 19)(n), 0, "added to the niceness"),
+}
 # What a task can be given, wherever it comes from.
 TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "group": line_of_text,
@@ -2619,13 +2614,13 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of a store try again once: a full disk has the ballast's room then."""
 
     @functools.wraps(method)
-    def act(self: Any, *args: Any, **options: Any) -> Any:
+    def act(*args: Any, **options: Any) -> Any:
         try:
-            return method(self, *args, **options)
+            return method(*args, **options)
         except DaemonError as error:
             if error.code != "DATABASE_FAILED":
                 raise
-        return method(self, *args, **options)
+        return method(*args, **options)
 
     return act
 
@@ -3181,7 +3176,16 @@ class AttemptStore:
                 set_state(db, task_id, State.SCHEDULED, State.QUEUED)
             claimed = []
             for task_id, keeper in self._find_ready(db, room, busy, find_keeper) if room else ():
-                claimed.append(self._claim(db, task_id, keeper))
+                set_state(db, task_id, State.QUEUED, State.RUNNING)
+                run_id = f"{task_id}-{os.urandom(8).hex()}"
+                db.execute(
+                    """
+                    INSERT INTO attempts (task_id, number, run_id, keeper, boot_id, started_at)
+                    SELECT id, attempts, ?, ?, ?, ? FROM tasks WHERE id = ?
+                    """,
+                    (run_id, keeper, self._boot_id, Clock.now(), task_id),
+                )
+                claimed.append(self._store.get(task_id))
                 failpoint("claim")
         return claimed
 
@@ -3223,17 +3227,6 @@ class AttemptStore:
                 ready.append((task_id, keeper))
             private = None if is_suspect else private  # one at a time
         return ready
-
-    def _claim(self, db: sqlite3.Connection, task_id: int, keeper: str) -> Task:
-        set_state(db, task_id, State.QUEUED, State.RUNNING)
-        db.execute(
-            """
-            INSERT INTO attempts (task_id, number, run_id, keeper, boot_id, started_at)
-            SELECT id, attempts, ?, ?, ?, ? FROM tasks WHERE id = ?
-            """,
-            (f"{task_id}-{os.urandom(8).hex()}", keeper, self._boot_id, Clock.now(), task_id),
-        )
-        return _row_to_task(db.execute(_TASK_SQL + "WHERE t.id = ?", (task_id,)).fetchone())
 
     def _finish(self, db: sqlite3.Connection, task: Task, result: Result) -> None:
         """Record one result; an attempt that is finished already changes nothing."""
