@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -1257,6 +1258,22 @@ class TestPlatform:
             child.kill()
             child.wait()
         assert apexd.Platform.start_time(child.pid) is None, "gone"
+
+    @linux
+    def test_a_run_is_killed_where_the_kernel_has_no_pidfd_open_too(self, monkeypatch):
+        def refuse(pid, flags=0):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+        with subprocess.Popen(["sleep", "60"], env={**os.environ, "APEX_RUN_ID": "r"}) as child:
+            try:
+                eventually(lambda: apexd.Platform.environment_of(child.pid).get("APEX_RUN_ID"))
+                apexd.Platform.kill_run(child.pid, "another")
+                assert child.poll() is None
+                apexd.Platform.kill_run(child.pid, "r")
+                assert child.wait(10) == -signal.SIGKILL
+            finally:
+                child.kill()
 
     @linux
     def test_two_processes_have_two_identities_and_one_keeps_its_own(self):
