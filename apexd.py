@@ -2489,6 +2489,7 @@ MIGRATIONS = (
 PRAGMAS = (
     "busy_timeout = 5000",
     "cache_size = -200",  # KiB; the system caches the rest
+    "temp_store = MEMORY",  # of the table `asked`
     "journal_mode = WAL",
     "synchronous = FULL",  # on disk when a commit returns
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
@@ -2522,6 +2523,7 @@ class Database:
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
                 self._migrate(self._db, version)
+                self._db.execute("CREATE TEMP TABLE asked (at INTEGER PRIMARY KEY, first, last)")
             except BaseException:
                 self._db.close()
                 raise
@@ -2583,9 +2585,15 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
-    def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
-        """Return the rows of a statement that changes nothing."""
+    def fetch(
+        self, sql: str, values: Any = (), asked: Iterable[int | range] | None = None
+    ) -> list[sqlite3.Row]:
+        """Return the rows of a statement that changes nothing; asked: the tasks of _ASKED_SQL."""
         with self.lock, self._translated():
+            if asked is not None:
+                self._db.execute("DELETE FROM asked")
+                ranges = ((one[0], one[-1]) for one in as_ranges(asked) if one)
+                self._db.executemany("INSERT INTO asked (first, last) VALUES (?, ?)", ranges)
             return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
@@ -2634,19 +2642,8 @@ SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
 """
-# The tasks in :asked, a blob of first and last ids of 19 digits, in that order (asked.at, t.id).
-_ASKED_SQL = """
-(
-  WITH RECURSIVE place(at) AS (
-    SELECT 0 WHERE length(:asked) > 0
-    UNION ALL SELECT at + 38 FROM place WHERE at + 38 < length(:asked)
-  )
-  SELECT at, CAST(substr(:asked, at + 1, 19) AS INTEGER) AS first,
-         CAST(substr(:asked, at + 20, 19) AS INTEGER) AS last
-  FROM place
-) asked
-CROSS JOIN tasks t ON t.id BETWEEN asked.first AND asked.last
-"""
+# The tasks that `fetch` was asked for, in that order (asked.at, t.id).
+_ASKED_SQL = "asked CROSS JOIN tasks t ON t.id BETWEEN asked.first AND asked.last"
 _INSERT_SQL = """
 INSERT INTO tasks (id, command, request_id, state, open_deps, grp, priority, label, key, due_at,
                    retries, timeout, on_lost, max_tokens, max_cost, created_at, finished_at)
@@ -2884,11 +2881,6 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
         yield one if isinstance(one, range) else range(one, one + 1)
 
 
-def pack_ranges(ids: Iterable[int | range]) -> bytes:
-    """Write ids for _ASKED_SQL."""
-    return b"".join(b"%019d%019d" % (one[0], one[-1]) for one in as_ranges(ids) if one)
-
-
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
     """Forget tasks and all that belongs to them."""
     places = ("tasks WHERE id", "attempts WHERE task_id", "deps WHERE parent", "deps WHERE child")
@@ -2989,9 +2981,8 @@ class TaskStore:
         }
         sql = _TASK_SQL + "WHERE t.id < :before"
         sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
-        values: dict[str, Any] = {"state": state, "grp": group, "before": before or INTEGER_MAX}
-        values.update(most=limit, asked=pack_ranges(ids or ()))
-        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
+        values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
+        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values, ids)
         return [_row_to_task(row) for row in reversed(rows)]
 
     def get(self, task_id: int) -> Task:
@@ -3008,7 +2999,6 @@ class TaskStore:
 
     def get_progress(self, ids: Sequence[int | range]) -> tuple[dict[str, Any], int | None]:
         """Return what `wait` answers, and the last task not done. Raises UNKNOWN_TASK."""
-        asked = {"asked": pack_ranges(ids)}
         with self.database.lock:
             ((total, pending, percent, running, last),) = self.database.fetch(
                 f"""
@@ -3018,7 +3008,7 @@ class TaskStore:
                        max(CASE WHEN state NOT IN {_DONE} THEN t.id END)
                 FROM {_ASKED_SQL}
                 """,
-                asked,
+                asked=ids,
             )
             if total != sum(map(len, as_ranges(ids))):
                 for task_id in (task_id for one in as_ranges(ids) for task_id in one):
@@ -3031,8 +3021,7 @@ class TaskStore:
                 WHERE t.state IN ('failed', 'cancelled', 'skipped') AND a.exit_code IS NOT 0
                 ORDER BY asked.at, t.id
                 LIMIT 1
-                """,
-                asked,
+                """
             )
         answer = {"total": total, "pending": pending, "status": bad_end[0][0] if bad_end else 0}
         answer["progress"] = percent / total if total else 0.0
