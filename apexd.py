@@ -1728,9 +1728,8 @@ def cut_lines(data: bytes) -> list[bytes]:
 
 
 def follow_lines(
-    read: Callable[[dict[str, int], int], Mapping[str, tuple[bytes, int]]], lines: int,
-    to_end: bool,
-) -> Iterator[list[tuple[str, bytes]]]:  # fmt: skip
+    read: Callable[..., Mapping[str, tuple[bytes, int]]], lines: int, to_end: bool
+) -> Iterator[list[tuple[str, bytes]]]:
     """Yield the lines of several logs as they come, [("web.0", line), ...]; [] for none.
 
     read(offsets, lines) gives what is there from `offsets` on, {"web.0": (data, next offset)};
@@ -1832,7 +1831,7 @@ TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "enabled": (truth, True, "false: it is checked, but starts nothing"),
     "overlap": (
         choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"
-    ),  # fmt: skip
+    ),
     "cwd": (line_of_text, ".", "seen from the project"),
     "env": (environment, {}, "variables on top of the daemon's own that are kept"),
     **{
@@ -2224,21 +2223,12 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
         path, maxBytes=int(options.max_size_mb * 1e6), backupCount=options.max_files,
         encoding="utf-8", errors="replace",
     )  # fmt: skip
-    close_log()
-    logger = logging.getLogger("apexd")
-    for handler in (file, logging.StreamHandler()) if to_stderr else (file,):
+    handlers: list[logging.Handler] = [file]
+    handlers += [logging.StreamHandler()] if to_stderr else []
+    for handler in handlers:
         handler.setFormatter(Formatter())
-        logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel("DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper())
-
-
-def close_log() -> None:
-    """Flush and forget the handlers."""
-    logger = logging.getLogger("apexd")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+    level = "DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper()
+    logging.basicConfig(handlers=handlers, level=level, force=True)  # closes the former ones
 
 
 # ============================================================================
@@ -2607,10 +2597,9 @@ class Database:
             try:
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
+            finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-                raise
 
     def close(self) -> None:
         """Checkpoint and close."""
@@ -3051,7 +3040,7 @@ class TaskStore:
         """
         act = {"cancel": _cancel, "retry": _retry, "remove": _remove}[verb]
         done: list[tuple[int, int]] = []
-        not_done: list[int] = []
+        not_done: list[tuple[int, int]] = []
         taken: DaemonError | None = None
         sql = "SELECT state, attempts FROM tasks WHERE id = ?"
         with self.database.write() as db:
@@ -3060,19 +3049,17 @@ class TaskStore:
                 if row is None:
                     raise unknown_task(task_id)
                 try:
-                    if act(db, task_id, State(row[0])):
-                        done.append((task_id, row[1]))
-                        continue
+                    is_done = act(db, task_id, State(row[0]))
                 except DaemonError as error:
                     if error.code != "ILLEGAL_STATE":
                         raise
-                    taken = error
-                not_done.append(task_id)
+                    is_done, taken = False, error
+                (done if is_done else not_done).append((task_id, row[1]))
         if taken is not None and not done:
             raise taken
         if verb == "remove":
             remove_logs(self.folder, done)
-        return [task_id for task_id, _ in done], not_done
+        return [task_id for task_id, _ in done], [task_id for task_id, _ in not_done]
 
     def pause(self, group: str | None, on: bool) -> list[str]:
         """Stop or go on with claiming from a group, None: from all; return `get_paused`."""
@@ -7027,7 +7014,7 @@ class Daemon:
             raise
         finally:
             self._pid_file.release()
-            close_log()
+            logging.shutdown()
 
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
