@@ -2825,14 +2825,12 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     while work:
         named, old = work.pop()
         open_deps, unmet = _count_open(db, named)
-        if old == State.SKIPPED and unmet and named != task_id:
-            continue  # another of its parents still keeps it skipped
         holder = db.execute(holder_sql, (named,)).fetchone()
         if holder and named == task_id:
             what = f"task {holder[0]} has the key of task {task_id} now"
             raise DaemonError("ILLEGAL_STATE", what, f"wait for task {holder[0]}, or cancel it")
-        if holder and old == State.SKIPPED:
-            continue
+        if old == State.SKIPPED and named != task_id and (unmet or holder):
+            continue  # also another of its parents keeps it skipped, or its key is taken
         db.execute(
             """
             UPDATE tasks SET open_deps = ?, progress = NULL, failures = 0, losses = 0,
