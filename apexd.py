@@ -1690,8 +1690,7 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
         base = log_base(path)
         end = file.seek(0, os.SEEK_END)
         offset = 0 if offset > base + end else offset  # another file is there now
-        start = max(0, end - most) if offset < 0 else max(offset - base, 0)
-        file.seek(start)
+        file.seek(max(0, end - most) if offset < 0 else max(offset - base, 0))
         data = file.read(most)
         if offset < 0:
             data = b"".join(data.splitlines(keepends=True)[offset:])
@@ -3023,8 +3022,7 @@ class TaskStore:
     def get_counts(self) -> dict[str, dict[str, int]]:
         """Return {state: {group: number}}, without the zeros."""
         counts: dict[str, dict[str, int]] = {}
-        rows = self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0")
-        for state, group, n in rows:
+        for state, group, n in self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0"):
             counts.setdefault(state, {})[group] = n
         return counts
 
