@@ -5775,24 +5775,15 @@ if TYPE_CHECKING:
     Fields = dict[str, Any]
 
 
-def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    """Send one message. Raises BAD_REQUEST when it is over FRAME_MAX_BYTES, OSError."""
+def send_frame(connection: socket.socket, message: Mapping[str, Any] | DaemonError) -> None:
+    """Send a message or an error. Raises BAD_REQUEST if it is over FRAME_MAX_BYTES, OSError."""
+    if isinstance(message, DaemonError):
+        message = {"type": "error", **message.to_dict()}
     data = json.dumps(message).encode()
     if len(data) > FRAME_MAX_BYTES:
         hint = "send it in several parts"
         raise bad(f"a message of {len(data)} bytes; the limit is {FRAME_MAX_BYTES}", hint)
     connection.sendall(struct.pack(">I", len(data)) + data)
-
-
-def send_answer(connection: socket.socket, answer: Mapping[str, Any] | DaemonError) -> None:
-    """Send a response within FRAME_TIMEOUT_S; if it is too long, the error that says so."""
-    connection.settimeout(FRAME_TIMEOUT_S)
-    try:
-        if isinstance(answer, DaemonError):
-            answer = {"type": "error", **answer.to_dict()}
-        send_frame(connection, answer)
-    except DaemonError as error:
-        send_frame(connection, {"type": "error", **error.to_dict()})
 
 
 def receive_frame(
@@ -5854,25 +5845,19 @@ def has_hung_up() -> bool:
     connection.settimeout(0.0)
     try:
         return not connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
 
 
-def in_base64(data: bytes) -> str:
-    """Write bytes so that they can stand in JSON."""
-    return binascii.b2a_base64(data, newline=False).decode()
+def log_fields(data: bytes, end: int) -> Fields:
+    """Write a part of a log so that it can stand in JSON."""
+    return {"data": binascii.b2a_base64(data, newline=False).decode(), "next": end}
 
 
-def absolute_path(value: object) -> str:
-    """Read the path of a folder, from the root."""
-    with contextlib.suppress(ValueError):
-        if isinstance(value, str) and os.path.isabs(value) and b"\0" not in os.fsencode(value):
-            return value
-    raise ValueError("an absolute path")
-
-
+absolute_path = reader(
+    "an absolute path",
+    lambda path: isinstance(path, str) and os.path.isabs(path) and b"\0" not in os.fsencode(path),
+)
 process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
 
 
@@ -5936,8 +5921,8 @@ class TaskVerbs:
             "cancel": ("ids!", partial(self._change, "cancel")),
             "retry": ("ids!", partial(self._change, "retry")),
             "remove": ("ids!", partial(self._change, "remove")),
-            "pause": ("group", partial(self._set_paused, True)),
-            "resume": ("group", partial(self._set_paused, False)),
+            "pause": ("group", lambda group=None: self._wake({"paused": store.pause(group, True)})),
+            "resume": ("group", lambda group=None: self._wake({"paused": store.pause(group, False)})),
             "report": ("id! token run_id tokens cost progress note", self._report),
             "why": ("id!", self._why),
             "logs": ("id! attempt offset within", self._logs),
@@ -5969,8 +5954,10 @@ class TaskVerbs:
         ids = self._store.add(**request)
         return self._wake({"ids": ids, "existing": ids.existing})
 
-    def _list(self, **where: Any) -> Fields:
-        return {"tasks": [self._describe(task) for task in self._store.find(**where)]}
+    def _list(self, group: str | None = None, **where: Any) -> Fields:
+        if group is not None and group not in self._store.config.groups:
+            raise unknown_group(group, self._store.config)
+        return {"tasks": list(map(self._describe, self._store.find(group=group, **where)))}
 
     def _get(self, id: int) -> Fields:
         task = self._store.get(id)
@@ -6003,9 +5990,6 @@ class TaskVerbs:
             answer.update({"left": left} if left else {})
         return self._wake(answer)
 
-    def _set_paused(self, on: bool, group: str | None = None) -> Fields:
-        return self._wake({"paused": self._store.pause(group, on)})
-
     def _report(self, id: int, **usage: Any) -> Fields:
         is_over = self._store.report(id, **usage)
         if is_over and self._runner is not None:
@@ -6025,28 +6009,28 @@ class TaskVerbs:
         {"attempt", "attempts", "done": no more will come of this attempt, "data": base64,
          "next": offset}. Waits for `within` seconds when there is nothing.
         """
-        deadline, last = Clock.mono() + within, max(self._store.get(id).attempts, 1)
-        number = attempt or last
-        if number > last:
-            what = f"task {id} has no attempt {number}"
-            raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
+        deadline = Clock.mono() + within
         while True:
             task = self._store.get(id)
-            is_over = number < task.attempts or task.state in DONE
-            data, following = read_log(log_path(self._store.folder, id, number), offset)
+            last = max(task.attempts, 1)
+            attempt = attempt or last
+            if attempt > last:
+                what = f"task {id} has no attempt {attempt}"
+                raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
+            is_over = attempt < last or task.state in DONE
+            data, end = read_log(log_path(self._store.folder, id, attempt), offset)
             if data or is_over or not self._pause(id, deadline, 0.05):
                 break
         is_over = is_over and len(data) < LOG_CHUNK_BYTES
-        answer = {"attempt": number, "attempts": task.attempts, "done": is_over}
-        return {**answer, "data": in_base64(data), "next": following}
+        answer = {"attempt": attempt, "attempts": task.attempts, "done": is_over}
+        return {**answer, **log_fields(data, end)}
 
     def _process_logs(
         self, name: str, offsets: Mapping[str, int] | None = None, lines: int = 50
     ) -> Fields:
         """Return {"logs": {"web.0": {"data": base64, "next": offset}}}."""
-        found = read_process_logs(self._store, name, offsets or {}, lines).items()
-        logs = {one: {"data": in_base64(data), "next": end} for one, (data, end) in found}
-        return {"logs": logs}
+        found = read_process_logs(self._store, name, offsets or {}, lines)
+        return {"logs": {one: log_fields(*part) for one, part in found.items()}}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -6144,8 +6128,8 @@ class ProcessVerbs:
             "stop_process": ("name!", lambda name: self._down([name])),
             "restart_process": ("name!", lambda name: self._replace(name, False)),
             "reload_process": ("name!", lambda name: self._replace(name, True)),
-            "up": ("names! wait", self._up),
-            "down": ("names!", self._down),
+            "up": ("names wait", self._up),
+            "down": ("names", self._down),
             "scale_process": ("name! instances!", self._scale),
             "signal_process": ("name! signal!", self._signal),
             "why_process": ("name!", self._why),
@@ -6174,8 +6158,17 @@ class ProcessVerbs:
         process.update(instances=len(details), instance_details=details)
         return {"type": "process_details", "process": process}
 
-    def _up(self, names: list[str], wait: bool = True) -> Fields:
+    def _named(self, names: Sequence[str] | None) -> Sequence[str]:
+        """Return the processes that were named, or all. Raises PROCESS_NOT_FOUND."""
+        names = names or list(self._store.config.processes)
+        if not names:
+            hint = "write [process.NAME] into it, see README.md"
+            raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
+        return names
+
+    def _up(self, names: Sequence[str] | None = None, wait: bool = True) -> Fields:
         """Have processes up, and what they need; answer when they are, or will not be."""
+        names = self._named(names)
         with self._supervisor.acting(names) as mine:
             if mine and all(one.is_up() and (one.is_ready() or not wait) for one in mine):
                 what = f"{', '.join(names)} runs already"
@@ -6227,8 +6220,9 @@ class ProcessVerbs:
             what = "; ".join(one.explain() for one in failed[:3])
             raise DaemonError("PROCESS_FAILED", what + more, hint)
 
-    def _down(self, names: list[str]) -> Fields:
+    def _down(self, names: Sequence[str] | None = None) -> Fields:
         """Stop processes; answer when nothing of them is left."""
+        names = self._named(names)
         with self._supervisor.acting(names) as mine:
             if not any(one.ward or one.view.is_wanted for one in mine):
                 what = f"{', '.join(names)} does not run"
@@ -6317,12 +6311,20 @@ def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields]:
         yield {"type": "log_lines", "lines": frame}
 
 
+def read_endpoint(folder: str) -> Fields:
+    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = read_json(os.path.join(folder, "endpoint")) or {}
+        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
+            return found
+    return {}
+
+
 def remove_socket(path: str, *others: str) -> None:
     """Remove a control socket, the folder that was made for a short path, and other files."""
     for name in (path, *others):
         with contextlib.suppress(OSError):
-            if not os.path.isdir(name):  # on Windows there is no socket
-                insist(os.unlink, name)
+            insist(os.unlink, name)
     with contextlib.suppress(OSError):
         os.rmdir(os.path.dirname(path))  # the state folder is not empty
 
@@ -6343,10 +6345,9 @@ class ControlServer:
         self._reserved = 0
         self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._is_stopping = False
-        self._path = os.path.join(folder, "endpoint")
         self._endpoint: Fields = {}
         self._listener: socket.socket | None = None
-        self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id`
+        self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id` (Windows: None)
 
     def start(self, told: Fields) -> None:
         """Listen and say where; again: if that is not there any more. Raises CANNOT_CREATE.
@@ -6360,31 +6361,26 @@ class ControlServer:
             if self._listener is None or file_id(self._socket[0]) != self._socket[1]:
                 self._bind()
             self._endpoint.update(told)
-            if self._read_endpoint() != self._endpoint:
-                write_atomically(self._path, json.dumps(self._endpoint))
+            with contextlib.suppress(DaemonError):  # a link, say: it is replaced
+                if read_endpoint(self._folder) == self._endpoint:
+                    return
+            path = os.path.join(self._folder, "endpoint")
+            write_atomically(path, json.dumps(self._endpoint))
 
     def _bind(self) -> None:
         self._hang_up()
+        near = os.path.join(self._folder, "control.sock")
         try:
-            near = os.path.join(self._folder, "control.sock")
             path = Platform.place_socket(self._folder, near)
-            listener, where = Platform.listen(path)
+            self._listener, self._endpoint = Platform.listen(path)
         except OSError as error:
             raise cannot_create(near, error) from None
-        if "socket" not in where:  # Windows has a port
-            path = self._folder
-        elif path != near:
-            where["socket"] = path
-        self._listener, self._socket = listener, (path, file_id(path))
-        about = {"pid": os.getpid(), "folder": file_id(self._folder)}
-        self._endpoint = json.loads(json.dumps({**where, **about}))
-        accept = functools.partial(self._accept_all, listener)
+        if path != near:
+            self._endpoint["socket"] = path
+        self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
+        self._socket = path, file_id(path)
+        accept = functools.partial(self._accept_all, self._listener)
         threading.Thread(target=accept, name="control", daemon=True).start()
-
-    def _read_endpoint(self) -> Fields | None:
-        with contextlib.suppress(ValueError, DaemonError):
-            return read_json(self._path)
-        return None
 
     def _hang_up(self) -> None:
         """Accept nothing more: a listener that is only closed would stay in accept(2)."""
@@ -6400,9 +6396,8 @@ class ControlServer:
             self._is_stopping = True
             self._hang_up()
             path, known = self._socket
-            if known is not None and file_id(path) == known:
-                others = [self._path] if self._read_endpoint() == self._endpoint else []
-                remove_socket(path, *others)
+            if file_id(path) == known:
+                remove_socket(path, os.path.join(self._folder, "endpoint"))
 
     def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; if all are taken, the longest idle one's."""
@@ -6424,29 +6419,18 @@ class ControlServer:
                 threading.Event().wait(0.1)
 
     def _serve(self, connection: socket.socket) -> None:
-        """Answer requests until the peer leaves or sends what is none."""
+        """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
             with connection:
-                while True:
-                    try:
-                        if Platform.peer_uid(connection):  # neither ours nor root
-                            raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
-                        self._idle[connection] = None
-                        request = receive_frame(
-                            connection, IDLE_TIMEOUT_S, self._reserve, FRAME_ITEMS_MAX
-                        )
-                        self._idle.pop(connection, None)
-                        if request is None:
-                            return
-                        answer = self._answer(request)
-                    except DaemonError as error:  # the framing is lost: say so and hang up
-                        send_answer(connection, error)
-                        return
-                    if isinstance(answer, (dict, DaemonError)):
-                        send_answer(connection, answer)
-                    else:
-                        self._stream(connection, answer)
+                try:
+                    if Platform.peer_uid(connection):  # neither ours nor root
+                        raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
+                    while self._serve_one(connection):
+                        pass
+                except DaemonError as error:  # the framing may be lost: say so and hang up
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, error)
         except OSError as error:
             log.debug("a connection ended: %s", error)
         except Exception:  # this thread's top frame
@@ -6455,22 +6439,33 @@ class ControlServer:
             self._idle.pop(connection, None)
             self._room.release()
 
+    def _serve_one(self, connection: socket.socket) -> bool:
+        """Answer one request, or send a stream of answers; False: the peer has left."""
+        self._idle[connection] = None
+        request = receive_frame(connection, IDLE_TIMEOUT_S, self._reserve, FRAME_ITEMS_MAX)
+        self._idle.pop(connection, None)
+        if request is not None:
+            answer = self._answer(request)
+            connection.settimeout(FRAME_TIMEOUT_S)
+            if isinstance(answer, (dict, DaemonError)):
+                send_frame(connection, answer)
+            else:
+                self._stream(connection, answer)
+        return request is not None
+
     def _stream(self, connection: socket.socket, answers: Iterable[Fields]) -> None:
         """Send answers as they come until the peer leaves, or sends its next request."""
         if not self._streams.acquire(blocking=False):
-            error = DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
-            send_answer(connection, error)
-            return
+            raise DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
         try:
             for answer in answers:
                 if answer["lines"]:
-                    send_answer(connection, answer)
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, answer)
                 connection.settimeout(0.001 if answer["lines"] else STREAM_PAUSE_S)
                 with contextlib.suppress(socket.timeout):
                     connection.recv(1, socket.MSG_PEEK)
                     return
-        except DaemonError as error:  # the process was removed
-            send_answer(connection, error)
         finally:
             self._streams.release()
 
@@ -6529,17 +6524,12 @@ class Project(Value):
 
     path: str
     folder: str
-    config_path: str | None
+    named_config: str | None  # the configuration that the user named
+    config_path: str | None  # that, else the one in the state folder
 
     def file(self, name: str) -> str:
         """Return the path of a file in the state folder."""
         return os.path.join(self.folder, name)
-
-    @property
-    def named_config(self) -> str | None:
-        """The configuration that was named; None: it was found in the state folder."""
-        path = self.config_path
-        return path if path and os.path.dirname(path) != self.folder else None
 
 
 def find_project(path: str | None, state: str | None, config: str | None) -> Project:
@@ -6560,8 +6550,9 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
     check_state_folder(folder)
     if config is not None and not os.path.isfile(config):
         raise DaemonError("CONFIG_INVALID", f"{config}: no such file", "name the file")
-    found = os.path.realpath(config) if config else find_config(folder)
-    return Project(path=path, folder=folder, config_path=found)
+    named = os.path.realpath(config) if config else None
+    found = named or find_config(folder)
+    return Project(path=path, folder=folder, named_config=named, config_path=found)
 
 
 def _nearest_project() -> str:
@@ -6579,31 +6570,22 @@ def _nearest_project() -> str:
     return next(filter(has_state, passed), start)
 
 
-def read_endpoint(folder: str) -> Fields:
-    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
-    with contextlib.suppress(ValueError, TypeError):
-        found = read_json(os.path.join(folder, "endpoint")) or {}
-        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
-            if "socket" in found:
-                found["socket"] = os.path.join(folder, found["socket"])
-            return found
-    return {}
+def held_by(holder: Holder) -> DaemonError:
+    """Make the error of a lock that is not a daemon's."""
+    what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
+    return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
-def connect_to(folder: str) -> tuple[socket.socket, Fields]:
-    """Connect to the daemon of a state folder; return what its `endpoint` says, too.
-
-    Raises OSError (there is none), PERMISSION_DENIED.
-    """
-    check_state_folder(folder)
-    found = read_endpoint(folder)
-    try:
-        return Platform.connect(folder, found, ANSWER_TIMEOUT_S), found
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise ConnectionRefusedError("no endpoint") from None
-    except PermissionError as error:
-        what = f"{error.filename}: {error.strerror}"
-        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
+def find_daemon(pid_file: PidFile) -> Holder | None:
+    """Return the daemon that holds a lock; wait CLIENT_HOLD_S for a client. Raises BUSY."""
+    deadline = Clock.mono() + CLIENT_HOLD_S
+    while True:
+        holder = pid_file.holder()
+        if holder is None or (holder.role == "daemon" and holder.is_alive()):
+            return holder
+        if Clock.mono() > deadline:
+            raise held_by(holder)
+        threading.Event().wait(0.02)
 
 
 class Client:
@@ -6672,8 +6654,18 @@ class Client:
         return answer
 
     def _connect(self) -> socket.socket:
+        """Be connected to the daemon. Raises OSError (there is none), PERMISSION_DENIED."""
+        folder = self.project.folder
         if self._connection is None:
-            self._connection, self._endpoint = connect_to(self.project.folder)
+            check_state_folder(folder)
+            self._endpoint = read_endpoint(folder)
+            try:
+                self._connection = Platform.connect(folder, self._endpoint, ANSWER_TIMEOUT_S)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                raise ConnectionRefusedError("no endpoint") from None
+            except PermissionError as error:
+                what = f"{error.filename}: {error.strerror}"
+                raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
         return self._connection
 
     def find_settings(self) -> Fields:
@@ -6858,12 +6850,6 @@ class Client:
         return self.call("why", {"id": task_id})
 
 
-def held_by(holder: Holder) -> DaemonError:
-    """Make the error of a lock that is not a daemon's."""
-    what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
-    return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
-
-
 def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
     """End running tasks that are cancelled; `is_all`: KILL all tasks and processes.
 
@@ -6916,11 +6902,8 @@ class Mailbox:
     def take(self) -> Iterator[str]:
         """Yield messages as they come, SIGHUP or what was posted; of several alike, one."""
         while True:
-            waiting: dict[str, None] = {}
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting[self._messages.get_nowait()] = None
-            yield from waiting
+            waiting = [self._messages.get() for _ in range(self._messages.qsize())]
+            yield from dict.fromkeys(waiting)
             if not waiting:
                 self._wakee.recv(4096)
 
@@ -6972,17 +6955,13 @@ class Daemon:
             close_log()
 
     def _take_lock(self) -> None:
-        """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
-        deadline = Clock.mono() + CLIENT_HOLD_S
+        """Become the owner, after a client. Raises ALREADY_RUNNING, BUSY."""
         path, config = self._project.path, self._project.named_config
         while not self._pid_file.acquire("daemon", path, config=config):
-            holder = self._pid_file.holder()
-            if holder and holder.role == "daemon" and holder.is_alive():
+            holder = find_daemon(self._pid_file)
+            if holder is not None:
                 what = f"already running, PID {holder.pid}"
                 raise DaemonError("ALREADY_RUNNING", what, "`status` tells more")
-            if holder and Clock.mono() > deadline:
-                raise held_by(holder)
-            threading.Event().wait(0.02)
 
     def _serve(self) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
@@ -7226,32 +7205,31 @@ class DaemonManager(Client):
 
     def _await_ready(self, pipe: Any) -> int:
         """Read what the starting daemon reports. Raises the error it reports, START_FAILED."""
-        events: queue.SimpleQueue[Fields] = queue.SimpleQueue()
+        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
         def read() -> None:
-            last = "it ended without a word"
             with pipe:
                 for line in pipe:
-                    try:
-                        events.put(dict(json.loads(line)))
-                    except (ValueError, TypeError):
-                        last = line.decode("utf-8", "replace").strip() or last
-            error = DaemonError("START_FAILED", last, "see `logs`")
-            events.put({"event": "error", **error.to_dict()})
+                    lines.put(line)
+            lines.put(b"")
 
         threading.Thread(target=read, name="report", daemon=True).start()
-        event: Fields = {}
-        while event.get("event") not in ("ready", "error"):
+        last, line = "it ended without a word", b"-"
+        while line:
             try:
-                event = events.get(timeout=START_TIMEOUT_S)
+                line = lines.get(timeout=START_TIMEOUT_S)
+                event = dict(json.loads(line))
             except queue.Empty:
-                what = f"it did not answer within {START_TIMEOUT_S:.0f} s"
-                raise DaemonError("START_FAILED", what, "see `logs`") from None
-        if event["event"] == "ready":
-            return int(event["pid"])
-        if "pid" in event:  # what follows must not meet it any more
-            self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
-        raise DaemonError.from_dict(event)
+                last, line = f"it did not answer within {START_TIMEOUT_S:.0f} s", b""
+            except (ValueError, TypeError):
+                last = line.decode("utf-8", "replace").strip() or last
+            else:
+                if event["event"] == "ready":
+                    return int(event["pid"])
+                if event["event"] == "error":  # what follows must not meet it any more
+                    self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
+                    raise DaemonError.from_dict(event)
+        raise DaemonError("START_FAILED", last, "see `logs`")
 
     def run_foreground(self) -> int:
         """Become the daemon (never returns), or be it where there is no exec."""
@@ -7262,19 +7240,12 @@ class DaemonManager(Client):
 
     def find_holder(self) -> Holder | None:
         """Return the daemon that lives, None when there is none. Raises BUSY."""
-        deadline = Clock.mono() + CLIENT_HOLD_S
-        while True:
-            holder = self._pid_file.holder()
-            if holder is None:  # ask the socket, too: the lock file may be gone
-                with contextlib.suppress(DaemonError):
-                    pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
-                    return Holder.of_pid(pid, "daemon") if pid else None
-                return None
-            if holder.role == "daemon" and holder.is_alive():
-                return holder
-            if Clock.mono() > deadline:
-                raise held_by(holder)
-            threading.Event().wait(0.02)
+        holder = find_daemon(self._pid_file)
+        if holder is None:  # ask the socket, too: the lock file may be gone
+            with contextlib.suppress(DaemonError):
+                pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
+                return Holder.of_pid(pid, "daemon") if pid else None
+        return holder
 
     def is_daemon_running(self) -> bool:
         """Tell whether a daemon holds the lock."""
@@ -7338,7 +7309,7 @@ class DaemonManager(Client):
     def _clear_away(self) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
         folder, file, tasks = self.project.folder, self.project.file, 0
-        place = read_endpoint(folder).get("socket", file("control.sock"))
+        place = os.path.join(folder, str(read_endpoint(folder).get("socket", "control.sock")))
         remove_socket(place, file("endpoint"), self._pid_file.path)
         if os.path.exists(file("apex.db")):
             store = TaskStore(file("apex.db"), None, self._pid_file, self.project.path)
@@ -7617,28 +7588,16 @@ def cmd_ps(args: Args) -> int:
     return emit(found, args, columns(rows))
 
 
-def find_names(args: Args) -> list[str]:
-    """Return the processes that are named, else all that are configured."""
-    names: list[str] = args.names
-    if not names:
-        found = client_of(args).call("list_processes", {})["processes"]
-        names = [process["name"] for process in found]
-    if not names:
-        hint = "write [process.NAME] into it, see README.md"
-        raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
-    return names
-
-
 @register("up", NAMES, arg("--no-wait", **FLAG, help="do not wait until ready"))
 def cmd_up(args: Args) -> int:
     """Start processes, and what they need; returns when they are ready, 1 when they failed."""
-    return ask_for("up", args, names=find_names(args), wait=not args.no_wait)
+    return ask_for("up", args, names=args.names, wait=not args.no_wait)
 
 
 @register("down", NAMES)
 def cmd_down(args: Args) -> int:
     """Stop processes; they stay down until `up`, also when the daemon starts again."""
-    return ask_for("down", args, names=find_names(args))
+    return ask_for("down", args, names=args.names)
 
 
 @register("scale", ONE, arg("count", type=reads(integer(0, 1000)), help="instances"))
@@ -7761,14 +7720,8 @@ def cmd_run(args: Args) -> int:
 )  # fmt: skip
 def cmd_list(args: Args) -> int:
     """List tasks, the newest last."""
-    client = client_of(args)
-    if args.group is not None:
-        known = client.queue()["groups"]
-        if args.group not in known:
-            hint = "groups: " + ", ".join(known)
-            raise DaemonError("UNKNOWN_GROUP", f"there is no group {args.group!r}", hint)
     limit = args.lines or (None if args.json else 100)
-    tasks = client.list(limit, state=args.in_state, group=args.group)
+    tasks = client_of(args).list(limit, state=args.in_state, group=args.group)
     emit(tasks, args, task_table(tasks))
     if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
         notice(f"these are the newest {limit}; more with -n N")
