@@ -155,8 +155,9 @@ CLIENT_HOLD_S = 5.0  # a client holds the lock for one call; longer means anothe
 FRAME_MAX_BYTES = 16 * 1024 * 1024  # a request or a response
 FRAME_ITEMS_MAX = 1_000_000  # values in a request: each costs up to 125 bytes of memory
 FRAME_DIGITS_MAX = 400  # of a number in it
-FRAMES_MAX_BYTES = 4 * FRAME_MAX_BYTES  # large requests being read, all connections together
-FRAME_FREE_BYTES = 64 * 1024  # requests up to this size are not counted
+LARGE_FRAMES_MAX = 4  # large requests being read at once, all connections together
+LARGE_FRAME_WAIT_S = 1.0  # for one of them to have been read
+LARGE_FRAME_BYTES = 64 * 1024  # requests up to this size are not counted
 FRAME_TIMEOUT_S = 10.0  # from a frame's first byte to its last
 IDLE_TIMEOUT_S = 60.0  # a silent connection gives its place to others
 CONNECTIONS_MAX = 64
@@ -5788,12 +5789,12 @@ def send_frame(connection: socket.socket, message: Mapping[str, Any] | DaemonErr
 
 def receive_frame(
     connection: socket.socket, idle_s: float,
-    reserve: Callable[[int], Any] = contextlib.nullcontext, most_items: int = INTEGER_MAX,
+    room: threading.Semaphore | None = None, most_items: int = INTEGER_MAX,
 ) -> Fields | None:  # fmt: skip
     """Receive one message; None when the peer closed between two.
 
     idle_s: how long to wait for the first byte; the rest has FRAME_TIMEOUT_S in all.
-    reserve: makes a context within which so many bytes are held. Raises BAD_REQUEST, OSError.
+    room: held while a large one is read. Raises BAD_REQUEST, BUSY, OSError.
     """
     connection.settimeout(idle_s)
     first = connection.recv(1)
@@ -5803,15 +5804,21 @@ def receive_frame(
     (length,) = struct.unpack(">I", first + bytes(_receive(connection, 3, deadline)))
     if not 0 < length <= FRAME_MAX_BYTES:
         raise bad(f"a frame of {length} bytes: from 1 to {FRAME_MAX_BYTES}")
-    with reserve(length):
+    held = room if length > LARGE_FRAME_BYTES else None
+    if held is not None and not held.acquire(timeout=LARGE_FRAME_WAIT_S):
+        raise DaemonError("BUSY", "too many large requests at once", "try again")
+    try:
         data = _receive(connection, length, deadline)
         if sum(map(data.count, (b",", b"[", b"{"))) > most_items:  # they need not be built
             raise bad(f"a frame of more than {most_items} values", "send it in several parts")
         whole, real = functools.partial(_number, int), functools.partial(_number, float)
-        try:  # `int` refuses NaN and Infinity
-            message = json.loads(data, parse_constant=int, parse_int=whole, parse_float=real)
-        except (ValueError, RecursionError):
-            raise bad("a frame that is no JSON") from None
+        # `int` refuses NaN and Infinity
+        message = json.loads(data, parse_constant=int, parse_int=whole, parse_float=real)
+    except (ValueError, RecursionError):
+        raise bad("a frame that is no JSON") from None
+    finally:
+        if held is not None:
+            held.release()
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise bad('a frame must be an object with a "type"')
     return message
@@ -5921,8 +5928,8 @@ class TaskVerbs:
             "cancel": ("ids!", partial(self._change, "cancel")),
             "retry": ("ids!", partial(self._change, "retry")),
             "remove": ("ids!", partial(self._change, "remove")),
-            "pause": ("group", lambda group=None: self._wake({"paused": store.pause(group, True)})),
-            "resume": ("group", lambda group=None: self._wake({"paused": store.pause(group, False)})),
+            "pause": ("group", lambda group=None: self._pause(group, True)),
+            "resume": ("group", lambda group=None: self._pause(group, False)),
             "report": ("id! token run_id tokens cost progress note", self._report),
             "why": ("id!", self._why),
             "logs": ("id! attempt offset within", self._logs),
@@ -5935,7 +5942,10 @@ class TaskVerbs:
             self._runner.wake()
         return answer
 
-    def _pause(self, task_id: int, deadline: float, most_s: float) -> bool:
+    def _pause(self, group: str | None, on: bool) -> Fields:
+        return self._wake({"paused": self._store.pause(group, on)})
+
+    def _await(self, task_id: int, deadline: float, most_s: float) -> bool:
         """Wait for a task to move; False when there is nothing, or nobody, to wait for."""
         left_s = deadline - Clock.mono()
         if self._runner is None or left_s <= 0 or self._runner.halted.is_set() or has_hung_up():
@@ -5973,7 +5983,7 @@ class TaskVerbs:
         while True:
             answer, last = self._store.get_progress(ids)
             while last is not None and not self._store.is_done(last):
-                if not self._pause(last, deadline, 1.0):
+                if not self._await(last, deadline, 1.0):
                     return self._store.get_progress(ids)[0] if within else answer
             if last is None:
                 return answer
@@ -6019,7 +6029,7 @@ class TaskVerbs:
                 raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
             is_over = attempt < last or task.state in DONE
             data, end = read_log(log_path(self._store.folder, id, attempt), offset)
-            if data or is_over or not self._pause(id, deadline, 0.05):
+            if data or is_over or not self._await(id, deadline, 0.05):
                 break
         is_over = is_over and len(data) < LOG_CHUNK_BYTES
         answer = {"attempt": attempt, "attempts": task.attempts, "done": is_over}
@@ -6128,8 +6138,8 @@ class ProcessVerbs:
             "stop_process": ("name!", lambda name: self._down([name])),
             "restart_process": ("name!", lambda name: self._replace(name, False)),
             "reload_process": ("name!", lambda name: self._replace(name, True)),
-            "up": ("names wait", self._up),
-            "down": ("names", self._down),
+            "up": ("names! wait", self._up),
+            "down": ("names!", self._down),
             "scale_process": ("name! instances!", self._scale),
             "signal_process": ("name! signal!", self._signal),
             "why_process": ("name!", self._why),
@@ -6158,17 +6168,8 @@ class ProcessVerbs:
         process.update(instances=len(details), instance_details=details)
         return {"type": "process_details", "process": process}
 
-    def _named(self, names: Sequence[str] | None) -> Sequence[str]:
-        """Return the processes that were named, or all. Raises PROCESS_NOT_FOUND."""
-        names = names or list(self._store.config.processes)
-        if not names:
-            hint = "write [process.NAME] into it, see README.md"
-            raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
-        return names
-
-    def _up(self, names: Sequence[str] | None = None, wait: bool = True) -> Fields:
+    def _up(self, names: list[str], wait: bool = True) -> Fields:
         """Have processes up, and what they need; answer when they are, or will not be."""
-        names = self._named(names)
         with self._supervisor.acting(names) as mine:
             if mine and all(one.is_up() and (one.is_ready() or not wait) for one in mine):
                 what = f"{', '.join(names)} runs already"
@@ -6220,9 +6221,8 @@ class ProcessVerbs:
             what = "; ".join(one.explain() for one in failed[:3])
             raise DaemonError("PROCESS_FAILED", what + more, hint)
 
-    def _down(self, names: Sequence[str] | None = None) -> Fields:
+    def _down(self, names: list[str]) -> Fields:
         """Stop processes; answer when nothing of them is left."""
-        names = self._named(names)
         with self._supervisor.acting(names) as mine:
             if not any(one.ward or one.view.is_wanted for one in mine):
                 what = f"{', '.join(names)} does not run"
@@ -6341,8 +6341,8 @@ class ControlServer:
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
+        self._large = threading.BoundedSemaphore(LARGE_FRAMES_MAX)
         self._lock = threading.Lock()  # guards what follows
-        self._reserved = 0
         self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._is_stopping = False
         self._endpoint: Fields = {}
@@ -6442,7 +6442,7 @@ class ControlServer:
     def _serve_one(self, connection: socket.socket) -> bool:
         """Answer one request, or send a stream of answers; False: the peer has left."""
         self._idle[connection] = None
-        request = receive_frame(connection, IDLE_TIMEOUT_S, self._reserve, FRAME_ITEMS_MAX)
+        request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
         self._idle.pop(connection, None)
         if request is not None:
             answer = self._answer(request)
@@ -6468,20 +6468,6 @@ class ControlServer:
                     return
         finally:
             self._streams.release()
-
-    @contextlib.contextmanager
-    def _reserve(self, length: int) -> Iterator[None]:
-        """Hold the memory of a large request, all connections together within a limit."""
-        counted = length if length > FRAME_FREE_BYTES else 0
-        with self._lock:
-            if self._reserved + counted > FRAMES_MAX_BYTES:
-                raise DaemonError("BUSY", "too many large requests at once", "try again")
-            self._reserved += counted
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._reserved -= counted
 
     def _answer(self, request: Fields) -> Fields | DaemonError | Iterator[Fields]:
         """Carry out one request; return its answer or several of them.
@@ -7373,7 +7359,7 @@ if TYPE_CHECKING:
     Args = argparse.Namespace
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Handler = Callable[[Args], int]
-REGISTRY: dict[str, tuple[Handler, tuple[Argument, ...]]] = {}
+REGISTRY: dict[str, tuple[Handler, str, tuple[Argument, ...]]] = {}
 ALIASES = {"ls": "list", "rm": "remove", "log": "logs"}
 
 
@@ -7382,11 +7368,11 @@ def arg(*names: str, **options: Any) -> Argument:
     return (names, options)
 
 
-def register(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
-    """Register a handler: its docstring is the help, its result the exit status."""
+def register(name: str, *arguments: Argument, text: str = "") -> Callable[[Handler], Handler]:
+    """Register a handler: `text` or its docstring is the help, its result the exit status."""
 
     def keep(handler: Handler) -> Handler:
-        REGISTRY[name] = (handler, arguments)
+        REGISTRY[name] = (handler, text or handler.__doc__ or "", arguments)
         return handler
 
     return keep
@@ -7420,7 +7406,6 @@ PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default:
 ONE = arg("name", metavar="PROCESS", help="a process")
 NAMES = arg("names", nargs="*", metavar="PROCESS", help="default: all")
 MODE = arg("--mode", choices=("fork", "spawn", "auto"), default="auto", help="how to detach")
-EXTRA = arg("extra", nargs="*", help=argparse.SUPPRESS)
 ADD = (
     arg("--group", "-g", help="the group, declared in the configuration"),
     arg("--priority", "-o", metavar="N", help="higher first; default 0"),
@@ -7465,13 +7450,6 @@ def client_of(args: Args) -> DaemonManager:
     return DaemonManager(args.project, args.state, args.config, notice)
 
 
-def refuse_ids(args: Args) -> None:
-    """Keep `kill 12` from killing the daemon."""
-    if args.extra:
-        hint = f"did you mean `cancel {' '.join(args.extra)}`?"
-        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
-
-
 @register("start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"))
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
@@ -7484,20 +7462,38 @@ def cmd_start(args: Args) -> int:
 
 
 @register(
-    "stop", EXTRA, arg("--force", **FLAG, help="interrupt running tasks"),
+    "stop", arg("--force", **FLAG, help="interrupt running tasks"),
     arg("--timeout", type=reads(duration), metavar="TIME", help="before it is KILLed"),
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
-    refuse_ids(args)
     pid = client_of(args).stop_daemon(args.timeout, args.force)
     return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
 
 
-def ask_for(verb: str, args: Args, **fields: object) -> int:
-    """Do something to processes that may take its time; the daemon must answer at once."""
-    client = client_of(args)
-    client.call("ping", {})
+UP = "Start processes, and what they need; returns when they are ready, 1 when they failed."
+DOWN = "Stop processes; they stay down until `up`, also when the daemon starts again."
+SCALE = "Have so many instances of a process, until the configuration says otherwise."
+SIGNAL = "Send a signal to the commands of a process, or of one instance: web.0."
+COUNT = arg("instances", type=reads(integer(0, 1000)), metavar="N", help="instances")
+NO_WAIT = arg("--no-wait", dest="wait", action="store_false", help="do not wait until ready")
+
+
+@register("up", NAMES, NO_WAIT, text=UP)
+@register("down", NAMES, text=DOWN)
+@register("scale", ONE, COUNT, text=SCALE)
+@register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."), text=SIGNAL)
+def cmd_process(args: Args) -> int:
+    """Do something to processes that may take its time; without names to all."""
+    client, known = client_of(args), ("name", "names", "wait", "instances", "signal")
+    found = client.call("list_processes", {})["processes"]  # a daemon that hangs is found out
+    if not found:
+        hint = "write [process.NAME] into it, see README.md"
+        raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
+    fields = {name: value for name, value in vars(args).items() if name in known}
+    if fields.get("names") == []:
+        fields["names"] = [process["name"] for process in found]
+    verb = args.verb if args.verb in ("up", "down") else args.verb + "_process"
     try:
         answer = client.call(verb, fields, PROCESS_ANSWER_S)
     except DaemonError as error:
@@ -7512,7 +7508,7 @@ def ask_for(verb: str, args: Args, **fields: object) -> int:
 def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
-        return ask_for("restart_process", args, name=args.name)
+        return cmd_process(args)
     holder = client_of(args).find_holder()
     args.config = args.config or (holder and holder.config)
     args.foreground, manager = False, client_of(args)
@@ -7533,7 +7529,7 @@ def cmd_restart(args: Args) -> int:
 def cmd_reload(args: Args) -> int:
     """Read the configuration again; or restart a process, instance by instance."""
     if args.name is not None:
-        return ask_for("reload_process", args, name=args.name)
+        return cmd_process(args)
     plan = client_of(args).call("reload", {})["plan"]
     return emit({"plan": plan}, args, "\n".join(plan) or "nothing changed")
 
@@ -7588,34 +7584,9 @@ def cmd_ps(args: Args) -> int:
     return emit(found, args, columns(rows))
 
 
-@register("up", NAMES, arg("--no-wait", **FLAG, help="do not wait until ready"))
-def cmd_up(args: Args) -> int:
-    """Start processes, and what they need; returns when they are ready, 1 when they failed."""
-    return ask_for("up", args, names=args.names, wait=not args.no_wait)
-
-
-@register("down", NAMES)
-def cmd_down(args: Args) -> int:
-    """Stop processes; they stay down until `up`, also when the daemon starts again."""
-    return ask_for("down", args, names=args.names)
-
-
-@register("scale", ONE, arg("count", type=reads(integer(0, 1000)), help="instances"))
-def cmd_scale(args: Args) -> int:
-    """Have so many instances of a process, until the configuration says otherwise."""
-    return ask_for("scale_process", args, name=args.name, instances=args.count)
-
-
-@register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."))
-def cmd_signal(args: Args) -> int:
-    """Send a signal to the commands of a process, or of one instance: web.0."""
-    return ask_for("signal_process", args, name=args.name, signal=args.signal)
-
-
-@register("kill", EXTRA, arg("--all", **FLAG, help="its tasks and processes too"))
+@register("kill", arg("--all", **FLAG, help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
-    refuse_ids(args)
     pid = client_of(args).kill_daemon(args.all)
     return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
 
@@ -7792,42 +7763,38 @@ def cmd_wait(args: Args) -> int:
     return tell_end(client, ids, status, args)
 
 
-def register_change(verb: str, done: str, problem: str, text: str) -> None:
-    """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
-
-    def change(args: Args) -> int:
-        answer = client_of(args).change(verb, args.ids)
-        emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
-        left = answer.get("left")
-        for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
-            if ids:
-                notice(f"{what}: {', '.join(map(str, ids))}")
-        return 1 if answer["not_done"] or left else 0
-
-    change.__doc__ = text
-    register(verb, IDS)(change)
-
-
 ENDS = "Cancel tasks; running ones are ended with all they started."
 AGAIN = "Run finished tasks again; what was skipped because of them waits again."
-register_change("cancel", "cancelled", "finished already", ENDS)
-register_change("retry", "queued", "not finished, or another task has the key", AGAIN)
-register_change("remove", "removed", "running, cancel first", "Forget tasks that do not run.")
+CHANGES = {  # what it did, what forbade it
+    "cancel": ("cancelled", "finished already"),
+    "retry": ("queued", "not finished, or another task has the key"),
+    "remove": ("removed", "running, cancel first"),
+}
 
 
-@register("pause", GROUP)
+@register("cancel", IDS, text=ENDS)
+@register("retry", IDS, text=AGAIN)
+@register("remove", IDS, text="Forget tasks that do not run.")
+def cmd_change(args: Args) -> int:
+    """Do one verb to tasks; 1 when the state of any forbade it."""
+    verb = ALIASES.get(args.verb, args.verb)
+    answer, (done, problem) = client_of(args).change(verb, args.ids), CHANGES[verb]
+    emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
+    left = answer.get("left")
+    for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
+        if ids:
+            notice(f"{what}: {', '.join(map(str, ids))}")
+    return 1 if answer["not_done"] or left else 0
+
+
+@register("pause", GROUP, text="Start nothing more; what runs goes on.")
+@register("resume", GROUP, text="Start tasks again.")
 def cmd_pause(args: Args) -> int:
-    """Start nothing more; what runs goes on."""
-    answer = client_of(args).pause(args.group)
-    return emit(answer, args, "paused: " + ", ".join(answer["paused"]).replace("*", "everything"))
-
-
-@register("resume", GROUP)
-def cmd_resume(args: Args) -> int:
-    """Start tasks again."""
-    answer = client_of(args).resume(args.group)
-    left = ", ".join(answer["paused"]).replace("*", "everything")
-    return emit(answer, args, f"still paused: {left}" if left else "resumed")
+    """Pause or resume; say what is paused then."""
+    answer = client_of(args).call(args.verb, {"group": args.group})
+    paused = ", ".join(answer["paused"]).replace("*", "everything")
+    still = "still " if args.verb == "resume" else ""
+    return emit(answer, args, f"{still}paused: {paused}" if paused else "resumed")
 
 
 @register("why", arg("id", metavar="ID|PROCESS", help="a task id, or a process"))
@@ -7942,7 +7909,8 @@ def cmd_dlq(args: Args) -> int:
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
     if args.action == "show":
         return 0
-    return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
+    args.verb = "retry" if args.action == "retry" else "remove"
+    return cmd_change(args)
 
 
 @register("config")
@@ -7970,16 +7938,6 @@ def cmd_config(args: Args) -> int:
     return 0
 
 
-@register("doctor")
-def cmd_doctor(args: Args) -> int:
-    """Look for what could go wrong here; 1 when something is."""
-    checks = [*find_faults(client_of(args))]
-    lines = [f"{'ok ' if is_good else 'BAD'} {name}: {text}" for name, is_good, text in checks]
-    data = [{"check": name, "ok": is_good, "text": text} for name, is_good, text in checks]
-    emit(data, args, "\n".join(lines))
-    return 0 if all(is_good for _, is_good, _ in checks) else 1
-
-
 def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     """Yield (what was looked at, whether it is good, what was seen)."""
     project = manager.project
@@ -8001,6 +7959,17 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     status = manager.get_status()
     text = f"running, PID {status.pid}" if status.running else status.reason or ""
     yield "daemon", status.exit_status in (0, 3), text
+
+
+@register("doctor")
+def cmd_doctor(args: Args) -> int:
+    """Look for what could go wrong here; 1 when something is."""
+    data, lines = [], []
+    for name, is_good, text in find_faults(client_of(args)):
+        data.append({"check": name, "ok": is_good, "text": text})
+        lines.append(f"{'ok ' if is_good else 'BAD'} {name}: {text}")
+    emit(data, args, "\n".join(lines))
+    return int(not all(one["ok"] for one in data))
 
 
 @register("version")
@@ -8025,9 +7994,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     for names, options in COMMON:
         parser.add_argument(*names, **options)
     commands = parser.add_subparsers(prog="apexd.py", dest="verb", metavar="COMMAND")
-    for name, (handler, arguments) in REGISTRY.items():
+    for name, (handler, text, arguments) in REGISTRY.items():
         if only in (None, name):
-            text = handler.__doc__ or ""
             aliases = [alias for alias, full in ALIASES.items() if full == name]
             sub = commands.add_parser(
                 name, help=text, description=text, aliases=aliases, formatter_class=made_by
@@ -8054,7 +8022,13 @@ def parse(words: list[str]) -> Args:
         near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], 1, 0.5)
         hint = f"did you mean `{near[0]}`?" if near else "see `apexd.py --help`"
         raise DaemonError("UNKNOWN_COMMAND", f"there is no command {name!r}", hint)
-    return build_parser(ALIASES.get(name or "", name)).parse_args(words)
+    args, rest = build_parser(ALIASES.get(name or "", name)).parse_known_args(words)
+    if rest and args.verb in ("stop", "kill") and rest[0].isdigit():
+        hint = f"did you mean `cancel {' '.join(rest)}`?"
+        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
+    if rest:
+        raise bad(f"unknown arguments: {' '.join(rest)}", f"see `apexd.py {args.verb} --help`")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
