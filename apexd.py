@@ -154,7 +154,7 @@ CLIENT_HOLD_S = 5.0  # a client holds the lock for one call; longer means anothe
 
 FRAME_MAX_BYTES = 16 * 1024 * 1024  # a request or a response
 FRAME_ITEMS_MAX = 1_000_000  # values in a request: each costs up to 125 bytes of memory
-FRAME_DIGITS_MAX = 400  # of a number in it
+FRAME_DIGITS_MAX = 400  # of a whole number in it
 LARGE_FRAMES_MAX = 4  # large requests being read at once, all connections together
 LARGE_FRAME_WAIT_S = 1.0  # for one of them to have been read
 LARGE_FRAME_BYTES = 64 * 1024  # requests up to this size are not counted
@@ -5811,9 +5811,7 @@ def receive_frame(
         data = _receive(connection, length, deadline)
         if sum(map(data.count, (b",", b"[", b"{"))) > most_items:  # they need not be built
             raise bad(f"a frame of more than {most_items} values", "send it in several parts")
-        whole, real = functools.partial(_number, int), functools.partial(_number, float)
-        # `int` refuses NaN and Infinity
-        message = json.loads(data, parse_constant=int, parse_int=whole, parse_float=real)
+        message = json.loads(data, parse_constant=int, parse_int=_integer)  # refuses NaN, Infinity
     except (ValueError, RecursionError):
         raise bad("a frame that is no JSON") from None
     finally:
@@ -5824,10 +5822,10 @@ def receive_frame(
     return message
 
 
-def _number(kind: Callable[[str], float], text: str) -> float:
+def _integer(text: str) -> int:
     if len(text) > FRAME_DIGITS_MAX:  # quadratic time
         raise ValueError
-    return kind(text)
+    return int(text)
 
 
 def _receive(connection: socket.socket, length: int, deadline: float) -> bytearray:
@@ -6542,18 +6540,15 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
 
 
 def _nearest_project() -> str:
-    def has_state(folder: str) -> bool:
-        return os.path.isdir(os.path.join(folder, STATE_FOLDER))
-
     start = folder = here()
-    passed = [start]
+    places = [start]
     while not os.path.exists(os.path.join(folder, ".git")):
-        if folder == os.path.dirname(folder):  # no repository: here, or where apexd.py is
-            passed = [start, os.path.dirname(os.path.abspath(__file__))]
-            break
         folder = os.path.dirname(folder)
-        passed.append(folder)
-    return next(filter(has_state, passed), start)
+        if folder == places[-1]:  # no repository: here, or where apexd.py is
+            places = [start, os.path.dirname(os.path.abspath(__file__))]
+            break
+        places.append(folder)
+    return next((one for one in places if os.path.isdir(os.path.join(one, STATE_FOLDER))), start)
 
 
 def held_by(holder: Holder) -> DaemonError:
@@ -7237,16 +7232,21 @@ class DaemonManager(Client):
         """Tell whether a daemon holds the lock."""
         return self.find_holder() is not None
 
-    def stop_daemon(self, timeout_s: float | None = None, force: bool = False) -> int | None:
+    def stop_daemon(
+        self, timeout_s: float | None = None, force: bool = False, keep: bool = False
+    ) -> int | None:
         """Ask it to end, wait, then KILL it; return its PID, None when there was none.
 
         timeout_s None: what the configuration allows all to take, and a margin. force: more
-        TERMs follow, and what runs is interrupted. Raises STOP_KILLED, STOP_FAILED.
+        TERMs follow, and what runs is interrupted. keep: its children are left running.
+        Raises STOP_KILLED, STOP_FAILED.
         """
         holder = self.find_holder()
         if holder is None:
             return None
-        if timeout_s is None:
+        if keep:
+            timeout_s = 2 * ANSWER_TIMEOUT_S
+        elif timeout_s is None:
             config = Config({})
             with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
                 config = load_config(holder.config or self.project.config_path)
@@ -7254,11 +7254,11 @@ class DaemonManager(Client):
             timeout_s += config.stop_timeout_s + STOP_MARGIN_S
         deadline = Clock.mono() + timeout_s
         while True:
-            if Platform.is_posix:
+            if Platform.is_posix and not keep:
                 Platform.send(holder.pid, signal.SIGTERM)
             else:
                 with contextlib.suppress(DaemonError):
-                    self.call("shutdown", {})
+                    self.call("shutdown", {"keep": keep})
             left_s = deadline - Clock.mono()
             if self._await_gone(holder, min(left_s, FIRST_TERM_S) if force else left_s):
                 return holder.pid
@@ -7323,15 +7323,6 @@ class DaemonManager(Client):
                 hint = "the next daemon adopts it; `kill --all` again, or see `ps`"
                 raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
         return holder.pid if holder else None
-
-    def leave_daemon(self) -> None:
-        """End it, if it is there, but leave its children running."""
-        holder = self.find_holder()
-        if holder is not None:
-            with contextlib.suppress(DaemonError):
-                self.call("shutdown", {"keep": True})
-            if not self._await_gone(holder, ANSWER_TIMEOUT_S):
-                self._kill(holder)
 
     def get_status(self) -> DaemonStatus:
         """Return what is known, without starting or changing anything."""
@@ -7513,11 +7504,8 @@ def cmd_restart(args: Args) -> int:
     args.config = args.config or (holder and holder.config)
     args.foreground, manager = False, client_of(args)
     load_config(manager.project.config_path)
-    if not args.drain:
-        manager.leave_daemon()
-        return cmd_start(args)
     try:
-        manager.stop_daemon()
+        manager.stop_daemon(keep=not args.drain)
     except DaemonError as error:
         if error.code != "STOP_KILLED":
             raise
