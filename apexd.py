@@ -6159,8 +6159,7 @@ class ProcessVerbs:
     def _get(self, name: str) -> Fields:
         policy = get_process(self._store.config, name)
         (details,) = self._look([name])
-        command = policy.command
-        words = [command] if isinstance(command, str) else command
+        words = [policy.command] if isinstance(policy.command, str) else policy.command
         process = {"name": name, "id": name, "command": words[0], "args": words[1:]}
         process["cwd"] = os.path.normpath(os.path.join(self._store.project, policy.cwd))
         process.update(instances=len(details), instance_details=details)
@@ -7327,17 +7326,17 @@ class DaemonManager(Client):
     def get_status(self) -> DaemonStatus:
         """Return what is known, without starting or changing anything."""
         try:
-            details = self.call("status", {})
-            return DaemonStatus(running=True, exit_status=0, pid=details["pid"], details=details)
+            try:
+                found = self.call("status", {})
+                return DaemonStatus(running=True, exit_status=0, pid=found["pid"], details=found)
+            except DaemonError as error:
+                if error.code != "NOT_RUNNING":
+                    raise
+            pid = self._pid_file.read().get("pid")
+            status, left = (1, f"; PID {pid} left its PID file") if pid else (3, "")
+            reason = "not running" + left
         except DaemonError as error:
             status, reason = 4, error.message
-            if error.code == "NOT_RUNNING":
-                try:
-                    pid = self._pid_file.read().get("pid")
-                    status = 1 if pid else 3
-                    reason = f"not running; PID {pid} left its PID file" if pid else "not running"
-                except DaemonError as corrupted:
-                    reason = corrupted.message
         return DaemonStatus(running=False, exit_status=status, reason=reason, details={})
 
 
@@ -7606,6 +7605,7 @@ def read_batch() -> list[Any]:
     return commands
 
 
+@register("run", *ADD, text="Run a task now; show its output, exit with its status.")
 @register(
     "add", *ADD[:-1],
     arg("--print-id", "-p", **FLAG, help="print the id alone"),
@@ -7614,29 +7614,30 @@ def read_batch() -> list[Any]:
 )  # fmt: skip
 def cmd_add(args: Args) -> int:
     """Put a task into the queue and print its id; it is on disk then."""
-    if args.batch and (args.command or args.shell):
+    is_batch = args.verb == "add" and args.batch
+    if is_batch and (args.command or args.shell):
         raise bad("both --batch and a command", "give one of them")
-    commands = read_batch() if args.batch else [read_command(args)]
-    client = client_of(args)
-    if args.wait:
+    commands = read_batch() if is_batch else [read_command(args)]
+    client, is_shown = client_of(args), args.verb == "run" or args.wait
+    if is_shown:
         client.call("ping", {})
     options = {name: getattr(args, name) for name in TASK_READERS}
     ids = client.add_all(commands, args.token, args.dir, args.env, **options)
-    if args.wait:
+    if is_shown:
         return show_output(client, ids, args)
-    text = "\n".join(map(str, ids))
+    text, known = "\n".join(map(str, ids)), client.existing
     if sys.stdout.isatty() and not args.print_id:
         limit = client.find_settings()["timeout"]
         default = f", timeout {span(limit)}" if limit and args.timeout is None else ""
-        text = f"{len(ids)} tasks added" if args.batch else f"task {text} added{default}"
-        if client.existing and not args.batch:
+        text = f"{len(ids)} tasks added" if is_batch else f"task {text} added{default}"
+        if known and not is_batch:
             text = f"task {ids[0]} has the key {args.key!r} already; nothing was added"
-        elif client.existing:
-            text = f"{len(ids)} tasks, {len(client.existing)} of them had their keys already"
+        elif known:
+            text = f"{len(ids)} tasks, {len(known)} of them had their keys already"
         text += "" if client.is_live else "; no daemon runs: `start` it"
-    data = {"ids": ids} if args.batch else {"id": ids[0], "ids": ids}
-    existing = client.existing if args.batch else bool(client.existing)
-    return emit({**data, "existing": existing}, args, text)
+    if is_batch:
+        return emit({"ids": ids, "existing": known}, args, text)
+    return emit({"id": ids[0], "ids": ids, "existing": bool(known)}, args, text)
 
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
@@ -7663,13 +7664,6 @@ def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) 
             notice(f"task {task['id']}: {task['reason'] or task['outcome'] or task['state']}")
     emit(tasks, args, "")
     return status
-
-
-@register("run", *ADD)
-def cmd_run(args: Args) -> int:
-    """Run a task now and show its output; exits with its status. Ctrl-C cancels it."""
-    args.batch, args.wait = False, True
-    return cmd_add(args)
 
 
 @register(
