@@ -7010,8 +7010,7 @@ class Daemon:
                     self._supervisor.stop(force=True)
             self._first_term = self._first_term or now
         elif name == "SIGHUP":
-            with contextlib.suppress(DaemonError):  # logged; nothing has changed
-                self._reload()
+            self._reload()
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
@@ -7037,11 +7036,7 @@ class Daemon:
     def _reload(self) -> list[str]:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
         with self._reload_lock:
-            try:
-                new = load_config(self._project.config_path or find_config(self._project.folder))
-            except DaemonError as error:
-                log.error("reload refused: %s (%s)", error, error.hint)
-                raise
+            new = load_config(self._project.config_path or find_config(self._project.folder))
             plan = self._config.plan(new)
             if new.log != self._config.log:
                 open_log(self._project.file("daemon.log"), new.log, self._foreground)
@@ -7469,10 +7464,10 @@ COUNT = arg("instances", type=reads(integer(0, 1000)), metavar="N", help="instan
 NO_WAIT = arg("--no-wait", dest="wait", action="store_false", help="do not wait until ready")
 
 
-@register("up", NAMES, NO_WAIT, text=UP)
-@register("down", NAMES, text=DOWN)
-@register("scale", ONE, COUNT, text=SCALE)
 @register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."), text=SIGNAL)
+@register("scale", ONE, COUNT, text=SCALE)
+@register("down", NAMES, text=DOWN)
+@register("up", NAMES, NO_WAIT, text=UP)
 def cmd_process(args: Args) -> int:
     """Do something to processes that may take its time; without names to all."""
     client, known = client_of(args), ("name", "names", "wait", "instances", "signal")
@@ -7605,7 +7600,10 @@ def read_batch() -> list[Any]:
     return commands
 
 
-@register("run", *ADD, text="Run a task now; show its output, exit with its status.")
+RUN = "Run a task now and show its output; exits with its status. Ctrl-C cancels it."
+
+
+@register("run", *ADD, text=RUN)
 @register(
     "add", *ADD[:-1],
     arg("--print-id", "-p", **FLAG, help="print the id alone"),
@@ -7675,14 +7673,6 @@ def cmd_list(args: Args) -> int:
     """List tasks, the newest last."""
     limit = args.lines or (None if args.json else 100)
     tasks = client_of(args).list(limit, state=args.in_state, group=args.group)
-    emit(tasks, args, task_table(tasks))
-    if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
-        notice(f"these are the newest {limit}; more with -n N")
-    return 0
-
-
-def task_table(tasks: Sequence[Fields]) -> str:
-    """Lay tasks out in columns."""
     head = ("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")
     rows: list[tuple[object, ...]] = [head]
     for task in tasks:
@@ -7694,7 +7684,10 @@ def task_table(tasks: Sequence[Fields]) -> str:
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
         counts = (task["priority"], task["attempts"], task["exit_code"])
         rows.append((task["id"], state, task["group"], *counts, took, text))
-    return columns(rows)
+    emit(tasks, args, columns(rows))
+    if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
+        notice(f"these are the newest {limit}; more with -n N")
+    return 0
 
 
 def columns(rows: Sequence[Sequence[object]]) -> str:
@@ -7745,8 +7738,7 @@ def cmd_wait(args: Args) -> int:
     return tell_end(client, ids, status, args)
 
 
-ENDS = "Cancel tasks; running ones are ended with all they started."
-AGAIN = "Run finished tasks again; what was skipped because of them waits again."
+RETRY = "Run finished tasks again; what was skipped because of them waits again."
 CHANGES = {  # what it did, what forbade it
     "cancel": ("cancelled", "finished already"),
     "retry": ("queued", "not finished, or another task has the key"),
@@ -7754,9 +7746,9 @@ CHANGES = {  # what it did, what forbade it
 }
 
 
-@register("cancel", IDS, text=ENDS)
-@register("retry", IDS, text=AGAIN)
 @register("remove", IDS, text="Forget tasks that do not run.")
+@register("retry", IDS, text=RETRY)
+@register("cancel", IDS, text="Cancel tasks; running ones are ended with all they started.")
 def cmd_change(args: Args) -> int:
     """Do one verb to tasks; 1 when the state of any forbade it."""
     verb = ALIASES.get(args.verb, args.verb)
@@ -7769,8 +7761,8 @@ def cmd_change(args: Args) -> int:
     return 1 if answer["not_done"] or left else 0
 
 
-@register("pause", GROUP, text="Start nothing more; what runs goes on.")
 @register("resume", GROUP, text="Start tasks again.")
+@register("pause", GROUP, text="Start nothing more; what runs goes on.")
 def cmd_pause(args: Args) -> int:
     """Pause or resume; say what is paused then."""
     answer = client_of(args).call(args.verb, {"group": args.group})
