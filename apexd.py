@@ -7550,8 +7550,7 @@ def cmd_ps(args: Args) -> int:
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
-    head = ("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")
-    found, rows = [], list[tuple[object, ...]]([head])
+    found, rows = [], list[tuple[object, ...]]()
     for name in args.names or known:
         process = client.call("get_process", {"name": name})["process"]
         for one in process["instance_details"]:
@@ -7563,7 +7562,7 @@ def cmd_ps(args: Args) -> int:
             text = fill(" ".join([process["command"], *process["args"]]), one["index"])
             cells = (one["state"], one["pid"], uptime, cpu, memory, one["restart_count"], text)
             rows.append((f"{name}.{one['index']}", *cells))
-    return emit(found, args, columns(rows))
+    return emit(found, args, columns("INSTANCE STATE PID UPTIME CPU MEMORY RESTARTS COMMAND", rows))
 
 
 @register("kill", arg("--all", **FLAG, help="its tasks and processes too"))
@@ -7673,8 +7672,7 @@ def cmd_list(args: Args) -> int:
     """List tasks, the newest last."""
     limit = args.lines or (None if args.json else 100)
     tasks = client_of(args).list(limit, state=args.in_state, group=args.group)
-    head = ("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")
-    rows: list[tuple[object, ...]] = [head]
+    rows: list[tuple[object, ...]] = []
     for task in tasks:
         state, took, words = task["state"], None, task["command"]
         if task["started_at"] and state not in ("queued", "scheduled", "waiting"):
@@ -7684,15 +7682,15 @@ def cmd_list(args: Args) -> int:
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
         counts = (task["priority"], task["attempts"], task["exit_code"])
         rows.append((task["id"], state, task["group"], *counts, took, text))
-    emit(tasks, args, columns(rows))
+    emit(tasks, args, columns("ID STATE GROUP PRIO TRIES EXIT TIME COMMAND", rows))
     if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
         notice(f"these are the newest {limit}; more with -n N")
     return 0
 
 
-def columns(rows: Sequence[Sequence[object]]) -> str:
-    """Lay rows out in columns, None as "-", cut at the terminal's width."""
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+def columns(head: str, rows: Sequence[Sequence[object]]) -> str:
+    """Lay rows out below a head, None as "-", cut at the terminal's width."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in [head.split(), *rows]]
     widths = [max(map(len, column)) for column in [*zip(*cells)][:-1]]
     most = width() if sys.stdout.isatty() else 10000
     lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in cells)
