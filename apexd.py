@@ -7010,7 +7010,8 @@ class Daemon:
                     self._supervisor.stop(force=True)
             self._first_term = self._first_term or now
         elif name == "SIGHUP":
-            self._reload()
+            with contextlib.suppress(DaemonError):  # logged; nothing has changed
+                self._reload()
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
@@ -7036,7 +7037,11 @@ class Daemon:
     def _reload(self) -> list[str]:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
         with self._reload_lock:
-            new = load_config(self._project.config_path or find_config(self._project.folder))
+            try:
+                new = load_config(self._project.config_path or find_config(self._project.folder))
+            except DaemonError as error:
+                log.error("reload refused: %s (%s)", error, error.hint)
+                raise
             plan = self._config.plan(new)
             if new.log != self._config.log:
                 open_log(self._project.file("daemon.log"), new.log, self._foreground)
