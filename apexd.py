@@ -6006,8 +6006,8 @@ class TaskVerbs:
 
     def _queue(self) -> Fields:
         groups = {name: vars(group) for name, group in self._store.config.groups.items()}
-        paused = self._store.get_paused()
-        return {"counts": self._store.get_counts(), "paused": paused, "groups": groups}
+        counts, paused = self._store.get_counts(), self._store.get_paused()
+        return {"counts": counts, "paused": paused, "groups": groups}
 
     def _logs(
         self, id: int, attempt: int | None = None, offset: int = 0, within: float = 0.0
@@ -6995,7 +6995,6 @@ class Daemon:
                 log.error("%s: %s", name, error)
 
     def _act(self, name: str) -> None:
-        """Do what one message asks for."""
         if name == "drained":
             self._supervisor.stop()
         elif name == "failed":
@@ -7024,7 +7023,6 @@ class Daemon:
         self._fail(1, f"process {name} is critical and has failed")
 
     def _fail(self, status: int, why: str) -> None:
-        """Stop, and exit with this status."""
         log.error("%s: stopping", why)
         self._exit_status = self._exit_status or status
         self._mailbox.post("failed")
@@ -7835,10 +7833,9 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
         return {one: (binascii.a2b_base64(log["data"]), log["next"]) for one, log in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
-        is_marked = len(instances) > 1
+        mark = "{} | " if len(instances) > 1 else ""
         if found:
-            shown = ((f"{one} | ".encode() if is_marked else b"") + line for one, line in found)
-            yield b"\n".join([*shown, b""])
+            yield b"".join(mark.format(one).encode() + line + b"\n" for one, line in found)
         elif to_end:
             client.outwait()
             threading.Event().wait(STREAM_PAUSE_S)
@@ -8015,34 +8012,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     while null <= 2:  # no file of ours may become standard input, output or error
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
-    told = argparse.Namespace(json=False)
-    if words[:1] == ["_keeper"]:
-        os._exit(_guarded(lambda: run_keeper(*words[1:]), told))
-    if words[:1] == ["_daemon"]:  # what `start` makes
-        os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), told))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by an embedding program
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     own = words[: words.index("--")] if "--" in words else words  # as far as is known yet
-    told = argparse.Namespace(json="--json" in own or "-j" in own)
-
-    def run() -> int:
+    is_json = "--json" in own or "-j" in own
+    try:
+        if words[:1] == ["_keeper"]:
+            return run_keeper(*words[1:])
+        if words[:1] == ["_daemon"]:  # what `start` makes
+            return run_daemon(json.loads(words[1]))
         args = parse(words)
-        told.json = args.json
+        is_json = args.json
         status = int(args.handler(args))
         print(end="", flush=True)
         return status
-
-    return _guarded(run, told)
-
-
-def _guarded(run: Callable[[], int], told: Args) -> int:
-    """Turn whatever a command raises into lines on standard error, JSON or not, and a status."""
-    try:
-        return run()
     except DaemonError as error:
-        if told.json:
+        if is_json:
             print(json.dumps({"error": error.to_dict()}), file=sys.stderr)
         else:
             notice(error.message + (f"\n       {error.hint}" if error.hint else ""))
