@@ -155,9 +155,10 @@ CLIENT_HOLD_S = 5.0  # a client holds the lock for one call; longer means anothe
 
 FRAME_MAX_BYTES = 16 * 1024 * 1024  # a request or a response
 FRAME_ITEMS_MAX = 1_000_000  # values in a request: each costs up to 125 bytes of memory
-FRAME_DIGITS_MAX = 400  # of a number in it
-FRAMES_MAX_BYTES = 4 * FRAME_MAX_BYTES  # large requests being read, all connections together
-FRAME_FREE_BYTES = 64 * 1024  # requests up to this size are not counted
+FRAME_DIGITS_MAX = 400  # of a whole number in it
+LARGE_FRAMES_MAX = 4  # large requests being read at once, all connections together
+LARGE_FRAME_WAIT_S = 1.0  # for one of them to have been read
+LARGE_FRAME_BYTES = 64 * 1024  # requests up to this size are not counted
 FRAME_TIMEOUT_S = 10.0  # from a frame's first byte to its last
 IDLE_TIMEOUT_S = 60.0  # a silent connection gives its place to others
 CONNECTIONS_MAX = 64
@@ -176,6 +177,7 @@ CALLED = "call"  # stands for the keeper of what a function of the program carri
 GATHER_S = 0.0005  # for what ends at the same time: one commit for all of it
 NOTE_S = 0.1  # a PID is on disk so soon after its start
 NOTE_BYTES = 512  # a process's note: one sector, written as a whole
+LOG_FILES_MAX = 100  # rotated ones of the daemon's own log
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
 LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of processes
 LINES_MAX = 100_000  # of a log at once
@@ -531,17 +533,6 @@ def number(text: object) -> float:
     raise ValueError("a number from 0")
 
 
-def line_of_text(text: object) -> str:
-    """Read a name or note: a string without control characters, at most 1000 long."""
-    if not isinstance(text, str) or len(text) > 1000 or re.search(r"[\x00-\x1f\x7f]", text):
-        raise ValueError("one line of text, at most 1000 characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("text in UTF-8") from None
-    return text
-
-
 def reader(form: str, is_good: Callable[[Any], object]) -> Callable[[Any], Any]:
     """Make a reader that takes what `is_good` is true for, as it is."""
 
@@ -563,6 +554,9 @@ def matching(pattern: str, form: str) -> Callable[[Any], Any]:
     return reader(form, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
 
 
+line_of_text = matching(
+    r"[^\x00-\x1f\x7f\ud800-\udfff]{0,1000}", "one line of UTF-8 text, at most 1000 characters"
+)
 text_list = reader(
     "a list of strings",
     lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
@@ -579,13 +573,8 @@ def command_line(value: Any) -> Any:
     words = text_list([value] if isinstance(value, str) else value)
     if not words or not words[0].strip():
         raise ValueError("a command that is not empty")
-    for word in words:
-        if "\0" in word:
-            raise ValueError("a command without NUL bytes")
-        try:
-            word.isascii() or word.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:
-            raise ValueError("a command without lone surrogates") from None
+    if any(re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", word) for word in words):
+        raise ValueError("a command without NUL bytes and lone surrogates")
     if words is value and words[0].startswith("-"):
         raise ValueError(f"a command that does not begin with '-': write ./{words[0]}")
     return value
@@ -661,9 +650,8 @@ PROBES: dict[str, Callable[[Any], Any]] = {
 
 def probe(interval_s: float) -> Callable[[object], Probe]:
     """Make a reader of {tcp = "HOST:PORT"} and the like, asked every `interval_s`."""
-    times: dict[str, Callable[[Any], Any]]
-    times = {**dict.fromkeys(("interval", "timeout", "within"), interval)}
-    times["failures"] = integer(1, 1000)
+    times: dict[str, Callable[[Any], Any]] = {"failures": integer(1, 1000)}
+    times.update(dict.fromkeys(("interval", "timeout", "within"), interval))
     form = "a table with one of " + ", ".join(PROBES) + "; and perhaps " + ", ".join(times)
 
     def read(value: object) -> Probe:
@@ -764,7 +752,7 @@ def next_state(task: Task, outcome: Outcome, jitter: float) -> tuple[State, floa
 
 # ============================================================================
 # 4. PLATFORM - the only place that asks which system this is
-#    Uses 1-3. Any thread; holds no state. Two classes, the same method names.
+#    Uses 1-3. Any thread; holds no state. One class a system, the same method names.
 # ============================================================================
 
 if sys.platform == "win32":
@@ -775,8 +763,17 @@ if sys.platform == "win32":
     _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
     _KERNEL.OpenProcess.restype = _KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
 
-    class _Children:
-        """What a keeper does with its children, and what is known of them."""
+    class _Platform:
+        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
+
+        SHELL = ("cmd.exe", "/d", "/s", "/c")
+        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
+        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
+        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
+        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
+        is_posix = False
+        kill = signal.SIGTERM
 
         def __init__(self) -> None:
             self._jobs: dict[int, tuple[Any, int]] = {}  # of the keeper's children, by PID
@@ -827,18 +824,6 @@ if sys.platform == "win32":
             if group in self._jobs:  # there is no gentle way that every program understands
                 _KERNEL.TerminateJobObject(wintypes.HANDLE(self._jobs[group][1]), 1)
 
-    class _Platform(_Children):
-        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
-
-        SHELL = ("cmd.exe", "/d", "/s", "/c")
-        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-        IS_OURS = "True"  # ACLs say who may write
-        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
-        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
-        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
-        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
-        is_posix = False
-
         def lock(self, fd: int, shared: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
             os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
@@ -849,8 +834,6 @@ if sys.platform == "win32":
             finally:
                 os.lseek(fd, place, os.SEEK_SET)
             return True
-
-        boot_id = staticmethod(lambda: "")
 
         def start_time(self, pid: int) -> str | None:
             handle = wintypes.HANDLE(_KERNEL.OpenProcess(0x1000, False, pid))
@@ -869,8 +852,6 @@ if sys.platform == "win32":
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
-        kill = signal.SIGTERM
-
         def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
@@ -878,6 +859,7 @@ if sys.platform == "win32":
         def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
             return socket.create_connection(("127.0.0.1", int(told["port"])), timeout_s)
 
+        boot_id = staticmethod(lambda: "")
         user = staticmethod(lambda: 0)
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
@@ -888,16 +870,15 @@ if sys.platform == "win32":
         take_sockets = dict[str, socket.socket]
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
-        close_inherited = staticmethod(lambda kept=(): None)
         reap_orphans = staticmethod(lambda known: None)
+        place_socket = staticmethod(lambda folder, path, is_closed=False: path)
 
-        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
+        @property
+        def detach(self) -> Any:
             raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
-
-        place_socket = staticmethod(lambda folder, path, is_closed=False: path)
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
@@ -954,9 +935,10 @@ else:
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 send: Callable[[int], object] = functools.partial(os.kill, pid)
                 if sys.platform == "linux" and hasattr(os, "pidfd_open"):
-                    fd = os.pidfd_open(pid)
-                    stack.callback(os.close, fd)
-                    send = functools.partial(signal.pidfd_send_signal, fd)
+                    with contextlib.suppress(OSError):  # Linux before 5.3
+                        fd = os.pidfd_open(pid)
+                        stack.callback(os.close, fd)
+                        send = functools.partial(signal.pidfd_send_signal, fd)
                 if self.environment_of(pid).get("APEX_RUN_ID") == run_id:
                     send(signal.SIGKILL)
 
@@ -975,19 +957,19 @@ else:
             is_special = word.get("limits") or word.get("nice") or word.get("ids")
             if sys.platform == "linux" and not is_special:  # 0.1 ms less than Popen
                 return _spawn_child(word, log_fd)
-            reader, writer = os.pipe() if is_special else (-1, -1)
+            reader, writer = os.pipe()
             try:
                 process = subprocess.Popen(
                     word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
-                    cwd=None if is_special else word["cwd"], env=word["env"], umask=word["umask"],
-                    start_new_session=True, close_fds=False,  # all of the keeper's close on exec
-                    preexec_fn=functools.partial(_prepare, word, writer) if is_special else None,
+                    env=word["env"], umask=word["umask"], start_new_session=True,
+                    close_fds=False,  # all of the keeper's close on exec
+                    preexec_fn=functools.partial(_prepare, word, writer),
                 )  # fmt: skip
             except subprocess.SubprocessError:
                 raise OSError(*json.loads(os.read(reader, 4096))) from None
             finally:
-                for fd in (reader, writer) if is_special else ():
-                    os.close(fd)
+                os.close(reader)
+                os.close(writer)
             process.returncode = 0  # `reap` collects it
             return process.pid
 
@@ -1006,10 +988,9 @@ else:
                         return
                     if which < 0:
                         before(pid)
-                    is_signal = os.WIFSIGNALED(status)
-                    how = os.WTERMSIG(status) if is_signal else os.WEXITSTATUS(status)
+                    code = os.waitstatus_to_exitcode(status)
                     yield pid, {
-                        "signal" if is_signal else "code": how,
+                        "signal" if code < 0 else "code": abs(code),
                         "cpu_s": round(used.ru_utime + used.ru_stime, 6),
                         "max_rss": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
                     }
@@ -1032,7 +1013,6 @@ else:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SHELL = ("/bin/sh", "-c")
-        IS_OURS = "info.st_uid == os.geteuid() and not info.st_mode & 0o022"  # of a launcher
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
@@ -1112,24 +1092,11 @@ else:
             """Tell whether forking is safe here: Linux, one thread."""
             return sys.platform == "linux" and threading.active_count() == 1
 
-        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
-            """Start a daemon by fork, setsid, fork, exec (daemon(7)); return its output, a file."""
-            reader, writer = os.pipe()
-            child = os.fork()
-            if child == 0:
-                try:
-                    os.setsid()
-                    if os.fork() == 0:
-                        null = os.open(os.devnull, os.O_RDWR)
-                        for source, target in ((null, 0), (writer, 1), (writer, 2)):
-                            os.dup2(source, target)
-                        os.execve(argv[0], argv, env)
-                finally:
-                    os._exit(0)
-            with contextlib.suppress(ChildProcessError):  # the caller ignores SIGCHLD
-                os.waitpid(child, 0)
-            os.close(writer)
-            return os.fdopen(reader, "rb")
+        def detach(self) -> None:
+            """Leave session and parent, in a child that is about to become a daemon (daemon(7))."""
+            os.setsid()
+            if os.fork():
+                os._exit(0)
 
         def notify(self, address: str, text: str) -> None:
             """Tell a service manager something, if it listens (sd_notify(3)); never waits."""
@@ -1208,16 +1175,13 @@ else:
         def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
             """Connect to the socket that a file in `folder` tells of. Raises OSError."""
             path = os.path.join(folder, told["socket"])
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
+            with contextlib.ExitStack() as stack, _short_path(path) as name:
+                connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 connection.settimeout(timeout_s)
-                with _short_path(path) as name:
-                    connection.connect(name)
+                connection.connect(name)
                 if self.peer_uid(connection) is not None:
                     raise PermissionError(errno.EPERM, "another user answers", path)
-            except BaseException:
-                connection.close()
-                raise
+                stack.pop_all()
             return connection
 
         user = staticmethod(os.geteuid)  # whom our children are started as
@@ -1271,13 +1235,6 @@ else:
             zero, length = ctypes.c_longlong(0), ctypes.c_longlong(size)
             # 8: FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS
             return call is not None and bool(call(fd, 8, zero, length) == 0)
-
-        def close_inherited(self, kept: Container[int] = ()) -> None:
-            """Close every descriptor above 2 that came from the caller, but for those."""
-            for name in os.listdir("/proc/self/fd" if _HAS_PROC else "/dev/fd"):
-                if int(name) > 2 and int(name) not in kept:
-                    with contextlib.suppress(OSError):
-                        os.close(int(name))
 
         def reap_orphans(self, known: Callable[[int], bool]) -> None:
             """Collect what a container's processes left to us as PID 1; never a known child."""
@@ -1345,7 +1302,7 @@ else:
             os.chdir("/")
 
     def _prepare(word: Mapping[str, Any], writer: int) -> None:
-        """Become what a child is to be: with limits, another niceness, another user.
+        """Become what a child is to be: with its folder, limits, niceness and user.
 
         As root whatever needs root, then never again. A step that fails is told to `writer` as
         (errno, text, step): Popen tells only that one did. The keeper has no other threads.
@@ -1385,20 +1342,18 @@ else:
     @contextlib.contextmanager
     def _short_path(path: str) -> Iterator[str]:
         """Give a name of a socket that fits into sun_path (unix(7)), through proc(5) or a link."""
-        if len(os.fsencode(path)) <= SOCKET_PATH_MAX_BYTES:
-            yield path
-            return
         folder, name = os.path.split(path)
-        if not _HAS_PROC:
-            with tempfile.TemporaryDirectory(prefix="apexd-") as temporary:
+        is_long = len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES
+        with contextlib.ExitStack() as stack:
+            if is_long and _HAS_PROC:
+                fd = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                path = f"/proc/self/fd/{fd}/{name}"
+            elif is_long:
+                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="apexd-"))
                 os.symlink(folder, f"{temporary}/x")
-                yield f"{temporary}/x/{name}"
-            return
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            yield f"/proc/self/fd/{fd}/{name}"
-        finally:
-            os.close(fd)
+                path = f"{temporary}/x/{name}"
+            yield path
 
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
@@ -1449,19 +1404,17 @@ def cannot_create(path: str, error: OSError) -> DaemonError:
     return DaemonError(code, f"{path}: {error.strerror or error}", hint)
 
 
-def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, through no symbolic link, a new one for us alone. Raises OSError."""
-    fd = os.open(path, flags | _O_SAFE, 0o600)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return fd
-
-
 def open_file(path: str, flags: int) -> int:
-    """Open like `open_regular`. Raises CANNOT_CREATE or PERMISSION_DENIED."""
+    """Open a regular file, through no symbolic link, a new one for us alone.
+
+    Raises CANNOT_CREATE or PERMISSION_DENIED.
+    """
     try:
-        return open_regular(path, flags)
+        fd: int = insist(os.open, path, flags | _O_SAFE, 0o600)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return fd
     except OSError as error:
         raise cannot_create(path, error) from None
 
@@ -1532,13 +1485,14 @@ def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> 
     ValueError (more than `most` bytes).
     """
     try:
-        fd = insist(open_regular, path, os.O_RDONLY)
-        with open(fd, "rb") as file:
+        with open(open_file(path, os.O_RDONLY), "rb") as file:
             if trusted:
-                refuse_foreign(path, os.fstat(fd))
-            data: bytes = file.read(most + 1)
-    except FileNotFoundError:
-        return None
+                refuse_foreign(path, os.fstat(file.fileno()))
+            data = file.read(most + 1)
+    except DaemonError as error:
+        if isinstance(error.__context__, FileNotFoundError):
+            return None
+        raise
     except OSError as error:
         raise cannot_create(path, error) from None
     if len(data) > most:
@@ -1582,7 +1536,7 @@ folder = os.path.dirname(os.path.realpath(__file__))
 source = os.path.normpath(os.path.join(folder, {source}))
 launched_for = os.path.normpath(os.path.join(folder, {project})), folder
 info, umask = os.stat(folder), os.umask(0o077)
-is_ours = {is_ours}
+is_ours = os.name == "nt" or (info.st_uid == os.geteuid() and not info.st_mode & 0o022)
 for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_ours:]:
     try:
         code = SourceFileLoader("apexd", source).get_code("apexd")
@@ -1667,9 +1621,8 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
         return "'" + text.replace("'", "'\"'\"'") + "'"
 
     gone = quoted(f"apexd: {python} is gone: run `python3 {source} start`")
-    names = {"python": quoted(python), "gone": gone, "is_ours": Platform.IS_OURS}
-    names.update(source=seen(source), project=seen(project))
-    yield launcher_path(folder), _LAUNCHER.format(**names)
+    places = {"source": seen(source), "project": seen(project)}
+    yield launcher_path(folder), _LAUNCHER.format(python=quoted(python), gone=gone, **places)
     if not Platform.is_posix:
         yield launcher_path(folder) + ".cmd", os.fsencode(batch).decode("latin-1")
 
@@ -1702,7 +1655,6 @@ def store_bytecode(folder: str) -> None:
 
 
 _LOG_LOCK = threading.Lock()  # between a cut and its new base a reader would be misled
-_complaints: set[str] = set()  # the logs that were warned of
 
 
 def log_path(folder: str, task_id: int, number: int) -> str:
@@ -1748,7 +1700,7 @@ def cap_log(path: str, most_bytes: int) -> bool:
             write_atomically(path + ".base", str(log_base(path) + cut))
         return True
     except (OSError, DaemonError) as error:
-        _complain(path, error)
+        _complain(path, str(error))
         return False
 
 
@@ -1766,13 +1718,12 @@ def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
             raise
         with contextlib.suppress(OSError):
             os.unlink(path)
-        _complain(path, error)
+        _complain(path, str(error))
 
 
-def _complain(path: str, error: Exception) -> None:
-    if path not in _complaints and len(_complaints) < 1000:
-        _complaints.add(path)
-        log.warning("%s: its head cannot be kept: %s", path, error)
+@functools.lru_cache(maxsize=1000)  # once for each log
+def _complain(path: str, what: str) -> None:
+    log.warning("%s: its head cannot be kept: %s", path, what)
 
 
 def keep_ballast(folder: str) -> None:
@@ -1800,8 +1751,7 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
         base = log_base(path)
         end = file.seek(0, os.SEEK_END)
         offset = 0 if offset > base + end else offset  # another file is there now
-        start = max(0, end - most) if offset < 0 else max(offset - base, 0)
-        file.seek(start)
+        file.seek(max(0, end - most) if offset < 0 else max(offset - base, 0))
         data = file.read(most)
         if offset < 0:
             data = b"".join(data.splitlines(keepends=True)[offset:])
@@ -1828,20 +1778,18 @@ class LogWatch:
         self.due_mono = Clock.mono() + self._pause_s
 
 
-def cut_lines(data: bytes) -> tuple[list[bytes], bytes]:
-    """Return (lines, what is no line yet); lines over LINE_MAX_BYTES are cut."""
-    parts = [
+def cut_lines(data: bytes) -> list[bytes]:
+    """Return the lines, longer ones in pieces of LINE_MAX_BYTES; the last one has no end yet."""
+    return [
         line[at : at + LINE_MAX_BYTES]
         for line in data.split(b"\n")
         for at in range(0, max(len(line), 1), LINE_MAX_BYTES)
     ]
-    return parts[:-1], parts[-1]
 
 
 def follow_lines(
-    read: Callable[[dict[str, int], int], Mapping[str, tuple[bytes, int]]], lines: int,
-    to_end: bool,
-) -> Iterator[list[tuple[str, bytes]]]:  # fmt: skip
+    read: Callable[..., Mapping[str, tuple[bytes, int]]], lines: int, to_end: bool
+) -> Iterator[list[tuple[str, bytes]]]:
     """Yield the lines of several logs as they come, [("web.0", line), ...]; [] for none.
 
     read(offsets, lines) gives what is there from `offsets` on, {"web.0": (data, next offset)};
@@ -1853,7 +1801,7 @@ def follow_lines(
         found = []
         for name, (data, following) in read(offsets, lines).items():
             offsets[name] = following
-            whole, rests[name] = cut_lines(rests.get(name, b"") + data)
+            *whole, rests[name] = cut_lines(rests.get(name, b"") + data)
             if rests[name] and not to_end:
                 whole.append(rests[name])
             found += [(name, line) for line in whole]
@@ -1869,37 +1817,27 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
     A file is known by its inode. Rotation only ever makes a file older, so the ages are read
     from the newest on, and what was read from a name counts if the name is the same file then.
     """
-    inode, offset = 0, -lines
+    names = [path, *(f"{path}.{number}" for number in range(1, LOG_FILES_MAX + 1))]
+    known, offset = None, -lines  # the file that is being read
     while True:
-        ages = list(_find_rotated(path)) or [(path, 0)]
-        at = max((n for n, (_, number) in enumerate(ages) if number == inode), default=-1)
+        ages = [age for age in zip(names, map(file_id, names)) if age[1]] or [(path, None)]
+        at = max((n for n, (_, one) in enumerate(ages) if one == known), default=-1)
         if at < 0:  # the first look; or it is gone, and what followed it may be
-            at, offset = (len(ages) - 1, 0) if inode else (0, offset)
-        name, inode = ages[at]
+            at, offset = (len(ages) - 1, 0) if known else (0, offset)
+        name, known = ages[at]
         data, following = read_log(name, offset)
-        if inode and not (os.path.exists(name) and os.stat(name).st_ino == inode):
+        if file_id(name) != known:
             continue  # rotated meanwhile
         offset = following
         if data:
             yield data
         elif at > 0:
-            inode, offset = ages[at - 1][1], 0
+            known, offset = ages[at - 1][1], 0
             continue
         elif to_end:
             threading.Event().wait(STREAM_PAUSE_S)
         if not to_end:
             return
-
-
-def _find_rotated(path: str) -> Iterator[tuple[str, int]]:
-    """Yield (name, inode) of a log, PATH, PATH.1 ..., from the newest to the oldest."""
-    folder, name = os.path.split(path)
-    entries = os.listdir(folder) if os.path.isdir(folder) else []
-    numbers = [re.fullmatch(re.escape(name) + r"\.([0-9]{1,6})", entry) for entry in entries]
-    for number in [0, *sorted(int(match[1]) for match in numbers if match)]:
-        with contextlib.suppress(FileNotFoundError):
-            one = f"{path}.{number}" if number else path
-            yield one, os.stat(one).st_ino
 
 
 # ============================================================================
@@ -1909,11 +1847,6 @@ def _find_rotated(path: str) -> Iterator[tuple[str, int]]:
 
 octal = matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"')
 STOP_SIGNALS = ("TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL")
-
-
-def niceness(value: object) -> int:
-    """Read a niceness; below 0 is for root alone."""
-    return integer(-20 if Platform.is_root() else 0, 19)(value)
 
 
 def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
@@ -1931,6 +1864,14 @@ def paths(value: object) -> list[str]:
     return [line_of_text(path) for path in text_list([value] if isinstance(value, str) else value)]
 
 
+# What [limits] gives to tasks, and [process.NAME] to that process.
+_CHILD_LIMITS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of each process"),
+    "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of each process"),
+    "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of each process"),
+    "processes": (limit("RLIMIT_NPROC"), None, "processes of the user it runs as (not for root)"),
+    "nice": (lambda n: integer(-20 * Platform.is_root(), 19)(n), 0, "added to the niceness"),
+}
 # What a task can be given, wherever it comes from.
 TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "group": line_of_text,
@@ -1948,7 +1889,9 @@ TASK_READERS: dict[str, Callable[[Any], Any]] = {
 TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "command": (command_line, None, "a string for sh, or a list of arguments"),
     "enabled": (truth, True, "false: it is checked, but starts nothing"),
-    "overlap": (choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"),
+    "overlap": (
+        choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"
+    ),
     "cwd": (line_of_text, ".", "seen from the project"),
     "env": (environment, {}, "variables on top of the daemon's own that are kept"),
     **{
@@ -1982,7 +1925,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "format": (choice("text", "json"), "text", "of daemon.log"),
         "file": (line_of_text, None, "instead of .apex/daemon.log"),
         "max_size_mb": (number, 50.0, "of daemon.log before it is rotated"),
-        "max_files": (integer(1, 100), 5, "rotated daemon logs kept"),
+        "max_files": (integer(1, LOG_FILES_MAX), 5, "rotated daemon logs kept"),
         "total_mb": (number, 500.0, "all task logs together; the oldest go first"),
     },
     "retention": {
@@ -1994,11 +1937,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "timeout": (duration, 7200.0, "of a task that names none; 0: none"),
         "retries": (integer(0, 1000), 0, "of a task that names none"),
         "log_mb": (number, 50.0, "one attempt's log; its head goes to .1"),
-        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a task"),
-        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a task"),
-        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a task"),
-        "processes": (limit("RLIMIT_NPROC"), None, "processes of the task's user (not for root)"),
-        "nice": (niceness, 0, "added to the niceness of a task"),
+        **_CHILD_LIMITS,
         "max_tokens": (integer(1), None, "reported tokens that end a task"),
         "max_cost": (number, None, "reported cost that ends a task"),
     },
@@ -2029,11 +1968,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "user": (user_name, None, "to run as (the daemon is root)"),
         "group": (group_name, None, "to run as (the daemon is root)"),
         "umask": (octal, "022", "a string of octal digits"),
-        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a process"),
-        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a process"),
-        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a process"),
-        "processes": (limit("RLIMIT_NPROC"), None, "processes of its user (not for root)"),
-        "nice": (niceness, 0, "added to its niceness"),
+        **_CHILD_LIMITS,
         "memory_restart_mb": (number, None, "restarted when all of it uses more (Linux)"),
         "log_mb": (number, 50.0, "an instance's log; its head goes to .1"),
     },
@@ -2086,6 +2021,7 @@ class Config:
     """The effective configuration: config.daemon.poll_interval, config.groups["build"].
 
     data: the file's tables; of the kinds in TABLES each has a name that the user chose.
+    faults: a list that takes what is wrong, which is left out then; None: it is raised.
     Raises CONFIG_INVALID.
     """
 
@@ -2093,57 +2029,105 @@ class Config:
     log: Any
     retention: Any
     limits: Any
+    groups: dict[str, Any]
     processes: dict[str, Any]
     schedules: dict[str, Any]
     watches: dict[str, Any]
     hooks: dict[str, Any]
 
-    def __init__(self, data: Mapping[str, Any], path: str | None = None) -> None:
+    def __init__(
+        self, data: Mapping[str, Any], path: str | None = None,
+        faults: list[DaemonError] | None = None,
+    ) -> None:  # fmt: skip
+        self._path, self._faults = path, faults
         for key in data:
             if key not in OPTIONS:
-                raise _unknown(path, key, key, OPTIONS)
+                self._refuse_key(key, key, OPTIONS)
         for name in OPTIONS.keys() - TABLES.keys():
-            setattr(self, name, _read_section(path, name, name, data.get(name, {})))
-        for kind, attribute in TABLES.items():
-            setattr(self, attribute, _read_tables(path, kind, data.get(kind, {})))
-        own = {name: _read_section(path, "group", f"group.{name}", {}) for name in OWN_GROUPS}
-        self.groups: dict[str, Any] = {**own, **self.groups}
-        for kind in ("process", "schedule", "watch", "hook"):
-            for name, one in getattr(self, TABLES[kind]).items():
-                self._check_named(path, kind, name, one)
+            setattr(self, name, self._read_section(name, name, data.get(name, {})))
+        own = {name: self._read_section("group", f"group.{name}", {}) for name in OWN_GROUPS}
+        for kind, attribute in TABLES.items():  # groups first: the triggers name them
+            found = self._read_tables(kind, data.get(kind, {}))
+            setattr(self, attribute, {**own, **found} if kind == "group" else found)
         below_s: dict[str, float] = {}  # how long each takes to stop, after all that it needs
-        for name in self._order_processes(path):
+        for name in self._order_processes():
             process = self.processes[name]
             needed_s = max((below_s[need] for need in process.needs), default=0.0)
             below_s[name] = process.stop_timeout + needed_s
         self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
 
-    def _check_named(self, path: str | None, kind: str, name: str, one: Any) -> None:
-        """Check a process or a trigger beyond its single options. Raises CONFIG_INVALID."""
+    def _refuse(self, message: str, hint: str = "") -> None:
+        error = _broken(self._path, message, hint)
+        if self._faults is None:
+            raise error
+        self._faults.append(error)
+
+    def _refuse_key(self, where: str, key: str, known: Iterable[str]) -> None:
+        if key in FORMER_NAMES:
+            self._refuse(f"{where} is called {FORMER_NAMES[key]} here", "rename it")
+        else:
+            near = difflib.get_close_matches(key, list(known), 1, 0.0)
+            self._refuse(f"{where} is not an option", f"did you mean {near[0]}?")
+
+    def _read_section(self, kind: str, where: str, given: object) -> SimpleNamespace:
+        """Check one table of the file against OPTIONS and fill in the defaults."""
+        known = OPTIONS[kind]
+        section = SimpleNamespace(**{key: default for key, (_, default, _) in known.items()})
+        if not isinstance(given, dict):
+            self._refuse(f"[{where}] must be a table")
+            return section
+        for key, value in given.items():
+            if key not in known:
+                self._refuse_key(f"{where}.{key}", key, known)
+                continue
+            try:
+                setattr(section, key, known[key][0](value))
+            except ValueError as error:
+                self._refuse(f"{where}.{key} = {value!r}: must be {error}")
+        return section
+
+    def _read_tables(self, kind: str, given: object) -> dict[str, Any]:
+        """Check the tables of a kind that users name, such as [group.NAME]; keep the sound ones."""
+        if not isinstance(given, dict):
+            self._refuse(f"[{kind}] must be a table of tables")
+            return {}
+        found = {}
+        for name, table in given.items():
+            count = len(self._faults or ())
+            section = self._read_section(kind, f"{kind}.{name}", table)
+            if kind != "group" and len(self._faults or ()) == count:
+                self._check_named(kind, name, section)
+            if len(self._faults or ()) == count:
+                found[name] = section
+        return found
+
+    def _check_named(self, kind: str, name: str, one: Any) -> None:
+        """Check a process or a trigger beyond its single options."""
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
             hint = "letters, digits, - and _, at most 64, a letter first"
-            raise _broken(path, f"{kind}.{name}: is no name of a {kind}", hint)
+            self._refuse(f"{kind}.{name}: is no name of a {kind}", hint)
         if one.command is None and getattr(one, "url", None) is None:
-            raise _broken(path, f"{kind}.{name}.command is missing", "say what to run")
+            self._refuse(f"{kind}.{name}.command is missing", "say what to run")
         if kind != "process" and (one.group or "default") not in self.groups:
             error = unknown_group(one.group, self)
-            raise _broken(path, f"{kind}.{name}.group: {error.message}", error.hint)
+            self._refuse(f"{kind}.{name}.group: {error.message}", error.hint)
 
-    def _order_processes(self, path: str | None) -> list[str]:
-        """Return the processes, each after all that it needs. Raises CONFIG_INVALID."""
+    def _order_processes(self) -> list[str]:
+        """Return the processes, each after all that it needs."""
         for name, process in self.processes.items():
-            for need in process.needs:
-                if need not in self.processes:
-                    what = f"process.{name}.needs: there is no process {need!r}"
-                    raise _broken(path, what, "processes: " + ", ".join(self.processes))
+            for need in [need for need in process.needs if need not in self.processes]:
+                hint = "processes: " + ", ".join(self.processes)
+                self._refuse(f"process.{name}.needs: there is no process {need!r}", hint)
+                process.needs = [other for other in process.needs if other != need]
         graph = {name: process.needs for name, process in self.processes.items()}
         try:
             return list(graphlib.TopologicalSorter(graph).static_order())
         except ValueError as error:  # its CycleError
             ring = error.args[1][::-1]
-            what = f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}"
-            raise _broken(path, what, "break it") from None
+        self._refuse(f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}", "break it")
+        self.processes[ring[0]].needs = []
+        return self._order_processes()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the effective values: {"daemon.poll_interval": 5.0, ...}."""
@@ -2168,38 +2152,8 @@ class Config:
 
 
 def _broken(path: str | None, message: str, hint: str = "") -> DaemonError:
-    hint = hint or "mend the file; `config` shows the effective values"
+    hint = hint or "fix the file; `config` shows the effective values"
     return DaemonError("CONFIG_INVALID", f"{path or 'configuration'}: {message}", hint)
-
-
-def _unknown(path: str | None, where: str, key: str, known: Iterable[str]) -> DaemonError:
-    if key in FORMER_NAMES:
-        return _broken(path, f"{where} is called {FORMER_NAMES[key]} here", "rename it")
-    near = difflib.get_close_matches(key, list(known), 1, 0.0)
-    return _broken(path, f"{where} is not an option", f"did you mean {near[0]}?")
-
-
-def _read_section(path: str | None, kind: str, where: str, given: object) -> SimpleNamespace:
-    """Check one table of the file against OPTIONS and fill in the defaults."""
-    known = OPTIONS[kind]
-    if not isinstance(given, dict):
-        raise _broken(path, f"[{where}] must be a table")
-    section = SimpleNamespace(**{key: default for key, (_, default, _) in known.items()})
-    for key, value in given.items():
-        if key not in known:
-            raise _unknown(path, f"{where}.{key}", key, known)
-        try:
-            setattr(section, key, known[key][0](value))
-        except ValueError as error:
-            raise _broken(path, f"{where}.{key} = {value!r}: must be {error}") from None
-    return section
-
-
-def _read_tables(path: str | None, kind: str, given: object) -> dict[str, SimpleNamespace]:
-    """Check the tables of a kind that users name, such as [group.NAME]."""
-    if not isinstance(given, dict):
-        raise _broken(path, f"[{kind}] must be a table of tables")
-    return {name: _read_section(path, kind, f"{kind}.{name}", one) for name, one in given.items()}
 
 
 def unknown_group(name: str, config: Config) -> DaemonError:
@@ -2251,27 +2205,34 @@ def read_users_file(path: str) -> bytes:
     """
     try:
         data = read_file(os.path.realpath(path), USER_FILE_BYTES, trusted=Platform.is_root())
-    except DaemonError as error:
-        raise _broken(path, error.message.partition(": ")[2] or error.message, error.hint) from None
-    except ValueError as error:
-        raise _broken(path, str(error)) from None
+    except (DaemonError, ValueError) as error:
+        what, hint = str(error), getattr(error, "hint", "")
+        raise _broken(path, what.partition(": ")[2] or what, hint) from None
     if data is None:
         raise _broken(path, "no such file", "make it, or name another")
     return data
 
 
-def load_config(path: str | None, overrides: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | None, faults: list[DaemonError] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:  # fmt: skip
     """Read and check a configuration file; None gives the defaults.
 
-    overrides: {"log.level": "debug"}, what the command line says instead.
-    Raises CONFIG_INVALID with file, key and reason; then nothing has changed.
+    faults: see Config; overrides: {"log.level": "debug"}, what the command line says instead.
+    Raises CONFIG_INVALID with file, key and reason.
     """
-    data = _load(path) if path else {}
+    try:
+        data = _load(path) if path else {}
+    except DaemonError as error:
+        if faults is None:
+            raise
+        faults[:], data = [error], {}
     for name, value in (overrides or {}).items():
         section, _, key = name.partition(".")
         if isinstance(data.setdefault(section, {}), dict):
             data[section][key] = value
-    config = Config(data, path)
+    config = Config(data, path, faults)
     milliseconds = os.environ.get("APEX_POLL_INTERVAL")
     if milliseconds is not None:
         try:
@@ -2279,30 +2240,6 @@ def load_config(path: str | None, overrides: Mapping[str, Any] | None = None) ->
         except ValueError as error:
             raise _broken(None, f"APEX_POLL_INTERVAL {milliseconds!r}: must be {error}") from None
     return config
-
-
-def load_good_part(path: str | None) -> tuple[Config, list[DaemonError]]:
-    """Return what of a configuration is sound, and what is wrong with the rest."""
-    try:
-        data = _load(path) if path else {}
-    except DaemonError as error:
-        return Config({}), [error]
-    good: dict[str, Any] = {}
-    tables = {kind: one if isinstance(one, dict) else {"": one} for kind, one in data.items()}
-    left = [(kind, key) for kind, table in tables.items() for key in table]
-    while True:  # again as long as something is found sound: a process may need a later one
-        count, faults = len(left), dict[str, DaemonError]()
-        for kind, key in list(left):
-            trial = {**good.get(kind, {}), key: tables[kind][key]}
-            try:
-                Config({**good, kind: trial}, path)
-            except DaemonError as error:
-                faults[error.message] = error
-            else:
-                good[kind] = trial
-                left.remove((kind, key))
-        if len(left) == count:
-            return Config(good, path), [*faults.values()]
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -2390,21 +2327,12 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
         path, maxBytes=int(options.max_size_mb * 1e6), backupCount=options.max_files,
         encoding="utf-8", errors="replace",
     )  # fmt: skip
-    close_log()
-    logger = logging.getLogger("apexd")
-    for handler in (file, logging.StreamHandler()) if to_stderr else (file,):
+    handlers: list[logging.Handler] = [file]
+    handlers += [logging.StreamHandler()] if to_stderr else []
+    for handler in handlers:
         handler.setFormatter(Formatter())
-        logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel("DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper())
-
-
-def close_log() -> None:
-    """Flush and forget the handlers."""
-    logger = logging.getLogger("apexd")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+    level = "DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper()
+    logging.basicConfig(handlers=handlers, level=level, force=True)  # closes the former ones
 
 
 # ============================================================================
@@ -2638,6 +2566,9 @@ CREATE TRIGGER tasks_removed AFTER DELETE ON tasks BEGIN
 END;
 """
 # Script i brings `PRAGMA user_version` i to i + 1; a new database has SCHEMA at once.
+_KEPT = (
+    "task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome, exit_code, reason"
+)
 MIGRATIONS = (
     "",
     """
@@ -2647,13 +2578,9 @@ MIGRATIONS = (
     ALTER TABLE requests RENAME TO old_requests;
     """
     + "".join(re.findall(r"CREATE TABLE (?:requests|attempts) .*?;\n", SCHEMA, re.S))
-    + """
+    + f"""
     INSERT INTO requests SELECT * FROM old_requests;
-    INSERT INTO attempts (task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome,
-                          exit_code, reason)
-    SELECT task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome, exit_code,
-           reason
-    FROM old_attempts;
+    INSERT INTO attempts ({_KEPT}) SELECT {_KEPT} FROM old_attempts;
     DROP TABLE old_attempts;
     DROP TABLE old_requests;
     """,
@@ -2662,6 +2589,7 @@ MIGRATIONS = (
 PRAGMAS = (
     "busy_timeout = 5000",
     "cache_size = -200",  # KiB; the system caches the rest
+    "temp_store = MEMORY",  # of the table `asked`
     "journal_mode = WAL",
     "synchronous = FULL",  # on disk when a commit returns
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
@@ -2695,6 +2623,7 @@ class Database:
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
                 self._migrate(self._db, version)
+                self._db.execute("CREATE TEMP TABLE asked (at INTEGER PRIMARY KEY, first, last)")
             except BaseException:
                 self._db.close()
                 raise
@@ -2756,9 +2685,15 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
-    def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
-        """Return the rows of a statement that changes nothing."""
+    def fetch(
+        self, sql: str, values: Any = (), asked: Iterable[int | range] | None = None
+    ) -> list[sqlite3.Row]:
+        """Return the rows of a statement that changes nothing; asked: the tasks of _ASKED_SQL."""
         with self.lock, self._translated():
+            if asked is not None:
+                self._db.execute("DELETE FROM asked")
+                ranges = ((one[0], one[-1]) for one in as_ranges(asked) if one)
+                self._db.executemany("INSERT INTO asked (first, last) VALUES (?, ?)", ranges)
             return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
@@ -2772,10 +2707,9 @@ class Database:
             try:
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
+            finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-                raise
 
     def close(self) -> None:
         """Checkpoint and close."""
@@ -2787,13 +2721,13 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of a store try again once: a full disk has the ballast's room then."""
 
     @functools.wraps(method)
-    def act(self: Any, *args: Any, **options: Any) -> Any:
+    def act(*args: Any, **options: Any) -> Any:
         try:
-            return method(self, *args, **options)
+            return method(*args, **options)
         except DaemonError as error:
             if error.code != "DATABASE_FAILED":
                 raise
-        return method(self, *args, **options)
+        return method(*args, **options)
 
     return act
 
@@ -2807,19 +2741,8 @@ SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
 """
-# The tasks in :asked, a blob of first and last ids of 19 digits, in that order (asked.at, t.id).
-_ASKED_SQL = """
-(
-  WITH RECURSIVE place(at) AS (
-    SELECT 0 WHERE length(:asked) > 0
-    UNION ALL SELECT at + 38 FROM place WHERE at + 38 < length(:asked)
-  )
-  SELECT at, CAST(substr(:asked, at + 1, 19) AS INTEGER) AS first,
-         CAST(substr(:asked, at + 20, 19) AS INTEGER) AS last
-  FROM place
-) asked
-CROSS JOIN tasks t ON t.id BETWEEN asked.first AND asked.last
-"""
+# The tasks that `fetch` was asked for, in that order (asked.at, t.id).
+_ASKED_SQL = "asked CROSS JOIN tasks t ON t.id BETWEEN asked.first AND asked.last"
 _INSERT_SQL = """
 INSERT INTO tasks (id, command, request_id, state, open_deps, grp, priority, label, key, due_at,
                    retries, timeout, on_lost, max_tokens, max_cost, created_at, finished_at)
@@ -3012,14 +2935,12 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     while work:
         named, old = work.pop()
         open_deps, unmet = _count_open(db, named)
-        if old == State.SKIPPED and unmet and named != task_id:
-            continue  # another of its parents still keeps it skipped
         holder = db.execute(holder_sql, (named,)).fetchone()
         if holder and named == task_id:
             what = f"task {holder[0]} has the key of task {task_id} now"
             raise DaemonError("ILLEGAL_STATE", what, f"wait for task {holder[0]}, or cancel it")
-        if holder and old == State.SKIPPED:
-            continue
+        if old == State.SKIPPED and named != task_id and (unmet or holder):
+            continue  # also another of its parents keeps it skipped, or its key is taken
         db.execute(
             """
             UPDATE tasks SET open_deps = ?, progress = NULL, failures = 0, losses = 0,
@@ -3055,11 +2976,6 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
     """Yield ranges of ids, also for single ones."""
     for one in ids:
         yield one if isinstance(one, range) else range(one, one + 1)
-
-
-def pack_ranges(ids: Iterable[int | range]) -> bytes:
-    """Write ids for _ASKED_SQL."""
-    return b"".join(b"%019d%019d" % (one[0], one[-1]) for one in as_ranges(ids) if one)
 
 
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
@@ -3125,8 +3041,7 @@ class TaskStore:
                 ids.existing = answer["existing"] if isinstance(answer, dict) else ()
                 return ids
             context = (token, cwd or here(), env or {}, umask)
-            ids = self.insert(db, commands, options or {}, *context)
-        return ids
+            return self.insert(db, commands, options or {}, *context)
 
     def insert(
         self, db: sqlite3.Connection, commands: Sequence[Any], options: Mapping[str, Any],
@@ -3163,9 +3078,8 @@ class TaskStore:
         }
         sql = _TASK_SQL + "WHERE t.id < :before"
         sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
-        values: dict[str, Any] = {"state": state, "grp": group, "before": before or INTEGER_MAX}
-        values.update(most=limit, asked=pack_ranges(ids or ()))
-        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
+        values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
+        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values, ids)
         return [_row_to_task(row) for row in reversed(rows)]
 
     def get(self, task_id: int) -> Task:
@@ -3182,7 +3096,6 @@ class TaskStore:
 
     def get_progress(self, ids: Sequence[int | range]) -> tuple[dict[str, Any], int | None]:
         """Return what `wait` answers, and the last task not done. Raises UNKNOWN_TASK."""
-        asked = {"asked": pack_ranges(ids)}
         with self.database.lock:
             ((total, pending, percent, running, last),) = self.database.fetch(
                 f"""
@@ -3192,13 +3105,11 @@ class TaskStore:
                        max(CASE WHEN state NOT IN {_DONE} THEN t.id END)
                 FROM {_ASKED_SQL}
                 """,
-                asked,
+                asked=ids,
             )
             if total != sum(map(len, as_ranges(ids))):
-                sql = "SELECT 1 FROM tasks WHERE id = ?"
                 for task_id in (task_id for one in as_ranges(ids) for task_id in one):
-                    if not self.database.fetch(sql, (task_id,)):
-                        raise unknown_task(task_id)
+                    self.get(task_id)
             bad_end = self.database.fetch(
                 f"""
                 SELECT coalesce(a.exit_code, 1)
@@ -3207,8 +3118,7 @@ class TaskStore:
                 WHERE t.state IN ('failed', 'cancelled', 'skipped') AND a.exit_code IS NOT 0
                 ORDER BY asked.at, t.id
                 LIMIT 1
-                """,
-                asked,
+                """
             )
         answer = {"total": total, "pending": pending, "status": bad_end[0][0] if bad_end else 0}
         answer["progress"] = percent / total if total else 0.0
@@ -3223,8 +3133,7 @@ class TaskStore:
     def get_counts(self) -> dict[str, dict[str, int]]:
         """Return {state: {group: number}}, without the zeros."""
         counts: dict[str, dict[str, int]] = {}
-        rows = self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0")
-        for state, group, n in rows:
+        for state, group, n in self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0"):
             counts.setdefault(state, {})[group] = n
         return counts
 
@@ -3238,7 +3147,7 @@ class TaskStore:
         """
         act = {"cancel": _cancel, "retry": _retry, "remove": _remove}[verb]
         done: list[tuple[int, int]] = []
-        not_done: list[int] = []
+        not_done: list[tuple[int, int]] = []
         taken: DaemonError | None = None
         sql = "SELECT state, attempts FROM tasks WHERE id = ?"
         with self.database.write() as db:
@@ -3247,30 +3156,26 @@ class TaskStore:
                 if row is None:
                     raise unknown_task(task_id)
                 try:
-                    if act(db, task_id, State(row[0])):
-                        done.append((task_id, row[1]))
-                        continue
+                    is_done = act(db, task_id, State(row[0]))
                 except DaemonError as error:
                     if error.code != "ILLEGAL_STATE":
                         raise
-                    taken = error
-                not_done.append(task_id)
+                    is_done, taken = False, error
+                (done if is_done else not_done).append((task_id, row[1]))
         if taken is not None and not done:
             raise taken
         if verb == "remove":
             remove_logs(self.folder, done)
-        return [task_id for task_id, _ in done], not_done
+        return [task_id for task_id, _ in done], [task_id for task_id, _ in not_done]
 
     def pause(self, group: str | None, on: bool) -> list[str]:
         """Stop or go on with claiming from a group, None: from all; return `get_paused`."""
         if group is not None and group not in self.config.groups:
             raise unknown_group(group, self.config)
+        add = "INSERT OR IGNORE INTO paused VALUES (coalesce(:grp, '*'))"
+        remove = "DELETE FROM paused WHERE grp = :grp OR :grp IS NULL"
         with self.database.write() as db:
-            if on:
-                db.execute("INSERT OR IGNORE INTO paused VALUES (?)", (group or "*",))
-            else:
-                sql = "DELETE FROM paused WHERE grp = :grp OR :grp IS NULL"
-                db.execute(sql, {"grp": group})
+            db.execute(add if on else remove, {"grp": group})
         return self.get_paused()
 
     def get_paused(self) -> list[str]:
@@ -3354,7 +3259,16 @@ class AttemptStore:
                 set_state(db, task_id, State.SCHEDULED, State.QUEUED)
             claimed = []
             for task_id, keeper in self._find_ready(db, room, busy, find_keeper) if room else ():
-                claimed.append(self._claim(db, task_id, keeper))
+                set_state(db, task_id, State.QUEUED, State.RUNNING)
+                run_id = f"{task_id}-{os.urandom(8).hex()}"
+                db.execute(
+                    """
+                    INSERT INTO attempts (task_id, number, run_id, keeper, boot_id, started_at)
+                    SELECT id, attempts, ?, ?, ?, ? FROM tasks WHERE id = ?
+                    """,
+                    (run_id, keeper, self._boot_id, Clock.now(), task_id),
+                )
+                claimed.append(self._store.get(task_id))
                 failpoint("claim")
         return claimed
 
@@ -3389,25 +3303,13 @@ class AttemptStore:
                 (group, private is not None, max(most, 0)),
             )
             found += map(tuple, rows)
-        ready = []
-        for _, task_id, is_suspect in sorted(found)[:room]:
-            if not is_suspect:
-                ready.append((task_id, shared))
-            elif private is not None:  # one at a time
-                ready.append((task_id, private))
-                private = None
+        ready: list[tuple[int, str]] = []
+        for _, task_id, is_suspect in sorted(found):
+            keeper = private if is_suspect else shared
+            if keeper is not None and len(ready) < room:
+                ready.append((task_id, keeper))
+            private = None if is_suspect else private  # one at a time
         return ready
-
-    def _claim(self, db: sqlite3.Connection, task_id: int, keeper: str) -> Task:
-        set_state(db, task_id, State.QUEUED, State.RUNNING)
-        db.execute(
-            """
-            INSERT INTO attempts (task_id, number, run_id, keeper, boot_id, started_at)
-            SELECT id, attempts, ?, ?, ?, ? FROM tasks WHERE id = ?
-            """,
-            (f"{task_id}-{os.urandom(8).hex()}", keeper, self._boot_id, Clock.now(), task_id),
-        )
-        return _row_to_task(db.execute(_TASK_SQL + "WHERE t.id = ?", (task_id,)).fetchone())
 
     def _finish(self, db: sqlite3.Connection, task: Task, result: Result) -> None:
         """Record one result; an attempt that is finished already changes nothing."""
@@ -3579,11 +3481,11 @@ class EventStore:
 # connects and asks. The words, each a frame of JSON (fields are only ever added):
 #
 #   keeper  hello {keeper: 1, pid, file: [device, inode], runs: [{run, pid, at, age_s}],
-#                  ended: [run]}
+#                  ended: [run], pings}
 #           started {run, pid, at} | failed {run, errno, what, text}
 #           exited {run, code | signal, at, ran_s, cpu_s, max_rss}
 #   daemon  start {run, argv, cwd, env, umask, log, sweep, limits, nice, ids}
-#           signal {run, number}; end {run, number, grace}; forget {runs}; quit
+#           signal {run, number}; end {run, number, grace}; forget {runs}; ping -> pong; quit
 #
 #   - An attempt is on disk, with the name of its keeper, before `start` is sent; its result is
 #     on disk before `forget` is sent. What was not forgotten is told again to each daemon.
@@ -3691,17 +3593,67 @@ class Watched:
         self._selector.close()
 
 
-class _Child:
-    """What a keeper knows of a living child."""
+class Wire:
+    """A connection, at times none, that carries frames and never waits for its other end."""
 
-    __slots__ = ("began_mono", "is_swept", "kill_mono", "pid", "run")
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        self.connection: socket.socket | None = None
+        self._inbox, self.outbox = bytearray(), bytearray()
+
+    def take(self, connection: socket.socket, act: Callable[[], object]) -> None:
+        """Use a connection; `act` is called when something has come."""
+        connection.setblocking(False)
+        self.connection = connection
+        self._watched.add(connection, act)
+
+    def drop(self) -> None:
+        """Close the connection, with all that was on its way."""
+        if self.connection is not None:
+            self._watched.remove(self.connection)
+            self.connection.close()
+        self.connection = None
+        self._inbox, self.outbox = bytearray(), bytearray()
+
+    def send(self, kind: str, **fields: object) -> None:
+        """Put a word into the buffer that `flush` sends."""
+        self.outbox += pack_frame({"type": kind, **fields})
+
+    def flush(self) -> bool:
+        """Send as much as the other end takes now; tell whether something is left."""
+        if self.outbox and self.connection is not None:
+            with contextlib.suppress(OSError):  # `read` gets the end-of-file
+                del self.outbox[: self.connection.send(self.outbox)]
+        return bool(self.outbox)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the words that have come. Raises EOFError, ValueError."""
+        assert self.connection is not None
+        try:
+            data = self.connection.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._inbox += data
+        yield from take_frames(self._inbox)
+        if not data:
+            raise EOFError
+
+
+class _Child:
+    """What a keeper knows of a living child; times are monotonic."""
+
+    __slots__ = ("began_mono", "is_swept", "kill_mono", "pid", "run", "tell_mono")
 
     def __init__(self, run: str, pid: int, is_swept: bool) -> None:
         self.run, self.pid, self.is_swept = run, pid, is_swept
         self.began_mono, self.kill_mono = Clock.mono(), float("inf")
+        self.tell_mono = float("inf")  # when the daemon is told that it runs
 
     def describe(self) -> dict[str, Any]:
         """Return what `hello` and `started` say of it."""
+        self.tell_mono = float("inf")
         age_s = round(Clock.mono() - self.began_mono, 3)
         at = Platform.start_time(self.pid)
         return {"run": self.run, "pid": self.pid, "at": at, "age_s": age_s}
@@ -3717,24 +3669,19 @@ class Keeper:
         self._path = os.path.join(folder, "run", "keeper-" + name)
         self._children: dict[int, _Child] = {}  # by PID
         self._runs: dict[str, _Child] = {}
-        self._fresh: dict[str, float] = {}  # runs that are to be told as started, and when
         self._ended: dict[str, dict[str, Any]] = {}  # results, until they are forgotten
-        self._written: set[str] = set()  # of these, those that the file has
+        self._unwritten: dict[str, dict[str, Any]] = {}  # of these, those not in the file
         self._untold: deque[dict[str, Any]] = deque()  # words for the daemon that is connected
-        self._inbox, self._outbox = bytearray(), bytearray()
-        self._daemon: socket.socket | None = None
         self._is_wanted = True  # until `quit`, or a hang-up, or no daemon came
-        self._is_terminated = self._has_lost = False
+        self._is_terminated = False
+        self._is_broken = False  # the file cannot be written
         self._patience_mono = Clock.mono() + KEEPER_PATIENCE_S
         self._watched = Watched()
+        self._daemon = Wire(self._watched)
         self._listener, self._endpoint = Platform.listen(self._path + ".sock")
         self._listener.setblocking(False)
         self._watched.add(self._listener, self._meet)
         self._fd = self._make_file()
-        self._acts: dict[str, Callable[[dict[str, Any]], None]] = {
-            "start": self._start, "signal": self._signal, "end": self._end, "forget": self._forget,
-            "quit": self._quit, "ping": lambda word: self._untold.append({"type": "pong"}),
-        }  # fmt: skip
 
     def _make_file(self) -> int:
         """Make the file, and lock it for life."""
@@ -3745,43 +3692,34 @@ class Keeper:
         os.write(fd, json.dumps({**head, **self._endpoint}).encode() + b"\n")
         return fd
 
-    def run(self) -> int:
-        """Serve until nobody needs it; return the exit status."""
-        self._take_signals()
-        while self._is_needed() or self._find_unwritten():
+    def run(self) -> None:
+        """Serve until nobody needs it."""
+        signal.set_wakeup_fd(self._watched.waker.fileno(), warn_on_full_buffer=False)
+        for name in Platform.SIGNALS:  # none is ignored, or children would ignore it, too
+            signal.signal(getattr(signal, name), self._note_signal)
+        while self._is_needed() or (self._unwritten and not self._is_broken):
             self._watched.wait(self._next_wake_s())
             for pid, how in Platform.reap(self._sweep):
                 self._note_end(pid, how)
-            self._kill_late()
-            self._tell_started()
+            self._act_on_time()
             self._write()
             self._tell()
         self._leave()
-        return 0
 
-    def _take_signals(self) -> None:
-        """Let signals wake the loop; none is ignored, or children would ignore it, too."""
-
-        def note(number: int, _: object) -> None:
-            self._is_terminated |= number == signal.SIGTERM
-
-        signal.set_wakeup_fd(self._watched.waker.fileno(), warn_on_full_buffer=False)
-        for name in Platform.SIGNALS:
-            signal.signal(getattr(signal, name), note)
+    def _note_signal(self, number: int, _: object) -> None:
+        self._is_terminated |= number == signal.SIGTERM
 
     def _next_wake_s(self) -> float:
-        times = [child.kill_mono for child in self._children.values()] + [*self._fresh.values()]
-        if self._daemon is None:
-            times.append(Clock.mono() + 1.0 if self._find_unwritten() else self._patience_mono)
+        children = self._children.values()
+        times = [time for child in children for time in (child.kill_mono, child.tell_mono)]
+        if self._daemon.connection is None:
+            times.append(Clock.mono() + 1.0 if self._unwritten else self._patience_mono)
         return max(min(times, default=float("inf")) - Clock.mono(), 0.0)
 
     def _is_needed(self) -> bool:
-        if self._daemon is None and Clock.mono() >= self._patience_mono:
+        if self._daemon.connection is None and Clock.mono() >= self._patience_mono:
             self._is_wanted = False
         return bool(self._children) or (self._is_wanted and not self._is_terminated)
-
-    def _find_unwritten(self) -> list[dict[str, Any]]:
-        return [word for run, word in self._ended.items() if run not in self._written]
 
     def _meet(self) -> bool:
         """Take the next daemon in the place of the former one, and greet it, if there is one."""
@@ -3797,32 +3735,21 @@ class Keeper:
         with contextlib.suppress(OSError):
             shown = peer.recv(len(token), socket.MSG_WAITALL).decode("ascii", "replace")
             if shown == token and Platform.peer_uid(peer) in (None, 0):
-                self._drop_daemon()
-                peer.setblocking(False)
-                self._daemon, self._is_wanted = peer, True
-                self._patience_mono = float("inf")
-                self._watched.add(peer, self._read)
+                self._daemon.drop()
+                self._daemon.take(peer, self._read)
+                self._is_wanted, self._patience_mono = True, float("inf")
                 info = os.fstat(self._fd)
                 runs = [child.describe() for child in self._children.values()]
                 hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid(), "pings": 1}
                 hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
-                self._untold.extend((hello, *self._ended.values()))
+                self._untold = deque((hello, *self._ended.values()))
                 return True
         peer.close()
         return False
 
-    def _drop_daemon(self) -> None:
-        if self._daemon is not None:
-            self._watched.remove(self._daemon)
-            self._daemon.close()
-        self._daemon = None
-        self._inbox, self._outbox = bytearray(), bytearray()
-        self._untold.clear()
-        self._fresh.clear()
-
     def _hang_up(self) -> None:
         """Go on without a daemon: what was not forgotten goes to the file."""
-        self._drop_daemon()
+        self._daemon.drop()
         self._is_wanted = False
         if os.fstat(self._fd).st_nlink == 0:  # the project was removed
             for child in self._children.values():
@@ -3830,26 +3757,34 @@ class Keeper:
             self._is_terminated = True
 
     def _read(self) -> None:
-        if self._daemon is None or self._meet():  # what a former daemon sent is dropped
+        if self._daemon.connection is None or self._meet():  # what the former one sent is dropped
             return
         try:
-            data = self._daemon.recv(1 << 18)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self._inbox += data
-        try:
-            for word in take_frames(self._inbox):
-                if word["type"] in self._acts:
-                    self._acts[word["type"]](word)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            data = b""  # not our protocol
-        if not data:
+            for word in self._daemon.read():
+                self._obey(word)
+        except (EOFError, ValueError, TypeError, KeyError, AttributeError):  # or not our protocol
             self._hang_up()
 
-    def _start(self, word: dict[str, Any]) -> None:
-        run = str(word["run"])
+    def _obey(self, word: dict[str, Any]) -> None:
+        kind, child = word["type"], self._runs.get(word.get("run", ""))
+        if kind == "start":
+            self._start(str(word["run"]), word)
+        elif kind == "signal" and child is not None:
+            Platform.send(child.pid, int(word["number"]))
+        elif kind == "end" and child is not None:
+            child.is_swept = True
+            child.kill_mono = min(child.kill_mono, Clock.mono() + float(word["grace"]))
+            Platform.signal_group(child.pid, int(word["number"]))
+        elif kind == "forget":
+            for run in word["runs"]:
+                self._ended.pop(run, None)
+                self._unwritten.pop(run, None)
+        elif kind == "quit":
+            self._is_wanted = False
+        elif kind == "ping":
+            self._untold.append({"type": "pong"})
+
+    def _start(self, run: str, word: dict[str, Any]) -> None:
         failpoint("read")
         if run in self._ended:
             self._untold.append(self._ended[run])
@@ -3859,10 +3794,13 @@ class Keeper:
                 raise OSError(errno.EAGAIN, "the keeper was told to end", "keeper")
             child = self._runs.get(run) or self._spawn(run, word)
         except (OSError, ValueError) as error:
-            self._note_failure(run, error, str(word["argv"][0]))
+            number = getattr(error, "errno", None) or errno.EINVAL
+            text = getattr(error, "strerror", None) or str(error)
+            what = str(getattr(error, "filename", None) or word["argv"][0])
+            self._note({"type": "failed", "run": run, "errno": number, "what": what, "text": text})
             return
         self._children[child.pid] = self._runs[run] = child
-        self._fresh[run] = Clock.mono() + STARTED_S
+        child.tell_mono = Clock.mono() + STARTED_S
 
     def _spawn(self, run: str, word: dict[str, Any]) -> _Child:
         path = str(word["log"])
@@ -3880,33 +3818,6 @@ class Keeper:
         failpoint("spawn")
         return _Child(run, pid, bool(word.get("sweep")))
 
-    def _note_failure(self, run: str, error: Exception, what: str) -> None:
-        number = getattr(error, "errno", None) or errno.EINVAL
-        text = getattr(error, "strerror", None) or str(error)
-        what = getattr(error, "filename", None) or what
-        word = {"type": "failed", "run": run, "errno": number, "what": str(what), "text": text}
-        self._ended[run] = word
-        self._untold.append(word)
-
-    def _signal(self, word: dict[str, Any]) -> None:
-        if word["run"] in self._runs:
-            Platform.send(self._runs[word["run"]].pid, int(word["number"]))
-
-    def _end(self, word: dict[str, Any]) -> None:
-        child = self._runs.get(word["run"])
-        if child is not None:
-            child.is_swept = True
-            child.kill_mono = min(child.kill_mono, Clock.mono() + float(word["grace"]))
-            Platform.signal_group(child.pid, int(word["number"]))
-
-    def _forget(self, word: dict[str, Any]) -> None:
-        for run in word["runs"]:
-            self._ended.pop(run, None)
-            self._written.discard(run)
-
-    def _quit(self, word: dict[str, Any]) -> None:
-        self._is_wanted = False
-
     def _sweep(self, pid: int) -> None:
         """End a child's group while its dead leader still holds the number."""
         if pid in self._children and self._children[pid].is_swept:
@@ -3922,81 +3833,70 @@ class Keeper:
         word["ran_s"] = round(Clock.mono() - child.began_mono, 6)
         if self._is_terminated and "signal" in how:
             word["interrupted"] = True
-        self._ended[child.run] = word
-        self._untold.append(word)
+        self._note(word)
 
-    def _kill_late(self) -> None:
+    def _note(self, result: dict[str, Any]) -> None:
+        self._ended[result["run"]] = self._unwritten[result["run"]] = result
+        self._untold.append(result)
+
+    def _act_on_time(self) -> None:
+        """KILL what is late; tell of what started a moment ago: of the rest the end is enough."""
         now = Clock.mono()
         for child in self._children.values():
+            if now >= child.tell_mono:
+                self._untold.append({"type": "started", **child.describe()})
             if now >= child.kill_mono:
                 child.kill_mono = now + 1.0
                 Platform.signal_group(child.pid, Platform.kill)
 
-    def _tell_started(self) -> None:
-        """Tell of what was started a moment ago and lives: the end of the rest is enough."""
-        now = Clock.mono()
-        for run, due_mono in list(self._fresh.items()):
-            if run in self._runs and due_mono > now:
-                break
-            del self._fresh[run]
-            if run in self._runs:
-                self._untold.append({"type": "started", **self._runs[run].describe()})
-
     def _write(self) -> None:
-        """Append the results that no daemon hears; a torn line must not swallow the next."""
-        if self._daemon is not None and self._is_needed():
-            return
+        """Append the results that no daemon hears."""
+        if self._daemon.connection is None or not self._is_needed():
+            while self._unwritten and self._append(next(iter(self._unwritten.values()))):
+                del self._unwritten[next(iter(self._unwritten))]
+
+    def _append(self, word: Mapping[str, Any]) -> bool:
+        """Append a line, that a torn one cannot swallow. False: not yet, or (broken) never."""
+        line = f"\n{json.dumps(word)}\n".encode()
         try:
-            for word in self._find_unwritten():
-                line = f"\n{json.dumps(word)}\n".encode()
-                if os.write(self._fd, line) < len(line):
-                    return
-                self._written.add(word["run"])
+            if word["type"] == "left":
+                os.fsync(self._fd)
+            self._is_broken = False
+            return os.write(self._fd, line) == len(line)
         except OSError as error:  # a full disk: tried again each second
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # for good: it is lost
-                self._ended.clear()
-                self._has_lost = True
+            self._is_broken = error.errno not in (errno.ENOSPC, errno.EDQUOT)
+            return False
 
     def _tell(self) -> None:
         """Send what there is to tell, as far as the daemon takes it."""
-        if self._daemon is None:
+        wire = self._daemon
+        if wire.connection is None:
             self._untold.clear()
             return
-        try:
-            while self._untold or self._outbox:
-                while self._untold and len(self._outbox) < KEEPER_BUFFER_BYTES:
-                    self._outbox += pack_frame(self._untold.popleft())
-                del self._outbox[: self._daemon.send(self._outbox)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._hang_up()
-            return
-        self._watched.expect(self._daemon, bool(self._outbox))
+        is_full = wire.flush()
+        while self._untold and not is_full:
+            while self._untold and len(wire.outbox) < KEEPER_BUFFER_BYTES:
+                wire.outbox += pack_frame(self._untold.popleft())
+            is_full = wire.flush()
+        self._watched.expect(wire.connection, is_full)
 
     def _leave(self) -> None:
         """Say that all results are in the file; then let go of it."""
         with contextlib.suppress(OSError):
             os.unlink(self._path + ".sock")
-        while os.fstat(self._fd).st_nlink and not self._has_lost:
-            try:
-                os.fsync(self._fd)
-                os.write(self._fd, b'\n{"type": "left"}\n')
+        while os.fstat(self._fd).st_nlink and not self._is_broken:
+            if self._append({"type": "left"}):
                 return
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    return
             threading.Event().wait(1.0)
 
 
 def run_keeper(folder: str, name: str) -> int:
-    """Be a keeper, with nothing of its daemon's; return its exit status."""
-    Platform.close_inherited()
+    """Be a keeper; return its exit status."""
     os.umask(0o077)
     os.chdir(folder)
     reset_signals()
     try:
-        return Keeper(folder, name).run()
+        Keeper(folder, name).run()
     except Exception:  # this process's top frame
         import traceback
 
@@ -4004,6 +3904,7 @@ def run_keeper(folder: str, name: str) -> int:
         with open(open_file(os.path.join(folder, "daemon.log"), flags), "a") as file:
             file.write(f"keeper {name}: {traceback.format_exc()}")
         return CODES["INTERNAL"][0]
+    return 0
 
 
 def spawn_keeper(folder: str, name: str) -> Any:
@@ -4046,27 +3947,76 @@ class Ward(Value):
     log_path: str
     is_process: bool  # nothing of it may outlive its command
     is_suspect: int  # its keeper is its own
-    tell: Callable[[str, Begun | Result], None]
+    tell: Callable[[Begun | Result], None]
     pid: int | None
     start_time: str | None
     ending: tuple[int, float] | None  # signal, monotonic time of the KILL
     result: Result | None  # told, while what is left of it is ended
     sweep_mono: float  # the next look for what is left of it
     since_mono: float  # the first one
-    pause_s: float | None  # between two
 
 
-class _Link:
+def sweep(wards: dict[str, Ward], folder: str) -> Iterator[Ward]:
+    """KILL what is left of ended runs that are due; remove and yield those nothing is left of.
+
+    One with a status counts, late, though something that is hidden holds its log.
+    """
+    now = Clock.mono()
+    due = [ward for ward in wards.values() if ward.sweep_mono <= now]
+    if not due:
+        return
+    found, is_sure = Platform.find_runs({ward.run_id: ward.user for ward in due}, folder)
+    living = {run_id for run_id, _ in found}
+    for run_id, pid in found:
+        Platform.kill_run(pid, run_id)
+    for ward in due:
+        has_status = ward.result is not None and ward.result.exit_code is not None
+        if not has_status and is_leader_alive(ward, folder):
+            Platform.signal_group(ward.pid or 0, Platform.kill)
+            living.add(ward.run_id)
+        took_s = now - ward.since_mono
+        is_empty = is_sure and ward.run_id not in living and is_unlocked(ward.log_path)
+        if is_empty or (has_status and took_s > SWEEP_MAX_S):
+            del wards[ward.run_id]
+            yield ward
+            continue
+        next_mono = now + min(max(took_s, SWEEP_PAUSE_S), 1.0)  # twice as long after the first
+        if ward.sweep_mono < ward.since_mono + 0.5 <= next_mono:  # once
+            log.warning("waiting for what is left of run %s", ward.run_id)
+        ward.sweep_mono = next_mono
+
+
+def is_leader_alive(ward: Ward, folder: str) -> bool:
+    """Tell whether the command of a lost run lives.
+
+    Its PID was not used again, and it is not that of another project, which this one is a
+    copy of.
+    """
+    pid, is_known = ward.pid or 0, ward.pid and ward.start_time
+    present = Platform.boot_id(), Platform.start_time(pid)
+    if not is_known or (ward.boot_id, ward.start_time) != present:
+        return False
+    theirs = Platform.environment_of(pid).get("APEX_STATE_DIR", folder)
+    return theirs == folder or not os.path.isdir(theirs)
+
+
+class _Link(Wire):
     """The way to one keeper: starting -> reached -> greeted; again, or gone."""
 
-    def __init__(self, name: str, path: str, process: Any = None, is_private: bool = False) -> None:
-        self.name, self.path, self.process, self.is_private = name, path, process, is_private
+    def __init__(self, watched: Watched, path: str, process: Any, is_private: bool) -> None:
+        super().__init__(watched)
+        self.path, self.process, self.is_private = path, process, is_private
+        self.name = path.rpartition("-")[2]
         self.pid, self.file_id = 0, [0, 0]
-        self.connection: socket.socket | None = None
-        self.is_greeted = self.is_foreign = self.is_quitting = self.has_pings = False
+        self.is_foreign = self.is_quitting = self.has_pings = False
+        self.drop()
+
+    def drop(self) -> None:
+        """Close the connection; the keeper is to be reached anew, or has gone."""
+        super().drop()
+        self.is_greeted = False
         self.asked_mono: float | None = Clock.mono()  # since when it owes an answer
-        self.retry_mono, self.pause_s = 0.0, 0.002
-        self.inbox, self.outbox = bytearray(), bytearray()
+        self.retry_mono = 0.0
 
     def is_silent(self) -> bool:
         """Tell whether it has owed an answer for too long."""
@@ -4076,10 +4026,11 @@ class _Link:
         """Tell whether it is there, for everybody, and answers."""
         return self.is_greeted and not (self.is_private or self.is_quitting or self.is_silent())
 
-    def reach(self) -> bytes | None:
+    def reach(self, act: Callable[[], object]) -> bytes | None:
         """Try to connect; None: perhaps later, else it has gone and this is what its file says."""
-        self.retry_mono = Clock.mono() + self.pause_s
-        self.pause_s = min(self.pause_s * 1.2, 1.0)
+        now = Clock.mono()
+        waited_s = now - (self.asked_mono or now)
+        self.retry_mono = now + min(max(waited_s / 5, 0.002), 1.0)
         is_ended = self.process is None or self.process.poll() is not None
         try:
             fd = os.open(self.path, os.O_RDONLY | _O_SAFE)
@@ -4094,112 +4045,20 @@ class _Link:
                 head = json.loads(file.readline(4096))
                 self.is_foreign |= head["keeper"] != KEEPER_PROTOCOL
                 if self.is_foreign:  # it ends by itself: look for its lock
-                    self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
+                    self.retry_mono, self.asked_mono = now + 1.0, None
                 else:
-                    folder = os.path.dirname(self.path)
-                    self.connection = Platform.connect(folder, head, 1.0)
-                    self.connection.sendall(head.get("token", "").encode())
-                    self.connection.setblocking(False)
-                    self.asked_mono = self.asked_mono or Clock.mono()
+                    connection = Platform.connect(os.path.dirname(self.path), head, 1.0)
+                    connection.sendall(head.get("token", "").encode())
+                    self.take(connection, act)
+                    self.asked_mono = self.asked_mono or now
         return None
-
-    def send(self, kind: str, **fields: object) -> None:
-        """Put a word into the buffer that `flush` sends."""
-        self.outbox += pack_frame({"type": kind, **fields})
-
-    def flush(self) -> None:
-        """Send what there is to send, as far as the keeper takes it now."""
-        if self.outbox and self.connection is not None:
-            with contextlib.suppress(OSError):  # `read` gets the end-of-file
-                del self.outbox[: self.connection.send(self.outbox)]
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the words that have come. Raises EOFError, ValueError."""
-        assert self.connection is not None
-        try:
-            data = self.connection.recv(1 << 18)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self.asked_mono = None
-        self.inbox += data
-        yield from take_frames(self.inbox)
-        if not data:
-            raise EOFError
-
-    def drop(self) -> None:
-        """Close the connection; the keeper is to be reached anew, or has gone."""
-        if self.connection is not None:
-            self.connection.close()
-        self.connection, self.is_greeted = None, False
-        self.inbox, self.outbox = bytearray(), bytearray()
-        self.retry_mono, self.pause_s, self.asked_mono = 0.0, 0.002, Clock.mono()
-
-
-class _Sweeper:
-    """Ends what is left of runs whose leader has ended; never waits for it."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._wards: dict[str, Ward] = {}
-
-    def add(self, ward: Ward) -> None:
-        """Begin with a run, that is looked at by the next `look`."""
-        ward.sweep_mono = ward.since_mono = Clock.mono()
-        ward.pause_s = SWEEP_PAUSE_S
-        self._wards[ward.run_id] = ward
-
-    def due(self) -> float:
-        """Return when there is something to be done (monotonic)."""
-        return min((ward.sweep_mono for ward in self._wards.values()), default=float("inf"))
-
-    def look(self) -> Iterator[Ward]:
-        """KILL what is found of the runs that are due; yield those of which nothing is left.
-
-        One with a status counts, late, though something that is hidden holds its log.
-        """
-        now = Clock.mono()
-        due = [ward for ward in self._wards.values() if ward.sweep_mono <= now]
-        if not due:
-            return
-        users = {ward.run_id: ward.user for ward in due}
-        found, is_sure = Platform.find_runs(users, self._folder)
-        living = {run_id for run_id, _ in found}
-        for run_id, pid in found:
-            Platform.kill_run(pid, run_id)
-        for ward in due:
-            if self._is_leader_alive(ward):
-                Platform.signal_group(ward.pid or 0, Platform.kill)
-                living.add(ward.run_id)
-            is_late = now - ward.since_mono > SWEEP_MAX_S
-            is_empty = is_sure and ward.run_id not in living and is_unlocked(ward.log_path)
-            has_status = ward.result is not None and ward.result.exit_code is not None
-            if is_empty or (is_late and has_status):
-                del self._wards[ward.run_id]
-                yield ward
-                continue
-            if 0.5 < (ward.pause_s or 0.0) < 1.0:  # once
-                log.warning("waiting for what is left of run %s", ward.run_id)
-            ward.pause_s = min(2 * (ward.pause_s or 0.0), 1.0)
-            ward.sweep_mono = now + ward.pause_s
-
-    def _is_leader_alive(self, ward: Ward) -> bool:
-        """Tell whether the command of a lost run lives.
-
-        Its PID was not used again, and it is not that of another project, which this one is a
-        copy of.
-        """
-        is_lost = ward.result is not None and ward.result.exit_code is None
-        is_known = ward.pid and ward.start_time and ward.boot_id == Platform.boot_id()
-        if not is_lost or not is_known or Platform.start_time(ward.pid or 0) != ward.start_time:
-            return False
-        folder = Platform.environment_of(ward.pid or 0).get("APEX_STATE_DIR", self._folder)
-        return folder == self._folder or not os.path.isdir(folder)
 
 
 class _Roster:
     """The keepers that there are: found, started, connected to, gone. Keepers says what then."""
+
+    _take: Callable[[_Link, dict[str, Any]], None]
+    _conclude: Callable[[str | None, Mapping[str, Result], bool], None]
 
     def __init__(self, folder: str, is_starter: bool) -> None:
         self._folder = os.path.abspath(folder)
@@ -4208,25 +4067,17 @@ class _Roster:
         self._is_open = False
         self._is_starter = is_starter  # else nothing new is to be run
         self._next_spawn = 0.0  # monotonic
+        self._spawned: set[str] = set()  # the names of those started here
         self._obstacle = "it is being started"  # why no keeper stands
         self._looked_mono = Clock.mono()  # when `look` was called last
         self.watched = Watched()
         self.wake = self.watched.wake  # makes `look` return
 
-    def _take(self, link: _Link, word: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
-        raise NotImplementedError
-
-    def _find(self) -> None:
-        for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
-            match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
-            if match:
-                self._links.setdefault(match[1], _Link(match[1], self._path(match[1])))
-
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, "run", "keeper-" + name)
+
+    def _add(self, name: str, process: Any = None, is_private: bool = False) -> None:
+        self._links[name] = _Link(self.watched, self._path(name), process, is_private)
 
     def standing(self) -> str | None:
         """Return the name of the keeper that takes starts; None: none does now."""
@@ -4259,8 +4110,7 @@ class _Roster:
         """Send what there is to send, as far as the keepers take it now."""
         with self._lock:
             for link in self._links.values():
-                link.flush()
-                if link.outbox:
+                if link.flush():
                     self.wake()  # `look` waits until it can go on
 
     def _tend(self) -> float:
@@ -4287,17 +4137,15 @@ class _Roster:
         """Start a keeper; it is reached when its file is there."""
         self._next_spawn, name = Clock.mono() + 1.0, os.urandom(8).hex()
         try:
-            process = spawn_keeper(self._folder, name)
-            self._links[name] = _Link(name, self._path(name), process, is_private)
+            self._add(name, spawn_keeper(self._folder, name), is_private)
+            self._spawned.add(name)
         except OSError as error:
             self._obstacle = f"no keeper can be started: {error.strerror}"
             log.error("%s", self._obstacle)
 
     def _reach(self, link: _Link) -> None:
         """Connect to a keeper, or find that it has gone and conclude on its runs."""
-        text = link.reach()
-        if link.connection is not None:
-            self.watched.add(link.connection, functools.partial(self._read, link))
+        text = link.reach(functools.partial(self._read, link))
         if text is None:
             return
         del self._links[link.name]
@@ -4309,11 +4157,6 @@ class _Roster:
             log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
         self._conclude(link.name, results, has_left)
 
-    def _hang_up(self, link: _Link) -> None:
-        if link.connection is not None:
-            self.watched.remove(link.connection)
-        link.drop()
-
     def _read(self, link: _Link) -> None:
         """Take what a keeper tells; called by `look`."""
         with self._lock:
@@ -4321,13 +4164,14 @@ class _Roster:
                 return
             try:
                 for word in link.read():
+                    link.asked_mono = None
                     self._take(link, word)
                 link.flush()
             except (EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
                 if not isinstance(error, EOFError):
                     log.error("the keeper %s is not understood: %s", link.name, error)
                     link.is_foreign = True
-                self._hang_up(link)
+                link.drop()
 
 
 class Keepers(_Roster):
@@ -4340,11 +4184,9 @@ class Keepers(_Roster):
     def __init__(self, folder: str, is_starter: bool = True) -> None:
         super().__init__(folder, is_starter)
         self._wards: dict[str, Ward] = {}  # by run id, until it is forgotten
-        self._sweeper = _Sweeper(self._folder)
-        self._told: list[tuple[Ward, Begun | Result]] = []
+        self._swept: dict[str, Ward] = {}  # of these, those whose leader has ended
+        self._calls: list[Callable[[], None]] = []  # that `look` is to make
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
-        self._ours_alone: set[str] = set()  # keepers that had nothing of other kinds
-        self._has_news = False  # `on_standing` is to be called
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
 
     def adopt(self, ward: Ward) -> None:
@@ -4357,10 +4199,13 @@ class Keepers(_Roster):
         with self._lock:
             self._is_open = True
             self._kinds.add(kind)
-            self._find()
+            for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
+                match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
+                if match and match[1] not in self._links:
+                    self._add(match[1])
             for link in self._links.values():
                 if link.is_greeted:  # it has told of this kind before: once more
-                    self._hang_up(link)
+                    link.drop()
             for ward in self._wards.values():
                 if ward.is_suspect and ward.keeper in self._links:
                     self._links[ward.keeper].is_private = True
@@ -4368,13 +4213,14 @@ class Keepers(_Roster):
                 self._conclude(name, {}, False)  # its file is gone, and so is it
             self._tend()
 
-    def find_private(self) -> str | None:
-        """Return a keeper that has no child and gets one alone; None: not now."""
+    def find_keeper(self, is_suspect: bool) -> str | None:
+        """Return who takes a start now, None: nobody; a suspect's has no child but this."""
+        if not is_suspect:
+            return self.standing()
         with self._lock:
             private = [link for link in self._links.values() if link.is_private]
-            taken = {ward.keeper for ward in self._wards.values()}
             for link in private:
-                if link.is_greeted and not link.is_quitting and link.name not in taken:
+                if link.is_greeted and not link.is_quitting and not self._has_wards(link.name):
                     return link.name
             if len(private) < PRIVATE_KEEPERS_MAX and all(link.is_greeted for link in private):
                 self._spawn(is_private=True)
@@ -4428,17 +4274,13 @@ class Keepers(_Roster):
     def forget(self, run_ids: Iterable[str]) -> None:
         """Let go of runs whose results are on disk."""
         with self._lock:
-            by_keeper: dict[str, list[str]] = {}
-            for run_id in run_ids:
-                ward = self._wards.pop(run_id, None)
-                if ward is not None and ward.keeper is not None:
-                    by_keeper.setdefault(ward.keeper, []).append(run_id)
-            for name, runs in by_keeper.items():
+            gone = [self._wards.pop(run_id) for run_id in run_ids if run_id in self._wards]
+            for name in {ward.keeper or "" for ward in gone}:
                 link = self._links.get(name)
                 if link is None:
                     self._remove(name)
                 elif link.is_greeted:
-                    link.send("forget", runs=runs)
+                    link.send("forget", runs=[x.run_id for x in gone if x.keeper == name])
                     if link.is_private and not self._has_wards(name):
                         link.is_quitting = True
                         link.send("quit")
@@ -4458,7 +4300,7 @@ class Keepers(_Roster):
         with self._lock:
             ward = self._wards.get(run_id)
             link = self._links.get(ward.keeper or "") if ward is not None else None
-            if ward is not None and ward.result is not None and (ward.pause_s or 0.0) > 0.1:
+            if run_id in self._swept and Clock.mono() - self._swept[run_id].since_mono > 0.1:
                 return "something that it started still lives"
             is_silent = link is not None and link.is_silent()
             return f"its keeper (PID {link.pid}) does not answer" if link and is_silent else ""
@@ -4468,40 +4310,42 @@ class Keepers(_Roster):
         failpoint("look")
         self._looked_mono = Clock.mono()
         with self._lock:
-            due_s = min(self._tend(), self._sweeper.due() - Clock.mono(), timeout_s)
-        self.watched.wait(0.0 if self._told else max(due_s, 0.0))
+            sweep_mono = min((ward.sweep_mono for ward in self._swept.values()), default=1e300)
+            due_s = min(self._tend(), sweep_mono - Clock.mono(), timeout_s)
+        self.watched.wait(0.0 if self._calls else max(due_s, 0.0))
         with self._lock:
-            self._told += [(ward, ward.result) for ward in self._sweeper.look() if ward.result]
-            told, self._told = self._told, []
-            has_news, self._has_news = self._has_news, False
-        if has_news:
-            self.on_standing()
-        for ward, what in told:
-            ward.tell(ward.run_id, what)
+            for ward in sweep(self._swept, self._folder):
+                self._tell(ward, ward.result or Result())
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+    def _tell(self, ward: Ward, what: Begun | Result) -> None:
+        self._calls.append(functools.partial(ward.tell, what))
 
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
         """Settle all runs of a keeper that has gone; its file goes with the last of them."""
         rest = Result(never_ran=True) if has_left else Result()
-        for ward in [ward for ward in self._wards.values() if ward.keeper == name]:
-            if ward.result is None:
+        for ward in self._wards.values():
+            if ward.keeper == name and ward.result is None:
                 self._settle(ward, results.get(ward.run_id, rest))
         if name is not None:
-            if has_left and {self._kind(run_id) for run_id in results} <= self._kinds:
-                self._ours_alone.add(name)
             self._remove(name)
         else:
             log.warning("what an older apexd left running is ended, then run again")
 
     def _remove(self, name: str) -> None:
-        """Remove the file of a keeper that has gone, once it told all to those it concerns."""
-        is_ours = name in self._ours_alone or self._kinds >= {"0", "a"}
+        """Remove the file of a keeper that has gone, once it told all to those it concerns.
+
+        Others' tasks or processes may yet ask whether they ever began.
+        """
+        is_ours = name in self._spawned or self._kinds >= {"0", "a"}
         if is_ours and not self._has_wards(name):
             for path in (self._path(name), self._path(name) + ".sock"):
                 with contextlib.suppress(OSError):
                     insist(os.unlink, path)
 
     def _take(self, link: _Link, word: dict[str, Any]) -> None:
-        """Act on one word of a keeper's."""
         kind, run_id = word["type"], str(word.get("run"))
         ward = self._wards.get(run_id)
         if kind == "hello":
@@ -4534,16 +4378,16 @@ class Keepers(_Roster):
             elif self._kind(run_id) in self._kinds:  # nobody knows it any more
                 link.send("end", run=run_id, number=int(Platform.kill), grace=0.0)
         known = {*runs, *word["ended"]}
-        for ward in [ward for ward in self._wards.values() if ward.keeper == link.name]:
-            if ward.result is None and ward.run_id not in known:
+        for ward in self._wards.values():
+            if ward.keeper == link.name and ward.result is None and ward.run_id not in known:
                 self._settle(ward, Result(never_ran=True))
-        self._has_news = True
+        self._calls.append(self.on_standing)
 
     def _begin(self, ward: Ward, told: Mapping[str, Any], is_adopted: bool) -> None:
         ward.pid, ward.start_time = int(told["pid"]), told["at"]
         age_s = float(told.get("age_s", 0.0))
         begun = Begun(pid=ward.pid, start_time=told["at"], age_s=age_s, is_adopted=is_adopted)
-        self._told.append((ward, begun))
+        self._tell(ward, begun)
 
     def _settle(self, ward: Ward, result: Result) -> None:
         """A run has come to its end: tell it, at once or when nothing of it is left."""
@@ -4551,9 +4395,10 @@ class Keepers(_Roster):
         is_clean = result.exit_code == 0 and not ward.is_process and ward.ending is None
         never_ran = result.never_ran or (result.reason is not None and ward.pid is None)
         if is_clean or never_ran or ward.run_id.startswith("?"):
-            self._told.append((ward, result))
+            self._tell(ward, result)
         else:
-            self._sweeper.add(ward)
+            ward.sweep_mono = ward.since_mono = Clock.mono()
+            self._swept[ward.run_id] = ward
 
     def close(self, is_over: bool) -> None:
         """Hang up; is_over: nothing runs any more, so have the keepers leave, and see them go."""
@@ -4619,15 +4464,12 @@ def log_reason(path: str, reason: str) -> None:
 
 def make_limits(options: Any) -> dict[str, Any]:
     """Return what `start` says of limits: a section with memory_mb, cpu_seconds and the like."""
-    limits = {}
-    if options.memory_mb:
-        limits["RLIMIT_AS"] = [options.memory_mb << 20] * 2
-    if options.cpu_seconds:  # XCPU first, KILL a second later
-        limits["RLIMIT_CPU"] = [options.cpu_seconds, options.cpu_seconds + 1]
-    if options.open_files:
-        limits["RLIMIT_NOFILE"] = [options.open_files] * 2
-    if options.processes:
-        limits["RLIMIT_NPROC"] = [options.processes] * 2
+    asked = {
+        "RLIMIT_AS": (options.memory_mb or 0) << 20, "RLIMIT_CPU": options.cpu_seconds,
+        "RLIMIT_NOFILE": options.open_files, "RLIMIT_NPROC": options.processes,
+    }  # fmt: skip
+    # The processor time: XCPU first, KILL a second later.
+    limits = {name: [n, n + (name == "RLIMIT_CPU")] for name, n in asked.items() if n}
     return {"limits": limits, "nice": options.nice} if limits or options.nice else {}
 
 
@@ -4639,20 +4481,36 @@ def make_limits(options: Any) -> dict[str, Any]:
 # ============================================================================
 
 
-class _Run(Value):
-    """A running attempt as the runner sees it; times are monotonic, never: infinity."""
+class _Run:
+    """A running attempt as the runner sees it."""
 
-    task: Task
-    ward: Ward
-    deadline_mono: float  # its timeout
-    is_ending: bool
-    is_known: bool  # its keeper says that it lives
-    is_told: bool  # its result waits to be recorded
-    log: LogWatch
+    def __init__(
+        self, task: Task, store: TaskStore, tell: Callable[[_Run, Begun | Result], None]
+    ) -> None:
+        self.task = task
+        self.log = LogWatch(log_path(store.folder, task.id, task.attempts))
+        self.ward = Ward(
+            run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
+            log_path=self.log.path, is_process=False, is_suspect=task.suspect,
+            tell=functools.partial(tell, self), pid=task.pid, start_time=task.start_time,
+        )  # fmt: skip
+        self.deadline_mono = float("inf")  # its timeout, monotonic
+        self.is_ending = False
+        self.begun: Begun | None = None  # its keeper says that it lives
+        self.result: Result | None = None  # waits to be recorded
 
     def can_end(self) -> bool:
         """Tell whether it is neither being ended nor has ended, though perhaps not told yet."""
-        return not (self.is_ending or self.is_told or self.ward.result is not None)
+        return not (self.is_ending or self.result or self.ward.result)
+
+    def call(self, execute: Callable[[Task], object]) -> Result:
+        """Carry it out by a function."""
+        try:
+            code = execute(self.task)
+        except Exception:  # the user's callback
+            log.exception("task %d raised", self.task.id)
+            code = 1
+        return Result(exit_code=code if isinstance(code, int) else 0)
 
 
 def prune_all(store: TaskStore, running: Container[int]) -> None:
@@ -4688,27 +4546,6 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
             excess -= size
 
 
-def make_run(task: Task, store: TaskStore, tell: Callable[[str, Begun | Result], None]) -> _Run:
-    """Make what the runner knows of an attempt; `tell` hears of it."""
-    path = log_path(store.folder, task.id, task.attempts)
-    ward = Ward(
-        run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
-        log_path=path, is_process=False, tell=tell, pid=task.pid, start_time=task.start_time,
-        is_suspect=task.suspect,
-    )  # fmt: skip
-    return _Run(task=task, ward=ward, deadline_mono=float("inf"), log=LogWatch(path))
-
-
-def call_task(task: Task, execute: Callable[[Task], object]) -> Result:
-    """Carry out a task by a function: an int is the exit status, None 0, an exception 1."""
-    try:
-        code = execute(task)
-    except Exception:  # the user's callback
-        log.exception("task %d raised", task.id)
-        code = 1
-    return Result(exit_code=code if isinstance(code, int) else 0)
-
-
 def log_end(store: TaskStore, task: Task, result: Result) -> None:
     """Log how an attempt ended, and when it comes back if it asked for that."""
     took_s = Clock.now() - task.started_at if result.ran_s is None else result.ran_s
@@ -4718,35 +4555,6 @@ def log_end(store: TaskStore, task: Task, result: Result) -> None:
         if after.state == State.SCHEDULED:
             when = timestamp(after.due_at or 0.0)
             log.warning("Task %d rate limited, comes back at %s", task.id, when)
-
-
-class Waiters:
-    """Those who wait for tasks to move. Any thread."""
-
-    def __init__(self) -> None:
-        self._moved = threading.Condition()  # guards what follows
-        self._awaited: list[int] = []  # the task of each that waits
-        self.is_over = False
-
-    def tell(self, ids: Iterable[int]) -> None:
-        """Wake those who wait for any of these tasks: they have moved."""
-        with self._moved:
-            if not set(ids).isdisjoint(self._awaited):
-                self._moved.notify_all()
-
-    def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
-        """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
-        with self._moved:
-            self._awaited.append(task_id)
-            if not is_done() and not self.is_over:
-                self._moved.wait(timeout_s)
-            self._awaited.remove(task_id)
-
-    def end(self) -> None:
-        """Let nobody wait any more."""
-        with self._moved:
-            self.is_over = True
-            self._moved.notify_all()
 
 
 class DaemonRunner:
@@ -4767,12 +4575,11 @@ class DaemonRunner:
         self._attempts = AttemptStore(store)
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
-        self._waiters = Waiters()
-        self.tell, self.wait_for = self._waiters.tell, self._waiters.wait_for
+        self._awaited: dict[threading.Event, int] = {}  # the task of each that waits
         self._lock = threading.RLock()  # guards what follows; taken before the store's
         self._running: dict[int, _Run] = {}
-        self._results: list[tuple[Task, Result]] = []  # not on disk yet
-        self._begun: list[tuple[Task, Begun]] = []  # the same
+        self._begun: list[_Run] = []  # what their keeper told is not on disk yet
+        self._ended: list[_Run] = []  # the same of results
         self.is_draining = False  # nothing more is claimed
         self._drain_at = float("inf")  # monotonic; from then on tasks are interrupted
         self.halted, self._drained = threading.Event(), threading.Event()
@@ -4792,15 +4599,15 @@ class DaemonRunner:
         self._metrics.started_at = Clock.now()
         with self._lock:  # or a wish of this moment would be seen neither here nor by `end`
             for task in self.store.find(state="running", limit=INTEGER_MAX):
-                run = self._running[task.id] = make_run(task, self.store, self._take)
+                run = self._running[task.id] = _Run(task, self.store, self._take)
                 if task.keeper == CALLED:
-                    self._take(task.run_id or "", Result())
+                    self._take(run, Result())
                     continue
                 self.keepers.adopt(run.ward)
                 log.info("Adopting task %d", task.id)
                 if task.wish is not None:
                     self._end(run)
-            if self._execute is None or not all(run.is_told for run in self._running.values()):
+            if self._execute is None or len(self._ended) < len(self._running):
                 self.keepers.open("0")
 
     def finish(self, ids: Iterable[int], deadline_mono: float, force: bool = False) -> list[int]:
@@ -4813,12 +4620,9 @@ class DaemonRunner:
         self.adopt()
         while wanted & self._running.keys() and Clock.mono() < deadline_mono:
             self.keepers.look(0.1)
-            runs = [run for run in self._running.values() if run.task.id in wanted]
-            living = [run for run in runs if run.is_known and run.can_end()]
-            if force and living:
-                self._attempts.set_wishes([run.task.id for run in living], Outcome.INTERRUPTED)
-                for run in living:
-                    self._end(run, 0.0)
+            runs = [run for run in self._running.values() if run.task.id in wanted and run.begun]
+            if force:
+                self._end_all(runs, Outcome.INTERRUPTED, 0.0)
             self._turn()
         return sorted(wanted & self._running.keys())
 
@@ -4840,7 +4644,7 @@ class DaemonRunner:
         """End the polling and leave the children to the next daemon."""
         self.halted.set()
         self.wake()
-        self._waiters.end()
+        self.tell(list(self._awaited.values()))
         if self._thread.is_alive():
             self._thread.join(ANSWER_TIMEOUT_S)
 
@@ -4856,6 +4660,21 @@ class DaemonRunner:
                 self._end(self._running[task_id])
         self.wake()
 
+    def tell(self, ids: Iterable[int]) -> None:
+        """Wake those who wait for any of these tasks: they have moved."""
+        moved = set(ids)
+        for event, task_id in list(self._awaited.items()):
+            if task_id in moved:
+                event.set()
+
+    def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
+        """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
+        event = threading.Event()
+        self._awaited[event] = task_id
+        if not is_done() and not self.halted.is_set():
+            event.wait(timeout_s)
+        del self._awaited[event]
+
     def get_metrics(self) -> DaemonMetrics:
         """Return a copy of the counters."""
         with self._lock:
@@ -4870,7 +4689,7 @@ class DaemonRunner:
         while not self.halted.is_set():
             try:
                 self.keepers.look(wait_s)
-                if self._results and len(self._results) < len(self._running):
+                if self._ended and len(self._ended) < len(self._running):
                     self.keepers.look(GATHER_S)
                 now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
                 poll_s, is_polling = self.store.config.daemon.poll_interval, now >= next_poll
@@ -4883,19 +4702,19 @@ class DaemonRunner:
                         self._is_woken = True  # no `|=`: what sets it meanwhile must stay
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
-                for run in self._running.values():
-                    if now >= run.log.due_mono:
-                        run.log.look(int(self.store.config.limits.log_mb * 1e6))
-                next_care = now + self._on_poll()
+                logs = [run.log for run in self._running.values()]
+                for watch in logs:
+                    if now >= watch.due_mono:
+                        watch.look(int(self.store.config.limits.log_mb * 1e6))
+                dues = [now + self._on_poll(), next_poll, *(watch.due_mono for watch in logs)]
                 if is_polling and now >= next_upkeep:
                     next_upkeep = now + MAINTENANCE_S
                     prune_all(self.store, self._running)
-                wait_s = self._next_wake_s(min(next_poll, next_care))
+                wait_s = self._next_wake_s(min(dues))
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
-                is_told = all(run.is_told for run in self._running.values())
-                if is_told and Clock.mono() >= self._drain_at:
+                if len(self._ended) == len(self._running) and Clock.mono() >= self._drain_at:
                     self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
@@ -4903,13 +4722,12 @@ class DaemonRunner:
                 self.halted.wait(1.0)
 
     def _next_wake_s(self, first: float) -> float:
-        """Return how long nothing can be due; first: when something else is."""
+        """Return how long no turn can be due; first: when something else is."""
         now, times = Clock.mono(), [first, self._note_mono]
         with self._lock:
-            if self._is_woken or self._results:
+            if self._is_woken or self._ended:
                 return 0.0
             for run in self._running.values():
-                times.append(run.log.due_mono)
                 if run.can_end():
                     times += (run.deadline_mono, self._drain_at)
         if self._attempts.next_due is not None and not self.is_draining:
@@ -4918,30 +4736,34 @@ class DaemonRunner:
 
     def _turn(self) -> None:
         """Enforce deadlines, record results, claim and start: once round."""
-        self._is_woken = False
+        now, self._is_woken = Clock.mono(), False
         with self._lock:
-            self._enforce()
-            results, begun = self._results[:], self._begun[:]
-            self._note_mono = float("inf")
-            gone = {task.run_id for task, _ in results}
-            active = [run.task for run in self._running.values() if run.task.run_id not in gone]
-            busy = Counter(task.group for task in active)
+            runs = self._running.values()
+            self._end_all([run for run in runs if now >= run.deadline_mono], Outcome.TIMEOUT)
+            if now >= self._drain_at:
+                self._end_all(runs, Outcome.INTERRUPTED)
+            ended = self._ended
+            results = [(run.task, run.result) for run in ended if run.result]
+            begun = [(run.task, run.begun) for run in self._begun if run.begun and not run.result]
+            active = [run.task.group for run in runs if not run.result]
             most = 0 if self.is_draining else self.store.config.daemon.max_concurrent
-            living = [(task, what) for task, what in begun if task.run_id not in gone]
             room = max(most - len(active), 0)
-            claimed = self._attempts.turn(results, living, room, busy, self._find_keeper)
+            self._note_mono = float("inf")
+            find = self.keepers.find_keeper if self._execute is None else lambda is_suspect: CALLED
+            claimed = self._attempts.turn(results, begun, room, Counter(active), find)
             if claimed:
                 failpoint("commit")
-            del self._results[: len(results)], self._begun[: len(begun)]
-            self._running = {i: r for i, r in self._running.items() if r.task.run_id not in gone}
+            self._ended, self._begun = [], []
+            for run in ended:
+                del self._running[run.task.id]
             for task in claimed:
                 self._start(task)
         self.keepers.flush()
         if claimed:
             failpoint("sent")
-        if results:
+        if ended:
             failpoint("result")
-            self.keepers.forget(task.run_id or "" for task, _ in results)
+            self.keepers.forget(run.ward.run_id for run in ended)
         for task, result in results:
             self._metrics.count(result)
             log_end(self.store, task, result)
@@ -4956,16 +4778,9 @@ class DaemonRunner:
             self._drained.set()
             self._on_drained()
 
-
-    def _find_keeper(self, is_suspect: bool) -> str | None:
-        """Return who takes a task that is claimed now; None: nobody."""
-        if self._execute is not None:
-            return CALLED
-        return self.keepers.find_private() if is_suspect else self.keepers.standing()
-
     def _start(self, task: Task) -> None:
         """Start an attempt whose claim is on disk; holds the lock."""
-        run = self._running[task.id] = make_run(task, self.store, self._take)
+        run = self._running[task.id] = _Run(task, self.store, self._take)
         if task.timeout is not None:
             run.deadline_mono = Clock.mono() + task.timeout
         try:
@@ -4973,34 +4788,29 @@ class DaemonRunner:
                 env, umask = self._attempts.get_context(task)
                 self.keepers.start(run.ward, make_start(task, env, umask, self.store))
             else:
-                act, name = functools.partial(self._carry_out, task), f"call-{task.id}"
+                act, name = functools.partial(self._call, self._execute, run), f"call-{task.id}"
                 threading.Thread(target=act, name=name, daemon=True).start()
         except (DaemonError, RuntimeError) as error:  # no thread to be had, a disk's moment
-            self._take(task.run_id or "", Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
+            self._take(run, Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
 
-    def _carry_out(self, task: Task) -> None:
-        assert self._execute is not None
-        self._take(task.run_id or "", call_task(task, self._execute))
+    def _call(self, execute: Callable[[Task], object], run: _Run) -> None:
+        self._take(run, run.call(execute))
         self.keepers.wake()
 
-    def _take(self, run_id: str, what: Begun | Result) -> None:
+    def _take(self, run: _Run, what: Begun | Result) -> None:
         """Hear of an attempt: it lives, or it has ended; recorded by the next turn."""
         with self._lock:
-            run = self._running.get(int(run_id.partition("-")[0]))
-            if run is None or run.task.run_id != run_id:
-                self.keepers.forget([run_id])
-                return
-            if run.is_told:
+            if run.result is not None or self._running.get(run.task.id) is not run:
                 return
             if isinstance(what, Begun):
-                run.task.pid, run.task.start_time, run.is_known = what.pid, what.start_time, True
-                if what.is_adopted and run.task.timeout is not None:
+                run.begun, run.task.pid, run.task.start_time = what, what.pid, what.start_time
+                if run.task.timeout is not None:
                     run.deadline_mono = Clock.mono() + run.task.timeout - what.age_s
-                self._begun.append((run.task, what))
+                self._begun.append(run)
                 self._note_mono = min(self._note_mono, Clock.mono() + NOTE_S)
                 return
-            run.is_told = True
-            self._results.append((run.task, what))
+            run.result = what
+            self._ended.append(run)
         if what.reason is not None:
             log_reason(run.log.path, what.reason)
 
@@ -5008,27 +4818,22 @@ class DaemonRunner:
         run.is_ending = True
         failpoint("wish")
         stop_s = self.store.config.daemon.stop_timeout if stop_s is None else stop_s
-        self.keepers.end(run.task.run_id or "", signal.SIGTERM, stop_s)
+        self.keepers.end(run.ward.run_id, signal.SIGTERM, stop_s)
 
-    def _enforce(self) -> None:
-        """End what is out of time; holds the lock."""
-        now = Clock.mono()
-        runs = [run for run in self._running.values() if run.can_end()]
-        late = [run for run in runs if now >= run.deadline_mono]
-        rest = [run for run in runs if run not in late] if now >= self._drain_at else []
-        for wish, ending in ((Outcome.TIMEOUT, late), (Outcome.INTERRUPTED, rest)):
-            try:
-                if ending:
-                    self._attempts.set_wishes([run.task.id for run in ending], wish)
-            except DaemonError as error:  # a read-only disk: TERM ends what runs all the same
-                if wish != Outcome.INTERRUPTED:
-                    raise
-                log.error("%s", error)
-
-            for run in ending:
-                how = "Timed out waiting: ending" if wish == Outcome.INTERRUPTED else "Ending"
-                log.warning("%s task %d: %s", how, run.task.id, wish.value)
-                self._end(run)
+    def _end_all(self, runs: Iterable[_Run], wish: Outcome, stop_s: float | None = None) -> None:
+        """Write down why runs are ended, then end those that can be; holds the lock."""
+        runs = [run for run in runs if run.can_end()]
+        try:
+            if runs:
+                self._attempts.set_wishes([run.task.id for run in runs], wish)
+        except DaemonError as error:  # a read-only disk: TERM ends what runs all the same
+            if wish != Outcome.INTERRUPTED:
+                raise
+            log.error("%s", error)
+        how = "Timed out waiting: ending" if wish == Outcome.INTERRUPTED else "Ending"
+        for run in runs:
+            log.warning("%s task %d: %s", how, run.task.id, wish.value)
+            self._end(run, stop_s)
 
 
 # ============================================================================
@@ -5267,16 +5072,16 @@ def find_notes(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (process, index, note) of the runs that a former daemon of this boot began."""
     for entry in sorted(os.listdir(os.path.join(folder, "run"))):
         match = re.fullmatch(r"proc-([A-Za-z][A-Za-z0-9_-]{0,63})\.(0|[1-9][0-9]{0,3})", entry)
-        path, note = os.path.join(folder, "run", entry), {}
-        if match:
-            with contextlib.suppress(OSError, DaemonError, ValueError, RecursionError):
-                with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
-                    found = json.loads(file.read(NOTE_BYTES).decode("utf-8", "surrogateescape"))
-                note = found if isinstance(found, dict) else {}
+        if match is None:
+            continue
+        path = os.path.join(folder, "run", entry)
+        note: dict[str, Any] = {}
+        with contextlib.suppress(DaemonError, ValueError):
+            note = read_json(path) or {}
         is_sound = all(isinstance(note.get(key), kind) for key, kind in _NOTE_TYPES.items())
-        if match and is_sound and note.get("boot") == Platform.boot_id():
+        if is_sound and note.get("boot") == Platform.boot_id():
             yield match[1], int(match[2]), note
-        elif match:
+        else:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
@@ -5289,39 +5094,38 @@ class Watch:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
-        self.word: dict[str, Any] = {}  # how it was started; of an adopted run, what shows
+        self.word: dict[str, Any] = {}  # how it was started; its probes run alike
         self.asking = threading.Event()  # ends the thread
         self.is_unasked = False  # that could not start
         self.hearing: socket.socket | None = None  # its NOTIFY_SOCKET
 
-    def make_word(self) -> dict[str, Any]:
-        """Return what `start` says of a run. Raises OSError, ValueError, DaemonError."""
+    def make_word(self, env: dict[str, str] | None = None) -> dict[str, Any]:
+        """Return what `start` says of a run; env: of an adopted one, if that is known.
+
+        Raises OSError, ValueError, DaemonError.
+        """
         one, policy, store = self.instance, self.instance.view.policy, self.instance.store
-        env = capture_environment(store.config.daemon.env_keep)
-        ids: dict[str, Any] = {}
-        if policy.user or policy.group:
-            ids, who = Platform.identity(policy.user, policy.group)
-            env.update(who)
-        if any(probe.kind == "notify" for probe in one.probes):
-            env["NOTIFY_SOCKET"] = self._listen(ids.get("uid"))
-            if policy.live and policy.live.kind == "notify":
-                env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
-        for path in policy.env_file:
-            env.update(read_environment(os.path.join(store.project, path)))
-        env.update({name: fill(text, one.index) for name, text in policy.env.items()})
-        marks = {"PROCESS": one.name, "INSTANCE": one.index, "RUN_ID": one.note["run"]}
-        env.update(make_marks(store, **marks))
+        is_other = policy.user or policy.group
+        ids, who = Platform.identity(policy.user, policy.group) if is_other else ({}, {})
+        notify = self._listen(ids.get("uid")) if "notify" in one.kinds else None
+        if not env:
+            env = {**capture_environment(store.config.daemon.env_keep), **who}
+            if notify is not None:
+                env["NOTIFY_SOCKET"] = notify
+                if policy.live and policy.live.kind == "notify":
+                    env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
+            for path in policy.env_file:
+                env.update(read_environment(os.path.join(store.project, path)))
+            env.update({name: fill(text, one.index) for name, text in policy.env.items()})
+            marks = {"PROCESS": one.name, "INSTANCE": one.index, "RUN_ID": one.note["run"]}
+            env.update(make_marks(store, **marks))
         command = fill(policy.command, one.index)
         self.word = {
             "argv": [*Platform.SHELL, command] if isinstance(command, str) else command,
-            "cwd": os.path.join(store.project, fill(policy.cwd, self.instance.index)),
-            "env": env,
-            "umask": int(policy.umask, 8),
-            "log": one.log.path,
-            "sweep": True,
-            "ids": ids,
+            "cwd": os.path.join(store.project, fill(policy.cwd, one.index)), "env": env,
+            "umask": int(policy.umask, 8), "log": one.log.path, "sweep": True, "ids": ids,
             **make_limits(policy),
-        }
+        }  # fmt: skip
         return self.word
 
     def _listen(self, owner: int | None) -> str:
@@ -5350,31 +5154,15 @@ class Watch:
                 if folder != os.path.dirname(self.instance.path):
                     os.rmdir(folder)  # with the last one's
 
-    def remember(self, pid: int) -> None:
-        """Learn of an adopted run what its probes need. Raises OSError, ValueError, DaemonError."""
-        one, policy, env = self.instance, self.instance.view.policy, Platform.environment_of(pid)
-        if self.word:  # it was only the keeper that was reached anew
-            return
-        if not env:
-            self.make_word()
-            return
-        is_other = policy.user or policy.group
-        if one.note.get("notify"):
-            self._listen(one.note["user"] if is_other else None)
-        ids = Platform.identity(policy.user, policy.group)[0] if is_other else {}
-        cwd = os.path.join(one.store.project, fill(policy.cwd, one.index))
-        self.word = {"env": env, "cwd": cwd, "umask": int(policy.umask, 8), "ids": ids}
-
     def ask_anew(self) -> None:
         """Ask by the probes that are configured now; holds the lock."""
         view = self.instance.view
         self.asking.set()
         view.is_ready |= view.policy.ready is None or bool(self.instance.note.get("ready"))
         view.lapses, view.last_sign, self.is_unasked = 0, Clock.mono(), False
-        if any(one.kind != "notify" for one in self.instance.probes):
+        if self.instance.kinds - {"notify"}:
             self.asking = threading.Event()
-            args = (self.asking, self.instance.ward)
-            name = "probe-" + self.instance.id
+            args, name = (self.asking, self.instance.ward), "probe-" + self.instance.id
             try:
                 threading.Thread(target=self._ask, args=args, name=name, daemon=True).start()
             except RuntimeError:  # no thread to be had: tried again
@@ -5404,10 +5192,7 @@ class Watch:
         run_id, keeper = f"?{one.id}-{os.urandom(8).hex()}", keepers.standing()
         if keeper is None or not self.word:
             return None
-        ward = Ward(
-            run_id=run_id, keeper=keeper, boot_id=Platform.boot_id(), user=Platform.user(),
-            log_path=os.devnull, is_process=False, tell=lambda run, what: told.put(what),
-        )  # fmt: skip
+        ward = Ward(run_id=run_id, keeper=keeper, tell=told.put)
         command = fill(probe.target, one.index)
         argv = [*Platform.SHELL, command] if isinstance(command, str) else command
         word = {key: self.word[key] for key in ("env", "cwd", "umask", "ids")}
@@ -5461,7 +5246,6 @@ class Instance:
         self.view.quick_ends = self.view.jitter = 0
         self.ward: Ward | None = None  # of the run that is there
         self.watch = Watch(self)
-        self.failure: Result | None = None  # it could not be started
         self.note: dict[str, Any] = {}  # of the last run, as in its file
         self.last_end = self.remark = ""  # "exit 137"; what it says of itself (STATUS=)
         self.flaw = ""  # why it is stopping, if nobody asked for it
@@ -5484,9 +5268,9 @@ class Instance:
         return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
     @property
-    def probes(self) -> list[Probe]:
-        """What there is to ask or to hear."""
-        return [one for one in (self.view.policy.ready, self.view.policy.live) if one is not None]
+    def kinds(self) -> set[str]:
+        """How its probes ask or hear."""
+        return {one.kind for one in (self.view.policy.ready, self.view.policy.live) if one}
 
     def want(self) -> None:
         """Have it up from now on, as if for the first time; holds the lock."""
@@ -5527,10 +5311,10 @@ class Instance:
                 self.write_note(ready=True)
         if state == ProcessState.STOPPING:
             self.flaw = why or ""
-        is_given_up = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
-        self.view.state = state
-        if state == ProcessState.STOPPED and is_given_up:
+        is_waiting = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
+        if state == ProcessState.STOPPED and is_waiting:
             self.forget()
+        self.view.state = state
         self.moved.notify_all()
 
     def forget(self) -> None:
@@ -5543,7 +5327,7 @@ class Instance:
         """Write what the next daemon is to know of this run. Raises ValueError, DaemonError."""
         self.note.update(more)
         text = json.dumps(self.note, ensure_ascii=False)  # escapes could make it too long
-        data = text.encode("utf-8", "surrogateescape").ljust(NOTE_BYTES - 1) + b"\n"
+        data = text.encode("utf-8", "surrogatepass").ljust(NOTE_BYTES - 1) + b"\n"
         if len(data) > NOTE_BYTES:
             raise ValueError("the note of the run is too long: use a shorter path")
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
@@ -5559,45 +5343,39 @@ class Instance:
             window = view.policy.restart_window
             view.restarts = [x for x in recent if Clock.mono() - x < window]
         self.note = {
-            "run": f"{self.id}-{os.urandom(8).hex()}",
-            "keeper": keeper,
-            "pid": 0,
-            "boot": Platform.boot_id(),
-            "started": Clock.now(),
-            "restarts": note.get("restarts", 0) + is_again,
-            "quick": view.quick_ends,
-            "recent": len(view.restarts),
-            "given_up": view.has_given_up,
-            "spec": self.spec,
-        }
+            "run": f"{self.id}-{os.urandom(8).hex()}", "keeper": keeper, "pid": 0,
+            "boot": Platform.boot_id(), "started": Clock.now(), "spec": self.spec,
+            "restarts": note.get("restarts", 0) + is_again, "recent": len(view.restarts),
+            "quick": view.quick_ends, "given_up": view.has_given_up,
+        }  # fmt: skip
         self._settle_in(0.0)
         try:
             word = self.watch.make_word()
             self.write_note(user=word["ids"].get("uid", Platform.user()))
-            self.ward = self._make_ward()
         except (OSError, ValueError, DaemonError) as error:
-            self.ward = self._make_ward()
-            self.failure = Result(exit_code=126, reason=f"spawn: {error}")
+            self.take_end(Result(exit_code=126, reason=f"spawn: {error}"))
             return
+        self.ward = self._make_ward()
         failpoint("note")
         self.keepers.start(self.ward, word)
         self.keepers.flush()
 
-    def adopt(self) -> None:
-        """Find out what became of the run that its note tells of; holds the lock."""
-        view, note = self.view, self.note
+    def adopt(self, note: dict[str, Any]) -> None:
+        """Find out what became of the run that a note tells of; holds the lock."""
+        view, self.note = self.view, note
         view.quick_ends, view.has_given_up = note["quick"], note.get("given_up", False)
         view.restarts = [Clock.mono()] * note["recent"]
         view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
         self._settle_in(max(Clock.now() - note["started"], 0.0))
-        view.is_ready, self.ward = bool(note.get("ready")), self._make_ward()
+        view.is_ready = bool(note.get("ready"))
         if isinstance(note.get("ended"), dict):  # told, but not acted on
-            self.failure = Result(**note["ended"])
+            self.take_end(Result(**note["ended"]))
         else:
+            self.ward = self._make_ward()
             self.keepers.adopt(self.ward)
 
     def _settle_in(self, age_s: float) -> None:
-        view, self.remark, self.failure = self.view, "", None
+        view, self.remark = self.view, ""
         view.is_ready, view.lapses, view.is_stale = False, 0, False
         view.last_sign = Clock.mono()
         view.started = view.last_sign - age_s
@@ -5607,7 +5385,8 @@ class Instance:
         return Ward(
             run_id=note["run"], keeper=note.get("keeper"), boot_id=note["boot"],
             user=note.get("user", Platform.user()), log_path=self.log.path, is_process=True,
-            tell=self.take, pid=note["pid"] or None, start_time=note.get("at"),
+            tell=functools.partial(self.take, note["run"]), pid=note["pid"] or None,
+            start_time=note.get("at"),
         )  # fmt: skip
 
     def take(self, run_id: str, what: Begun | Result) -> None:
@@ -5630,16 +5409,19 @@ class Instance:
             self.write_note(pid=begun.pid, at=begun.start_time)
             if begun.is_adopted:
                 log.info("Adopted process %s, PID %d", self.id, begun.pid)
-                self.watch.remember(begun.pid)
+                if not self.watch.word:  # else it was only the keeper that was reached anew
+                    self.watch.make_word(Platform.environment_of(begun.pid))
         except (OSError, ValueError, DaemonError) as error:  # it runs all the same
             log.error("process %s is not looked after: %s", self.id, error)
         self.watch.ask_anew()
 
-    def end(self, name: str, grace_s: float) -> None:
-        """Ask all of the run to end by a signal, KILL it after a grace."""
+    def end(self, force: bool) -> None:
+        """Ask all of the run to end by `stop_signal`, KILL it after a grace; force: at once."""
+        policy, number = self.view.policy, int(Platform.kill)
+        if not force:
+            number = int(getattr(signal, "SIG" + policy.stop_signal, number))
         if self.ward is not None:
-            number = int(getattr(signal, "SIG" + name, Platform.kill))
-            self.keepers.end(self.ward.run_id, number, grace_s)
+            self.keepers.end(self.ward.run_id, number, 0.0 if force else policy.stop_timeout)
 
     def take_sign(self, is_well: bool) -> None:
         """Count a sign of life, or a lapse; the first good one is readiness; holds the lock."""
@@ -5654,7 +5436,7 @@ class Instance:
 
     def take_end(self, result: Result) -> None:
         """Note that the run has ended; holds the lock."""
-        view, self.ward, self.failure = self.view, None, None
+        view, self.ward = self.view, None
         self.watch.stop()
         if result.ran_s is not None:
             view.started = Clock.mono() - result.ran_s
@@ -5676,38 +5458,30 @@ class Instance:
     def describe(self, usage: Mapping[int, tuple[float, int]]) -> dict[str, Any]:
         """Return {"index", "pid", "state", "cpu_percent", "memory_bytes", "uptime_secs",
         "restart_count"}; cpu_percent: since the last look; holds the lock."""
-        now = Clock.mono()
-        pid = self.ward.pid if self.ward is not None else None
+        now, pid, percent = Clock.mono(), self.ward.pid if self.ward is not None else None, None
         cpu_s, memory = usage.get(pid or 0, (None, None))
-        percent = None
         if cpu_s is not None:
             (last, last_s), self._sample = self._sample, (now, cpu_s)
             if last < self.view.started:  # the first look: since it began
                 last, last_s = self.view.started, 0.0
             percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+        uptime_s = int(now - self.view.started) if pid else None
         return {
-            "index": self.index,
-            "pid": pid,
-            "state": self.view.state.value,
-            "cpu_percent": percent,
-            "memory_bytes": memory,
-            "uptime_secs": int(now - self.view.started) if pid else None,
+            "index": self.index, "pid": pid, "state": self.view.state.value,
+            "cpu_percent": percent, "memory_bytes": memory, "uptime_secs": uptime_s,
             "restart_count": self.note.get("restarts", 0),
-        }
+        }  # fmt: skip
 
     def explain(self) -> str:
         """Say in a line what it does, and why."""
         view, now, count = self.view, Clock.mono(), self.note.get("restarts", 0)
-        times = "1 time" if count == 1 else f"{count} times"
-        parts = [f"restarted {times}: {self.last_end}"] if self.last_end and count else []
-        if not parts and self.last_end:
-            parts = [self.last_end]
+        parts = [self.last_end] if self.last_end else []
+        if parts and count:
+            parts = [f"restarted {count} time{'s' * (count > 1)}: {self.last_end}"]
         if view.state in (ProcessState.BACKOFF, ProcessState.FAILED):
             parts.append(f"next try in {span(view.due - now)}")
         elif view.state == ProcessState.STARTING and self.ward is None:
-            obstacle = self.keepers.obstacle
-            needs = "waits for " + ", ".join(view.policy.needs)
-            parts = [obstacle or needs]
+            parts = [self.keepers.obstacle or "waits for " + ", ".join(view.policy.needs)]
         elif view.state == ProcessState.STARTING:
             parts.append(f"not ready yet, for {span(now - view.started)}")
         elif view.state == ProcessState.UNHEALTHY:
@@ -5807,9 +5581,8 @@ class Supervisor:
             policy = self.store.config.processes.get(name, gone)
             instance = self._instances[f"{name}.{index}"] = Instance(name, index, policy, self)
             instance.view.is_wanted = decisions.get(name, (None, None))[0] is not False
-            instance.note = note
             log.info("Adopting process %s", instance.id)
-            instance.adopt()
+            instance.adopt(note)
 
     def finish(self, deadline_mono: float) -> list[str]:
         """KILL all that a former daemon left, without a thread; return what still runs then.
@@ -5818,11 +5591,7 @@ class Supervisor:
         """
         with self.moved:
             self._adopt()
-            for instance in self._instances.values():
-                instance.view.is_wanted = False
-                instance.end("KILL", 0.0)
-                if instance.failure is not None:
-                    instance.take_end(instance.failure)
+            self.stop(force=True)
         self.keepers.open("a")
         while Clock.mono() < deadline_mono and any(o.ward for o in self._instances.values()):
             self.keepers.look(0.1)
@@ -5837,7 +5606,7 @@ class Supervisor:
                 if instance.ward is None:
                     instance.forget()
                 elif force:
-                    instance.end("KILL", 0.0)
+                    instance.end(force)
             self.moved.notify_all()
 
     def halt(self) -> None:
@@ -5932,15 +5701,15 @@ class Supervisor:
                 ready[one.name] = ready.get(one.name, True) and is_good_enough(one.view)
             for instance in everyone:
                 view = instance.view
-                if instance.failure is not None:
-                    instance.take_end(instance.failure)
                 if instance.watch.is_unasked and now >= view.last_sign + 1.0:
                     instance.watch.ask_anew()
                 view.is_spawned = instance.ward is not None
                 if not view.is_wanted:  # what needs it, and is to end too, ends first
                     view.is_held = instance.name in holding
-                elif view.is_spawned:
-                    view.is_held = instance.is_rolling and self._is_needed_ready(instance)
+                elif view.is_spawned:  # one that is ready stays while a sibling is not
+                    is_rolling = instance.is_rolling and instance.is_ready()
+                    others = (x for x in everyone if x.name == instance.name and x.view.is_wanted)
+                    view.is_held = is_rolling and not all(one.is_ready() for one in others)
                 else:
                     needs = (ready.get(need, False) for need in view.policy.needs)
                     view.is_held = keeper is None or not all(needs)
@@ -5972,24 +5741,17 @@ class Supervisor:
         for name in ("due", "quick_ends", "has_given_up", "is_wanted"):
             if getattr(action, name) is not None:
                 setattr(view, name, getattr(action, name))
-        if action.act == "start":
-            instance.begin(keeper)
-        elif action.act == "end":
-            instance.end(view.policy.stop_signal, view.policy.stop_timeout)
-        elif action.act == "kill":
-            instance.end("KILL", 0.0)
         is_moving = action.state != view.state
         if is_moving:
             instance.move(action.state, action.why)
-        if view.policy.critical and (is_over or (is_moving and view.state == ProcessState.FAILED)):
+        if action.act == "start":
+            instance.begin(keeper)
+        elif action.act is not None:
+            instance.end(action.act == "kill")
+        is_over = is_over or (is_moving and action.state == ProcessState.FAILED)
+        if view.policy.critical and is_over:
             self._on_failure(instance.id)
         return is_moving or action.act == "start"
-
-    def _is_needed_ready(self, instance: Instance) -> bool:
-        """Tell whether an instance must stay ready, since a sibling of its is not."""
-        siblings = [one for one in self._instances.values() if one.name == instance.name]
-        others = [one.view for one in siblings if one is not instance and one.view.is_wanted]
-        return instance.is_ready() and any(view.state not in _READY for view in others)
 
     def _check(self) -> None:
         """Cap the logs; replace what uses too much memory."""
@@ -5999,17 +5761,20 @@ class Supervisor:
         for instance in running:
             if now >= instance.log.due_mono:
                 instance.log.look(int(instance.view.policy.log_mb * 1e6))
-        limited = [one for one in running if one.view.policy.memory_restart_mb]
+        limited = {
+            one.ward.pid: one
+            for one in running if one.ward and one.ward.pid and one.view.policy.memory_restart_mb
+        }  # fmt: skip
         if not limited or now < self._next_check:
             return
         self._next_check = now + LOG_CHECK_S
-        pids = {one.id: one.ward.pid for one in limited if one.ward is not None and one.ward.pid}
-        usage = Platform.usage(set(pids.values()))
+        usage = Platform.usage(limited)
         with self.moved:
-            for instance in limited:
-                most = instance.view.policy.memory_restart_mb * 1e6
-                _, used = usage.get(pids.get(instance.id, 0), (0.0, 0))
-                if used > most and instance.ward is not None and not instance.view.is_stale:
+            for pid, (_, used) in usage.items():
+                instance = limited[pid]
+                is_there = instance.ward is not None and instance.ward.pid == pid
+                most = (instance.view.policy.memory_restart_mb or float("inf")) * 1e6
+                if is_there and used > most and not instance.view.is_stale:
                     log.warning("process %s uses %d MB", instance.id, used / 1e6)
                     instance.view.is_stale, instance.is_rolling = True, False
                     self.moved.notify_all()
@@ -6058,8 +5823,10 @@ if TYPE_CHECKING:
     Fields = dict[str, Any]
 
 
-def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    """Send one message. Raises BAD_REQUEST when it is over FRAME_MAX_BYTES, OSError."""
+def send_frame(connection: socket.socket, message: Mapping[str, Any] | DaemonError) -> None:
+    """Send a message or an error. Raises BAD_REQUEST if it is over FRAME_MAX_BYTES, OSError."""
+    if isinstance(message, DaemonError):
+        message = {"type": "error", **message.to_dict()}
     data = json.dumps(message).encode()
     if len(data) > FRAME_MAX_BYTES:
         hint = "send it in several parts"
@@ -6067,25 +5834,14 @@ def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
     connection.sendall(struct.pack(">I", len(data)) + data)
 
 
-def send_answer(connection: socket.socket, answer: Mapping[str, Any] | DaemonError) -> None:
-    """Send a response within FRAME_TIMEOUT_S; if it is too long, the error that says so."""
-    connection.settimeout(FRAME_TIMEOUT_S)
-    try:
-        if isinstance(answer, DaemonError):
-            answer = {"type": "error", **answer.to_dict()}
-        send_frame(connection, answer)
-    except DaemonError as error:
-        send_frame(connection, {"type": "error", **error.to_dict()})
-
-
 def receive_frame(
     connection: socket.socket, idle_s: float,
-    reserve: Callable[[int], Any] = contextlib.nullcontext, most_items: int = INTEGER_MAX,
+    room: threading.Semaphore | None = None, most_items: int = INTEGER_MAX,
 ) -> Fields | None:  # fmt: skip
     """Receive one message; None when the peer closed between two.
 
     idle_s: how long to wait for the first byte; the rest has FRAME_TIMEOUT_S in all.
-    reserve: makes a context within which so many bytes are held. Raises BAD_REQUEST, OSError.
+    room: held while a large one is read. Raises BAD_REQUEST, BUSY, OSError.
     """
     connection.settimeout(idle_s)
     first = connection.recv(1)
@@ -6095,24 +5851,28 @@ def receive_frame(
     (length,) = struct.unpack(">I", first + bytes(_receive(connection, 3, deadline)))
     if not 0 < length <= FRAME_MAX_BYTES:
         raise bad(f"a frame of {length} bytes: from 1 to {FRAME_MAX_BYTES}")
-    with reserve(length):
+    held = room if length > LARGE_FRAME_BYTES else None
+    if held is not None and not held.acquire(timeout=LARGE_FRAME_WAIT_S):
+        raise DaemonError("BUSY", "too many large requests at once", "try again")
+    try:
         data = _receive(connection, length, deadline)
         if sum(map(data.count, (b",", b"[", b"{"))) > most_items:  # they need not be built
             raise bad(f"a frame of more than {most_items} values", "send it in several parts")
-        whole, real = functools.partial(_number, int), functools.partial(_number, float)
-        try:  # `int` refuses NaN and Infinity
-            message = json.loads(data, parse_constant=int, parse_int=whole, parse_float=real)
-        except (ValueError, RecursionError):
-            raise bad("a frame that is no JSON") from None
+        message = json.loads(data, parse_constant=int, parse_int=_integer)  # refuses NaN, Infinity
+    except (ValueError, RecursionError):
+        raise bad("a frame that is no JSON") from None
+    finally:
+        if held is not None:
+            held.release()
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise bad('a frame must be an object with a "type"')
     return message
 
 
-def _number(kind: Callable[[str], float], text: str) -> float:
+def _integer(text: str) -> int:
     if len(text) > FRAME_DIGITS_MAX:  # quadratic time
         raise ValueError
-    return kind(text)
+    return int(text)
 
 
 def _receive(connection: socket.socket, length: int, deadline: float) -> bytearray:
@@ -6137,25 +5897,19 @@ def has_hung_up() -> bool:
     connection.settimeout(0.0)
     try:
         return not connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
 
 
-def in_base64(data: bytes) -> str:
-    """Write bytes so that they can stand in JSON."""
-    return binascii.b2a_base64(data, newline=False).decode()
+def log_fields(data: bytes, end: int) -> Fields:
+    """Write a part of a log so that it can stand in JSON."""
+    return {"data": binascii.b2a_base64(data, newline=False).decode(), "next": end}
 
 
-def absolute_path(value: object) -> str:
-    """Read the path of a folder, from the root."""
-    with contextlib.suppress(ValueError):
-        if isinstance(value, str) and os.path.isabs(value) and b"\0" not in os.fsencode(value):
-            return value
-    raise ValueError("an absolute path")
-
-
+absolute_path = reader(
+    "an absolute path",
+    lambda path: isinstance(path, str) and os.path.isabs(path) and b"\0" not in os.fsencode(path),
+)
 process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
 
 
@@ -6219,8 +5973,8 @@ class TaskVerbs:
             "cancel": ("ids!", partial(self._change, "cancel")),
             "retry": ("ids!", partial(self._change, "retry")),
             "remove": ("ids!", partial(self._change, "remove")),
-            "pause": ("group", partial(self._set_paused, True)),
-            "resume": ("group", partial(self._set_paused, False)),
+            "pause": ("group", lambda group=None: self._pause(group, True)),
+            "resume": ("group", lambda group=None: self._pause(group, False)),
             "report": ("id! token run_id tokens cost progress note", self._report),
             "why": ("id!", self._why),
             "logs": ("id! attempt offset within", self._logs),
@@ -6233,7 +5987,10 @@ class TaskVerbs:
             self._runner.wake()
         return answer
 
-    def _pause(self, task_id: int, deadline: float, most_s: float) -> bool:
+    def _pause(self, group: str | None, on: bool) -> Fields:
+        return self._wake({"paused": self._store.pause(group, on)})
+
+    def _await(self, task_id: int, deadline: float, most_s: float) -> bool:
         """Wait for a task to move; False when there is nothing, or nobody, to wait for."""
         left_s = deadline - Clock.mono()
         if self._runner is None or left_s <= 0 or self._runner.halted.is_set() or has_hung_up():
@@ -6252,8 +6009,10 @@ class TaskVerbs:
         ids = self._store.add(**request)
         return self._wake({"ids": ids, "existing": ids.existing})
 
-    def _list(self, **where: Any) -> Fields:
-        return {"tasks": [self._describe(task) for task in self._store.find(**where)]}
+    def _list(self, group: str | None = None, **where: Any) -> Fields:
+        if group is not None and group not in self._store.config.groups:
+            raise unknown_group(group, self._store.config)
+        return {"tasks": list(map(self._describe, self._store.find(group=group, **where)))}
 
     def _get(self, id: int) -> Fields:
         task = self._store.get(id)
@@ -6269,7 +6028,7 @@ class TaskVerbs:
         while True:
             answer, last = self._store.get_progress(ids)
             while last is not None and not self._store.is_done(last):
-                if not self._pause(last, deadline, 1.0):
+                if not self._await(last, deadline, 1.0):
                     return self._store.get_progress(ids)[0] if within else answer
             if last is None:
                 return answer
@@ -6286,9 +6045,6 @@ class TaskVerbs:
             answer.update({"left": left} if left else {})
         return self._wake(answer)
 
-    def _set_paused(self, on: bool, group: str | None = None) -> Fields:
-        return self._wake({"paused": self._store.pause(group, on)})
-
     def _report(self, id: int, **usage: Any) -> Fields:
         is_over = self._store.report(id, **usage)
         if is_over and self._runner is not None:
@@ -6297,8 +6053,8 @@ class TaskVerbs:
 
     def _queue(self) -> Fields:
         groups = {name: vars(group) for name, group in self._store.config.groups.items()}
-        paused = self._store.get_paused()
-        return {"counts": self._store.get_counts(), "paused": paused, "groups": groups}
+        counts, paused = self._store.get_counts(), self._store.get_paused()
+        return {"counts": counts, "paused": paused, "groups": groups}
 
     def _logs(
         self, id: int, attempt: int | None = None, offset: int = 0, within: float = 0.0
@@ -6308,28 +6064,28 @@ class TaskVerbs:
         {"attempt", "attempts", "done": no more will come of this attempt, "data": base64,
          "next": offset}. Waits for `within` seconds when there is nothing.
         """
-        deadline, last = Clock.mono() + within, max(self._store.get(id).attempts, 1)
-        number = attempt or last
-        if number > last:
-            what = f"task {id} has no attempt {number}"
-            raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
+        deadline = Clock.mono() + within
         while True:
             task = self._store.get(id)
-            is_over = number < task.attempts or task.state in DONE
-            data, following = read_log(log_path(self._store.folder, id, number), offset)
-            if data or is_over or not self._pause(id, deadline, 0.05):
+            last = max(task.attempts, 1)
+            attempt = attempt or last
+            if attempt > last:
+                what = f"task {id} has no attempt {attempt}"
+                raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
+            is_over = attempt < last or task.state in DONE
+            data, end = read_log(log_path(self._store.folder, id, attempt), offset)
+            if data or is_over or not self._await(id, deadline, 0.05):
                 break
         is_over = is_over and len(data) < LOG_CHUNK_BYTES
-        answer = {"attempt": number, "attempts": task.attempts, "done": is_over}
-        return {**answer, "data": in_base64(data), "next": following}
+        answer = {"attempt": attempt, "attempts": task.attempts, "done": is_over}
+        return {**answer, **log_fields(data, end)}
 
     def _process_logs(
         self, name: str, offsets: Mapping[str, int] | None = None, lines: int = 50
     ) -> Fields:
         """Return {"logs": {"web.0": {"data": base64, "next": offset}}}."""
-        found = read_process_logs(self._store, name, offsets or {}, lines).items()
-        logs = {one: {"data": in_base64(data), "next": end} for one, (data, end) in found}
-        return {"logs": logs}
+        found = read_process_logs(self._store, name, offsets or {}, lines)
+        return {"logs": {one: log_fields(*part) for one, part in found.items()}}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -6450,8 +6206,7 @@ class ProcessVerbs:
     def _get(self, name: str) -> Fields:
         policy = get_process(self._store.config, name)
         (details,) = self._look([name])
-        command = policy.command
-        words = [command] if isinstance(command, str) else command
+        words = [policy.command] if isinstance(policy.command, str) else policy.command
         process = {"name": name, "id": name, "command": words[0], "args": words[1:]}
         process["cwd"] = os.path.normpath(os.path.join(self._store.project, policy.cwd))
         process.update(instances=len(details), instance_details=details)
@@ -6608,12 +6363,20 @@ def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields]:
         yield {"type": "log_lines", "lines": frame}
 
 
+def read_endpoint(folder: str) -> Fields:
+    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = read_json(os.path.join(folder, "endpoint")) or {}
+        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
+            return found
+    return {}
+
+
 def remove_socket(path: str, *others: str) -> None:
     """Remove a control socket, the folder that was made for a short path, and other files."""
     for name in (path, *others):
         with contextlib.suppress(OSError):
-            if not os.path.isdir(name):  # on Windows there is no socket
-                insist(os.unlink, name)
+            insist(os.unlink, name)
     folder = os.path.dirname(path)
     if re.search("apexd-[0-9a-f]+-[0-9a-f]+$", folder):
         with contextlib.suppress(OSError):
@@ -6637,16 +6400,15 @@ class ControlServer:
         self._inherited = inherited  # a service manager's, who keeps it for our successor
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
+        self._large = threading.BoundedSemaphore(LARGE_FRAMES_MAX)
         self._lock = threading.Lock()  # guards what follows
-        self._reserved = 0
         self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._is_stopping = False
-        self._path = os.path.join(folder, "endpoint")
         self._endpoint: Fields = {}
         self._listener: socket.socket | None = None
         self._watched = Watched()
         self._thread = threading.Thread(target=self._accept_all, name="control", daemon=True)
-        self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id`
+        self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id` (Windows: None)
 
     def start(self, told: Fields) -> None:
         """Listen and say where; again: if that is not there any more. Raises CANNOT_CREATE.
@@ -6660,8 +6422,11 @@ class ControlServer:
             if self._listener is None or file_id(self._socket[0]) != self._socket[1]:
                 self._bind()
             self._endpoint.update(told)
-            if self._read_endpoint() != self._endpoint:
-                write_atomically(self._path, json.dumps(self._endpoint))
+            with contextlib.suppress(DaemonError):  # a link, say: it is replaced
+                if read_endpoint(self._folder) == self._endpoint:
+                    return
+            path = os.path.join(self._folder, "endpoint")
+            write_atomically(path, json.dumps(self._endpoint))
 
     def _bind(self) -> None:
         self._hang_up()
@@ -6669,32 +6434,24 @@ class ControlServer:
         try:
             if self._inherited is not None:
                 listener, path = self._inherited.dup(), self._inherited.getsockname()
-                where: Fields = {"socket": path}
+                self._endpoint = {"socket": path}
             else:
                 path = self._place
                 if path == near:
                     path = Platform.place_socket(self._folder, path)
                 elif os.path.isfile(path):
                     raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
-                listener, where = Platform.listen(path)
+                listener, self._endpoint = Platform.listen(path)
         except OSError as error:
             raise cannot_create(self._place, error) from None
-        if "socket" not in where:  # Windows has a port
-            path = self._folder
-        elif path != near:
-            where["socket"] = path
+        if path != near:
+            self._endpoint["socket"] = path
+        self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
         self._listener, self._socket = listener, (path, file_id(path))
-        about = {"pid": os.getpid(), "folder": file_id(self._folder)}
-        self._endpoint = json.loads(json.dumps({**where, **about}))
         listener.setblocking(False)
         self._watched.add(listener, functools.partial(self._accept, listener))
         if not self._thread.is_alive():
             self._thread.start()
-
-    def _read_endpoint(self) -> Fields | None:
-        with contextlib.suppress(ValueError, DaemonError):
-            return read_json(self._path)
-        return None
 
     def _hang_up(self) -> None:
         """Accept nothing more. A service manager's socket stays open, and what comes waits."""
@@ -6710,10 +6467,8 @@ class ControlServer:
             self._hang_up()
             self._watched.wake()
             path, known = self._socket
-            is_ours = self._inherited is None
-            if is_ours and known is not None and file_id(path) == known:
-                others = [self._path] if self._read_endpoint() == self._endpoint else []
-                remove_socket(path, *others)
+            if self._inherited is None and file_id(path) == known:
+                remove_socket(path, os.path.join(self._folder, "endpoint"))
 
     def _accept_all(self) -> None:
         while not self._is_stopping:
@@ -6741,29 +6496,18 @@ class ControlServer:
             threading.Event().wait(0.1)
 
     def _serve(self, connection: socket.socket) -> None:
-        """Answer requests until the peer leaves or sends what is none."""
+        """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
             with connection:
-                while True:
-                    try:
-                        if Platform.peer_uid(connection):  # neither ours nor root
-                            raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
-                        self._idle[connection] = None
-                        request = receive_frame(
-                            connection, IDLE_TIMEOUT_S, self._reserve, FRAME_ITEMS_MAX
-                        )
-                        self._idle.pop(connection, None)
-                        if request is None:
-                            return
-                        answer = self._answer(request)
-                    except DaemonError as error:  # the framing is lost: say so and hang up
-                        send_answer(connection, error)
-                        return
-                    if isinstance(answer, (dict, DaemonError)):
-                        send_answer(connection, answer)
-                    else:
-                        self._stream(connection, answer)
+                try:
+                    if Platform.peer_uid(connection):  # neither ours nor root
+                        raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
+                    while self._serve_one(connection):
+                        pass
+                except DaemonError as error:  # the framing may be lost: say so and hang up
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, error)
         except OSError as error:
             log.debug("a connection ended: %s", error)
         except Exception:  # this thread's top frame
@@ -6772,38 +6516,35 @@ class ControlServer:
             self._idle.pop(connection, None)
             self._room.release()
 
+    def _serve_one(self, connection: socket.socket) -> bool:
+        """Answer one request, or send a stream of answers; False: the peer has left."""
+        self._idle[connection] = None
+        request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
+        self._idle.pop(connection, None)
+        if request is not None:
+            answer = self._answer(request)
+            connection.settimeout(FRAME_TIMEOUT_S)
+            if isinstance(answer, (dict, DaemonError)):
+                send_frame(connection, answer)
+            else:
+                self._stream(connection, answer)
+        return request is not None
+
     def _stream(self, connection: socket.socket, answers: Iterable[Fields]) -> None:
         """Send answers as they come until the peer leaves, or sends its next request."""
         if not self._streams.acquire(blocking=False):
-            error = DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
-            send_answer(connection, error)
-            return
+            raise DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
         try:
             for answer in answers:
                 if answer["lines"]:
-                    send_answer(connection, answer)
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, answer)
                 connection.settimeout(0.001 if answer["lines"] else STREAM_PAUSE_S)
                 with contextlib.suppress(socket.timeout):
                     connection.recv(1, socket.MSG_PEEK)
                     return
-        except DaemonError as error:  # the process was removed
-            send_answer(connection, error)
         finally:
             self._streams.release()
-
-    @contextlib.contextmanager
-    def _reserve(self, length: int) -> Iterator[None]:
-        """Hold the memory of a large request, all connections together within a limit."""
-        counted = length if length > FRAME_FREE_BYTES else 0
-        with self._lock:
-            if self._reserved + counted > FRAMES_MAX_BYTES:
-                raise DaemonError("BUSY", "too many large requests at once", "try again")
-            self._reserved += counted
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._reserved -= counted
 
     def _answer(self, request: Fields) -> Fields | DaemonError | Iterator[Fields]:
         """Carry out one request; return its answer or several of them.
@@ -6847,7 +6588,8 @@ class Project(Value):
 
     path: str
     folder: str
-    config_path: str | None
+    named_config: str | None  # the configuration that the user named
+    config_path: str | None  # that, else the one in the state folder
     overrides: dict[str, Any] | None  # what the command line says instead
 
     def file(self, name: str, other: str | None = None) -> str:
@@ -6856,14 +6598,13 @@ class Project(Value):
 
     def load_config(self) -> Config:
         """Read the configuration; one that was not there before counts too."""
-        return load_config(self.config_path or find_config(self.folder), self.overrides)
+        path = self.config_path or find_config(self.folder)
+        return load_config(path, overrides=self.overrides)
 
     @property
     def told(self) -> Fields:
-        """What was named, not found: {"config": its path or None, "overrides"}."""
-        path = self.config_path
-        named = path if path and os.path.dirname(path) != self.folder else None
-        return {"config": named, "overrides": self.overrides}
+        """What was named, not found, as a Holder says it."""
+        return {"config": self.named_config, "overrides": self.overrides}
 
 
 def find_folders(path: str | None, state: str | None) -> tuple[str, str]:
@@ -6889,51 +6630,40 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
     check_state_folder(folder)
     if config is not None and not os.path.isfile(config):
         raise DaemonError("CONFIG_INVALID", f"{config}: no such file", "name the file")
-    found = os.path.realpath(config) if config else find_config(folder)
-    return Project(path=path, folder=folder, config_path=found)
+    named = os.path.realpath(config) if config else None
+    found = named or find_config(folder)
+    return Project(path=path, folder=folder, named_config=named, config_path=found)
 
 
 
 def _nearest_project() -> str:
-    def has_state(folder: str) -> bool:
-        return os.path.isdir(os.path.join(folder, STATE_FOLDER))
-
     start = folder = here()
-    passed = [start]
+    places = [start]
     while not os.path.exists(os.path.join(folder, ".git")):
-        if folder == os.path.dirname(folder):  # no repository: here, or where apexd.py is
-            passed = [start, os.path.dirname(os.path.abspath(__file__))]
-            break
         folder = os.path.dirname(folder)
-        passed.append(folder)
-    return next(filter(has_state, passed), start)
+        if folder == places[-1]:  # no repository: here, or where apexd.py is
+            places = [start, os.path.dirname(os.path.abspath(__file__))]
+            break
+        places.append(folder)
+    return next((one for one in places if os.path.isdir(os.path.join(one, STATE_FOLDER))), start)
 
 
-def read_endpoint(folder: str) -> Fields:
-    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
-    with contextlib.suppress(ValueError, TypeError):
-        found = read_json(os.path.join(folder, "endpoint")) or {}
-        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
-            if "socket" in found:
-                found["socket"] = os.path.join(folder, found["socket"])
-            return found
-    return {}
+def held_by(holder: Holder) -> DaemonError:
+    """Make the error of a lock that is not a daemon's."""
+    what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
+    return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
-def connect_to(folder: str) -> tuple[socket.socket, Fields]:
-    """Connect to the daemon of a state folder; return what its `endpoint` says, too.
-
-    Raises OSError (there is none), PERMISSION_DENIED.
-    """
-    check_state_folder(folder)
-    found = read_endpoint(folder)
-    try:
-        return Platform.connect(folder, found, ANSWER_TIMEOUT_S), found
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise ConnectionRefusedError("no endpoint") from None
-    except PermissionError as error:
-        what = f"{error.filename}: {error.strerror}"
-        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
+def find_daemon(pid_file: PidFile) -> Holder | None:
+    """Return the daemon that holds a lock; wait CLIENT_HOLD_S for a client. Raises BUSY."""
+    deadline = Clock.mono() + CLIENT_HOLD_S
+    while True:
+        holder = pid_file.holder()
+        if holder is None or (holder.role == "daemon" and holder.is_alive()):
+            return holder
+        if Clock.mono() > deadline:
+            raise held_by(holder)
+        threading.Event().wait(0.02)
 
 
 class Client:
@@ -7002,8 +6732,18 @@ class Client:
         return answer
 
     def _connect(self) -> socket.socket:
+        """Be connected to the daemon. Raises OSError (there is none), PERMISSION_DENIED."""
+        folder = self.project.folder
         if self._connection is None:
-            self._connection, self._endpoint = connect_to(self.project.folder)
+            check_state_folder(folder)
+            self._endpoint = read_endpoint(folder)
+            try:
+                self._connection = Platform.connect(folder, self._endpoint, ANSWER_TIMEOUT_S)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                raise ConnectionRefusedError("no endpoint") from None
+            except PermissionError as error:
+                what = f"{error.filename}: {error.strerror}"
+                raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
         return self._connection
 
     def find_settings(self) -> Fields:
@@ -7188,12 +6928,6 @@ class Client:
         return self.call("why", {"id": task_id})
 
 
-def held_by(holder: Holder) -> DaemonError:
-    """Make the error of a lock that is not a daemon's."""
-    what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
-    return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
-
-
 def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
     """End running tasks that are cancelled; `is_all`: KILL all tasks and processes.
 
@@ -7250,11 +6984,8 @@ class Mailbox:
         """
         self._wakee.settimeout(tick_s)
         while True:
-            waiting: dict[str, None] = {}
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting[self._messages.get_nowait()] = None
-            yield from waiting
+            waiting = [self._messages.get() for _ in range(self._messages.qsize())]
+            yield from dict.fromkeys(waiting)
             if not waiting:
                 try:
                     self._wakee.recv(4096)
@@ -7342,7 +7073,6 @@ class Daemon:
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
         sockets = Platform.take_sockets()
-        Platform.close_inherited({one.fileno() for one in sockets.values()})
         self._mailbox = Mailbox()
         Platform.change_limits()
         user, folder = self._config.daemon.user, self._project.folder
@@ -7371,19 +7101,15 @@ class Daemon:
             raise
         finally:
             self._pid_file.release()
-            close_log()
+            logging.shutdown()
 
     def _take_lock(self) -> None:
-        """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
-        deadline = Clock.mono() + CLIENT_HOLD_S
+        """Become the owner, after a client. Raises ALREADY_RUNNING, BUSY."""
         while not self._pid_file.acquire("daemon", self._project.path, told=self._project.told):
-            holder = self._pid_file.holder()
-            if holder and holder.role == "daemon" and holder.is_alive():
+            holder = find_daemon(self._pid_file)
+            if holder is not None:
                 what = f"already running, PID {holder.pid}"
                 raise DaemonError("ALREADY_RUNNING", what, "`status` tells more")
-            if holder and Clock.mono() > deadline:
-                raise held_by(holder)
-            threading.Event().wait(0.02)
 
     def _open_log(self) -> None:
         path = self._project.file("daemon.log", self._config.log.file)
@@ -7448,7 +7174,6 @@ class Daemon:
                 log.error("%s: %s", name, error)
 
     def _act(self, name: str) -> None:
-        """Do what one message asks for."""
         if name == "drained":
             self._supervisor.stop()
         elif name == "failed":
@@ -7483,7 +7208,6 @@ class Daemon:
         self._fail(1, f"process {name} is critical and has failed")
 
     def _fail(self, status: int, why: str) -> None:
-        """Stop, and exit with this status."""
         log.error("%s: stopping", why)
         self._exit_status = self._exit_status or status
         self._mailbox.post("failed")
@@ -7599,13 +7323,14 @@ def run_daemon(options: Fields) -> int:
         return error.exit_status
 
 
-def spawn(argv: list[str], env: dict[str, str]) -> Any:
-    """Start a daemon as a child in a session of its own; return its output's pipe."""
+def spawn(argv: list[str], env: dict[str, str], is_forked: bool) -> Any:
+    """Start a daemon in a session of its own, is_forked: by two forks; return its output's pipe."""
     from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
-    how = dict(Platform.DETACHED, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env)
-    process = Popen(argv, **how)
-    process.returncode = 0  # it is meant to outlive us: no ResourceWarning
+    how = {"preexec_fn": Platform.detach} if is_forked else Platform.DETACHED
+    process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env, **how)
+    # A daemon that is our child is meant to outlive us: no ResourceWarning.
+    process.returncode = process.wait() if is_forked else 0
     return process.stdout
 
 
@@ -7641,7 +7366,7 @@ class DaemonManager(Client):
                     raise
             is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
             with Platform.blocked_signals():  # until it has handlers
-                pipe = (Platform.fork if is_forked else spawn)(argv, env)
+                pipe = spawn(argv, env, is_forked)
             try:
                 return self._await_ready(pipe), False
             except DaemonError as error:
@@ -7651,32 +7376,31 @@ class DaemonManager(Client):
 
     def _await_ready(self, pipe: Any) -> int:
         """Read what the starting daemon reports. Raises the error it reports, START_FAILED."""
-        events: queue.SimpleQueue[Fields] = queue.SimpleQueue()
+        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
         def read() -> None:
-            last = "it ended without a word"
             with pipe:
                 for line in pipe:
-                    try:
-                        events.put(dict(json.loads(line)))
-                    except (ValueError, TypeError):
-                        last = line.decode("utf-8", "replace").strip() or last
-            error = DaemonError("START_FAILED", last, "see `logs`")
-            events.put({"event": "error", **error.to_dict()})
+                    lines.put(line)
+            lines.put(b"")
 
         threading.Thread(target=read, name="report", daemon=True).start()
-        event: Fields = {}
-        while event.get("event") not in ("ready", "error"):
+        last, line = "it ended without a word", b"-"
+        while line:
             try:
-                event = events.get(timeout=START_TIMEOUT_S)
+                line = lines.get(timeout=START_TIMEOUT_S)
+                event = dict(json.loads(line))
             except queue.Empty:
-                what = f"it did not answer within {START_TIMEOUT_S:.0f} s"
-                raise DaemonError("START_FAILED", what, "see `logs`") from None
-        if event["event"] == "ready":
-            return int(event["pid"])
-        if "pid" in event:  # what follows must not meet it any more
-            self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
-        raise DaemonError.from_dict(event)
+                last, line = f"it did not answer within {START_TIMEOUT_S:.0f} s", b""
+            except (ValueError, TypeError):
+                last = line.decode("utf-8", "replace").strip() or last
+            else:
+                if event["event"] == "ready":
+                    return int(event["pid"])
+                if event["event"] == "error":  # what follows must not meet it any more
+                    self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
+                    raise DaemonError.from_dict(event)
+        raise DaemonError("START_FAILED", last, "see `logs`")
 
     def run_foreground(self) -> int:
         """Become the daemon (never returns), or be it where there is no exec."""
@@ -7688,34 +7412,32 @@ class DaemonManager(Client):
 
     def find_holder(self) -> Holder | None:
         """Return the daemon that lives, None when there is none. Raises BUSY."""
-        deadline = Clock.mono() + CLIENT_HOLD_S
-        while True:
-            holder = self._pid_file.holder()
-            if holder is None:  # ask the socket, too: the lock file may be gone
-                with contextlib.suppress(DaemonError):
-                    pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
-                    return Holder.of_pid(pid, "daemon") if pid else None
-                return None
-            if holder.role == "daemon" and holder.is_alive():
-                return holder
-            if Clock.mono() > deadline:
-                raise held_by(holder)
-            threading.Event().wait(0.02)
+        holder = find_daemon(self._pid_file)
+        if holder is None:  # ask the socket, too: the lock file may be gone
+            with contextlib.suppress(DaemonError):
+                pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
+                return Holder.of_pid(pid, "daemon") if pid else None
+        return holder
 
     def is_daemon_running(self) -> bool:
         """Tell whether a daemon holds the lock."""
         return self.find_holder() is not None
 
-    def stop_daemon(self, timeout_s: float | None = None, force: bool = False) -> int | None:
+    def stop_daemon(
+        self, timeout_s: float | None = None, force: bool = False, keep: bool = False
+    ) -> int | None:
         """Ask it to end, wait, then KILL it; return its PID, None when there was none.
 
         timeout_s None: what the configuration allows all to take, and a margin. force: more
-        TERMs follow, and what runs is interrupted. Raises STOP_KILLED, STOP_FAILED.
+        TERMs follow, and what runs is interrupted. keep: its children are left running.
+        Raises STOP_KILLED, STOP_FAILED.
         """
         holder = self.find_holder()
         if holder is None:
             return None
-        if timeout_s is None:
+        if keep:
+            timeout_s = 2 * ANSWER_TIMEOUT_S
+        elif timeout_s is None:
             config = Config({})
             with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
                 config = load_config(holder.config or self.project.config_path)
@@ -7723,11 +7445,11 @@ class DaemonManager(Client):
             timeout_s += config.stop_timeout_s + STOP_MARGIN_S
         deadline = Clock.mono() + timeout_s
         while True:
-            if Platform.is_posix:
+            if Platform.is_posix and not keep:
                 Platform.send(holder.pid, signal.SIGTERM)
             else:
                 with contextlib.suppress(DaemonError):
-                    self.call("shutdown", {})
+                    self.call("shutdown", {"keep": keep})
             left_s = deadline - Clock.mono()
             if self._await_gone(holder, min(left_s, FIRST_TERM_S) if force else left_s):
                 return holder.pid
@@ -7764,7 +7486,7 @@ class DaemonManager(Client):
     def _clear_away(self) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
         folder, file, tasks = self.project.folder, self.project.file, 0
-        place = read_endpoint(folder).get("socket", file("control.sock"))
+        place = os.path.join(folder, str(read_endpoint(folder).get("socket", "control.sock")))
         remove_socket(place, file("endpoint"), self._pid_file.path)
         if os.path.exists(file("apex.db")):
             store = TaskStore(file("apex.db"), None, self._pid_file, self.project.path)
@@ -7793,30 +7515,21 @@ class DaemonManager(Client):
                 raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
         return holder.pid if holder else None
 
-    def leave_daemon(self) -> None:
-        """End it, if it is there, but leave its children running."""
-        holder = self.find_holder()
-        if holder is not None:
-            with contextlib.suppress(DaemonError):
-                self.call("shutdown", {"keep": True})
-            if not self._await_gone(holder, ANSWER_TIMEOUT_S):
-                self._kill(holder)
-
     def get_status(self) -> DaemonStatus:
         """Return what is known, without starting or changing anything."""
         try:
-            details = self.call("status", {})
-            about = {name: details.get(name) for name in ("pid", "started_at", "uptime")}
-            return DaemonStatus(running=True, exit_status=0, details=details, **about)
+            try:
+                found = self.call("status", {})
+                about = {name: found.get(name) for name in ("pid", "started_at", "uptime")}
+                return DaemonStatus(running=True, exit_status=0, details=found, **about)
+            except DaemonError as error:
+                if error.code != "NOT_RUNNING":
+                    raise
+            pid = self._pid_file.read().get("pid")
+            status, left = (1, f"; PID {pid} left its PID file") if pid else (3, "")
+            reason = "not running" + left
         except DaemonError as error:
             status, reason = 4, error.message
-            if error.code == "NOT_RUNNING":
-                try:
-                    pid = self._pid_file.read().get("pid")
-                    status = 1 if pid else 3
-                    reason = f"not running; PID {pid} left its PID file" if pid else "not running"
-                except DaemonError as corrupted:
-                    reason = corrupted.message
         return DaemonStatus(running=False, exit_status=status, reason=reason, details={})
 
 
@@ -7929,7 +7642,7 @@ if TYPE_CHECKING:
     Args = argparse.Namespace
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Handler = Callable[[Args], int]
-REGISTRY: dict[str, tuple[Handler, tuple[Argument, ...]]] = {}
+REGISTRY: dict[str, tuple[Handler, str, tuple[Argument, ...]]] = {}
 ALIASES = {"ls": "list", "rm": "remove", "log": "logs"}
 
 
@@ -7938,11 +7651,11 @@ def arg(*names: str, **options: Any) -> Argument:
     return (names, options)
 
 
-def register(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
-    """Register a handler: its docstring is the help, its result the exit status."""
+def register(name: str, *arguments: Argument, text: str = "") -> Callable[[Handler], Handler]:
+    """Register a handler: `text` or its docstring is the help, its result the exit status."""
 
     def keep(handler: Handler) -> Handler:
-        REGISTRY[name] = (handler, arguments)
+        REGISTRY[name] = (handler, text or handler.__doc__ or "", arguments)
         return handler
 
     return keep
@@ -7977,7 +7690,6 @@ PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default:
 ONE = arg("name", metavar="PROCESS", help="a process")
 NAMES = arg("names", nargs="*", metavar="PROCESS", help="default: all")
 MODE = arg("--mode", choices=("fork", "spawn", "auto"), default="auto", help="how to detach")
-EXTRA = arg("extra", nargs="*", help=argparse.SUPPRESS)
 ADD = (
     arg("--group", "-g", help="the group, declared in the configuration"),
     arg("--priority", "-o", metavar="N", help="higher first; default 0"),
@@ -8056,13 +7768,6 @@ def client_of(args: Args) -> DaemonManager:
     return DaemonManager(args.project, args.state, args.config, notice)
 
 
-def refuse_ids(args: Args) -> None:
-    """Keep `kill 12` from killing the daemon."""
-    if args.extra:
-        hint = f"did you mean `cancel {' '.join(args.extra)}`?"
-        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
-
-
 @register(
     "start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"),
     arg("--log-file", dest="log.file", **FILE), arg("--log-level", dest="log.level"),
@@ -8084,20 +7789,38 @@ def launch(manager: DaemonManager, args: Args) -> int:
 
 
 @register(
-    "stop", EXTRA, arg("--force", **FLAG, help="interrupt running tasks"),
+    "stop", arg("--force", **FLAG, help="interrupt running tasks"),
     arg("--timeout", type=reads(duration), metavar="TIME", help="before it is KILLed"),
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
-    refuse_ids(args)
     pid = client_of(args).stop_daemon(args.timeout, args.force)
     return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
 
 
-def ask_for(verb: str, args: Args, **fields: object) -> int:
-    """Do something to processes that may take its time; the daemon must answer at once."""
-    client = client_of(args)
-    client.call("ping", {})
+UP = "Start processes, and what they need; returns when they are ready, 1 when they failed."
+DOWN = "Stop processes; they stay down until `up`, also when the daemon starts again."
+SCALE = "Have so many instances of a process, until the configuration says otherwise."
+SIGNAL = "Send a signal to the commands of a process, or of one instance: web.0."
+COUNT = arg("instances", type=reads(integer(0, 1000)), metavar="N", help="instances")
+NO_WAIT = arg("--no-wait", dest="wait", action="store_false", help="do not wait until ready")
+
+
+@register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."), text=SIGNAL)
+@register("scale", ONE, COUNT, text=SCALE)
+@register("down", NAMES, text=DOWN)
+@register("up", NAMES, NO_WAIT, text=UP)
+def cmd_process(args: Args) -> int:
+    """Do something to processes that may take its time; without names to all."""
+    client, known = client_of(args), ("name", "names", "wait", "instances", "signal")
+    found = client.call("list_processes", {})["processes"]  # a daemon that hangs is found out
+    if not found:
+        hint = "write [process.NAME] into it, see README.md"
+        raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
+    fields = {name: value for name, value in vars(args).items() if name in known}
+    if fields.get("names") == []:
+        fields["names"] = [process["name"] for process in found]
+    verb = args.verb if args.verb in ("up", "down") else args.verb + "_process"
     try:
         answer = client.call(verb, fields, PROCESS_ANSWER_S)
     except DaemonError as error:
@@ -8112,17 +7835,14 @@ def ask_for(verb: str, args: Args, **fields: object) -> int:
 def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
-        return ask_for("restart_process", args, name=args.name)
+        return cmd_process(args)
     holder = client_of(args).find_holder() or Holder()
     args.config = args.config or holder.config
     manager = client_of(args)
     manager.project.overrides = holder.overrides
     manager.project.load_config()
-    if not args.drain:
-        manager.leave_daemon()
-        return launch(manager, args)
     try:
-        manager.stop_daemon()
+        manager.stop_daemon(keep=not args.drain)
     except DaemonError as error:
         if error.code != "STOP_KILLED":
             raise
@@ -8134,7 +7854,7 @@ def cmd_restart(args: Args) -> int:
 def cmd_reload(args: Args) -> int:
     """Read the configuration again; or restart a process, instance by instance."""
     if args.name is not None:
-        return ask_for("reload_process", args, name=args.name)
+        return cmd_process(args)
     plan = client_of(args).call("reload", {})["plan"]
     return emit({"plan": plan}, args, "\n".join(plan) or "nothing changed")
 
@@ -8173,8 +7893,7 @@ def cmd_ps(args: Args) -> int:
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
-    head = ("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")
-    found, rows = [], list[tuple[object, ...]]([head])
+    found, rows = [], list[tuple[object, ...]]()
     for name in args.names or known:
         process = client.call("get_process", {"name": name})["process"]
         for one in process["instance_details"]:
@@ -8186,49 +7905,12 @@ def cmd_ps(args: Args) -> int:
             text = fill(" ".join([process["command"], *process["args"]]), one["index"])
             cells = (one["state"], one["pid"], uptime, cpu, memory, one["restart_count"], text)
             rows.append((f"{name}.{one['index']}", *cells))
-    return emit(found, args, columns(rows))
+    return emit(found, args, columns("INSTANCE STATE PID UPTIME CPU MEMORY RESTARTS COMMAND", rows))
 
 
-def find_names(args: Args) -> list[str]:
-    """Return the processes that are named, else all that are configured."""
-    names: list[str] = args.names
-    if not names:
-        found = client_of(args).call("list_processes", {})["processes"]
-        names = [process["name"] for process in found]
-    if not names:
-        hint = "write [process.NAME] into it, see README.md"
-        raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
-    return names
-
-
-@register("up", NAMES, arg("--no-wait", **FLAG, help="do not wait until ready"))
-def cmd_up(args: Args) -> int:
-    """Start processes, and what they need; returns when they are ready, 1 when they failed."""
-    return ask_for("up", args, names=find_names(args), wait=not args.no_wait)
-
-
-@register("down", NAMES)
-def cmd_down(args: Args) -> int:
-    """Stop processes; they stay down until `up`, also when the daemon starts again."""
-    return ask_for("down", args, names=find_names(args))
-
-
-@register("scale", ONE, arg("count", type=reads(integer(0, 1000)), help="instances"))
-def cmd_scale(args: Args) -> int:
-    """Have so many instances of a process, until the configuration says otherwise."""
-    return ask_for("scale_process", args, name=args.name, instances=args.count)
-
-
-@register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."))
-def cmd_signal(args: Args) -> int:
-    """Send a signal to the commands of a process, or of one instance: web.0."""
-    return ask_for("signal_process", args, name=args.name, signal=args.signal)
-
-
-@register("kill", EXTRA, arg("--all", **FLAG, help="its tasks and processes too"))
+@register("kill", arg("--all", **FLAG, help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
-    refuse_ids(args)
     pid = client_of(args).kill_daemon(args.all)
     return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
 
@@ -8260,6 +7942,10 @@ def read_batch() -> list[Any]:
     return commands
 
 
+RUN = "Run a task now and show its output; exits with its status. Ctrl-C cancels it."
+
+
+@register("run", *ADD, text=RUN)
 @register(
     "add", *ADD[:-1],
     arg("--print-id", "-p", **FLAG, help="print the id alone"),
@@ -8268,29 +7954,30 @@ def read_batch() -> list[Any]:
 )  # fmt: skip
 def cmd_add(args: Args) -> int:
     """Put a task into the queue and print its id; it is on disk then."""
-    if args.batch and (args.command or args.shell):
+    is_batch = args.verb == "add" and args.batch
+    if is_batch and (args.command or args.shell):
         raise bad("both --batch and a command", "give one of them")
-    commands = read_batch() if args.batch else [read_command(args)]
-    client = client_of(args)
-    if args.wait:
+    commands = read_batch() if is_batch else [read_command(args)]
+    client, is_shown = client_of(args), args.verb == "run" or args.wait
+    if is_shown:
         client.call("ping", {})
     options = {name: getattr(args, name) for name in TASK_READERS}
     ids = client.add_all(commands, args.token, args.dir, args.env, **options)
-    if args.wait:
+    if is_shown:
         return show_output(client, ids, args)
-    text = "\n".join(map(str, ids))
+    text, known = "\n".join(map(str, ids)), client.existing
     if sys.stdout.isatty() and not args.print_id:
         limit = client.find_settings()["timeout"]
         default = f", timeout {span(limit)}" if limit and args.timeout is None else ""
-        text = f"{len(ids)} tasks added" if args.batch else f"task {text} added{default}"
-        if client.existing and not args.batch:
+        text = f"{len(ids)} tasks added" if is_batch else f"task {text} added{default}"
+        if known and not is_batch:
             text = f"task {ids[0]} has the key {args.key!r} already; nothing was added"
-        elif client.existing:
-            text = f"{len(ids)} tasks, {len(client.existing)} of them had their keys already"
+        elif known:
+            text = f"{len(ids)} tasks, {len(known)} of them had their keys already"
         text += "" if client.is_live else "; no daemon runs: `start` it"
-    data = {"ids": ids} if args.batch else {"id": ids[0], "ids": ids}
-    existing = client.existing if args.batch else bool(client.existing)
-    return emit({**data, "existing": existing}, args, text)
+    if is_batch:
+        return emit({"ids": ids, "existing": known}, args, text)
+    return emit({"id": ids[0], "ids": ids, "existing": bool(known)}, args, text)
 
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
@@ -8319,13 +8006,6 @@ def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) 
     return status
 
 
-@register("run", *ADD)
-def cmd_run(args: Args) -> int:
-    """Run a task now and show its output; exits with its status. Ctrl-C cancels it."""
-    args.batch, args.wait = False, True
-    return cmd_add(args)
-
-
 @register(
     "list", GROUP,
     arg("--state", dest="in_state", choices=[state.value for state in State]),
@@ -8333,24 +8013,9 @@ def cmd_run(args: Args) -> int:
 )  # fmt: skip
 def cmd_list(args: Args) -> int:
     """List tasks, the newest last."""
-    client = client_of(args)
-    if args.group is not None:
-        known = client.queue()["groups"]
-        if args.group not in known:
-            hint = "groups: " + ", ".join(known)
-            raise DaemonError("UNKNOWN_GROUP", f"there is no group {args.group!r}", hint)
     limit = args.lines or (None if args.json else 100)
-    tasks = client.list(limit, state=args.in_state, group=args.group)
-    emit(tasks, args, task_table(tasks))
-    if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
-        notice(f"these are the newest {limit}; more with -n N")
-    return 0
-
-
-def task_table(tasks: Sequence[Fields]) -> str:
-    """Lay tasks out in columns."""
-    head = ("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")
-    rows: list[tuple[object, ...]] = [head]
+    tasks = client_of(args).list(limit, state=args.in_state, group=args.group)
+    rows: list[tuple[object, ...]] = []
     for task in tasks:
         state, took, words = task["state"], None, task["command"]
         if task["started_at"] and state not in ("queued", "scheduled", "waiting"):
@@ -8360,12 +8025,15 @@ def task_table(tasks: Sequence[Fields]) -> str:
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
         counts = (task["priority"], task["attempts"], task["exit_code"])
         rows.append((task["id"], state, task["group"], *counts, took, text))
-    return columns(rows)
+    emit(tasks, args, columns("ID STATE GROUP PRIO TRIES EXIT TIME COMMAND", rows))
+    if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
+        notice(f"these are the newest {limit}; more with -n N")
+    return 0
 
 
-def columns(rows: Sequence[Sequence[object]]) -> str:
-    """Lay rows out in columns, None as "-", cut at the terminal's width."""
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+def columns(head: str, rows: Sequence[Sequence[object]]) -> str:
+    """Lay rows out below a head, None as "-", cut at the terminal's width."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in [head.split(), *rows]]
     widths = [max(map(len, column)) for column in [*zip(*cells)][:-1]]
     most = width() if sys.stdout.isatty() else 10000
     lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in cells)
@@ -8411,42 +8079,37 @@ def cmd_wait(args: Args) -> int:
     return tell_end(client, ids, status, args)
 
 
-def register_change(verb: str, done: str, problem: str, text: str) -> None:
-    """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
-
-    def change(args: Args) -> int:
-        answer = client_of(args).change(verb, args.ids)
-        emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
-        left = answer.get("left")
-        for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
-            if ids:
-                notice(f"{what}: {', '.join(map(str, ids))}")
-        return 1 if answer["not_done"] or left else 0
-
-    change.__doc__ = text
-    register(verb, IDS)(change)
+RETRY = "Run finished tasks again; what was skipped because of them waits again."
+CHANGES = {  # what it did, what forbade it
+    "cancel": ("cancelled", "finished already"),
+    "retry": ("queued", "not finished, or another task has the key"),
+    "remove": ("removed", "running, cancel first"),
+}
 
 
-ENDS = "Cancel tasks; running ones are ended with all they started."
-AGAIN = "Run finished tasks again; what was skipped because of them waits again."
-register_change("cancel", "cancelled", "finished already", ENDS)
-register_change("retry", "queued", "not finished, or another task has the key", AGAIN)
-register_change("remove", "removed", "running, cancel first", "Forget tasks that do not run.")
+@register("remove", IDS, text="Forget tasks that do not run.")
+@register("retry", IDS, text=RETRY)
+@register("cancel", IDS, text="Cancel tasks; running ones are ended with all they started.")
+def cmd_change(args: Args) -> int:
+    """Do one verb to tasks; 1 when the state of any forbade it."""
+    verb = ALIASES.get(args.verb, args.verb)
+    answer, (done, problem) = client_of(args).change(verb, args.ids), CHANGES[verb]
+    emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
+    left = answer.get("left")
+    for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
+        if ids:
+            notice(f"{what}: {', '.join(map(str, ids))}")
+    return 1 if answer["not_done"] or left else 0
 
 
-@register("pause", GROUP)
+@register("resume", GROUP, text="Start tasks again.")
+@register("pause", GROUP, text="Start nothing more; what runs goes on.")
 def cmd_pause(args: Args) -> int:
-    """Start nothing more; what runs goes on."""
-    answer = client_of(args).pause(args.group)
-    return emit(answer, args, "paused: " + ", ".join(answer["paused"]).replace("*", "everything"))
-
-
-@register("resume", GROUP)
-def cmd_resume(args: Args) -> int:
-    """Start tasks again."""
-    answer = client_of(args).resume(args.group)
-    left = ", ".join(answer["paused"]).replace("*", "everything")
-    return emit(answer, args, f"still paused: {left}" if left else "resumed")
+    """Pause or resume; say what is paused then."""
+    answer = client_of(args).call(args.verb, {"group": args.group})
+    paused = ", ".join(answer["paused"]).replace("*", "everything")
+    still = "still " if args.verb == "resume" else ""
+    return emit(answer, args, f"{still}paused: {paused}" if paused else "resumed")
 
 
 @register("why", arg("id", metavar="ID|PROCESS", help="a task id, or a process"))
@@ -8511,10 +8174,9 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
         return {one: (binascii.a2b_base64(log["data"]), log["next"]) for one, log in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
-        is_marked = len(instances) > 1
+        mark = "{} | " if len(instances) > 1 else ""
         if found:
-            shown = ((f"{one} | ".encode() if is_marked else b"") + line for one, line in found)
-            yield b"\n".join([*shown, b""])
+            yield b"".join(mark.format(one).encode() + line + b"\n" for one, line in found)
         elif to_end:
             client.outwait()
             threading.Event().wait(STREAM_PAUSE_S)
@@ -8562,21 +8224,15 @@ def cmd_dlq(args: Args) -> int:
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
     if args.action == "show":
         return 0
-    return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
+    args.verb = "retry" if args.action == "retry" else "remove"
+    return cmd_change(args)
 
 
 @register("config")
 def cmd_config(args: Args) -> int:
     """Check the configuration and print the effective values, of a broken one the good part."""
     path, faults = client_of(args).project.config_path, list[DaemonError]()
-    try:
-        config = load_config(path)
-    except DaemonError as error:
-        if args.json:
-            raise
-        config, faults = load_good_part(path)
-        faults = faults or [error]
-    values = config.to_dict()
+    values = load_config(path, None if args.json else faults).to_dict()
     lines = [f"{key} = {json.dumps(setting)}" for key, setting in values.items()]
     data: dict[str, Any] = {"path": path}
     for key, setting in values.items():
@@ -8588,16 +8244,6 @@ def cmd_config(args: Args) -> int:
     if faults:
         raise faults[0]
     return 0
-
-
-@register("doctor")
-def cmd_doctor(args: Args) -> int:
-    """Look for what could go wrong here; 1 when something is."""
-    checks = [*find_faults(client_of(args))]
-    lines = [f"{'ok ' if is_good else 'BAD'} {name}: {text}" for name, is_good, text in checks]
-    data = [{"check": name, "ok": is_good, "text": text} for name, is_good, text in checks]
-    emit(data, args, "\n".join(lines))
-    return 0 if all(is_good for _, is_good, _ in checks) else 1
 
 
 def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
@@ -8641,6 +8287,17 @@ def cmd_service(args: Args) -> int:
     return emit({"text": text}, args, text[:-1])
 
 
+@register("doctor")
+def cmd_doctor(args: Args) -> int:
+    """Look for what could go wrong here; 1 when something is."""
+    data, lines = [], []
+    for name, is_good, text in find_faults(client_of(args)):
+        data.append({"check": name, "ok": is_good, "text": text})
+        lines.append(f"{'ok ' if is_good else 'BAD'} {name}: {text}")
+    emit(data, args, "\n".join(lines))
+    return int(not all(one["ok"] for one in data))
+
+
 @register("version")
 def cmd_version(args: Args) -> int:
     """Print the version."""
@@ -8663,9 +8320,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     for names, options in COMMON:
         parser.add_argument(*names, **options)
     commands = parser.add_subparsers(prog="apexd.py", dest="verb", metavar="COMMAND")
-    for name, (handler, arguments) in REGISTRY.items():
+    for name, (handler, text, arguments) in REGISTRY.items():
         if only in (None, name):
-            text = handler.__doc__ or ""
             aliases = [alias for alias, full in ALIASES.items() if full == name]
             sub = commands.add_parser(
                 name, help=text, description=text, aliases=aliases, formatter_class=made_by
@@ -8692,7 +8348,13 @@ def parse(words: list[str]) -> Args:
         near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], 1, 0.5)
         hint = f"did you mean `{near[0]}`?" if near else "see `apexd.py --help`"
         raise DaemonError("UNKNOWN_COMMAND", f"there is no command {name!r}", hint)
-    return build_parser(ALIASES.get(name or "", name)).parse_args(words)
+    args, rest = build_parser(ALIASES.get(name or "", name)).parse_known_args(words)
+    if rest and args.verb in ("stop", "kill") and rest[0].isdigit():
+        hint = f"did you mean `cancel {' '.join(rest)}`?"
+        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
+    if rest:
+        raise bad(f"unknown arguments: {' '.join(rest)}", f"see `apexd.py {args.verb} --help`")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -8702,34 +8364,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     while null <= 2:  # no file of ours may become standard input, output or error
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
-    told = argparse.Namespace(json=False)
-    if words[:1] == ["_keeper"]:
-        os._exit(_guarded(lambda: run_keeper(*words[1:]), told))
-    if words[:1] == ["_daemon"]:  # what `start` makes
-        os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), told))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by an embedding program
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     own = words[: words.index("--")] if "--" in words else words  # as far as is known yet
-    told = argparse.Namespace(json="--json" in own or "-j" in own)
-
-    def run() -> int:
+    is_json = "--json" in own or "-j" in own
+    try:
+        if words[:1] == ["_keeper"]:
+            return run_keeper(*words[1:])
+        if words[:1] == ["_daemon"]:  # what `start` makes
+            return run_daemon(json.loads(words[1]))
         args = parse(words)
-        told.json = args.json
+        is_json = args.json
         status = int(args.handler(args))
         print(end="", flush=True)
         return status
-
-    return _guarded(run, told)
-
-
-def _guarded(run: Callable[[], int], told: Args) -> int:
-    """Turn whatever a command raises into lines on standard error, JSON or not, and a status."""
-    try:
-        return run()
     except DaemonError as error:
-        if told.json:
+        if is_json:
             print(json.dumps({"error": error.to_dict()}), file=sys.stderr)
         else:
             notice(error.message + (f"\n       {error.hint}" if error.hint else ""))
