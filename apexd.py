@@ -6434,6 +6434,8 @@ class ControlServer:
         try:
             if self._inherited is not None:
                 listener, path = self._inherited.dup(), self._inherited.getsockname()
+                if not isinstance(path, str):
+                    raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
                 self._endpoint = {"socket": path}
             else:
                 path = self._place
@@ -7248,6 +7250,8 @@ class Daemon:
                 self._inspect()
             if now >= self._next_heartbeat and not self._exit_status:
                 self._next_heartbeat = now + self._config.daemon.heartbeat_interval
+                running = self._runner.get_metrics().active_task_count
+                self._manager.tell(f"STATUS={running} tasks running")
                 write_atomically(self._project.file("heartbeat"), timestamp(Clock.now()) + "\n")
                 self._write_state()
         except DaemonError as error:  # a full disk

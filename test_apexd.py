@@ -8831,6 +8831,7 @@ class TestNotify:
         systemd = Systemd(box, is_abstract)
         daemon = systemd.start(box, WATCHDOG_USEC="400000")
         systemd.until("READY")
+        systemd.until("STATUS", "0 tasks running")
         for _ in range(6):
             systemd.until("WATCHDOG")
         pings = [at for at, message in systemd.heard if "WATCHDOG" in message]
@@ -8992,6 +8993,21 @@ class TestSocketActivation:
         assert set(answers) == {one.pid for one in daemons}
         daemons[-1].terminate()
         assert daemons[-1].wait(20) == 0
+
+    def test_a_socket_that_is_none_of_ours_to_use_is_said_so(self, box):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            child = Systemd(box).start(box, "", listener.fileno(), LISTEN_FDS="1", LISTEN_FDNAMES="control")
+            assert child.wait(20) == 73 and b"has no path" in child.stderr.read()
+
+    @pytest.mark.parametrize("fds, names", [("x", "control"), ("-1", "control"), ("9", "a:b:control")])
+    def test_nonsense_in_the_variables_is_passed_over(self, box, fds, names):
+        listener = self.listen(box)
+        systemd = Systemd(box)
+        daemon = systemd.start(box, "", listener.fileno(), LISTEN_FDS=fds, LISTEN_FDNAMES=names)
+        systemd.until("READY")
+        assert box.request({"type": "ping"})["pid"] == daemon.pid
+        daemon.terminate()
+        assert daemon.wait(20) == 0
 
     @pytest.mark.parametrize("pid, names", [("1", "control"), ("", "web")])
     def test_a_socket_of_somebody_elses_is_left_alone(self, box, pid, names):
