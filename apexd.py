@@ -1086,7 +1086,7 @@ else:
             with contextlib.suppress(PermissionError):
                 if ids["uid"]:
                     os.setuid(0)
-                    raise OSError(errno.EPERM, "there is a way back to root")
+                    raise OSError(errno.EINVAL, "there is a way back to root")
 
         def can_fork(self) -> bool:
             """Tell whether forking is safe here: Linux, one thread."""
@@ -7756,8 +7756,10 @@ def become_owner(args: Args) -> None:
         if ids["uid"] != owner:
             return
         Platform.become(ids)
-    except (OSError, TypeError, ValueError) as error:
-        raise DaemonError("PERMISSION_DENIED", f"daemon.user: must be {error}") from None
+    except OSError as error:
+        raise DaemonError("PERMISSION_DENIED", f"daemon.user: {error.strerror}") from None
+    except (TypeError, ValueError):  # there is no such user
+        return
     os.environ.update(env)
     for path in (sys.executable, os.path.abspath(__file__)):
         if not os.access(path, os.R_OK):

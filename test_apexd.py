@@ -9231,17 +9231,32 @@ class TestPrivileges:
             box.run(words)
         assert box.run("start", "--foreground", "--log-file", "/proc/nope/x", rc=73)
 
-    def test_there_is_no_way_back(self):
-        text = (
-            "import apexd, os; ids, env = apexd.Platform.identity('nobody', None); "
-            "apexd.Platform.become(ids); print(env['HOME'], os.getresuid(), os.getresgid());"
-            "[print(f'{act.__name__} {type(error).__name__}') for act in (os.setuid, os.seteuid, os.setgid, "
-            "lambda n: os.setgroups([n])) for error in [caught(act)]]"
-        )
-        text = "def caught(act):\n try: act(0)\n except OSError as e: return e\n" + text
-        done = subprocess.run([sys.executable, "-c", text], cwd=HERE, capture_output=True, text=True)
-        assert done.stdout.count("PermissionError") == 4, done
-        assert "(65534, 65534, 65534)" in done.stdout
+    NO_WAY = """
+import apexd, ctypes, os, sys
+if sys.argv[1:]:  # SECBIT_NO_SETUID_FIXUP: a process that changes its user keeps its rights
+    assert ctypes.CDLL(None).prctl(28, 4, 0, 0, 0) == 0
+ids, env = apexd.Platform.identity("nobody", None)
+try:
+    apexd.Platform.become(ids)
+except OSError as error:
+    print("refused:", error)
+print(os.getresuid(), os.getresgid(), os.getgroups(), env["HOME"])
+for act in (os.setuid, os.seteuid, os.setgid, lambda number: os.setgroups([number])):
+    try:
+        act(0)
+        print("is root")
+    except PermissionError:
+        print("no")
+"""
+
+    def test_there_is_no_way_back_and_that_is_tried(self):
+        words = [sys.executable, "-c", self.NO_WAY]
+        done = subprocess.run(words, cwd=HERE, capture_output=True, text=True)
+        ids, *answers = done.stdout.splitlines()
+        assert ids.startswith("(65534, 65534, 65534) (65534, 65534, 65534) [65534] "), done
+        assert answers == ["no"] * 4
+        done = subprocess.run([*words, "keep"], cwd=HERE, capture_output=True, text=True)
+        assert "there is a way back to root" in done.stdout, done
 
     def test_what_that_user_cannot_use_is_named(self, box):
         error = box.error("start", rc=77)
