@@ -3505,8 +3505,10 @@ def describe_end(result: Result) -> str:
     if result.never_ran or result.reason:
         return result.reason or "it never ran"
     if result.signal is not None:
-        return f"signal {result.signal}"
-    return "lost" if result.exit_code is None else f"exit {result.exit_code}"
+        name = next((one.name for one in signal.Signals if one == result.signal), "")
+        return f"signal {result.signal} {name}".rstrip()
+    known = result.exit_code is not None
+    return f"exit {result.exit_code}" if known else "no status: its keeper or the system ended"
 
 
 def read_result(word: Mapping[str, Any]) -> Result:
@@ -5487,7 +5489,7 @@ class Instance:
         elif view.state == ProcessState.UNHEALTHY:
             parts.append(f"no sign of life for {span(now - view.last_sign)}")
         elif view.state == ProcessState.RUNNING:
-            parts.insert(0, f"since {span(now - view.started)}")
+            parts.insert(0, f"for {span(now - view.started)}")
         parts += [f'it says "{self.remark}"'] if self.remark else []
         return ": ".join(filter(None, (f"{self.id} {view.state.value}", "; ".join(parts))))
 
@@ -6097,7 +6099,7 @@ class TaskVerbs:
 
     def _own_reasons(self, task: Task) -> Iterator[str]:
         if task.state == State.RUNNING:
-            yield f"runs since {span(Clock.now() - task.started_at)}"
+            yield f"has run for {span(Clock.now() - task.started_at)}"
             if task.wish is not None:
                 yield f"is being ended: {task.wish.value}"
             if self._runner is not None:
@@ -6106,9 +6108,9 @@ class TaskVerbs:
         if task.state == State.SCHEDULED:
             yield f"due in {span((task.due_at or 0.0) - Clock.now())}"
         if task.outcome is not None:
-            code = "" if task.exit_code is None else f" (exit {task.exit_code})"
-            reason = f": {task.reason}" if task.reason else ""
-            yield f"attempt {task.attempts} ended as {task.outcome.value}{code}{reason}"
+            shown = {"exit_code": task.exit_code, "signal": task.signal, "reason": task.reason}
+            how = describe_end(Result(**shown))
+            yield f"attempt {task.attempts} ended as {task.outcome.value}: {how}"
         elif task.state in DONE:
             yield f"{task.state.value} before it ran"
 
@@ -6215,13 +6217,18 @@ class ProcessVerbs:
     def _up(self, names: list[str], wait: bool = True) -> Fields:
         """Have processes up, and what they need; answer when they are, or will not be."""
         with self._supervisor.acting(names) as mine:
-            if mine and all(one.is_up() and (one.is_ready() or not wait) for one in mine):
-                what = f"{', '.join(names)} runs already"
-                raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
-            todo, ran = list(names), sum(one.is_up() for one in mine)
+            todo, find = list(names), self._supervisor.find
+            ran = sum(one.is_up() for one in mine)
             for name in todo:
                 needs = self._store.config.processes[name].needs
                 todo += [need for need in needs if need not in todo]
+            needed = [one for name in todo[len(names) :] for one in find(name)]
+            are_good = all(one.is_up() or is_good_enough(one.view) for one in needed)
+            is_done = all(one.is_up() and (one.is_ready() or not wait) for one in mine)
+            if mine and is_done and are_good:
+                what = f"{', '.join(names)} runs already"
+                raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
+            for name in todo:
                 self._store.decide_process(name, "is_up", True)
                 for one in self._supervisor.find(name):
                     if not one.is_up():
@@ -7341,6 +7348,8 @@ def spawn(argv: list[str], env: dict[str, str], is_forked: bool) -> Any:
 class DaemonManager(Client):
     """A client that starts, stops and watches the daemon, too."""
 
+    left = ""  # what the last stop or kill found that runs on
+
     def _command(self, foreground: bool) -> tuple[list[str], dict[str, str]]:
         """Return (argv, environment) that become the daemon."""
         folder = self.project.folder
@@ -7438,6 +7447,7 @@ class DaemonManager(Client):
         """
         holder = self.find_holder()
         if holder is None:
+            self.left = self._take_stock(self._clear_away)
             return None
         if keep:
             timeout_s = 2 * ANSWER_TIMEOUT_S
@@ -7458,7 +7468,7 @@ class DaemonManager(Client):
             if self._await_gone(holder, min(left_s, FIRST_TERM_S) if force else left_s):
                 return holder.pid
             if Clock.mono() >= deadline:
-                what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
+                what = f"killed after {span(timeout_s)}; {self._kill(holder) or 'nothing is left'}"
                 hint = "`start` goes on with it; see `logs` for why"
                 raise DaemonError("STOP_KILLED", what, hint)
 
@@ -7477,29 +7487,42 @@ class DaemonManager(Client):
         if not self._await_gone(holder, STOP_MARGIN_S):
             what = f"PID {holder.pid} survived SIGKILL"
             raise DaemonError("STOP_FAILED", what, "it hangs in the kernel; see `ps`")
+        self.left = self._take_stock(self._clear_away)
+        return self.left
+
+    def _take_stock(self, first: Callable[[], object] = bool) -> str:
+        """Say what runs without a daemon, "" when nothing does; `first` is done under the lock."""
+        if not os.path.isdir(self.project.file("run")):
+            return ""
         try:
             # A killed daemon's other threads can hold the lock for a moment longer.
             if not self._pid_file.acquire("client stop", wait_s=1.0):
                 return "another program has the project now"
-            return self._clear_away()
+            first()
+            return self._count_left()
         except DaemonError as error:  # a read-only disk
             return f"what it started runs on; {error.message}"
         finally:
             self._pid_file.release()
 
-    def _clear_away(self) -> str:
-        """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
-        folder, file, tasks = self.project.folder, self.project.file, 0
+    def _clear_away(self) -> None:
+        """Remove a dead daemon's PID file and socket. The lock is held."""
+        folder, file = self.project.folder, self.project.file
         place = os.path.join(folder, str(read_endpoint(folder).get("socket", "control.sock")))
         remove_socket(place, file("endpoint"), self._pid_file.path)
-        if os.path.exists(file("apex.db")):
-            store = TaskStore(file("apex.db"), None, self._pid_file, self.project.path)
-            with contextlib.closing(store):
-                tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
-        notes = [note for _, _, note in find_notes(folder) if note["pid"] > 0]
+
+    def _count_left(self) -> str:
+        """Say how many tasks and processes run on, "" for none. The lock is held."""
+        path = self.project.file("apex.db")
+        if not os.path.exists(path):
+            return ""
+        with contextlib.closing(TaskStore(path, None, self._pid_file, self.project.path)) as store:
+            tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
+        notes = [note for _, _, note in find_notes(self.project.folder) if note["pid"] > 0]
         processes = sum(Platform.start_time(note["pid"]) == note.get("at") for note in notes)
-        of_tasks = f"{tasks} task{'s' * (tasks != 1)}"
-        return f"{of_tasks} and {processes} process{'es' * (processes != 1)} run on"
+        kinds = ((tasks, "task", "s"), (processes, "process", "es"))
+        found = [f"{n} {one}{ending * (n > 1)}" for n, one, ending in kinds if n]
+        return " and ".join(found) + " still running" if found else ""
 
     def kill_daemon(self, with_children: bool = False) -> int | None:
         """SIGKILL it, its children too if wanted; return its PID, None without one.
@@ -7510,6 +7533,8 @@ class DaemonManager(Client):
         holder = self.find_holder()
         if holder is not None:
             self._kill(holder)
+        else:
+            self.left = self._take_stock(self._clear_away)
         path = self.project.file("apex.db")
         if with_children and os.path.exists(path):
             with contextlib.closing(TaskStore(path, project=self.project.path)) as store:
@@ -7517,6 +7542,7 @@ class DaemonManager(Client):
             if left:
                 hint = "the next daemon adopts it; `kill --all` again, or see `ps`"
                 raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
+            self.left = ""
         return holder.pid if holder else None
 
     def get_status(self) -> DaemonStatus:
@@ -7530,8 +7556,8 @@ class DaemonManager(Client):
                 if error.code != "NOT_RUNNING":
                     raise
             pid = self._pid_file.read().get("pid")
-            status, left = (1, f"; PID {pid} left its PID file") if pid else (3, "")
-            reason = "not running" + left
+            status, reason = (1, f"PID {pid} left its PID file") if pid else (3, "")
+            reason = "; ".join(filter(None, ("not running", reason, self._take_stock())))
         except DaemonError as error:
             status, reason = 4, error.message
         return DaemonStatus(running=False, exit_status=status, reason=reason, details={})
@@ -7701,7 +7727,7 @@ ADD = (
     arg("--delay", "-d", metavar="TIME", help="start no sooner than in 90s, 5m, 2h"),
     arg("--label", "-l", help="a name for people"),
     arg("--dir", "-w", metavar="DIR", help="run there instead of here"),
-    arg("--retries", metavar="N", help="runs again so often after a failure"),
+    arg("--retries", metavar="N", help="retry up to N times after a failure"),
     arg("--timeout", metavar="TIME", help="ended after this; 0: never"),
     arg("--key", help="at most one unfinished task has it"),
     arg("--on-lost", choices=("retry", "fail"), help="when it vanished without a status"),
@@ -7800,8 +7826,15 @@ def launch(manager: DaemonManager, args: Args) -> int:
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
-    pid = client_of(args).stop_daemon(args.timeout, args.force)
-    return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
+    manager = client_of(args)
+    pid = manager.stop_daemon(args.timeout, args.force)
+    return emit_end(args, manager, pid, "stopped")
+
+
+def emit_end(args: Args, manager: DaemonManager, pid: int | None, word: str) -> int:
+    """Print what became of the daemon, and what runs on without it."""
+    text = [f"{word}, PID {pid}" if pid else "not running", manager.left]
+    return emit({"pid": pid, "left": manager.left}, args, "; ".join(filter(None, text)))
 
 
 UP = "Start processes, and what they need; returns when they are ready, 1 when they failed."
@@ -7917,8 +7950,8 @@ def cmd_ps(args: Args) -> int:
 @register("kill", arg("--all", **FLAG, help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
-    pid = client_of(args).kill_daemon(args.all)
-    return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
+    manager = client_of(args)
+    return emit_end(args, manager, manager.kill_daemon(args.all), "killed")
 
 
 def read_command(args: Args) -> Any:
@@ -8265,11 +8298,15 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     for place in filter(os.path.exists, dict.fromkeys(places)):
         who = Platform.distrust(os.stat(place))
         yield place, who is None, f"can be written by {who or 'its owner only'}"
-    try:
-        load_config(project.config_path)
-        yield "configuration", True, project.config_path or "defaults"
-    except DaemonError as error:
-        yield "configuration", False, error.message
+    for name, look, text in (
+        ("configuration", lambda: load_config(project.config_path), project.config_path or "none"),
+        ("queue", lambda: manager.call("list", {"limit": 1}), "can be read"),
+    ):
+        try:
+            look()
+            yield name, True, text
+        except DaemonError as error:
+            yield name, False, error.message
     status = manager.get_status()
     text = f"running, PID {status.pid}" if status.running else status.reason or ""
     yield "daemon", status.exit_status in (0, 3), text
