@@ -168,6 +168,7 @@ KEEPER_PROTOCOL = 1
 KEEPER_PATIENCE_S = 10.0  # a new keeper waits so long for its daemon
 KEEPER_ANSWER_S = 10.0  # one that owes an answer for longer takes no more starts
 STANDING_S = 2.0  # `start` waits so long for a keeper, then answers without
+RECOVERY_S = 3600.0  # a watchdog lets the database be checked and all be adopted for so long
 KEEPER_QUIT_S = 5.0  # for keepers without children to leave
 STARTED_S = 0.003  # what ends sooner is not told as started
 KEEPER_BUFFER_BYTES = 64 * 1024  # of words on their way to the daemon
@@ -7012,8 +7013,10 @@ class ServiceManager:
         is_number = re.fullmatch("[1-9][0-9]{0,15}", within_us)
         self.tick_s = int(within_us) / 2e6 if is_number else None  # half of it; None: no watchdog
 
-    def tell(self, *lines: str) -> None:
-        """Send lines such as READY=1; none without a service manager."""
+    def tell(self, *lines: str, watchdog_s: float = 0.0) -> None:
+        """Send lines such as READY=1; watchdog_s: what a watchdog allows from now on."""
+        if watchdog_s and self.tick_s:
+            lines = (*lines, f"WATCHDOG_USEC={watchdog_s * 1e6:.0f}")
         if self._address:
             Platform.notify(self._address, "\n".join(lines))
 
@@ -7095,7 +7098,7 @@ class Daemon:
             self._open_log()
             outputs = settle_in(self._config.daemon, self._project, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
-            self._manager.tell("STATUS=starting")
+            self._manager.tell("STATUS=starting", watchdog_s=RECOVERY_S)
             self._report({"event": "progress", "what": "checking the database"})
             path, lock = self._project.file("apex.db"), self._pid_file
             self._store = TaskStore(path, self._config, lock, self._project.path)
@@ -7150,7 +7153,7 @@ class Daemon:
             os.dup2(output, fd)
         self._report({"event": "ready", "pid": os.getpid(), "channel": channel})
         os.close(channel)
-        self._manager.tell("READY=1", "STATUS=ready")
+        self._manager.tell("READY=1", "STATUS=ready", watchdog_s=2 * (self._manager.tick_s or 0))
         try:
             self._obey()
         finally:

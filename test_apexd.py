@@ -8831,7 +8831,8 @@ class TestNotify:
     def test_a_service_manager_hears_of_start_watchdog_reload_and_stop(self, box, is_abstract):
         systemd = Systemd(box, is_abstract)
         daemon = systemd.start(box, WATCHDOG_USEC="300000")
-        systemd.until("READY")
+        assert systemd.until("STATUS", "starting")["WATCHDOG_USEC"] == "3600000000"
+        assert systemd.until("READY")["WATCHDOG_USEC"] == "300000", "as it was told"
         systemd.until("STATUS", "0 tasks running")
         for _ in range(4):
             systemd.until("WATCHDOG")
@@ -8855,7 +8856,8 @@ class TestNotify:
         assert systemd.hear(0.3) is None
         daemon.terminate()
         systemd.until("STOPPING")
-        assert not any("WATCHDOG" in message for _, message in systemd.heard)
+        told = {name for _, message in systemd.heard for name in message}
+        assert not told & {"WATCHDOG", "WATCHDOG_USEC"}
 
     def test_a_manager_that_has_gone_or_reads_nothing_hinders_nobody(self, box):
         systemd = Systemd(box)
@@ -9078,6 +9080,7 @@ class TestServiceOptions:
         assert re.fullmatch(r"Task 1 rate limited, comes back at \d{4}-\S+Z", late["message"])
 
     @linux
+    @needs("bash")
     def test_the_daemon_has_descriptors_and_dumps_no_core_and_its_tasks_have_what_was_there(self, box):
         limits = 'ulimit -Sn 100; ulimit -Hn 400; ulimit -Sc 1000; exec "$@"'
         subprocess.run(["bash", "-c", limits, "sh", *box.command("start")], cwd=box.path, env=box.env, check=True)
