@@ -9221,7 +9221,8 @@ class TestPrivileges:
 
         account = pwd.getpwnam("nobody")
         expected = os.getgrouplist("nobody", account.pw_gid)
-        for pid in (box.pid(), *keepers(box), box.look(task)["pid"]):
+        command = eventually(lambda: box.look(task)["pid"])
+        for pid in (box.pid(), *keepers(box), command):
             status = dict(re.findall(r"(?m)^(\w+):\t(.*)$", read(f"/proc/{pid}/status")))
             assert status["Uid"].split() == [str(account.pw_uid)] * 4
             assert status["Gid"].split() == [str(account.pw_gid)] * 4
@@ -9392,8 +9393,8 @@ class TestLauncherOfAGroup:
         words = ("sh", "-c", 'echo "$APEX_TASK_ID $SLURM_JOB_ID $1"; echo oops >&2; exit 5', "x", "a  b$c")
         task = slurm.add(*words, group="slurm")
         assert slurm.until(task, "failed", within_s=60)["exit_code"] == 5
-        first, *rest = slurm.output(task).split("\n")
-        assert re.fullmatch(rf"{task} [0-9]+ a  b\$c", first) and "oops" in rest
+        shown = slurm.output(task)
+        assert re.search(rf"(?m)^{task} [0-9]+ a  b\$c$", shown) and "oops\n" in shown
 
     def test_cancel_and_timeout_end_the_job(self, slurm):
         task = slurm.add("sleep", "500", group="slurm")
