@@ -25,6 +25,7 @@ Map (a section uses only sections above it):
      8. PIDFILE     the lock and the PID file
      9. STORE       schema, migrations, all SQL
     10. KEEPER      the process that owns all children, and the daemon's end of it
+    11. CRON        when schedules fire, and the thread that makes them
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
     16. CONTROL     frames, verbs, server, Client
@@ -86,6 +87,7 @@ from types import SimpleNamespace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
+    import datetime
     import difflib
     import graphlib
     import grp
@@ -99,12 +101,13 @@ if TYPE_CHECKING:
     import sqlite3
     import subprocess
     import tempfile
+    import zoneinfo
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
 
 __version__ = "0.4.0"
 __all__ = [
-    "Client", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
+    "Client", "CronSchedule", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
     "PidFile", "Supervisor", "Task", "TaskStore", "main",
 ]  # fmt: skip
 
@@ -121,8 +124,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii difflib graphlib grp logging marshal pwd queue random resource shutil sqlite3 "
-        "subprocess tempfile"
+        "binascii datetime difflib graphlib grp logging marshal pwd queue random resource shutil "
+        "sqlite3 subprocess tempfile zoneinfo"
     ).split():
         globals()[_name] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -203,6 +206,8 @@ CLOCK_JUMP_S = 60.0  # a round in which the clock moved so far by itself goes by
 PRIORITY_MAX = 1_000_000
 DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
+DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is (as cronie)
+DAY_S = 86400
 OWN_GROUPS = ("default", "hooks")  # there without being declared
 
 ENVIRONMENT_KEPT = (
@@ -4504,6 +4509,194 @@ def make_limits(options: Any) -> dict[str, Any]:
     return {"limits": limits, "nice": options.nice} if limits or options.nice else {}
 
 
+# ============================================================================
+# 11. CRON - when a schedule fires (pure), and the thread that makes it do so
+#     Uses 1-9. One thread for all schedules. Started and stopped by: Daemon.
+# ============================================================================
+
+# Daylight saving is treated as cronie's cron(8) does. A fixed-time job, one whose minute and
+# hour do not begin with *, fires once at the end of a gap that swallowed it, and only in the
+# first pass of an hour that comes twice. All others follow the clock on the wall.
+
+CRON_FIELDS = (  # name, lowest, highest, names of the numbers from the lowest on
+    ("minute", 0, 59, ""),
+    ("hour", 0, 23, ""),
+    ("day", 1, 31, ""),
+    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    ("weekday", 0, 7, "sun mon tue wed thu fri sat"),
+)
+CRON_NAMES = {
+    "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}  # fmt: skip
+
+
+class CronFields(Value):
+    """What a cron expression says."""
+
+    period: int | None  # @every: seconds, counted from 1970 in UTC, so that restarts shift nothing
+    is_reboot: bool | None
+    times: list[int]  # minutes of a day, ascending
+    days: frozenset[int]
+    months: frozenset[int]
+    weekdays: frozenset[int]  # 0: Sunday
+    needs_both: bool  # day and weekday; else one of them is enough
+    is_fixed: bool | None  # neither minute nor hour begins with *
+
+
+def read_cron_field(text: str, name: str, low: int, high: int, names: str) -> frozenset[int]:
+    """Read one field, such as "1-3,5", "*/10", "5/10" or "mon-fri"."""
+    numbers = {word: str(low + index) for index, word in enumerate(names.split())}
+    digits = text.replace("-sun", "-7") if high == 7 else text
+    digits = re.sub(r"\b[a-z]{3}\b", lambda match: numbers.get(match[0], match[0]), digits)
+    found = set[int]()
+    for part in digits.split(","):
+        match = re.fullmatch(r"(?:\*|([0-9]{1,2})(?:-([0-9]{1,2}))?)(?:/([0-9]{1,3}))?", part)
+        start, end, step = match.groups() if match else ("99", None, None)
+        first = int(start or low)
+        last = int(end or (high if step or not start else first))
+        if not low <= first <= last <= high or not int(step or 1):
+            form = f"numbers {low}-{high}, 1,2 or 1-5 or *, each with a step as in */5"
+            raise ValueError(f"a cron expression: its {name} {text!r} is not {form}")
+        found.update(range(first, last + 1, int(step or 1)))
+    return frozenset(found)
+
+
+def read_cron(text: object) -> CronFields:
+    """Read a cron expression: five fields, @daily and the like, @every 90s or @reboot."""
+    words = line_of_text(text).lower().split()
+    if words == ["@reboot"]:
+        return CronFields(is_reboot=True)
+    if words[:1] == ["@every"]:
+        period = duration(" ".join(words[1:]))
+        if period < 1 or period % 1:
+            raise ValueError("@every with whole seconds from 1: @every 90s")
+        return CronFields(period=int(period))
+    words = CRON_NAMES.get(" ".join(words), " ".join(words)).split()
+    if len(words) != len(CRON_FIELDS):
+        raise ValueError("five fields, minute hour day month weekday, or @daily, @every 90s")
+    minutes, hours, days, months, weekdays = map(read_cron_field, words, *zip(*CRON_FIELDS))
+    needs_both = "*" in (words[2][0], words[4][0])
+    longest = max(29 if month == 2 else 30 + (month in (1, 3, 5, 7, 8, 10, 12)) for month in months)
+    if needs_both and min(days) > longest:
+        raise ValueError("a day that exists: this one never fires")
+    return CronFields(
+        times=sorted(60 * hour + minute for hour in hours for minute in minutes),
+        days=days, months=months, weekdays=frozenset(day % 7 for day in weekdays),
+        needs_both=needs_both, is_fixed="*" not in (words[0][0], words[1][0]),
+    )  # fmt: skip
+
+
+def read_zone(name: object) -> Any:
+    """Read the name of a time zone, as a tzinfo; None stands for local time."""
+    if name is None or name == "UTC":  # these need no data
+        return name and datetime.timezone.utc
+    try:
+        return zoneinfo.ZoneInfo(line_of_text(name))
+    except (LookupError, OSError, ValueError):
+        near = difflib.get_close_matches(str(name), zoneinfo.available_timezones(), 1, 0.0)
+        hint = f"did you mean {near[0]}?" if near else "it has no data: pip install tzdata"
+        raise ValueError(f"a time zone that this system knows; {hint}") from None
+
+
+class CronSchedule:
+    """The times at which a cron expression fires. Pure; aware datetimes go in and come out.
+
+    timezone: "Europe/Berlin"; None is local time. Raises CONFIG_INVALID.
+    """
+
+    def __init__(self, expression: str, timezone: str | None = None) -> None:
+        self.expression = expression
+        self.timezone = timezone
+        given: object = expression
+        try:
+            self.fields = read_cron(expression)
+            given = timezone
+            self._zone = read_zone(timezone)
+        except ValueError as error:
+            what = f"{given!r}: must be {error}"
+            raise DaemonError("CONFIG_INVALID", what, "see README.md, Cron") from None
+
+    def matches(self, moment: datetime.datetime) -> bool:
+        """Tell whether it fires in the moment's minute; @every: in its second."""
+        at = self._epoch(moment)
+        if not self.fields.period:
+            at -= (at + self._offset(at)) % 60
+        found = self.next(self.moment(at - 1))
+        return found is not None and self._epoch(found) == at
+
+    def next(self, after: datetime.datetime) -> datetime.datetime | None:
+        """Return the first fire after a moment, in the schedule's zone; None: there is none."""
+        at, fields = self._epoch(after), self.fields
+        if fields.period:
+            return self.moment(at - at % fields.period + fields.period)
+        if fields.is_reboot:
+            return None
+        start, wait = at - (at + self._offset(at)) % 60, 60
+        if fields.is_fixed:
+            change, shift = self._find_change(start - DST_MAX_S, start)
+            if -DST_MAX_S <= shift < 0 and start < change - shift:
+                start, wait = change - shift, 0  # the second pass is over
+        while True:
+            offset = self._offset(start)
+            found = self._find_wall(start + offset + wait) - offset
+            near = start + 4 * DAY_S
+            change, shift = self._find_change(start, min(found, near))
+            if not shift and found <= near:
+                return self.moment(found)
+            if fields.is_fixed and abs(shift) <= DST_MAX_S:
+                if found < change + shift:
+                    return self.moment(change)  # the end of the gap
+                change = max(change, change - shift)
+            # What changes on the way to a distant `found` does not matter: nothing fires there.
+            start, wait = change if shift else found - 2 * DAY_S, 0
+
+    def _find_wall(self, wall: int) -> int:
+        """Return the first fire from `wall` on by a clock without zone, both in its seconds."""
+        fields, (number, minute) = self.fields, divmod(-(-wall // 60), 24 * 60)
+        epoch = datetime.date(1970, 1, 1).toordinal()
+        day = first = datetime.date.fromordinal(epoch + number)
+        while True:  # 40 years at most, for a 29 February that is a Sunday
+            index = bisect.bisect_left(fields.times, minute if day == first else 0)
+            if self._is_day(day) and index < len(fields.times):
+                number = day.toordinal() - epoch
+                return (number * 24 * 60 + fields.times[index]) * 60
+            day += datetime.timedelta(1)
+            while day.month not in fields.months:
+                day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+
+    def _is_day(self, day: datetime.date) -> bool:
+        fields = self.fields
+        hits = (day.day in fields.days, day.isoweekday() % 7 in fields.weekdays)
+        return day.month in fields.months and (all if fields.needs_both else any)(hits)
+
+    def _find_change(self, start: int, end: int) -> tuple[int, int]:
+        """Return the first second in (start, end] with another UTC offset, and the difference."""
+        before = self._offset(start)
+        while start < end:
+            low, start = start, min(start + DAY_S, end)
+            if self._offset(start) != before:
+                while start - low > 1:
+                    middle = (low + start) // 2
+                    if self._offset(middle) == before:
+                        low = middle
+                    else:
+                        start = middle
+                return start, self._offset(start) - before
+        return end, 0
+
+    def _epoch(self, moment: datetime.datetime) -> int:
+        if moment.utcoffset() is None:
+            raise bad(f"{moment} has no time zone", "give it one: moment.astimezone()")
+        return int(moment.timestamp() // 1)
+
+    def _offset(self, at: int) -> int:
+        return int((self.moment(at).utcoffset() or datetime.timedelta()).total_seconds())
+
+    def moment(self, at: float) -> datetime.datetime:
+        """Return epoch seconds as a datetime in the schedule's zone."""
+        return datetime.datetime.fromtimestamp(at, datetime.timezone.utc).astimezone(self._zone)
 
 
 # ============================================================================
