@@ -107,8 +107,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.4.0"
 __all__ = [
-    "Client", "CronSchedule", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
-    "PidFile", "Supervisor", "Task", "TaskStore", "main",
+    "Client", "CronSchedule", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner",
+    "DaemonStatus", "PidFile", "Supervisor", "Task", "TaskStore", "main",
 ]  # fmt: skip
 
 
@@ -206,8 +206,12 @@ CLOCK_JUMP_S = 60.0  # a round in which the clock moved so far by itself goes by
 PRIORITY_MAX = 1_000_000
 DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
-DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is (as cronie)
-DAY_S = 86400
+DAY_S = 24 * 3600
+DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is, as by cronie
+CRON_LATE_S = 300.0  # what is late by less fires in full, as by cronie
+CRON_SLICE_S = 60.0  # the longest sleep: then a clock that was moved is noticed
+CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
+CATCH_UP_MAX = 1000  # fires of one schedule that are made up for
 OWN_GROUPS = ("default", "hooks")  # there without being declared
 
 ENVIRONMENT_KEPT = (
@@ -2055,6 +2059,8 @@ class Config:
             raise _broken(path, f"{kind}.{name}: is no name of a {kind}", hint)
         if one.command is None and getattr(one, "url", None) is None:
             raise _broken(path, f"{kind}.{name}.command is missing", "say what to run")
+        if kind == "schedule" and one.cron is None:
+            raise _broken(path, f"schedule.{name}.cron is missing", "say when")
         if kind != "process" and (one.group or "default") not in self.groups:
             error = unknown_group(one.group, self)
             raise _broken(path, f"{kind}.{name}.group: {error.message}", error.hint)
@@ -2519,8 +2525,10 @@ CREATE TABLE processes (               -- what users decided, over the configura
 ) WITHOUT ROWID;
 CREATE TABLE fires (                   -- the last time each trigger made a task
   source   TEXT PRIMARY KEY,           -- schedule.NAME
-  fired_at REAL NOT NULL,              -- the time it was scheduled for
-  task_id  INTEGER                     -- NULL: none was made, one of it was unfinished
+  fired_at REAL,                       -- the time it was scheduled for; NULL: not yet
+  task_id  INTEGER,                    -- NULL: none was made, one of it was unfinished
+  spec     TEXT,                       -- of a schedule: what it fires by
+  spec_at  REAL                        -- since when
 ) WITHOUT ROWID;
 CREATE TABLE counts (state TEXT, grp TEXT, n INTEGER NOT NULL, PRIMARY KEY (state, grp))
   WITHOUT ROWID;
@@ -3420,39 +3428,61 @@ class EventStore:
         self._store = store
 
     def fire(
-        self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None
-    ) -> int | None:
+        self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None,
+        is_behind: bool = False,
+    ) -> int | None:  # fmt: skip
         """Add the task that a trigger stands for; None when `overlap` forbids it.
 
         source: "schedule.NAME"; event: why, in the task's environment, on top of env; its
-        payload's "scheduled_at" is acted on once, also over crashes. Publishes the event, or
-        KIND.skipped. Raises QUEUE_FULL.
+        payload's "scheduled_at" is acted on once, also over crashes. is_behind: it comes after
+        unfinished ones, however many. Publishes the event, or KIND.skipped. Raises QUEUE_FULL.
         """
-        at = event.payload.get("scheduled_at", event.time)
+        at = event.payload.get("scheduled_at")
         with self._store.database.write(is_vital=False) as db:
             last = db.execute("SELECT fired_at FROM fires WHERE source = ?", (source,)).fetchone()
-            if last and "scheduled_at" in event.payload and last[0] >= at:
+            if last and at is not None and last[0] == at:
                 return None
             options = {name: getattr(trigger, name, None) for name in TASK_READERS}
-            sql = "SELECT id, key FROM tasks WHERE key IN (?, ?) AND finished_at IS NULL"
-            keys = {source: None, source + " next": None}
-            unfinished = {key: task_id for task_id, key in db.execute(sql, tuple(keys))}
-            free = [key for key in keys if key not in unfinished]
+            sql = "SELECT id FROM tasks WHERE key >= ? AND key < ? AND finished_at IS NULL"
+            sql += " ORDER BY id"
+            unfinished = [one for (one,) in db.execute(sql, (source, source + "!"))]
             task_id = None
-            if len(free) > (trigger.overlap == "skip"):
-                options["key"] = free[0]
-                options["after"] = [f"{one}:any" for one in unfinished.values()] or None
+            if is_behind or len(unfinished) < {"skip": 1, "queue": 2}[trigger.overlap]:
+                options["key"] = f"{source} {event.id}" if unfinished else source
+                options["after"] = [f"{one}:any" for one in unfinished[-1:]] or None
                 own = {**(env or {}), **trigger.env, "APEX_EVENT": json.dumps(event.to_dict())}
                 context = {**capture_environment(self._store.config.daemon.env_keep), **own}
                 cwd = os.path.join(self._store.project, trigger.cwd)
                 ids = self._store.insert(db, [trigger.command], options, None, cwd, context, None)
                 task_id = ids[0]
-            sql = "INSERT OR REPLACE INTO fires VALUES (?, ?, ?)"
-            db.execute(sql, (source, at, task_id))
+            sql = """
+                INSERT INTO fires (source, fired_at, task_id) VALUES (?, ?, ?)
+                ON CONFLICT (source) DO UPDATE
+                SET fired_at = coalesce(excluded.fired_at, fired_at), task_id = excluded.task_id
+            """
+            db.execute(sql, (source, event.payload.get("scheduled_at", event.time), task_id))
         kind = event.type.partition(".")[0]
         skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
         self._store.on_events([skipped if task_id is None else event])
         return task_id
+
+    def register(self, specs: Mapping[str, str], now: float) -> dict[str, float]:
+        """Note what each schedule fires by, {source: spec}, and forget all others.
+
+        Returns until when each is dealt with: its last fire, or now when its spec is new.
+        """
+        new = """
+            INSERT INTO fires (source, spec, spec_at) VALUES (?, ?, ?)
+            ON CONFLICT (source) DO UPDATE SET spec = excluded.spec, spec_at = excluded.spec_at
+            WHERE spec IS NOT excluded.spec
+        """
+        sql = "SELECT source, max(coalesce(fired_at, 0), spec_at) FROM fires WHERE spec IS NOT NULL"
+        with self._store.database.write(is_vital=False) as db:
+            db.executemany(new, [(*one, now) for one in specs.items()])
+            seen = dict(db.execute(sql).fetchall())
+            gone = [(source,) for source in seen.keys() - specs.keys()]
+            db.executemany("DELETE FROM fires WHERE source = ?", gone)
+        return seen
 
     def get_fires(self) -> dict[str, tuple[float, int | None]]:
         """Return when each trigger acted last, and the task it made: {source: (at, id)}."""
@@ -4532,19 +4562,6 @@ CRON_NAMES = {
 }  # fmt: skip
 
 
-class CronFields(Value):
-    """What a cron expression says."""
-
-    period: int | None  # @every: seconds, counted from 1970 in UTC, so that restarts shift nothing
-    is_reboot: bool | None
-    times: list[int]  # minutes of a day, ascending
-    days: frozenset[int]
-    months: frozenset[int]
-    weekdays: frozenset[int]  # 0: Sunday
-    needs_both: bool  # day and weekday; else one of them is enough
-    is_fixed: bool | None  # neither minute nor hour begins with *
-
-
 def read_cron_field(text: str, name: str, low: int, high: int, names: str) -> frozenset[int]:
     """Read one field, such as "1-3,5", "*/10", "5/10" or "mon-fri"."""
     numbers = {word: str(low + index) for index, word in enumerate(names.split())}
@@ -4563,16 +4580,16 @@ def read_cron_field(text: str, name: str, low: int, high: int, names: str) -> fr
     return frozenset(found)
 
 
-def read_cron(text: object) -> CronFields:
-    """Read a cron expression: five fields, @daily and the like, @every 90s or @reboot."""
+def read_cron(text: object) -> dict[str, Any]:
+    """Read a cron expression, five fields, @daily, @every 90s or @reboot, as a CronSchedule's."""
     words = line_of_text(text).lower().split()
     if words == ["@reboot"]:
-        return CronFields(is_reboot=True)
+        return {"is_reboot": True}
     if words[:1] == ["@every"]:
         period = duration(" ".join(words[1:]))
         if period < 1 or period % 1:
             raise ValueError("@every with whole seconds from 1: @every 90s")
-        return CronFields(period=int(period))
+        return {"period": int(period)}
     words = CRON_NAMES.get(" ".join(words), " ".join(words)).split()
     if len(words) != len(CRON_FIELDS):
         raise ValueError("five fields, minute hour day month weekday, or @daily, @every 90s")
@@ -4581,11 +4598,11 @@ def read_cron(text: object) -> CronFields:
     longest = max(29 if month == 2 else 30 + (month in (1, 3, 5, 7, 8, 10, 12)) for month in months)
     if needs_both and min(days) > longest:
         raise ValueError("a day that exists: this one never fires")
-    return CronFields(
-        times=sorted(60 * hour + minute for hour in hours for minute in minutes),
-        days=days, months=months, weekdays=frozenset(day % 7 for day in weekdays),
-        needs_both=needs_both, is_fixed="*" not in (words[0][0], words[1][0]),
-    )  # fmt: skip
+    return {
+        "times": sorted(60 * hour + minute for hour in hours for minute in minutes),
+        "days": days, "months": months, "weekdays": {day % 7 for day in weekdays},
+        "needs_both": needs_both, "is_fixed": "*" not in (words[0][0], words[1][0]),
+    }  # fmt: skip
 
 
 def read_zone(name: object) -> Any:
@@ -4606,35 +4623,44 @@ class CronSchedule:
     timezone: "Europe/Berlin"; None is local time. Raises CONFIG_INVALID.
     """
 
+    period = 0  # of @every: seconds, counted from 1970 on, so that restarts shift nothing
+    is_reboot = False
+    times: Sequence[int] = ()  # minutes of a day, ascending
+    days: Container[int] = ()
+    months: Container[int] = ()
+    weekdays: Container[int] = ()  # 0: Sunday
+    needs_both = False  # day and weekday; else one of them is enough
+    is_fixed = False  # neither minute nor hour begins with *
+
     def __init__(self, expression: str, timezone: str | None = None) -> None:
-        self.expression = expression
-        self.timezone = timezone
-        given: object = expression
+        self.expression, self.timezone = expression, timezone
         try:
-            self.fields = read_cron(expression)
-            given = timezone
+            what = f"expression {expression!r}"
+            self.__dict__.update(read_cron(expression))
+            what = f"timezone {timezone!r}"
             self._zone = read_zone(timezone)
         except ValueError as error:
-            what = f"{given!r}: must be {error}"
-            raise DaemonError("CONFIG_INVALID", what, "see README.md, Cron") from None
+            hint = "see README.md, Cron"
+            raise DaemonError("CONFIG_INVALID", f"{what}: must be {error}", hint) from None
 
     def matches(self, moment: datetime.datetime) -> bool:
         """Tell whether it fires in the moment's minute; @every: in its second."""
         at = self._epoch(moment)
-        if not self.fields.period:
-            at -= (at + self._offset(at)) % 60
-        found = self.next(self.moment(at - 1))
-        return found is not None and self._epoch(found) == at
+        at -= 0 if self.period else (at + self._offset(at)) % 60
+        return self.next_at(at - 1) == at
 
     def next(self, after: datetime.datetime) -> datetime.datetime | None:
-        """Return the first fire after a moment, in the schedule's zone; None: there is none."""
-        at, fields = self._epoch(after), self.fields
-        if fields.period:
-            return self.moment(at - at % fields.period + fields.period)
-        if fields.is_reboot:
-            return None
+        """Return the first fire after a moment, in the schedule's zone; @reboot: None."""
+        at = self.next_at(self._epoch(after))
+        return None if at is None else self.moment(at)
+
+    def next_at(self, after: float) -> int | None:
+        """Do the same with epoch seconds."""
+        at = int(after // 1)
+        if self.is_reboot or self.period:
+            return at - at % self.period + self.period if self.period else None
         start, wait = at - (at + self._offset(at)) % 60, 60
-        if fields.is_fixed:
+        if self.is_fixed:
             change, shift = self._find_change(start - DST_MAX_S, start)
             if -DST_MAX_S <= shift < 0 and start < change - shift:
                 start, wait = change - shift, 0  # the second pass is over
@@ -4644,32 +4670,39 @@ class CronSchedule:
             near = start + 4 * DAY_S
             change, shift = self._find_change(start, min(found, near))
             if not shift and found <= near:
-                return self.moment(found)
-            if fields.is_fixed and abs(shift) <= DST_MAX_S:
+                return found
+            if self.is_fixed and abs(shift) <= DST_MAX_S:
                 if found < change + shift:
-                    return self.moment(change)  # the end of the gap
+                    return change  # the end of the gap
                 change = max(change, change - shift)
             # What changes on the way to a distant `found` does not matter: nothing fires there.
             start, wait = change if shift else found - 2 * DAY_S, 0
 
+    def list_next(self, count: int) -> list[str]:
+        """Return the next `count` fires from now on, as "2025-03-09T03:00:00-04:00"."""
+        found, at = list[str](), self.next_at(Clock.now())
+        while at is not None and len(found) < count:
+            found.append(self.moment(at).isoformat())
+            at = self.next_at(at)
+        return found
+
     def _find_wall(self, wall: int) -> int:
         """Return the first fire from `wall` on by a clock without zone, both in its seconds."""
-        fields, (number, minute) = self.fields, divmod(-(-wall // 60), 24 * 60)
+        number, minute = divmod(-(-wall // 60), 24 * 60)
         epoch = datetime.date(1970, 1, 1).toordinal()
         day = first = datetime.date.fromordinal(epoch + number)
         while True:  # 40 years at most, for a 29 February that is a Sunday
-            index = bisect.bisect_left(fields.times, minute if day == first else 0)
-            if self._is_day(day) and index < len(fields.times):
+            index = bisect.bisect_left(self.times, minute if day == first else 0)
+            if self._is_day(day) and index < len(self.times):
                 number = day.toordinal() - epoch
-                return (number * 24 * 60 + fields.times[index]) * 60
+                return (number * 24 * 60 + self.times[index]) * 60
             day += datetime.timedelta(1)
-            while day.month not in fields.months:
+            while day.month not in self.months:
                 day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
 
     def _is_day(self, day: datetime.date) -> bool:
-        fields = self.fields
-        hits = (day.day in fields.days, day.isoweekday() % 7 in fields.weekdays)
-        return day.month in fields.months and (all if fields.needs_both else any)(hits)
+        hits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
+        return day.month in self.months and (all if self.needs_both else any)(hits)
 
     def _find_change(self, start: int, end: int) -> tuple[int, int]:
         """Return the first second in (start, end] with another UTC offset, and the difference."""
@@ -4697,6 +4730,170 @@ class CronSchedule:
     def moment(self, at: float) -> datetime.datetime:
         """Return epoch seconds as a datetime in the schedule's zone."""
         return datetime.datetime.fromtimestamp(at, datetime.timezone.utc).astimezone(self._zone)
+
+
+def _checked(read: Callable[[object], object]) -> Callable[[Any], Any]:
+    return lambda text: read(text) and text
+
+
+for _key, _read in (("cron", read_cron), ("timezone", read_zone)):  # CONFIG stands above this
+    OPTIONS["schedule"][_key] = (_checked(_read), *OPTIONS["schedule"][_key][1:])
+
+
+class CronJob(Value):
+    """A schedule that is enabled, and how far it has got; times are epoch seconds."""
+
+    name: str
+    trigger: Any  # its options
+    schedule: CronSchedule
+    seen_at: float  # all until then is dealt with
+    due_at: float | None  # the next fire
+    spec: str  # what it fires by
+    is_new: bool  # not looked at yet: what it has missed, it missed without a daemon
+
+
+def find_fires(job: CronJob, now: float) -> Sequence[float]:
+    """Decide which fires to make now, and move `seen_at` when the clock was set back.
+
+    A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
+    """
+    schedule, trigger, gap_s = job.schedule, job.trigger, now - job.seen_at
+    if gap_s < 0:
+        if -gap_s > (DST_MAX_S if schedule.is_fixed else CRON_LATE_S):
+            job.seen_at = now
+        return []
+    if schedule.is_reboot:
+        return [now] if job.is_new else []
+    missed = deque[float](maxlen=CATCH_UP_MAX)
+    at = schedule.next_at(max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S)))
+    while at is not None and at <= now:
+        missed.append(at)
+        at = schedule.next_at(at)
+    if not missed or (gap_s <= CRON_LATE_S and not job.is_new):
+        return missed
+    kept = [at for at in missed if now - at <= trigger.catch_up_window]
+    kept = {"none": [], "last": kept[-1:], "all": kept}[trigger.catch_up]
+    if not job.is_new and not kept:  # the clock was set, or the machine slept
+        is_due = now - missed[-1] < 60 or (schedule.is_fixed and gap_s <= DST_MAX_S)
+        kept = [missed[-1]] if is_due else []
+    log.info("Schedule %s: %d of %d missed fires are made", job.name, len(kept), len(missed))
+    return kept
+
+
+class Scheduler:
+    """Makes schedules fire: each time is a task, made once.
+
+    Thread: "cron" sleeps until the next fire. Life: start -> stop.
+    """
+
+    def __init__(
+        self, store: TaskStore, on_fire: Callable[[], None] = lambda: None, clock: Any = Clock
+    ) -> None:
+        self._store, self._on_fire, self._clock = store, on_fire, clock
+        self._jobs: dict[str, CronJob] = {}  # by source
+        self._config: Config | None = None  # what _jobs follow
+        self._is_stopped, self._woken = False, threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="cron", daemon=True)
+
+    def start(self) -> None:
+        """Let the schedules of the store's configuration fire from now on."""
+        self._thread.start()
+
+    def reload(self) -> None:
+        """Take on the store's configuration; what has changed in it counts from now on."""
+        self._woken.set()
+
+    def stop(self) -> None:
+        """Let nothing fire any more."""
+        self._is_stopped = True
+        self._woken.set()
+        self._thread.join(STOP_MARGIN_S)
+
+    def status(self) -> dict[str, Any]:
+        """Return {"schedules": how many are enabled, "next_fire_at": epoch seconds or None}."""
+        due = [job.due_at for job in self._jobs.values() if job.due_at]
+        return {"schedules": len(self._jobs), "next_fire_at": min(due, default=None)}
+
+    def _loop(self) -> None:
+        while not self._is_stopped:
+            self._woken.clear()
+            wait_s: float | None = CRON_RETRY_S
+            try:
+                wait_s = self._look()
+            except DaemonError as error:
+                log.error("schedules: %s (%s)", error, error.hint)
+            except Exception:  # this thread's top frame
+                log.exception("the scheduler failed")
+            self._woken.wait(wait_s)
+
+    def _look(self) -> float | None:
+        """Make the fires that are due; return in how many seconds to look again."""
+        if self._config is not self._store.config:
+            self._arrange()
+        for source, job in self._jobs.items():
+            now = self._clock.now()
+            fires = find_fires(job, now)
+            is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
+            for at in fires:
+                what = {"name": job.name, "scheduled_at": at}
+                event = Event.make("cron.fired", what, f"schedule {job.name}")
+                task = EventStore(self._store).fire(source, job.trigger, event, None, is_behind)
+                log.info("Schedule %s fired: %s", job.name, f"task {task}" if task else "skipped")
+                job.seen_at = at
+                self._on_fire()
+            job.seen_at, job.is_new = max(job.seen_at, now), False
+            job.due_at = job.schedule.next_at(job.seen_at)
+        next_at: float | None = self.status()["next_fire_at"]
+        return next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
+
+    def _arrange(self) -> None:
+        """Plan what the configuration says; what fires by the same as before goes on."""
+        config, jobs = self._store.config, dict[str, CronJob]()
+        found = {f"schedule.{name}": one for name, one in config.schedules.items()}
+        specs = {name: f"{one.cron}, {one.timezone}" * one.enabled for name, one in found.items()}
+        seen = EventStore(self._store).register(specs, self._clock.now())
+        for source, one in found.items():
+            job = self._jobs.get(source)
+            if job is None or job.spec != specs[source]:
+                schedule = CronSchedule(one.cron, one.timezone)
+                job = CronJob(schedule=schedule, spec=specs[source], seen_at=seen[source], is_new=True)
+                job.name = source.partition(".")[2]
+            job.trigger = one
+            if one.enabled:
+                jobs[source] = job
+        self._jobs, self._config = jobs, config
+
+
+def list_schedules(store: TaskStore, count: int = 1) -> list[dict[str, Any]]:
+    """Return all: name, cron, timezone, enabled, next, last, task_id, result.
+
+    next: up to `count` fires, as "2025-03-09T03:00:00-04:00"; last: the one before.
+    result: the state of the last task, or "skipped".
+    """
+    fires, found = EventStore(store).get_fires(), []
+    for name, one in store.config.schedules.items():
+        schedule = CronSchedule(one.cron, one.timezone)
+        last_at, task_id = fires.get(f"schedule.{name}", (None, None))
+        task = store.find(ids=[task_id]) if task_id else []
+        state = task[0].state if task else None if task_id or last_at is None else "skipped"
+        about = {"name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
+        about["next"] = schedule.list_next(count if one.enabled else 0)
+        about["last"] = last_at and schedule.moment(last_at).isoformat()
+        found.append({**about, "task_id": task_id, "result": state})
+    return found
+
+
+def run_schedule(store: TaskStore, name: str) -> int:
+    """Add a schedule's task now, return its id. Raises ILLEGAL_STATE when `overlap` forbids it."""
+    schedules = store.config.schedules
+    if name not in schedules:
+        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(schedules)}")
+    event = Event.make("cron.fired", {"name": name, "scheduled_at": None}, f"schedule {name}")
+    task_id = EventStore(store).fire(f"schedule.{name}", schedules[name], event)
+    if task_id is None:
+        what = f"a task of schedule {name} is unfinished"
+        raise DaemonError("ILLEGAL_STATE", what, 'see `list`, or set overlap = "queue"')
+    return task_id
 
 
 # ============================================================================
@@ -6280,6 +6477,8 @@ class TaskVerbs:
             "logs": ("id! attempt offset within", self._logs),
             "queue": ("", self._queue),
             "process_logs": ("name! offsets lines", self._process_logs),
+            "schedules": ("limit", lambda limit=1: {"schedules": list_schedules(store, limit)}),
+            "run_schedule": ("name!", lambda name: self._wake({"id": run_schedule(store, name)})),
         }
 
     def _wake(self, answer: Fields) -> Fields:
@@ -6857,8 +7056,8 @@ def settings_of(config: Config) -> Fields:
     return {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
 
 
-READING_VERBS = frozenset("list get wait why logs queue process_logs".split())
-WRITING_VERBS = frozenset("add cancel retry remove pause resume report".split())
+READING_VERBS = frozenset("list get wait why logs queue process_logs schedules".split())
+WRITING_VERBS = frozenset("add cancel retry remove pause resume report run_schedule".split())
 
 
 class Project(Value):
@@ -7326,6 +7525,7 @@ class Daemon:
         store, post = self._store, self._mailbox.post
         self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
         self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
+        self._scheduler = Scheduler(store, self._runner.wake)
         keepers.on_standing = self._note_standing
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(store, self._runner).table,
@@ -7339,6 +7539,7 @@ class Daemon:
         self._control.start(settings_of(self._config))
         self._supervisor.start()
         self._runner.start()
+        self._scheduler.start()
         self._standing.wait(STANDING_S)
         log.info("ready")
         self._report({"event": "ready", "pid": os.getpid()})
@@ -7346,6 +7547,7 @@ class Daemon:
             self._obey()
         finally:
             self._control.stop()
+            self._scheduler.stop()
             self._supervisor.halt()
             self._runner.halt()
             self._keepers.close(self._is_over)
@@ -7377,12 +7579,14 @@ class Daemon:
         if name == "drained":
             self._supervisor.stop()
         elif name == "failed":
+            self._scheduler.stop()
             if not self._first_term:
                 self._runner.drain(self._config.daemon.graceful_timeout)
         elif name in ("stop", "SIGTERM", "SIGINT", "SIGBREAK"):
             now, is_first = Clock.mono(), not self._first_term
             if is_first or now - self._first_term >= FIRST_TERM_S:
                 log.info("%s: stopping%s", name, "" if is_first else " at once")
+                self._scheduler.stop()
                 self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
                 if not is_first:
                     self._supervisor.stop(force=True)
@@ -7425,6 +7629,7 @@ class Daemon:
                 open_log(self._project.file("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
             self._supervisor.reload(old)
+            self._scheduler.reload()
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
@@ -7487,6 +7692,7 @@ class Daemon:
         return {
             **self._identity(),
             **self._supervisor.status(),
+            **self._scheduler.status(),
             "project": self._project.path,
             "counts": self._store.get_counts(),
             "paused": self._store.get_paused(),
@@ -8327,6 +8533,50 @@ def cmd_dlq(args: Args) -> int:
     if args.action == "show":
         return 0
     return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
+
+
+@register(
+    "cron",
+    arg("action", nargs="?", default="list", choices=("list", "next", "run")),
+    arg("what", nargs="*", metavar="NAME", help="a schedule; for next also an expression"),
+    arg("--lines", "-n", type=reads(integer(1, 1000)), default=5, metavar="N", help="fires shown"),
+    arg("--timezone", metavar="ZONE", help="of an expression; default: local time"),
+)
+def cmd_cron(args: Args) -> int:
+    """Show the schedules and when they fire, or add the task of one now."""
+    client, name = client_of(args), " ".join(args.what)
+    if args.action == "run":
+        answer = client.call("run_schedule", {"name": name})
+        return emit(answer, args, f"task {answer['id']}")
+    if " " in name or name.startswith("@"):
+        try:
+            found = [{"name": name, "next": CronSchedule(name, args.timezone).list_next(args.lines)}]
+        except DaemonError as error:
+            raise bad(error.message, error.hint) from None
+    else:
+        found = client.call("schedules", {"limit": args.lines})["schedules"]
+    if args.action == "list":
+        return emit(found, args, schedule_table(found))
+    fires = [one["next"] for one in found if one["name"] == name]
+    if not fires:
+        raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
+    return emit(fires[0], args, "\n".join(map(in_words, fires[0])))
+
+
+def schedule_table(schedules: Sequence[Fields]) -> str:
+    """Lay schedules out in columns."""
+    rows: list[Sequence[object]] = [("NAME", "CRON", "ZONE", "LAST", "RESULT", "TASK", "NEXT")]
+    for one in schedules:
+        cells = [one[key] for key in ("name", "cron", "timezone", "last", "result", "task_id")]
+        text = "at the next start" if one["enabled"] else "not enabled"
+        rows.append([*cells, in_words(one["next"][0]) if one["next"] else text])
+    return columns(rows)
+
+
+def in_words(fire: str) -> str:
+    """Write a fire for people: Sun 2025-03-09T03:00:00-04:00, in 3h 20m."""
+    at = datetime.datetime.fromisoformat(fire)
+    return f"{at:%a} {fire}, in {span(at.timestamp() - Clock.now())}"
 
 
 @register("config")

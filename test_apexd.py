@@ -5096,7 +5096,7 @@ class TestCronSchedule:
         env = {**os.environ, "PYTHONTZPATH": "", "PYTHONPATH": HERE}
         argv = [sys.executable, "-B", "-S", "-c", code]
         done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True)
-        assert done.stdout.startswith("CONFIG_INVALID 'Europe/Berlin'") and "tzdata" in done.stdout, done
+        assert done.stdout.startswith("CONFIG_INVALID timezone 'Europe/Berlin'") and "tzdata" in done.stdout, done
 
 
 # ============================================================================
