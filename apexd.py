@@ -70,6 +70,7 @@ import bisect
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import re
@@ -4645,13 +4646,13 @@ class CronSchedule:
 
     def matches(self, moment: datetime.datetime) -> bool:
         """Tell whether it fires in the moment's minute; @every: in its second."""
-        at = self._epoch(moment)
+        at = int(moment.timestamp() // 1)
         at -= 0 if self.period else (at + self._offset(at)) % 60
         return self.next_at(at - 1) == at
 
     def next(self, after: datetime.datetime) -> datetime.datetime | None:
         """Return the first fire after a moment, in the schedule's zone; @reboot: None."""
-        at = self.next_at(self._epoch(after))
+        at = self.next_at(after.timestamp())
         return None if at is None else self.moment(at)
 
     def next_at(self, after: float) -> int | None:
@@ -4678,13 +4679,17 @@ class CronSchedule:
             # What changes on the way to a distant `found` does not matter: nothing fires there.
             start, wait = change if shift else found - 2 * DAY_S, 0
 
-    def list_next(self, count: int) -> list[str]:
-        """Return the next `count` fires from now on, as "2025-03-09T03:00:00-04:00"."""
-        found, at = list[str](), self.next_at(Clock.now())
-        while at is not None and len(found) < count:
-            found.append(self.moment(at).isoformat())
+    def fires(self, after: float) -> Iterator[int]:
+        """Yield all fires after a time, in epoch seconds."""
+        at = self.next_at(after)
+        while at is not None:
+            yield at
             at = self.next_at(at)
-        return found
+
+    def list_next(self, count: int) -> list[str]:
+        """Return the next fires, as "2025-03-09T03:00:00-04:00"."""
+        fires = itertools.islice(self.fires(Clock.now()), count)
+        return [self.moment(at).isoformat() for at in fires]
 
     def _find_wall(self, wall: int) -> int:
         """Return the first fire from `wall` on by a clock without zone, both in its seconds."""
@@ -4706,26 +4711,17 @@ class CronSchedule:
 
     def _find_change(self, start: int, end: int) -> tuple[int, int]:
         """Return the first second in (start, end] with another UTC offset, and the difference."""
-        before = self._offset(start)
-        while start < end:
-            low, start = start, min(start + DAY_S, end)
-            if self._offset(start) != before:
-                while start - low > 1:
-                    middle = (low + start) // 2
-                    if self._offset(middle) == before:
-                        low = middle
-                    else:
-                        start = middle
-                return start, self._offset(start) - before
-        return end, 0
-
-    def _epoch(self, moment: datetime.datetime) -> int:
-        if moment.utcoffset() is None:
-            raise bad(f"{moment} has no time zone", "give it one: moment.astimezone()")
-        return int(moment.timestamp() // 1)
+        before, high = self._offset(start), min(start + DAY_S, end)
+        while high < end and self._offset(high) == before:
+            start, high = high, min(high + DAY_S, end)
+        shift = self._offset(high) - before
+        while shift and high - start > 1:
+            middle = (start + high) // 2
+            start, high = (middle, high) if self._offset(middle) == before else (start, middle)
+        return high, shift
 
     def _offset(self, at: int) -> int:
-        return int((self.moment(at).utcoffset() or datetime.timedelta()).total_seconds())
+        return round(self.moment(at).replace(tzinfo=datetime.timezone.utc).timestamp()) - at
 
     def moment(self, at: float) -> datetime.datetime:
         """Return epoch seconds as a datetime in the schedule's zone."""
@@ -4764,11 +4760,9 @@ def find_fires(job: CronJob, now: float) -> Sequence[float]:
         return []
     if schedule.is_reboot:
         return [now] if job.is_new else []
-    missed = deque[float](maxlen=CATCH_UP_MAX)
-    at = schedule.next_at(max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S)))
-    while at is not None and at <= now:
-        missed.append(at)
-        at = schedule.next_at(at)
+    since = max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
+    fires = itertools.takewhile(lambda at: at <= now, schedule.fires(since))
+    missed = deque[float](fires, CATCH_UP_MAX)
     if not missed or (gap_s <= CRON_LATE_S and not job.is_new):
         return missed
     kept = [at for at in missed if now - at <= trigger.catch_up_window]
@@ -4830,21 +4824,32 @@ class Scheduler:
         """Make the fires that are due; return in how many seconds to look again."""
         if self._config is not self._store.config:
             self._arrange()
-        for source, job in self._jobs.items():
+        for job in self._jobs.values():
             now = self._clock.now()
-            fires = find_fires(job, now)
-            is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
-            for at in fires:
-                what = {"name": job.name, "scheduled_at": at}
-                event = Event.make("cron.fired", what, f"schedule {job.name}")
-                task = EventStore(self._store).fire(source, job.trigger, event, None, is_behind)
-                log.info("Schedule %s fired: %s", job.name, f"task {task}" if task else "skipped")
-                job.seen_at = at
-                self._on_fire()
-            job.seen_at, job.is_new = max(job.seen_at, now), False
-            job.due_at = job.schedule.next_at(job.seen_at)
+            try:
+                self._fire(job, now)
+            except DaemonError as error:
+                log.error("schedule %s: %s (%s)", job.name, error, error.hint)
+                job.due_at = now + CRON_RETRY_S
         next_at: float | None = self.status()["next_fire_at"]
         return next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
+
+    def _fire(self, job: CronJob, now: float) -> None:
+        fires = find_fires(job, now)
+        is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
+        for at in fires:
+            if self._is_stopped:
+                return
+            what = {"name": job.name, "scheduled_at": at}
+            event = Event.make("cron.fired", what, f"schedule {job.name}")
+            source = f"schedule.{job.name}"
+            task = EventStore(self._store).fire(source, job.trigger, event, None, is_behind)
+            result = f"task {task}" if task else "skipped"
+            log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
+            job.seen_at = at
+            self._on_fire()
+        job.seen_at, job.is_new = max(job.seen_at, now), False
+        job.due_at = job.schedule.next_at(job.seen_at)
 
     def _arrange(self) -> None:
         """Plan what the configuration says; what fires by the same as before goes on."""
@@ -4855,10 +4860,9 @@ class Scheduler:
         for source, one in found.items():
             job = self._jobs.get(source)
             if job is None or job.spec != specs[source]:
-                schedule = CronSchedule(one.cron, one.timezone)
-                job = CronJob(schedule=schedule, spec=specs[source], seen_at=seen[source], is_new=True)
-                job.name = source.partition(".")[2]
-            job.trigger = one
+                schedule, name = CronSchedule(one.cron, one.timezone), source.partition(".")[2]
+                job = CronJob(name=name, schedule=schedule, seen_at=seen[source], is_new=True)
+            job.trigger, job.spec = one, specs[source]
             if one.enabled:
                 jobs[source] = job
         self._jobs, self._config = jobs, config
@@ -8550,17 +8554,18 @@ def cmd_cron(args: Args) -> int:
         return emit(answer, args, f"task {answer['id']}")
     if " " in name or name.startswith("@"):
         try:
-            found = [{"name": name, "next": CronSchedule(name, args.timezone).list_next(args.lines)}]
+            fires = CronSchedule(name, args.timezone).list_next(args.lines)
+            found = [{"name": name, "next": fires}]
         except DaemonError as error:
             raise bad(error.message, error.hint) from None
     else:
         found = client.call("schedules", {"limit": args.lines})["schedules"]
     if args.action == "list":
         return emit(found, args, schedule_table(found))
-    fires = [one["next"] for one in found if one["name"] == name]
-    if not fires:
+    named = [one["next"] for one in found if one["name"] == name]
+    if not named:
         raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
-    return emit(fires[0], args, "\n".join(map(in_words, fires[0])))
+    return emit(named[0], args, "\n".join(map(in_words, named[0])))
 
 
 def schedule_table(schedules: Sequence[Fields]) -> str:

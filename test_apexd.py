@@ -5099,6 +5099,386 @@ class TestCronSchedule:
         assert done.stdout.startswith("CONFIG_INVALID timezone 'Europe/Berlin'") and "tzdata" in done.stdout, done
 
 
+class CronByHand:
+    """A store with schedules in UTC, and a clock that is moved by hand, on 15 January 2025."""
+
+    def __init__(self, folder, **schedules):
+        for one in schedules.values():
+            one.setdefault("timezone", "UTC")
+            one.setdefault("command", "true")
+        self.folder, self.schedules, self.at = str(folder), schedules, 0.0
+        self.queue = Queue(folder, schedule=schedules)
+        self.store, self.told, self.is_done = self.queue.store, [], True
+        self.store.on_events = self.hear
+
+    def now(self):
+        return self.at
+
+    def hear(self, events):
+        for event in events:
+            at = event.payload["scheduled_at"]
+            self.told.append((event.type, event.payload["name"], at))
+
+    def begin(self, at):
+        """Be a new daemon at a time."""
+        self.scheduler = apexd.Scheduler(self.store, clock=self)
+        return self.jump(at)
+
+    def jump(self, at):
+        """Have the clock show a time, HH:MM:SS or seconds; return what fires there."""
+        if isinstance(at, str):
+            day, _, at = at.rpartition(" ")
+            at = datetime.datetime.fromisoformat(f"2025-01-{day or 15} {at}+00:00").timestamp()
+        self.at, before = at, len(self.told)
+        self.wait_s = self.scheduler._look()
+        if self.is_done:  # its tasks have ended at once
+            self.store.change("remove", [task.id for task in self.store.find()])
+        return [self.shown(*one) for one in self.told[before:]]
+
+    @staticmethod
+    def shown(kind, name, at):
+        moment = datetime.datetime.fromtimestamp(at, UTC)
+        mark = {"cron.fired": "", "cron.skipped": "-"}[kind]
+        return f"{mark}{moment:%H:%M}" + (f":{moment:%S}" if moment.second else "")
+
+    def go(self, until):
+        """Let the time pass as the thread would; return what fires on the way."""
+        end = datetime.datetime.fromisoformat(f"2025-01-15 {until}+00:00").timestamp()
+        fires = []
+        while self.at < end:
+            fires += self.jump(min(end, self.at + 60 if self.wait_s is None else self.at + max(self.wait_s, 0.001)))
+        return fires
+
+    def configure(self, **schedules):
+        for one in schedules.values():
+            one.setdefault("timezone", "UTC")
+            one.setdefault("command", "true")
+        self.store.config = apexd.Config({"schedule": schedules})
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """Give a maker of CronByHand."""
+    made = []
+
+    def make(**schedules):
+        made.append(CronByHand(tmp_path, **schedules))
+        return made[0]
+
+    yield make
+    made[0].store.close()
+
+
+class TestScheduler:
+    def test_a_minutes_job_fires_every_minute_and_at_registration_nothing_does(self, by_hand):
+        cron = by_hand(minute={"cron": "* * * * *"}, nightly={"cron": "0 4 * * *"})
+        assert cron.begin("03:58:30") == [] and cron.wait_s == 30
+        wanted = [f"{at // 60:02}:{at % 60:02}" for at in range(239, 301)]
+        wanted.insert(2, "04:00")  # nightly
+        assert cron.go("05:00") == wanted
+        assert cron.store.find() == []
+
+    def test_it_looks_at_the_clock_each_minute(self, by_hand):
+        cron = by_hand(nightly={"cron": "0 4 * * *"})
+        cron.begin("03:00:10")
+        assert cron.wait_s == 60
+        assert cron.scheduler.status()["schedules"] == 1
+        assert cron.scheduler.status()["next_fire_at"] % 86400 == 4 * 3600
+
+    def test_without_schedules_it_sleeps(self, by_hand):
+        cron = by_hand()
+        assert cron.begin("03:00") == [] and cron.wait_s is None
+
+    # The clock, or all of the machine, stands still or is moved, within a daemon's life:
+    # what fires at 10:00 sharp (fixed) and every 10 minutes (not).
+    JUMPS = (
+        ("09:55", "09:59", [], []),
+        ("09:55", "10:00", ["10:00"], ["10:00"]),
+        ("09:59", "10:03", ["10:00"], ["10:00"]),
+        ("09:50:01", "10:45", ["10:00"], []),  # below 3 h, as in the gap of daylight saving
+        ("09:50:01", "12:50:30", [], ["12:50"]),  # above: taken as it is
+        ("09:50:01", "12:50:00", ["10:00"], ["12:50"]),
+        ("09:50:01", "14:05", [], []),
+        ("09:50:01", "16 09:59", [], []),
+        ("09:50:01", "16 10:00:20", ["10:00"], ["10:00"]),
+    )
+
+    @pytest.mark.parametrize("before, after, fixed, other", JUMPS)
+    def test_a_clock_that_is_set_forward(self, by_hand, before, after, fixed, other):
+        """K3, K5"""
+        cron = by_hand(fixed={"cron": "0 10 * * *"})
+        cron.begin(before)
+        assert cron.jump(after) == fixed
+        cron.configure(other={"cron": "*/10 * * * *"})
+        cron.jump(before)
+        cron.scheduler._jobs["schedule.other"].seen_at = cron.at
+        assert cron.jump(after) == other
+
+    @pytest.mark.parametrize("back, fixed, other", [
+        ("10:00:29", [], []), ("09:56", [], []), ("09:00", [], ["09:20", "09:40", "10:00"]),
+        ("07:30", [], ["07:40", "08:00", "08:20", "08:40", "09:00", "09:20", "09:40", "10:00"]),
+    ])  # fmt: skip
+    def test_a_clock_that_is_set_back(self, by_hand, back, fixed, other):
+        cron = by_hand(fixed={"cron": "0 10 * * *"}, other={"cron": "*/20 * * * *"})
+        cron.begin("09:59:30")
+        assert cron.go("10:00:30") == ["10:00", "10:00"]
+        assert cron.jump(back) == []
+        assert cron.go("10:00:30") == fixed + other
+        assert [name for _, name, _ in cron.told[2:]] == ["other"] * len(other)
+
+    def test_a_clock_that_was_a_year_ahead_stops_nothing(self, by_hand):
+        cron = by_hand(fixed={"cron": "0 10 * * *"})
+        cron.begin("09:59:30")
+        cron.jump(cron.at + 366 * 86400)
+        cron.jump("09:30")
+        assert cron.go("10:30") == ["10:00"]
+        cron.jump(cron.at + 366 * 86400)
+        cron.begin("16 09:59:50")
+        assert cron.jump("16 10:00") == ["10:00"]
+
+    @pytest.mark.parametrize("catch_up, window, fires", [
+        ("none", 86400, []), ("last", 86400, ["10:02"]), ("all", 86400, ["10:00", "10:01", "10:02"]),
+        ("all", 80, ["10:01", "10:02"]), ("last", 10, []), ("all", 0, []),
+    ])  # fmt: skip
+    def test_a_daemon_that_was_down_for_three_fires(self, by_hand, catch_up, window, fires):
+        cron = by_hand(job={"cron": "* * * * *", "catch_up": catch_up, "catch_up_window": window})
+        cron.begin("09:58:30")
+        assert cron.go("09:59:30") == ["09:59"]
+        assert cron.begin("10:02:20") == fires
+        assert cron.begin("10:02:21") == []
+        assert cron.go("10:03") == ["10:03"]
+
+    def test_what_is_caught_up_runs_one_after_the_other(self, by_hand):
+        cron = by_hand(job={"cron": "* * * * *", "catch_up": "all"})
+        cron.is_done = False
+        cron.begin("09:59:30")
+        assert cron.begin("10:02:20") == ["10:00", "10:01", "10:02"]
+        tasks = cron.store.find()
+        assert [task.after for task in tasks] == [[], *([f"{task.id}:any"] for task in tasks[:-1])]
+        assert cron.go("10:03") == ["-10:03"]
+
+    def test_before_its_first_fire_a_schedule_is_known_too(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "last"})
+        cron.begin("09:00")
+        assert cron.begin("10:30") == ["10:00"] and cron.begin("11:00") == []
+
+    def test_what_is_new_or_changed_or_enabled_counts_from_then_on(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "all"})
+        cron.begin("09:00")
+        cron.configure(job={"cron": "30 9 * * *", "catch_up": "all"})
+        assert cron.begin("11:00") == []
+        cron.configure(job={"cron": "30 9 * * *", "catch_up": "all", "timezone": "Etc/GMT+1"} if HAS_ZONES else {"cron": "31 9 * * *"})
+        assert cron.begin("12:00") == []
+        cron.configure(job={"cron": "0 13 * * *", "enabled": False})
+        assert cron.begin("12:30") == [] and cron.jump("13:00") == []
+        cron.configure(job={"cron": "0 13 * * *", "catch_up": "all"})
+        assert cron.jump("13:30") == [] and cron.begin("13:31") == []
+        cron.configure()
+        cron.jump("13:40")
+        cron.configure(job={"cron": "0 13 * * *", "catch_up": "all"})
+        assert cron.begin("16 13:30") == []
+        assert cron.begin("17 13:30") == ["13:00"]
+
+    def test_a_reload_that_leaves_it_alone_loses_nothing(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *"})
+        cron.begin("09:59:30")
+        cron.configure(job={"cron": "0 10 * * *", "priority": 7})
+        cron.is_done = False
+        assert cron.jump("10:00:10") == ["10:00"]
+        assert [task.priority for task in cron.store.find()] == [7]
+
+    @pytest.mark.parametrize("overlap, fires", [
+        ("skip", ["10:00", "-10:01", "-10:02"]), ("queue", ["10:00", "10:01", "-10:02"]),
+    ])  # fmt: skip
+    def test_a_job_that_takes_longer_than_its_period(self, by_hand, overlap, fires):
+        """K6"""
+        cron = by_hand(job={"cron": "* * * * *", "overlap": overlap})
+        cron.is_done = False
+        cron.begin("09:59:30")
+        assert cron.go("10:02:30") == fires
+        tasks = cron.store.find()
+        assert len(tasks) == (2 if overlap == "queue" else 1)
+        cron.is_done = True
+        cron.jump("10:02:40")
+        assert cron.go("10:03:30") == ["10:03"]
+
+    def test_a_time_is_acted_on_once(self, by_hand):
+        """K7"""
+        cron = by_hand(job={"cron": "0 10 * * *"})
+        cron.begin("09:59:30")
+        for _ in range(3):
+            assert cron.jump("10:00:01") in (["10:00"], [])
+            cron.scheduler._jobs["schedule.job"].seen_at -= 60  # what was noted is lost
+        assert len(cron.told) == 1
+
+    def test_a_full_queue_delays_it(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *"}, other={"cron": "1 10 * * *"})
+        cron.is_done = False
+        cron.begin("09:59:30")
+        cron.store.config.retention.max_queue = 0
+        assert cron.jump("10:00") == [] and cron.wait_s == 5
+        cron.store.config.retention.max_queue = 1
+        assert cron.jump("10:00:05") == ["10:00"]
+        assert cron.jump("10:01") == []
+        cron.store.config.retention.max_queue = 2
+        assert cron.jump("10:01:05") == ["10:01"]
+
+    def test_every_fires_by_the_second(self, by_hand):
+        cron = by_hand(job={"cron": "@every 20s"})
+        cron.begin("09:59:30")
+        assert cron.go("10:00:30") == ["09:59:40", "10:00", "10:00:20"]
+
+    def test_reboot_fires_with_each_start(self, by_hand):
+        cron = by_hand(boot={"cron": "@reboot"})
+        assert cron.begin("09:00") == ["09:00"] and cron.jump("09:01") == [] and cron.wait_s is None
+        assert cron.begin("10:00") == ["10:00"]
+        cron.configure(boot={"cron": "@reboot"}, late={"cron": "@reboot", "catch_up": "all"})
+        assert cron.jump("10:05") == ["10:05"]
+
+    def test_the_store_is_as_before_when_it_cannot_be_written(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *"})
+        cron.is_done = False
+        cron.begin("09:59:30")
+        cron.store.database._db.execute("PRAGMA query_only = 1")
+        assert cron.jump("10:00") == []
+        cron.configure(job={"cron": "0 10 * * *"}, more={"cron": "0 11 * * *"})
+        with pytest.raises(apexd.DaemonError):
+            cron.scheduler._look()
+        cron.store.database._db.execute("PRAGMA query_only = 0")
+        assert cron.jump("10:00:05") == ["10:00"] and len(cron.scheduler._jobs) == 2
+
+    def test_real_fires_are_on_time_and_tell_the_task_why(self, box):
+        box.config({"schedule": {"tick": {"cron": "@every 1s", "command": "echo $APEX_EVENT", "label": "t"}}})
+        box.start()
+        eventually(lambda: len(box.request({"type": "list"})["tasks"]) >= 3)
+        box.stop()
+        tasks, late = box.json("list", quick=True)[:3], []
+        for task in tasks:
+            event = json.loads(box.output(task["id"]))
+            assert (event["type"], event["source"], event["hops"]) == ("cron.fired", "schedule tick", 0)
+            assert event["payload"]["name"] == "tick" and task["label"] == "t"
+            late.append(task["created_at"] - event["payload"]["scheduled_at"])
+        assert 0 <= min(late) < 0.05, late
+        assert [int(t["created_at"]) - int(tasks[0]["created_at"]) for t in tasks] == [0, 1, 2]
+
+    def test_kill_9_around_the_fire_neither_loses_nor_doubles_one(self, box):
+        """K7"""
+        box.config({"schedule": {"tick": {"cron": "@every 1s", "command": "true", "catch_up": "all", "overlap": "queue"}}})
+        rounds = ROUNDS if SLOW else 2
+        for _ in range(rounds):
+            box.start()
+            eventually(lambda: time.time() % 1 > 0.7)
+            turn = int(time.time()) + 1 + random.uniform(-0.01, 0.02)
+            while time.time() < turn:
+                pass
+            box.kill9()
+        box.start()
+        eventually(lambda: box.request({"type": "queue"})["counts"].keys() <= {"succeeded"})
+        box.stop()
+        with box.database() as db:
+            rows = db.execute("SELECT env FROM tasks JOIN requests ON requests.id = request_id").fetchall()
+        found = [json.loads(json.loads(env)["APEX_EVENT"])["payload"]["scheduled_at"] for (env,) in rows]
+        assert len(found) == len(set(found)), sorted(found)
+        skipped = re.findall(r"fired for \S+: skipped", box.log())
+        assert len(found) + len(skipped) >= max(found) - min(found) + 1 >= rounds, sorted(found)
+
+    @slow
+    def test_a_daemon_that_drains_fires_nothing_more(self, box):
+        box.config({"schedule": {"tick": {"cron": "@every 1s", "command": "true"}}}, daemon={"graceful_timeout": 3})
+        box.start()
+        eventually(lambda: box.json("list", quick=True))
+        slow_one = box.add("sleep", "2.2")
+        box.until(slow_one, "running")
+        before = len(box.json("list", quick=True))
+        box.stop()
+        assert len(box.json("list", quick=True)) <= before + 1
+
+    def test_a_reload_shows_its_plan_and_refuses_what_is_broken(self, box):
+        tick, night = {"cron": "@every 1s", "command": "true"}, {"cron": "0 4 * * *", "command": "true"}
+        box.config({"schedule": {"tick": tick, "night": night, "gone": night}})
+        box.start()
+        box.config({"schedule": {"tick": tick, "night": {**night, "cron": "0 5 * * *"}}})
+        plan = box.json("reload")["plan"]
+        assert "changed schedule.night.cron: 0 4 * * * -> 0 5 * * *" in plan
+        assert any(line.startswith("removed schedule.gone.") for line in plan)
+        eventually(lambda: box.json("status")["schedules"] == 2)
+        box.config({"schedule": {"tick": tick, "night": {**night, "cron": "*/0 * * * *"}}})
+        error = box.error("reload", rc=78)
+        assert "schedule.night.cron = '*/0 * * * *'" in error["message"] and box.file("config.json") in error["message"]
+        assert [one["cron"] for one in box.json("cron")] == ["@every 1s", "0 5 * * *"]
+        before = len(box.json("list"))
+        eventually(lambda: len(box.json("list", quick=True)) > before)
+
+    @pytest.mark.parametrize("options, key, reason", [
+        ({"cron": "*/0 * * * *"}, "cron", "its minute '*/0'"), ({"cron": "60 * * * *"}, "cron", "0-59"),
+        ({"cron": "5-1 * * * *"}, "cron", "its minute '5-1'"), ({"cron": "* * * * * *"}, "cron", "five fields"),
+        ({"cron": "0 0 30 2 *"}, "cron", "never fires"), ({"cron": ""}, "cron", "five fields"),
+        ({"cron": 5}, "cron", "text"), ({}, "cron", "is missing"),
+        ({"cron": "@daily", "timezone": "Nowhere/City"}, "timezone", "a time zone that this system knows"),
+        ({"cron": "@daily", "timezone": 1}, "timezone", "a time zone"),
+        ({"cron": "@daily", "overlap": "both"}, "overlap", "skip, queue"),
+        ({"cron": "@daily", "catch_up": True}, "catch_up", "none, last, all"),
+        ({"cron": "@daily", "catch_up_window": -1}, "catch_up_window", "a duration"),
+        ({"cron": "@daily", "command": None}, "command", "strings"),
+        ({"cron": "@daily", "group": "nowhere"}, "group", "no group 'nowhere'"),
+        ({"cron": "@daily", "retries": "x"}, "retries", "a whole number"),
+        ({"cron": "@daily", "crom": 1}, "crom", "did you mean cron?"),
+    ])  # fmt: skip
+    def test_a_broken_schedule_is_named(self, tmp_path, options, key, reason):
+        data = {"schedule": {"job": {"command": "true", **options}}}
+        path = write(str(tmp_path / "config.json"), json.dumps(data))
+        with pytest.raises(apexd.DaemonError) as caught:
+            apexd.load_config(path)
+        error = caught.value
+        assert error.code == "CONFIG_INVALID" and error.message.startswith(f"{path}: schedule.job.{key}")
+        assert reason in f"{error.message} {error.hint}", error.message
+
+
+class TestCronCommand:
+    def test_it_lists_schedules_with_and_without_a_daemon(self, box):
+        assert box.json("cron") == [] and box.run("cron", "list").returncode == 0
+        night = {"cron": "30 2 * * *", "command": "false", "timezone": "UTC"}
+        box.config({"schedule": {"night": night, "off": {**night, "enabled": False}, "boot": {"cron": "@reboot", "command": "true"}}})
+        (found, off, boot) = box.json("cron")
+        assert (found["name"], found["cron"], found["timezone"], found["enabled"]) == ("night", "30 2 * * *", "UTC", True)
+        assert len(found["next"]) == 5 and found["last"] is found["task_id"] is found["result"] is None
+        assert off["next"] == boot["next"] == []
+        box.start()
+        box.until(box.json("cron", "run", "night")["id"])
+        (found, _, boot) = eventually(lambda: [one for one in [box.json("cron")] if one[2]["result"] == "succeeded"])[0]
+        assert found["result"] == "failed" and found["last"] is None and boot["last"]
+        lines = box.run("cron").stdout.split("\n")
+        assert re.search(r"night +30 2 .* UTC .* failed +\d+ +\w{3} \S+T02:30:00\+00:00, in \d", lines[1])
+        assert lines[2].endswith("not enabled") and lines[3].endswith("at the next start")
+        box.stop()
+        assert box.json("cron")[0]["result"] == "failed"
+
+    def test_it_shows_the_next_fires_of_a_schedule_or_an_expression(self, box):
+        box.config({"schedule": {"night": {"cron": "30 2 * * *", "command": "x", "timezone": "UTC"}}})
+        fires = box.json("cron", "next", "night", "-n", "3")
+        days = [datetime.datetime.fromisoformat(fire) for fire in fires]
+        assert len(fires) == 3 and days[1] - days[0] == days[2] - days[1] == datetime.timedelta(1)
+        assert box.json("cron", "next", "30 2 * * *", "--timezone", "UTC", "-n", "3") == fires
+        assert len(box.run("cron", "next", "*/5 9-17 * * 1-5").stdout.split("\n")) == 6
+        assert box.json("cron", "next", "@reboot") == []
+        for words in (["cron", "next"], ["cron", "next", "nope"], ["cron", "next", "*/0 * * * *"], ["cron", "next", "@x"],
+                      ["cron", "next", "night", "-n", "0"], ["cron", "next", "@daily", "--timezone", "X"], ["cron", "run", "nope"],
+                      ["cron", "run"], ["cron", "frob"]):  # fmt: skip
+            error = box.error(*words, rc=2)
+            assert error["code"] == "bad_request" and error["hint"], error
+        assert "'*/0'" in box.error("cron", "next", "*/0 * * * *", rc=2)["message"]
+
+    def test_it_adds_the_task_of_a_schedule_now(self, box):
+        box.config({"schedule": {"job": {"cron": "@yearly", "command": "echo $APEX_EVENT", "priority": 3, "enabled": False}}})
+        task_id = box.json("cron", "run", "job")["id"]
+        error = box.error("cron", "run", "job", rc=1)
+        assert error["code"] == "illegal_state" and "overlap" in error["hint"]
+        box.start()
+        assert box.until(task_id)["priority"] == 3
+        assert json.loads(box.output(task_id))["payload"] == {"name": "job", "scheduled_at": None}
+        assert box.json("cron", "run", "job")["id"] == task_id + 1
+
+
 # ============================================================================
 # 13. RUNNER - the polling loop over the store
 # ============================================================================
