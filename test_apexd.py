@@ -1848,11 +1848,13 @@ class TestConfig:
         config = apexd.Config({"process": {"web": {"command": "serve"}}})
         tables = {"group": config.groups["default"], "process": config.processes["web"]}
         for kind in ("schedule", "watch", "hook"):
-            tables[kind] = getattr(apexd.Config({kind: {"one": {"command": "x"}}}), apexd.TABLES[kind])["one"]
+            given = {"command": "x", **({"cron": "@daily"} if kind == "schedule" else {})}
+            tables[kind] = getattr(apexd.Config({kind: {"one": given}}), apexd.TABLES[kind])["one"]
         for section, options in apexd.OPTIONS.items():
             values = vars(tables.get(section) or getattr(config, section))
             defaults = {key: default for key, (_, default, _) in options.items()}
-            assert {**values, "command": None} == {**defaults, "command": None}
+            needed = {key: None for key in ("command", "cron") if key in defaults}
+            assert {**values, **needed} == {**defaults, **needed}
 
     def test_defaults_are_what_their_own_readers_accept(self):
         for options in apexd.OPTIONS.values():
