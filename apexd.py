@@ -4557,9 +4557,8 @@ CRON_FIELDS = (  # name, lowest, highest, names of the numbers from the lowest o
     ("weekday", 0, 7, "sun mon tue wed thu fri sat"),
 )
 CRON_NAMES = {
-    "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
-    "@weekly": "0 0 * * 0", "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *",
-    "@annually": "0 0 1 1 *",
+    "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
 }  # fmt: skip
 
 
@@ -4601,7 +4600,7 @@ def read_cron(text: object) -> dict[str, Any]:
         raise ValueError("a day that exists: this one never fires")
     return {
         "times": sorted(60 * hour + minute for hour in hours for minute in minutes),
-        "days": days, "months": months, "weekdays": {day % 7 for day in weekdays},
+        "days": days, "months": months, "weekdays": frozenset(day % 7 for day in weekdays),
         "needs_both": needs_both, "is_fixed": "*" not in (words[0][0], words[1][0]),
     }  # fmt: skip
 
@@ -4627,9 +4626,7 @@ class CronSchedule:
     period = 0  # of @every: seconds, counted from 1970 on, so that restarts shift nothing
     is_reboot = False
     times: Sequence[int] = ()  # minutes of a day, ascending
-    days: Container[int] = ()
-    months: Container[int] = ()
-    weekdays: Container[int] = ()  # 0: Sunday
+    days = months = weekdays = frozenset[int]()  # weekday 0: Sunday
     needs_both = False  # day and weekday; else one of them is enough
     is_fixed = False  # neither minute nor hour begins with *
 
@@ -4697,17 +4694,14 @@ class CronSchedule:
         epoch = datetime.date(1970, 1, 1).toordinal()
         day = first = datetime.date.fromordinal(epoch + number)
         while True:  # 40 years at most, for a 29 February that is a Sunday
+            hits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
             index = bisect.bisect_left(self.times, minute if day == first else 0)
-            if self._is_day(day) and index < len(self.times):
-                number = day.toordinal() - epoch
-                return (number * 24 * 60 + self.times[index]) * 60
+            if day.month in self.months and (all if self.needs_both else any)(hits):
+                if index < len(self.times):
+                    return ((day.toordinal() - epoch) * 24 * 60 + self.times[index]) * 60
             day += datetime.timedelta(1)
             while day.month not in self.months:
                 day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
-
-    def _is_day(self, day: datetime.date) -> bool:
-        hits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
-        return day.month in self.months and (all if self.needs_both else any)(hits)
 
     def _find_change(self, start: int, end: int) -> tuple[int, int]:
         """Return the first second in (start, end] with another UTC offset, and the difference."""
@@ -4759,7 +4753,7 @@ def find_fires(job: CronJob, now: float) -> Sequence[float]:
             job.seen_at = now
         return []
     if schedule.is_reboot:
-        return [now] if job.is_new else []
+        return [int(now)] if job.is_new else []
     since = max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
     fires = itertools.takewhile(lambda at: at <= now, schedule.fires(since))
     missed = deque[float](fires, CATCH_UP_MAX)
@@ -4868,20 +4862,31 @@ class Scheduler:
         self._jobs, self._config = jobs, config
 
 
-def list_schedules(store: TaskStore, count: int = 1) -> list[dict[str, Any]]:
-    """Return all: name, cron, timezone, enabled, next, last, task_id, result.
+def find_schedules(store: TaskStore, name: str | None = None) -> dict[str, Any]:
+    """Return the options of one schedule, or of all, by name. Raises BAD_REQUEST."""
+    schedules = store.config.schedules
+    if name is not None and name not in schedules:
+        hint = f"schedules: {', '.join(schedules) or 'none'}; quote an expression"
+        raise bad(f"there is no schedule {name!r}", hint)
+    return schedules if name is None else {name: schedules[name]}
 
-    next: up to `count` fires, as "2025-03-09T03:00:00-04:00"; last: the one before.
+
+def list_schedules(
+    store: TaskStore, name: str | None = None, limit: int = 1
+) -> list[dict[str, Any]]:
+    """Return of each: name, cron, timezone, enabled, next, last, task_id, result.
+
+    next: up to `limit` fires, as "2025-03-09T03:00:00-04:00"; last: the one before.
     result: the state of the last task, or "skipped".
     """
     fires, found = EventStore(store).get_fires(), []
-    for name, one in store.config.schedules.items():
+    for each, one in find_schedules(store, name).items():
         schedule = CronSchedule(one.cron, one.timezone)
-        last_at, task_id = fires.get(f"schedule.{name}", (None, None))
+        last_at, task_id = fires.get(f"schedule.{each}", (None, None))
         task = store.find(ids=[task_id]) if task_id else []
         state = task[0].state if task else None if task_id or last_at is None else "skipped"
-        about = {"name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
-        about["next"] = schedule.list_next(count if one.enabled else 0)
+        about = {"name": each, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
+        about["next"] = schedule.list_next(limit if one.enabled else 0)
         about["last"] = last_at and schedule.moment(last_at).isoformat()
         found.append({**about, "task_id": task_id, "result": state})
     return found
@@ -4889,11 +4894,9 @@ def list_schedules(store: TaskStore, count: int = 1) -> list[dict[str, Any]]:
 
 def run_schedule(store: TaskStore, name: str) -> int:
     """Add a schedule's task now, return its id. Raises ILLEGAL_STATE when `overlap` forbids it."""
-    schedules = store.config.schedules
-    if name not in schedules:
-        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(schedules)}")
+    trigger = find_schedules(store, name)[name]
     event = Event.make("cron.fired", {"name": name, "scheduled_at": None}, f"schedule {name}")
-    task_id = EventStore(store).fire(f"schedule.{name}", schedules[name], event)
+    task_id = EventStore(store).fire(f"schedule.{name}", trigger, event)
     if task_id is None:
         what = f"a task of schedule {name} is unfinished"
         raise DaemonError("ILLEGAL_STATE", what, 'see `list`, or set overlap = "queue"')
@@ -6481,7 +6484,7 @@ class TaskVerbs:
             "logs": ("id! attempt offset within", self._logs),
             "queue": ("", self._queue),
             "process_logs": ("name! offsets lines", self._process_logs),
-            "schedules": ("limit", lambda limit=1: {"schedules": list_schedules(store, limit)}),
+            "schedules": ("name limit", lambda **of: {"schedules": list_schedules(store, **of)}),
             "run_schedule": ("name!", lambda name: self._wake({"id": run_schedule(store, name)})),
         }
 
@@ -8552,30 +8555,23 @@ def cmd_cron(args: Args) -> int:
     if args.action == "run":
         answer = client.call("run_schedule", {"name": name})
         return emit(answer, args, f"task {answer['id']}")
-    if " " in name or name.startswith("@"):
-        try:
-            fires = CronSchedule(name, args.timezone).list_next(args.lines)
-            found = [{"name": name, "next": fires}]
-        except DaemonError as error:
-            raise bad(error.message, error.hint) from None
-    else:
-        found = client.call("schedules", {"limit": args.lines})["schedules"]
-    if args.action == "list":
-        return emit(found, args, schedule_table(found))
-    named = [one["next"] for one in found if one["name"] == name]
-    if not named:
-        raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
-    return emit(named[0], args, "\n".join(map(in_words, named[0])))
-
-
-def schedule_table(schedules: Sequence[Fields]) -> str:
-    """Lay schedules out in columns."""
+    if args.action == "next":
+        if " " in name or name.startswith("@"):
+            try:
+                fires = CronSchedule(name, args.timezone).list_next(args.lines)
+            except DaemonError as error:
+                raise bad(error.message, error.hint) from None
+        else:
+            asked = {"name": name, "limit": args.lines}
+            fires = client.call("schedules", asked)["schedules"][0]["next"]
+        return emit(fires, args, "\n".join(map(in_words, fires)))
+    found = client.call("schedules", {"limit": args.lines})["schedules"]
     rows: list[Sequence[object]] = [("NAME", "CRON", "ZONE", "LAST", "RESULT", "TASK", "NEXT")]
-    for one in schedules:
+    for one in found:
         cells = [one[key] for key in ("name", "cron", "timezone", "last", "result", "task_id")]
         text = "at the next start" if one["enabled"] else "not enabled"
         rows.append([*cells, in_words(one["next"][0]) if one["next"] else text])
-    return columns(rows)
+    return emit(found, args, columns(rows))
 
 
 def in_words(fire: str) -> str:
