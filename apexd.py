@@ -4584,7 +4584,7 @@ def read_cron(text: object) -> dict[str, Any]:
     """Read a cron expression, five fields, @daily, @every 90s or @reboot, as a CronSchedule's."""
     words = line_of_text(text).lower().split()
     if words == ["@reboot"]:
-        return {"is_reboot": True}
+        return {}
     if words[:1] == ["@every"]:
         period = duration(" ".join(words[1:]))
         if period < 1 or period % 1:
@@ -4624,8 +4624,7 @@ class CronSchedule:
     """
 
     period = 0  # of @every: seconds, counted from 1970 on, so that restarts shift nothing
-    is_reboot = False
-    times: Sequence[int] = ()  # minutes of a day, ascending
+    times: Sequence[int] = ()  # minutes of a day, ascending; @reboot: none
     days = months = weekdays = frozenset[int]()  # weekday 0: Sunday
     needs_both = False  # day and weekday; else one of them is enough
     is_fixed = False  # neither minute nor hour begins with *
@@ -4645,43 +4644,37 @@ class CronSchedule:
         """Tell whether it fires in the moment's minute; @every: in its second."""
         at = int(moment.timestamp() // 1)
         at -= 0 if self.period else (at + self._offset(at)) % 60
-        return self.next_at(at - 1) == at
+        return next(self.fires(at - 1), None) == at
 
     def next(self, after: datetime.datetime) -> datetime.datetime | None:
         """Return the first fire after a moment, in the schedule's zone; @reboot: None."""
-        at = self.next_at(after.timestamp())
-        return None if at is None else self.moment(at)
+        return next(map(self.moment, self.fires(after.timestamp())), None)
 
-    def next_at(self, after: float) -> int | None:
-        """Do the same with epoch seconds."""
+    def fires(self, after: float) -> Iterator[int]:
+        """Yield the fires after a time, in epoch seconds."""
         at = int(after // 1)
-        if self.is_reboot or self.period:
-            return at - at % self.period + self.period if self.period else None
+        while self.period:
+            at += self.period - at % self.period
+            yield at
         start, wait = at - (at + self._offset(at)) % 60, 60
         if self.is_fixed:
             change, shift = self._find_change(start - DST_MAX_S, start)
             if -DST_MAX_S <= shift < 0 and start < change - shift:
                 start, wait = change - shift, 0  # the second pass is over
-        while True:
-            offset = self._offset(start)
+        while self.times:
+            offset, near = self._offset(start), start + 4 * DAY_S
             found = self._find_wall(start + offset + wait) - offset
-            near = start + 4 * DAY_S
             change, shift = self._find_change(start, min(found, near))
-            if not shift and found <= near:
-                return found
-            if self.is_fixed and abs(shift) <= DST_MAX_S:
-                if found < change + shift:
-                    return change  # the end of the gap
-                change = max(change, change - shift)
-            # What changes on the way to a distant `found` does not matter: nothing fires there.
-            start, wait = change if shift else found - 2 * DAY_S, 0
-
-    def fires(self, after: float) -> Iterator[int]:
-        """Yield all fires after a time, in epoch seconds."""
-        at = self.next_at(after)
-        while at is not None:
-            yield at
-            at = self.next_at(at)
+            is_bridged = self.is_fixed and abs(shift) <= DST_MAX_S
+            if is_bridged and found < change + shift:
+                found, shift = change, 0  # the end of the gap
+            if shift:
+                start, wait = max(change, change - shift) if is_bridged else change, 0
+            elif found > near:  # nothing fires until then, so what changes does not matter
+                start, wait = found - 2 * DAY_S, 0
+            else:
+                yield found
+                start, wait = found, 60
 
     def list_next(self, count: int) -> list[str]:
         """Return the next fires, as "2025-03-09T03:00:00-04:00"."""
@@ -4723,7 +4716,7 @@ class CronSchedule:
 
 
 def _checked(read: Callable[[object], object]) -> Callable[[Any], Any]:
-    return lambda text: read(text) and text
+    return lambda text: (read(text), text)[1]
 
 
 for _key, _read in (("cron", read_cron), ("timezone", read_zone)):  # CONFIG stands above this
@@ -4752,7 +4745,7 @@ def find_fires(job: CronJob, now: float) -> Sequence[float]:
         if -gap_s > (DST_MAX_S if schedule.is_fixed else CRON_LATE_S):
             job.seen_at = now
         return []
-    if schedule.is_reboot:
+    if not (schedule.period or schedule.times):  # @reboot
         return [int(now)] if job.is_new else []
     since = max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
     fires = itertools.takewhile(lambda at: at <= now, schedule.fires(since))
@@ -4843,7 +4836,7 @@ class Scheduler:
             job.seen_at = at
             self._on_fire()
         job.seen_at, job.is_new = max(job.seen_at, now), False
-        job.due_at = job.schedule.next_at(job.seen_at)
+        job.due_at = next(job.schedule.fires(job.seen_at), None)
 
     def _arrange(self) -> None:
         """Plan what the configuration says; what fires by the same as before goes on."""
