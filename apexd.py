@@ -210,6 +210,7 @@ INTEGER_MAX = 2**63 - 1  # sqlite's
 DAY_S = 24 * 3600
 DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is, as by cronie
 CRON_LATE_S = 300.0  # what is late by less fires in full, as by cronie
+CRON_RESTART_S = 10.0  # a daemon that is back so soon has not missed what fell due
 CRON_SLICE_S = 60.0  # the longest sleep: then a clock that was moved is noticed
 CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
 CATCH_UP_MAX = 1000  # fires of one schedule that are made up for
@@ -4754,9 +4755,11 @@ def find_fires(job: CronJob, now: float) -> Sequence[float]:
         return missed
     kept = [at for at in missed if now - at <= trigger.catch_up_window]
     kept = {"none": [], "last": kept[-1:], "all": kept}[trigger.catch_up]
-    if not job.is_new and not kept:  # the clock was set, or the machine slept
+    if job.is_new:  # after a restart
+        is_due = len(missed) == 1 and now - missed[0] <= CRON_RESTART_S
+    else:  # after the clock was set, or the machine slept
         is_due = now - missed[-1] < 60 or (schedule.is_fixed and gap_s <= DST_MAX_S)
-        kept = [missed[-1]] if is_due else []
+    kept = kept or ([missed[-1]] if is_due else [])
     log.info("Schedule %s: %d of %d missed fires are made", job.name, len(kept), len(missed))
     return kept
 
@@ -4811,18 +4814,20 @@ class Scheduler:
         """Make the fires that are due; return in how many seconds to look again."""
         if self._config is not self._store.config:
             self._arrange()
+        has_failed = False
         for job in self._jobs.values():
-            now = self._clock.now()
             try:
-                self._fire(job, now)
+                self._fire(job, self._clock.now())
             except DaemonError as error:
                 log.error("schedule %s: %s (%s)", job.name, error, error.hint)
-                job.due_at = now + CRON_RETRY_S
+                has_failed = True
         next_at: float | None = self.status()["next_fire_at"]
-        return next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
+        wait_s = next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
+        return CRON_RETRY_S if has_failed else wait_s
 
     def _fire(self, job: CronJob, now: float) -> None:
-        fires = find_fires(job, now)
+        is_early = not job.is_new and job.seen_at <= now < (job.due_at or now + 1.0)
+        fires = [] if is_early else find_fires(job, now)
         is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
         for at in fires:
             if self._is_stopped:
@@ -4836,7 +4841,8 @@ class Scheduler:
             job.seen_at = at
             self._on_fire()
         job.seen_at, job.is_new = max(job.seen_at, now), False
-        job.due_at = next(job.schedule.fires(job.seen_at), None)
+        if not is_early:
+            job.due_at = next(job.schedule.fires(job.seen_at), None)
 
     def _arrange(self) -> None:
         """Plan what the configuration says; what fires by the same as before goes on."""

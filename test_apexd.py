@@ -5248,6 +5248,17 @@ class TestScheduler:
         assert cron.begin("10:02:21") == []
         assert cron.go("10:03") == ["10:03"]
 
+    @pytest.mark.parametrize("last, back, fires", [
+        ("09:59:59", "10:00:00", ["10:00"]), ("09:59:59", "10:00:09", ["10:00"]), ("09:59:59", "10:00:11", []),
+        ("09:58:59", "10:00:05", []),
+    ])  # fmt: skip
+    def test_a_restart_at_the_turn_of_the_minute_loses_nothing(self, by_hand, last, back, fires):
+        cron = by_hand(job={"cron": "* * * * *"})
+        cron.begin("09:50:30")
+        cron.go(last)
+        assert cron.begin(back) == fires
+        assert cron.go("10:01") == ["10:01"]
+
     def test_what_is_caught_up_runs_one_after_the_other(self, by_hand):
         cron = by_hand(job={"cron": "* * * * *", "catch_up": "all"})
         cron.is_done = False
