@@ -4698,7 +4698,6 @@ class Scheduler:
 
     def _loop(self) -> None:
         while not self._is_stopped:
-            self._woken.clear()
             wait_s: float | None = CRON_RETRY_S
             try:
                 wait_s = self._look()
@@ -4707,6 +4706,7 @@ class Scheduler:
             except Exception:  # this thread's top frame
                 log.exception("the scheduler failed")
             self._woken.wait(wait_s)
+            self._woken.clear()
 
     def _look(self) -> float | None:
         """Make the fires that are due; return in how many seconds to look again."""
@@ -6311,7 +6311,7 @@ def absolute_path(value: object) -> str:
     raise ValueError("an absolute path")
 
 
-process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
+process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a name, or NAME.INDEX")
 
 
 def signal_number(value: object) -> int:
