@@ -3385,7 +3385,7 @@ class EventStore:
             db.executemany("DELETE FROM fires WHERE source = ?", gone)
         return seen
 
-    def get_fires(self) -> dict[str, tuple[float, int | None]]:
+    def get_fires(self) -> dict[str, tuple[float | None, int | None]]:
         """Return when each trigger acted last, and the task it made: {source: (at, id)}."""
         rows = self._store.database.fetch("SELECT source, fired_at, task_id FROM fires")
         return {source: (at, task_id) for source, at, task_id in rows}

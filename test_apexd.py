@@ -10409,6 +10409,18 @@ class TestWindows:
         windows.run("down", "web")
         assert not windows.processes("ping")
 
+    def test_schedules_fire_in_local_time_and_a_zone_without_data_is_named(self, windows):
+        """K8"""
+        job = {"cron": "@every 1s", "command": ["cmd.exe", "/c", "echo %APEX_EVENT%"]}
+        write(windows.file("config.json"), json.dumps({"schedule": {"job": {**job, "timezone": "Europe/Berlin"}}}))
+        assert "schedule.job.timezone = 'Europe/Berlin'" in windows.run("start", rc=78)
+        write(windows.file("config.json"), json.dumps({"schedule": {"job": job}}))
+        windows.start()
+        windows.until(2, state="succeeded")
+        assert "cron.fired" in windows.run("logs", 2)
+        assert len(windows.run("cron", "next", "*/5 9-17 * * mon-fri", "-n", 3).split("\n")) == 4
+        assert windows.run("cron", "next", "30 4 * * *", "--timezone", "UTC", "-n", 1).count("T04:30:00+00:00") == 1
+
     def test_only_the_token_opens_the_port(self, windows):
         windows.start()
         token = json.loads(read(windows.file("endpoint")))["token"]
