@@ -4021,9 +4021,11 @@ class TestKeeper:
         os.makedirs(tmp_path / "run", mode=0o700)
         keeper = apexd.Keeper(str(tmp_path), "0" * 16)
         path, whole = str(tmp_path / "run" / ("keeper-" + "0" * 16)), keeper._fd
-        keeper._is_wanted, keeper._ended = False, {"1-a": {"type": "exited", "run": "1-a", "code": 7}}
+        keeper._is_wanted = False
+        keeper._note({"type": "exited", "run": "1-a", "code": 7})
         keeper._fd = os.open(path, os.O_RDONLY)  # no write succeeds
         keeper._write()
+        assert keeper._ended, "else the next daemon would hear that it never ran"
         os.close(keeper._fd)
         keeper._fd = whole
         keeper._leave()
@@ -4267,6 +4269,15 @@ class TestCrashWindows:
             expected = [f"{number}a"] + [f"{number}b"] * (not is_lost)
             assert [name for name in lines_of(box, "begun") if name[:-1] == str(number)] == expected
         assert lines_of(box, "overlaps") == []
+
+    def test_what_was_only_claimed_never_ran_though_its_keeper_has_left(self, box):
+        box.start(env={"APEXD_FAILPOINT": "commit"})
+        (task_id,) = box.batch([{"command": "exit 7", "on_lost": "fail"}])
+        eventually(lambda: not lives_in(box.file("daemon.pid")), why="it killed itself")
+        eventually(lambda: not keepers(box), why="it has no child")
+        box.start()
+        settle(box, [task_id])
+        assert history_of(box, task_id) == ["failed"] and box.look(task_id)["exit_code"] == 7
 
     @others
     def test_a_result_on_disk_counts_though_the_keeper_was_not_told(self, box, other):
@@ -9386,8 +9397,9 @@ class TestDaemon:
         command = command_of(box, task_id)
         assert box.json("kill")["pid"] == daemon
         assert not lives(daemon) and lives(command)
-        assert box.run("kill").stdout == "not running\n"
-        assert box.run("status", rc=3).stdout == "not running\n", "L5: no PID file is left"
+        assert box.run("kill").stdout == "not running; 1 task still running\n"
+        status = box.run("status", rc=3)
+        assert status.stdout == "not running; 1 task still running\n", "L5: no PID file is left"
         assert not {"daemon.pid", "control.sock", "endpoint"} & set(os.listdir(box.state))
         box.run("kill", "--all")
         eventually(lambda: not lives(command))
@@ -9431,9 +9443,9 @@ class TestDaemon:
         os.kill(pid, signal.SIGSTOP)
         error = box.error("stop", "--timeout", "0.3", rc=1)
         assert error["code"] == "stop_killed" and not lives(pid)
-        assert error["message"] == "killed after 300ms; 2 tasks and 1 process run on"
+        assert error["message"] == "killed after 300ms; 2 tasks and 1 process still running"
         assert not {"daemon.pid", "control.sock", "endpoint"} & set(os.listdir(box.state))
-        assert box.run("status", rc=3).stdout == "not running\n"
+        assert "2 tasks and 1 process still running" in box.run("status", rc=3).stdout
         pid = box.start()
         assert [box.task(task_id)["attempts"] for task_id in ids] == [1, 1]
         os.kill(pid, signal.SIGSTOP)
@@ -9442,11 +9454,12 @@ class TestDaemon:
         assert [box.task(task_id)["attempts"] for task_id in ids] == [1, 1]
 
     def test_a_restart_keeps_the_configuration_that_was_named(self, box):
-        """L12"""
+        """L12: also one in the state folder, beside the one that would be found."""
         process = {"command": "exec sleep 1000", "stop_timeout": 0.2}
+        box.config({})
+        places = {"one": box.file("one.json"), "two": os.path.join(box.path, "two.json")}
         names = [
-            write(os.path.join(box.path, f"{name}.json"), json.dumps({"process": {name: process}}))
-            for name in ("one", "two")
+            write(place, json.dumps({"process": {name: process}})) for name, place in places.items()
         ]
         box.start("--config", names[0])
         before = eventually(lambda: box.json("ps")[0]["pid"])
