@@ -5740,7 +5740,7 @@ class Instance:
         elif view.state == ProcessState.UNHEALTHY:
             parts.append(f"no sign of life for {span(now - view.last_sign)}")
         elif view.state == ProcessState.RUNNING:
-            parts.insert(0, f"since {span(now - view.started)}")
+            parts.insert(0, f"for {span(now - view.started)}")
         parts += [f'it says "{self.remark}"'] if self.remark else []
         return ": ".join(filter(None, (f"{self.id} {view.state.value}", "; ".join(parts))))
 
@@ -6352,7 +6352,7 @@ class TaskVerbs:
 
     def _own_reasons(self, task: Task) -> Iterator[str]:
         if task.state == State.RUNNING:
-            yield f"runs since {span(Clock.now() - task.started_at)}"
+            yield f"has run for {span(Clock.now() - task.started_at)}"
             if task.wish is not None:
                 yield f"is being ended: {task.wish.value}"
             if self._runner is not None:
@@ -6470,13 +6470,17 @@ class ProcessVerbs:
     def _up(self, names: list[str], wait: bool = True) -> Fields:
         """Have processes up, and what they need; answer when they are, or will not be."""
         with self._supervisor.acting(names) as mine:
-            if mine and all(one.is_up() and (one.is_ready() or not wait) for one in mine):
-                what = f"{', '.join(names)} runs already"
-                raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
-            todo = list(names)
+            todo, find = list(names), self._supervisor.find
             for name in todo:
                 needs = self._store.config.processes[name].needs
                 todo += [need for need in needs if need not in todo]
+            needed = [one for name in todo[len(names) :] for one in find(name)]
+            are_good = all(one.is_up() or is_good_enough(one.view) for one in needed)
+            is_done = all(one.is_up() and (one.is_ready() or not wait) for one in mine)
+            if mine and is_done and are_good:
+                what = f"{', '.join(names)} runs already"
+                raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
+            for name in todo:
                 self._store.decide_process(name, "is_up", True)
                 for one in self._supervisor.find(name):
                     if not one.is_up():
@@ -7729,7 +7733,7 @@ ADD = (
     arg("--delay", "-d", metavar="TIME", help="start no sooner than in 90s, 5m, 2h"),
     arg("--label", "-l", help="a name for people"),
     arg("--dir", "-w", metavar="DIR", help="run there instead of here"),
-    arg("--retries", metavar="N", help="runs again so often after a failure"),
+    arg("--retries", metavar="N", help="retry up to N times after a failure"),
     arg("--timeout", metavar="TIME", help="ended after this; 0: never"),
     arg("--key", help="at most one unfinished task has it"),
     arg("--on-lost", choices=("retry", "fail"), help="when it vanished without a status"),
@@ -8290,11 +8294,15 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     for place in filter(os.path.exists, dict.fromkeys(places)):
         who = Platform.distrust(os.stat(place))
         yield place, who is None, f"can be written by {who or 'its owner only'}"
-    try:
-        load_config(project.config_path)
-        yield "configuration", True, project.config_path or "defaults"
-    except DaemonError as error:
-        yield "configuration", False, error.message
+    for name, look, text in (
+        ("configuration", lambda: load_config(project.config_path), project.config_path or "none"),
+        ("queue", lambda: manager.call("list", {"limit": 1}), "can be read"),
+    ):
+        try:
+            look()
+            yield name, True, text
+        except DaemonError as error:
+            yield name, False, error.message
     status = manager.get_status()
     text = f"running, PID {status.pid}" if status.running else status.reason or ""
     yield "daemon", status.exit_status in (0, 3), text

@@ -9974,7 +9974,7 @@ class TestCli:
         assert f"waits for task {ids['scheduled']}, which is scheduled" in why("waiting")
         assert "due in 59m" in why("scheduled")
         assert "group held is paused" in why("paused")
-        assert "runs since" in why("running")
+        assert "has run for" in why("running")
         assert "ended as ok" in why("ok")
         assert "failed (exit 3)" in why("three")
         assert "no-such-command" in why("missing")
