@@ -3432,8 +3432,10 @@ def describe_end(result: Result) -> str:
     if result.never_ran or result.reason:
         return result.reason or "it never ran"
     if result.signal is not None:
-        return f"signal {result.signal}"
-    return "lost" if result.exit_code is None else f"exit {result.exit_code}"
+        name = next((one.name for one in signal.Signals if one == result.signal), "")
+        return f"signal {result.signal} {name}".rstrip()
+    known = result.exit_code is not None
+    return f"exit {result.exit_code}" if known else "no status: its keeper or the system ended"
 
 
 def read_result(word: Mapping[str, Any]) -> Result:
@@ -6361,9 +6363,9 @@ class TaskVerbs:
         if task.state == State.SCHEDULED:
             yield f"due in {span((task.due_at or 0.0) - Clock.now())}"
         if task.outcome is not None:
-            code = "" if task.exit_code is None else f" (exit {task.exit_code})"
-            reason = f": {task.reason}" if task.reason else ""
-            yield f"attempt {task.attempts} ended as {task.outcome.value}{code}{reason}"
+            shown = {"exit_code": task.exit_code, "signal": task.signal, "reason": task.reason}
+            how = describe_end(Result(**shown))
+            yield f"attempt {task.attempts} ended as {task.outcome.value}: {how}"
         elif task.state in DONE:
             yield f"{task.state.value} before it ran"
 

@@ -9976,7 +9976,7 @@ class TestCli:
         assert "group held is paused" in why("paused")
         assert "has run for" in why("running")
         assert "ended as ok" in why("ok")
-        assert "failed (exit 3)" in why("three")
+        assert "failed: exit 3" in why("three")
         assert "no-such-command" in why("missing")
         assert f"task {ids['three']} is failed, needed: ok" in why("skipped")
         assert "cancelled" in why("cancelled")
