@@ -1191,7 +1191,7 @@ else:
                 connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 connection.settimeout(timeout_s)
                 connection.connect(name)
-                if self.peer_uid(connection) is not None:
+                if self.peer_uid(connection):  # root's may be a service manager's socket
                     raise PermissionError(errno.EPERM, "another user answers", path)
                 stack.pop_all()
             return connection

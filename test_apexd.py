@@ -10127,6 +10127,25 @@ for act in (os.setuid, os.seteuid, os.setgid, lambda number: os.setgroups([numbe
         done = subprocess.run([*words, "keep"], cwd=HERE, capture_output=True, text=True)
         assert "there is a way back to root" in done.stdout, done
 
+    def test_a_socket_that_roots_service_manager_hands_over_is_used(self, box):
+        self.give(box)
+        path = os.path.join(box.root, "control")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            os.chown(path, 65534, 65534)
+            os.chmod(path, 0o600)
+            listener.listen()
+            systemd = Systemd(box)
+            os.chmod(systemd.path, 0o666)
+            handed = {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "control"}
+            daemon = systemd.start(box, "", listener.fileno(), **handed)
+            systemd.until("READY")
+            program, env = os.path.join(box.path, "apexd.py"), {**box.env, "HOME": "/"}
+            done = as_nobody("-B", program, "--json", "status", cwd=box.path, env=env)
+            assert json.loads(done.stdout)["pid"] == daemon.pid, done
+            daemon.terminate()
+            assert daemon.wait(20) == 0 and os.path.exists(path)
+
     def test_what_that_user_cannot_use_is_named(self, box):
         error = box.error("start", rc=77)
         assert box.state in error["message"] and "chown -R nobody" in error["hint"]
