@@ -4509,7 +4509,7 @@ class CronSchedule:
                 found, shift = change, 0  # the end of the gap
             if shift:
                 start, wait = max(change, change - shift) if is_bridged else change, 0
-            elif found > near:  # nothing fires until then, so what changes does not matter
+            elif found > near:  # nothing fires until then: only changes near to it matter
                 start, wait = found - 2 * DAY_S, 0
             else:
                 yield found
@@ -4521,7 +4521,7 @@ class CronSchedule:
         return [self.moment(at).isoformat() for at in fires]
 
     def _find_wall(self, wall: int) -> int:
-        """Return the first fire from `wall` on by a clock without zone, both in its seconds."""
+        """Return the first fire from `wall` on, both in seconds of a clock without a zone."""
         number, minute = divmod(-(-wall // 60), 24 * 60)
         epoch = datetime.date(1970, 1, 1).toordinal()
         day = first = datetime.date.fromordinal(epoch + number)
@@ -4705,7 +4705,7 @@ class Scheduler:
 
 
 def list_schedules(store: TaskStore, limit: int = 1) -> list[dict[str, Any]]:
-    """Return of each: name, cron, timezone, enabled, next, last, task_id, result.
+    """Return each one's name, cron, timezone, enabled, next, last, task_id, result.
 
     next: up to `limit` fires, as "2025-03-09T03:00:00-04:00"; last: the one before.
     result: the state of the last task, or "skipped".
