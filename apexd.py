@@ -5022,7 +5022,6 @@ class DaemonRunner:
         """Claim nothing more; interrupt what still runs after `timeout_s`."""
         with self._lock:
             self.is_draining, self._drain_at = True, Clock.mono() + timeout_s
-            log.info("Waiting for %d tasks", len(self._running))
         self.wake()
 
     def stop(self, timeout_s: float | None = None) -> None:
@@ -7591,6 +7590,7 @@ class Daemon:
             if is_first or now - self._first_term >= FIRST_TERM_S:
                 how = "shutting down gracefully" if is_first else "again, stopping at once"
                 log.info("Received %s, %s", name, how)
+                log.info("Waiting for %d tasks", self._runner.get_metrics().active_task_count)
                 self._manager.tell("STOPPING=1", f"STATUS={how}")
                 self._scheduler.stop()
                 self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
