@@ -7416,11 +7416,34 @@ class ServiceManager:
             self.tell("WATCHDOG=1")
 
 
+def log_stacks() -> None:
+    """Log where each thread is."""
+    import traceback
+
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        stack = "".join(traceback.format_stack(frame)).rstrip()
+        log.info("thread %s\n%s", names.get(ident, ident), stack)
+
+
+def take_lock(pid_file: PidFile, project: Project) -> None:
+    """Become the owner of a project, after a client. Raises ALREADY_RUNNING, BUSY."""
+    while not pid_file.acquire("daemon", project.path, told=project.told):
+        holder = find_daemon(pid_file)
+        if holder is not None:
+            what = f"already running, PID {holder.pid}"
+            raise DaemonError("ALREADY_RUNNING", what, "`status` tells more")
+
+
 def settle_in(options: Any, project: Project, foreground: bool) -> dict[int, int]:
     """Take on umask and folder; return {descriptor: what it is to be}, once it is ready.
 
-    options: config.daemon. Raises CANNOT_CREATE, PERMISSION_DENIED.
+    options: config.daemon. Raises CANNOT_CREATE, PERMISSION_DENIED (of another user).
     """
+    user, folder = options.user, project.folder
+    if Platform.is_root() and user not in (None, "root"):
+        hint = f"`chown -R {user} {folder}`; then the command line becomes that user"
+        raise DaemonError("PERMISSION_DENIED", f"{folder} is not {user}'s (daemon.user)", hint)
     os.umask(int(options.umask, 8))
     folder, null = project.file("", options.work_dir), os.open(os.devnull, os.O_RDWR)
     try:
@@ -7477,13 +7500,9 @@ class Daemon:
         sockets = Platform.take_sockets()
         self._mailbox = Mailbox()
         Platform.change_limits()
-        user, folder = self._config.daemon.user, self._project.folder
-        if Platform.is_root() and user not in (None, "root"):
-            hint = f"`chown -R {user} {folder}`; then the command line becomes that user"
-            raise DaemonError("PERMISSION_DENIED", f"{folder} is not {user}'s (daemon.user)", hint)
         os.umask(0o077)
         make_state_folder(self._project.folder, self._project.path)
-        self._take_lock()
+        take_lock(self._pid_file, self._project)
         try:
             self._open_log()
             outputs = settle_in(self._config.daemon, self._project, self._foreground)
@@ -7504,14 +7523,6 @@ class Daemon:
         finally:
             self._pid_file.release()
             logging.shutdown()
-
-    def _take_lock(self) -> None:
-        """Become the owner, after a client. Raises ALREADY_RUNNING, BUSY."""
-        while not self._pid_file.acquire("daemon", self._project.path, told=self._project.told):
-            holder = find_daemon(self._pid_file)
-            if holder is not None:
-                what = f"already running, PID {holder.pid}"
-                raise DaemonError("ALREADY_RUNNING", what, "`status` tells more")
 
     def _open_log(self) -> None:
         path = self._project.file("daemon.log", self._config.log.file)
@@ -7690,12 +7701,7 @@ class Daemon:
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
-        import traceback
-
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        for ident, frame in sys._current_frames().items():
-            stack = "".join(traceback.format_stack(frame)).rstrip()
-            log.info("thread %s\n%s", names.get(ident, ident), stack)
+        log_stacks()
         log.info("status %s", json.dumps(self._status()))
         self._write_state()
 
