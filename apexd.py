@@ -7668,8 +7668,7 @@ class Daemon:
                 self._inspect()
             if now >= self._next_heartbeat and not self._exit_status:
                 self._next_heartbeat = now + self._config.daemon.heartbeat_interval
-                running = self._runner.get_metrics().active_task_count
-                self._manager.tell(f"STATUS={running} tasks running")
+                self._manager.tell(f"STATUS=tasks: {self._runner.get_metrics().active_task_count}")
                 write_atomically(self._project.file("heartbeat"), timestamp(Clock.now()) + "\n")
                 self._write_state()
         except DaemonError as error:  # a full disk

@@ -9697,7 +9697,7 @@ class TestNotify:
         daemon = systemd.start(box, WATCHDOG_USEC="300000")
         assert systemd.until("STATUS", "starting")["WATCHDOG_USEC"] == "3600000000"
         assert systemd.until("READY")["WATCHDOG_USEC"] == "300000", "as it was told"
-        systemd.until("STATUS", "0 tasks running")
+        systemd.until("STATUS", "tasks: 0")
         for _ in range(4):
             systemd.until("WATCHDOG")
         pings = [at for at, message in systemd.heard if "WATCHDOG" in message]
