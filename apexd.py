@@ -27,6 +27,7 @@ Map (a section uses only sections above it):
     10. KEEPER      the process that owns all children, and the daemon's end of it
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
+    15. WATCH       what changes in files
     16. CONTROL     frames, verbs, server, Client
     18. DAEMON      wiring, start order, signals; DaemonManager
     20. CLI         registry and handlers
@@ -87,6 +88,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
     import difflib
+    import fnmatch
     import graphlib
     import grp
     import logging
@@ -105,7 +107,7 @@ if TYPE_CHECKING:
 __version__ = "0.4.0"
 __all__ = [
     "Client", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
-    "PidFile", "Supervisor", "Task", "TaskStore", "main",
+    "FileWatcher", "PidFile", "Supervisor", "Task", "TaskStore", "main",
 ]  # fmt: skip
 
 
@@ -121,8 +123,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii difflib graphlib grp logging marshal pwd queue random resource shutil sqlite3 "
-        "subprocess tempfile"
+        "binascii difflib fnmatch graphlib grp logging marshal pwd queue random resource shutil "
+        "sqlite3 subprocess tempfile"
     ).split():
         globals()[_name] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -211,6 +213,19 @@ ENVIRONMENT_KEPT = (
 ).split()
 ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_|APEXD_")
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # they say nothing of what was looked for
+DEBOUNCE_S = 0.5  # after the last change of a burst
+DEBOUNCE_MAX_S = 10.0  # after its first, though changes go on
+WATCH_LOOK_S = 1.0  # between two looks for a folder that is missing; at files, at the least
+WATCH_GATHER_S = 0.01  # notifications that come together are read together
+POLL_SHARE = 0.004  # of a processor, for looking through a tree that nobody tells of
+POLL_BUSY_FACTOR, POLL_BUSY_S = 10, 30.0  # more of it for so long after a change
+POLL_MAX_S = 60.0
+CHANGES = {"create": "created", "modify": "modified", "delete": "deleted", "move": "moved"}
+WATCH_IGNORED = (
+    ".git .apex .svn .hg node_modules __pycache__ .venv venv .tox .mypy_cache .DS_Store "
+    "*~ .*.sw? .#* #*# 4913 *.tmp"  # of editors: backups, swap files, locks
+).split()
+MOUNT_POINT = 0xA0000003  # st_reparse_tag of a junction of Windows, a kind of link
 NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre fuse.sshfs fuse.s3fs".split()
 )
@@ -881,6 +896,9 @@ if sys.platform == "win32":
         def network_file_system(self, path: str) -> str | None:
             return "a network share" if path.startswith("\\\\") else None
 
+        def open_notifier(self) -> Any:
+            raise OSError(errno.ENOSYS, "this system cannot")
+
 else:
     import fcntl
 
@@ -1002,6 +1020,68 @@ else:
                         cpu_s += sum(map(int, fields[11:15])) / tick
                         found[session] = (cpu_s, memory + int(fields[21]) * page)
             return found
+
+    class _Notifier:
+        """Tells what changes in folders (inotify(7)). Each method may raise OSError."""
+
+        WORDS = {  # IN_Q_OVERFLOW, IN_IGNORED, IN_MOVE_SELF, IN_ISDIR, IN_MODIFY
+            0x4000: "overflow", 0x8000: "ended", 0x800: "moved", 1 << 30: "folder", 2: "written",
+        }  # fmt: skip
+
+        def __init__(self) -> None:
+            import ctypes
+
+            self._libc, self._errno = ctypes.CDLL(None, use_errno=True), ctypes.get_errno
+            self.numbers: dict[str, int] = {}  # of folders by name
+            self._folders: dict[int, str | None] = {}
+            init = getattr(self._libc, "inotify_init1", None)
+            if init is None:
+                raise OSError(errno.ENOSYS, "this system cannot")
+            self._fd = self._check(init(os.O_NONBLOCK | os.O_CLOEXEC))
+
+        def fileno(self) -> int:
+            return self._fd
+
+        def _check(self, result: int) -> int:
+            if result < 0:
+                raise OSError(self._errno(), os.strerror(self._errno()))
+            return result
+
+        def add(self, path: str, folder: str | None) -> None:
+            """Tell of a folder from now on, under this name; None: only that it was moved."""
+            # IN_ONLYDIR | IN_EXCL_UNLINK | IN_DONT_FOLLOW | all but ACCESS, OPEN, CLOSE_NOWRITE
+            mask = 0x01000800 if folder is None else 0x05000FCE | (0x02000000 if folder else 0)
+            number = self._check(self._libc.inotify_add_watch(self._fd, os.fsencode(path), mask))
+            self._folders[number] = folder
+            if folder is not None:
+                self.numbers[folder] = number
+
+        def remove(self, folder: str) -> None:
+            """Tell of this folder no more, unless it has another name by now."""
+            number = self.numbers.pop(folder, -1)
+            if self._folders.get(number) == folder:
+                del self._folders[number]
+                self._libc.inotify_rm_watch(self._fd, number)
+
+        def read(self) -> Iterator[tuple[str, str, str]]:
+            """Yield (folder, name in it, what happened: of WORDS, or "")."""
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    data, at = os.read(self._fd, 1 << 16), 0
+                    while at < len(data):
+                        number, mask, _, length = struct.unpack_from("iIII", data, at)
+                        name = os.fsdecode(data[at + 16 : at + 16 + length].rstrip(b"\0"))
+                        at += 16 + length
+                        what = next((word for bit, word in self.WORDS.items() if mask & bit), "")
+                        is_known, folder = number in self._folders, self._folders.get(number)
+                        if what == "ended" and self._folders.pop(number, None) is not None:
+                            if self.numbers.get(folder or "") == number:
+                                del self.numbers[folder or ""]
+                        if what == "overflow" or (is_known and (name or what in ("ended", "moved"))):
+                            yield folder or "", name, what
+
+        def close(self) -> None:
+            os.close(self._fd)
 
     class _Platform(_Children):
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
@@ -1143,6 +1223,7 @@ else:
                 raise
             return connection
 
+        open_notifier = _Notifier
         user = staticmethod(os.geteuid)  # whom our children are started as
 
         def highest_limit(self, name: str) -> int:
@@ -5759,6 +5840,387 @@ class Supervisor:
                 return False
             self.moved.wait(min(left_s, SETTLE_S / 5))
         return True
+
+
+# ============================================================================
+# 15. WATCH - what changes in the files below some folders
+#     Uses 1-5. Threads: one a FileWatcher. Closed by: Daemon.
+# ============================================================================
+
+# A snapshot says what was in each folder. Notifications only mark what may differ from it;
+# when a burst is over, that is looked at and compared, so the disk decides, and what cancels
+# itself out is no change. A lost notification, a folder that is new, a tree that is polled:
+# the same comparison of more. A stamp is (time of modification in ns, size, inode) of a file,
+# (0, -1, inode) of a folder.
+
+
+class Change(Value):
+    """What a burst of changes did to one file."""
+
+    kind: str  # created, modified, deleted, moved
+    path: str
+    source: str | None  # where it was moved from
+
+
+def glob_expression(patterns: Iterable[str]) -> re.Pattern[str]:
+    """Compile globs: `*` and `?` stay within a folder, `**` does not.
+
+    One without a slash is for a name in any folder, others for a path from the root.
+    """
+    marks = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]", "/": "/"}
+    words = re.compile(r"\*\*/|\*\*|\[[!^]?.[^]/]*\]|.", re.DOTALL)
+    found = ["(?!)"]  # no path
+    for pattern in (pattern.rstrip("/") for pattern in patterns):
+        pattern = pattern.lstrip("/") if "/" in pattern else "**/" + pattern
+        parts = words.findall(pattern)
+        parts = [marks.get(part) or "(?!/)" + fnmatch.translate(part)[4:-3] for part in parts]
+        found.append("".join(parts))
+    return re.compile("|".join(found), re.DOTALL)
+
+
+def watched_folder(path: str) -> str:
+    """Check a folder to watch, which may be missing. Raises ValueError."""
+    try:
+        os.scandir(path).close()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"folders that can be read: {path}: {error.strerror}") from None
+    return path
+
+
+class _Tree:
+    """The files below one root: a snapshot, and what may differ from it. One thread."""
+
+    def __init__(self, root: str, ignore: Any, endings: tuple[str, ...], is_polled: bool) -> None:
+        self.root, self.is_polled = root, is_polled
+        self._ignore, self._endings = ignore, endings
+        self.known: dict[str, dict[str, Any]] = {}  # folder -> name -> stamp
+        self._before: dict[str, Any] = {}  # what this burst changed -> its stamp before
+        self._touched: set[str] = set()  # was written to, whatever its stamp says
+        self._dirty: dict[str, set[str]] = {}  # folder -> names to look at
+        self.has_gaps = True  # all is to be looked at
+        self.notifier: Any = None
+        self._told: set[str] = set()  # warnings
+        self.is_lost = False  # the root is missing, or cannot be read
+        self.due_mono = float("inf")  # when to look without being told
+        self._busy_until, self._count = 0.0, 0  # of a poll: monotonic; changes ever seen
+
+    def close(self) -> None:
+        """Give up the notifications."""
+        if self.notifier is not None:
+            self.notifier.close()
+        self.notifier = None
+
+    def _warn(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("watching %s: %s", self.root, text)
+
+    def _poll(self, why: str | None) -> None:
+        self._warn(f"nobody tells of changes, so it is looked through now and then: {why}")
+        self.close()
+        self.is_polled, self.due_mono = True, Clock.mono()
+
+    def _path(self, relative: str) -> str:
+        return os.path.join(self.root, relative.replace("/", os.sep)) if relative else self.root
+
+    def _is_wanted(self, path: str, is_folder: bool) -> bool:
+        if self._endings and not is_folder and not path.endswith(self._endings):
+            return False
+        return not self._ignore.fullmatch(path)
+
+    def hear(self) -> bool:
+        """Take the notifications; tell whether something may have changed."""
+        is_news = False
+        for folder, name, what in self.notifier.read() if self.notifier is not None else ():
+            path = f"{folder}/{name}" if folder else name
+            if what == "overflow" or (folder == "" and what in ("moved", "ended")):
+                self.has_gaps = is_news = True
+            elif what == "ended":
+                above, _, name = folder.rpartition("/")
+                self._dirty.setdefault(above, set()).add(name)
+                is_news = True
+            elif name and self._is_wanted(path, what == "folder"):
+                self._dirty.setdefault(folder, set()).add(name)
+                self._touched |= {path} if what == "written" else set()
+                is_news = True
+        return is_news
+
+    def look(self, now: float) -> bool:
+        """Look for what nobody tells of, when that is due; tell whether there was something."""
+        if now < self.due_mono:
+            return False
+        self.due_mono = now + WATCH_LOOK_S
+        if not self.is_polled:  # a root that was missing
+            self.has_gaps |= os.path.isdir(self.root)
+            return self.has_gaps
+        count = self._count
+        self._scan("", True)
+        if self._count != count:
+            self._busy_until = now + POLL_BUSY_S
+        share = POLL_SHARE * (POLL_BUSY_FACTOR if now < self._busy_until else 1)
+        self.due_mono = now + min(max(WATCH_LOOK_S, (Clock.mono() - now) / share), POLL_MAX_S)
+        return self._count != count
+
+    def begin(self) -> None:
+        """Look at everything, and ask to be told from now on."""
+        self.close()
+        self._dirty.clear()
+        self.due_mono = float("inf")
+        above = os.path.realpath(self.root)
+        kind = None if self.is_polled else Platform.network_file_system(above)
+        try:
+            if kind is not None:
+                self._poll(f"it is on {kind}")
+            elif not self.is_polled:
+                self.notifier = Platform.open_notifier()
+        except OSError as error:
+            self._poll(error.strerror)
+        while self.notifier is not None and above != os.path.dirname(above):
+            above = os.path.dirname(above)  # when it is moved, the root is
+            with contextlib.suppress(OSError):
+                self.notifier.add(above, None)
+        self._scan("", True)
+        self.has_gaps = False
+        self.due_mono = Clock.mono() if self.is_polled else self.due_mono
+
+    def settle(self) -> None:
+        """Look at all that may differ."""
+        if self.has_gaps:
+            self.begin()
+        for path in self._touched:
+            self._before.setdefault(path, self._find(path))
+        for folder, names in self._dirty.items():
+            for name in names:
+                try:
+                    info = os.lstat(self._path(f"{folder}/{name}" if folder else name))
+                except (FileNotFoundError, NotADirectoryError):
+                    info = None
+                except OSError:  # not readable now: what is known of it stands
+                    continue
+                for inner in self._look(folder, name, info, False):
+                    self._scan(inner)
+        self._dirty.clear()
+
+    def _scan(self, folder: str, is_deep: bool = False) -> None:
+        """Compare a folder, and those in it that are new (deep: all), with what is known."""
+        todo = [folder]
+        while todo:
+            folder = todo.pop()
+            found = self._read(folder)
+            if found is not None:
+                known = self.known.setdefault(folder, {})
+                for name in [*(known.keys() - found.keys()), *found]:
+                    todo += self._look(folder, name, found.get(name), is_deep)
+
+    def _read(self, folder: str) -> dict[str, os.stat_result] | None:
+        """Return what is in a folder, {} when it is gone, None when it cannot be read."""
+        path, found, failure = self._path(folder), dict[str, os.stat_result](), None
+        try:
+            if self.notifier is not None:  # first: what is made meanwhile is found, or told of
+                self.notifier.add(path, folder)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                self._poll(f"{error.strerror} (fs.inotify.max_user_watches)")
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):
+                        found[entry.name] = entry.stat(follow_symlinks=False)
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
+            failure = error
+        if folder == "" and self.is_lost != (failure is not None):
+            self.is_lost = failure is not None
+            state = f"waiting for it: {failure.strerror}" if failure else "it is there"
+            log.warning("watching %s: %s", path, state)
+        if failure is None:
+            return found
+        if folder == "":
+            self.close()
+            self.due_mono = Clock.mono() + WATCH_LOOK_S
+        if isinstance(failure, (FileNotFoundError, NotADirectoryError)):
+            return {}
+        self._warn(f"left out: {path}: {failure.strerror}")
+        return None
+
+    def _look(self, folder: str, name: str, info: Any, is_deep: bool) -> list[str]:
+        """Compare what is at a path with what is known; return the folder to look into."""
+        known, stamp = self.known.get(folder), None
+        if info is not None and stat.S_ISREG(info.st_mode):
+            stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
+        elif info is not None and stat.S_ISDIR(info.st_mode):
+            if getattr(info, "st_reparse_tag", 0) != MOUNT_POINT:
+                stamp = (0, -1, info.st_ino)
+        old = None if known is None else known.get(name)
+        if known is None or (stamp == old and (stamp is None or stamp[1] >= 0)):
+            return []
+        path = f"{folder}/{name}" if folder else name
+        is_folder, was_folder = (one is not None and one[1] < 0 for one in (stamp, old))
+        if (old is None or is_folder != was_folder) and not self._is_wanted(path, is_folder):
+            stamp, is_folder = None, False
+        known[name] = stamp
+        if stamp is None:
+            del known[name]
+        before = None if was_folder else old
+        if before != (None if is_folder else stamp):
+            self._before.setdefault(path, before)
+            self._count += 1
+        if was_folder and not is_folder:
+            self._drop(path)
+        is_new = stamp != old or (self.notifier and path not in self.notifier.numbers)
+        return [path] if is_folder and (is_deep or is_new) else []
+
+    def _drop(self, folder: str) -> None:
+        """Forget a folder that has gone, and all in it."""
+        todo = [folder]
+        while todo:
+            folder = todo.pop()
+            if self.notifier is not None:
+                self.notifier.remove(folder)
+            for name, stamp in self.known.pop(folder, {}).items():
+                path = f"{folder}/{name}"
+                if stamp[1] < 0:
+                    todo.append(path)
+                else:
+                    self._before.setdefault(path, stamp)
+                    self._count += 1
+
+    def _find(self, path: str) -> Any:
+        """Return the stamp of a file, None when it is not there."""
+        folder, _, name = path.rpartition("/")
+        stamp = self.known.get(folder, {}).get(name)
+        return None if stamp is None or stamp[1] < 0 else stamp
+
+    def take(self, kinds: Container[str]) -> list[Change]:
+        """Return what the burst has changed, all in all; the next one begins."""
+        before, self._before = self._before, {}
+        touched, self._touched = self._touched, set()
+        after = {path: self._find(path) for path in sorted(before)}
+        gone = {before[path]: path for path, now in after.items() if before[path] and not now}
+        sources: dict[str, str] = {}  # what only has another path, by that path
+        for path, now in after.items():
+            if "moved" in kinds and not before[path] and now in gone and now[2]:
+                sources[path] = gone.pop(now)
+        moved, changes = set(sources.values()), []
+        for path, now in after.items():
+            if now is None:
+                kind = "" if before[path] is None or path in moved else "deleted"
+            elif before[path] is None:
+                kind = "moved" if path in sources else "created"
+            else:
+                kind = "modified" if now != before[path] or path in touched else ""
+            if kind in kinds:
+                source = self._path(sources[path]) if path in sources else None
+                changes.append(Change(kind=kind, path=self._path(path), source=source))
+        return changes
+
+
+class FileWatcher:
+    """Calls `on_change` with what has changed in the files below some folders.
+
+    Once a burst: `debounce_s` after its last change, `debounce_max_s` after its first at the
+    latest. A missing folder is waited for; links are not followed. on_change: is given
+    [Change, ...], sorted by path, in the watcher's thread. poll: do not ask the system to tell.
+    Thread: "watch". Life: start -> stop. Raises BAD_REQUEST.
+    """
+
+    def __init__(
+        self, paths: Iterable[str], on_change: Callable[[list[Change]], object], *,
+        events: Iterable[str] = CHANGES, ignore: Iterable[str] = (),
+        extensions: Iterable[str] = (), debounce_s: float = DEBOUNCE_S,
+        debounce_max_s: float = DEBOUNCE_MAX_S, poll: bool = False,
+    ) -> None:  # fmt: skip
+        self._on_change = on_change
+        self._kinds = {CHANGES[event] for event in events}
+        self._debounce_s, self._debounce_max_s = debounce_s, max(debounce_s, debounce_max_s)
+        endings = tuple("." + word.lstrip(".") for word in extensions)
+        ignored = glob_expression([*WATCH_IGNORED, *ignore])
+        try:
+            roots = [os.path.abspath(watched_folder(path)) for path in paths]
+        except ValueError as error:
+            raise bad(f"paths: must be {error}") from None
+        self._trees = [_Tree(root, ignored, endings, poll) for root in dict.fromkeys(roots)]
+        self._first = self._last = float("inf")  # change of a burst, monotonic
+        self._waker, self._wakee = socket.socketpair()
+        self._is_over, self._is_standing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin; what changes from now on is seen (in a large tree: soon)."""
+        self._thread.start()
+        self._is_standing.wait(STANDING_S)
+
+    def stop(self) -> None:
+        """Tell nothing more."""
+        self._is_over.set()
+        self._waker.send(b"x")
+        if self._thread is not threading.current_thread():
+            self._thread.join(ANSWER_TIMEOUT_S)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return [{"path", "how": "inotify", "polling" or "missing", "folders"}]."""
+        return [
+            {
+                "path": tree.root,
+                "how": "missing" if tree.is_lost else "polling" if tree.is_polled else "inotify",
+                "folders": len(tree.known),
+            }
+            for tree in self._trees
+        ]
+
+    def _loop(self) -> None:
+        while not self._is_over.is_set():
+            try:
+                if not self._is_standing.is_set():
+                    for tree in self._trees:
+                        tree.begin()
+                        tree.take(())
+                    self._is_standing.set()
+                self._turn()
+            except Exception:  # this thread's top frame, and the user's callback
+                log.exception("watching failed")
+                for tree in self._trees:
+                    tree.has_gaps = True
+                self._first = self._last = Clock.mono()
+                self._is_over.wait(1.0)
+        for tree in self._trees:
+            tree.close()
+        self._waker.close()
+        self._wakee.close()
+
+    def _find_end(self) -> float:
+        """Return when the burst is over, monotonic."""
+        return min(self._last + self._debounce_s, self._first + self._debounce_max_s)
+
+    def _turn(self) -> None:
+        """Wait until something may have changed or a burst is over, and see to it."""
+        wake = min([self._find_end(), *(tree.due_mono for tree in self._trees)])
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wakee, selectors.EVENT_READ)
+            for tree in self._trees:
+                if tree.notifier is not None:
+                    selector.register(tree.notifier, selectors.EVENT_READ)
+            is_told = selector.select(None if wake == float("inf") else wake - Clock.mono())
+        now = Clock.mono()
+        if is_told:
+            self._is_over.wait(min(WATCH_GATHER_S, self._debounce_s))
+        is_ending = now >= self._find_end()
+        for tree in self._trees:
+            if tree.is_polled and is_ending:  # does it still go on?
+                tree.due_mono = now
+            if tree.hear() | tree.look(now):
+                self._first, self._last = min(self._first, now), now
+        if now < self._find_end() or self._is_over.is_set():
+            return
+        for tree in self._trees:
+            tree.settle()
+        self._first = self._last = float("inf")
+        changes = [change for tree in self._trees for change in tree.take(self._kinds)]
+        if changes:
+            self._on_change(changes)
 
 
 # ============================================================================
