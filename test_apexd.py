@@ -6570,6 +6570,412 @@ class TestSupervisor:
 
 
 # ============================================================================
+# 15. WATCH - what changes in files, told by the system or looked for
+# ============================================================================
+
+
+class Watching:
+    """A FileWatcher over `path`, quick; `bursts` holds what it has told, a set each."""
+
+    def __init__(self, path, roots=None, **options):
+        self.path, self.bursts, self.at = str(path), [], []
+        options = {"debounce_s": 0.05, "debounce_max_s": 5.0, **options}
+        self.watcher = apexd.FileWatcher(roots or [self.path], self.hear, **options)
+        self.watcher.start()
+
+    def hear(self, changes):
+        self.at.append(time.monotonic())
+        paths = [[os.path.relpath(p, self.path) for p in (c.source, c.path) if p] for c in changes]
+        found = [(c.kind, *map(as_slashes, names)) for c, names in zip(changes, paths)]
+        assert len(set(found)) == len(found)
+        self.bursts.append(set(found))
+
+    def file(self, *names):
+        return os.path.join(self.path, *names)
+
+    def write(self, name, data="x"):
+        """Write a file in place."""
+        write_plainly(self.file(*name.split("/")), data)
+
+    def tells(self, *expected):
+        """Wait until it has told of exactly these changes, in one burst."""
+        eventually(lambda: self.bursts, why=f"it tells of {expected}")
+        assert self.bursts == [set(expected)]
+        self.bursts.clear()
+
+    def tells_nothing(self):
+        """See that the next thing it tells of is what this changes."""
+        self.write("last", str(time.monotonic()))
+        eventually(lambda: any(name == "last" for burst in self.bursts for _, name in burst))
+        assert {name for burst in self.bursts for _, *names in burst for name in names} == {"last"}
+        self.bursts.clear()
+
+    def how(self):
+        return [one["how"] for one in self.watcher.status()]
+
+
+def as_slashes(path):
+    return path.replace(os.sep, "/")
+
+
+def write_plainly(path, data):
+    """Write a file in place, making its folder."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        file.write(data)
+
+
+@pytest.fixture
+def watching(tmp_path, request, monkeypatch):
+    """Give a maker of a Watching; a parameter says how it learns of changes."""
+    made, options = [], {}
+    if getattr(request, "param", "") == "polling":
+        options["poll"] = True
+        monkeypatch.setattr(apexd, "WATCH_LOOK_S", 0.1)
+
+    def make(path=tmp_path, **more):
+        made.append(Watching(path, **{**options, **more}))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.watcher.stop()
+    assert [thread.name for thread in threading.enumerate() if thread.name == "watch"] == []
+
+
+both = pytest.mark.parametrize("watching", ["told", "polling"], indirect=True)
+
+
+class TestWatch:
+    @both
+    def test_what_is_created_modified_moved_and_deleted_is_told(self, watching, tmp_path):
+        write_plainly(str(tmp_path / "old" / "f"), "1")
+        watch = watching()
+        watch.write("a/b/c/new", "x")
+        watch.tells(("created", "a/b/c/new"))
+        watch.write("old/f", "22")
+        watch.tells(("modified", "old/f"))
+        os.rename(watch.file("old", "f"), watch.file("a", "g"))
+        watch.tells(("created", "a/g"), ("deleted", "old/f")) if IS_WINDOWS else watch.tells(
+            ("moved", "old/f", "a/g")
+        )
+        shutil.rmtree(watch.file("a"))
+        watch.tells(("deleted", "a/b/c/new"), ("deleted", "a/g"))
+
+    @both
+    @posix
+    def test_a_moved_folder_is_followed_to_its_new_name(self, watching, tmp_path):
+        for name in ("a/x/f", "a/g", "b/h"):
+            write_plainly(str(tmp_path / name), name)
+        watch = watching()
+        os.rename(watch.file("a"), watch.file("b", "a"))
+        watch.tells(("moved", "a/x/f", "b/a/x/f"), ("moved", "a/g", "b/a/g"))
+        watch.write("b/a/x/f", "more than before")
+        watch.tells(("modified", "b/a/x/f"))
+        watch.write("a/x/f", "another")
+        watch.tells(("created", "a/x/f"))
+        os.rename(watch.file("b"), watch.path + "-outside")
+        watch.tells(("deleted", "b/a/x/f"), ("deleted", "b/a/g"), ("deleted", "b/h"))
+        write_plainly(watch.path + "-outside/a/x/f", "not ours any more")
+        watch.tells_nothing()
+
+    @both
+    def test_a_burst_is_told_once_and_what_cancels_itself_out_not_at_all(self, watching, tmp_path):
+        """L3"""
+        write_plainly(str(tmp_path / "saved"), "old")
+        write_plainly(str(tmp_path / "again" / "f"), "old")
+        watch = watching(debounce_s=0.2)
+        for n in range(20):
+            watch.write(f"many/{n}")
+        watch.write("new-name", "saved by replacing")
+        os.replace(watch.file("new-name"), watch.file("saved"))
+        watch.write("brief/f")
+        shutil.rmtree(watch.file("brief"))
+        shutil.rmtree(watch.file("again"))
+        watch.write("again/f", "made anew")
+        many = [("created", f"many/{n}") for n in range(20)]
+        watch.tells(*many, ("modified", "saved"), ("modified", "again/f"))
+        watch.write("again/f", "and this one is noticed as well")
+        watch.tells(("modified", "again/f"))
+
+    @both
+    def test_only_the_events_and_endings_asked_for_are_told(self, watching, tmp_path):
+        write_plainly(str(tmp_path / "c.py"), "")
+        watch = watching(events=["create", "delete"], extensions=["py", ".tar.gz"])
+        for name in ("a.py", "b.tar.gz", "b.gz", "py", "c.py"):
+            watch.write(name, "text")
+        watch.tells(("created", "a.py"), ("created", "b.tar.gz"))
+        os.rename(watch.file("a.py"), watch.file("d.py"))
+        watch.tells(("deleted", "a.py"), ("created", "d.py"))
+
+    @both
+    def test_what_is_ignored_is_neither_told_nor_looked_into(self, watching):
+        watch = watching(ignore=["/out", "docs/**/*.html", "*.o", "deep/*/x", "[!a]b"])
+        ignored = (
+            ".git/HEAD", "a/.git/HEAD", "node_modules/m/f", "a/__pycache__/f", "f~", ".f.swp",
+            "a/4913", "#f#", ".#f", "f.tmp", ".apex/f", "out/f", "docs/f.html", "docs/a/b/f.html",
+            "a/b.o", "deep/1/x", "bb",
+        )  # fmt: skip
+        told = ("a/out/f", "docs/f", "deep/x", "deep/1/2/x", "ab", "git/f", "a/f.html")
+        for name in ignored + told:
+            watch.write(name)
+        watch.tells(*(("created", name) for name in told))
+        assert watch.watcher.status()[0]["folders"] < 12
+
+    @both
+    def test_a_folder_that_is_missing_or_lost_is_waited_for(self, watching, tmp_path, caplog):
+        """L5"""
+        here, away = str(tmp_path / "here"), str(tmp_path / "x" / "away")
+        write_plainly(os.path.join(here, "f"), "1")
+        watch = watching(roots=[here, away])
+        assert watch.how()[1] == "missing"
+        write_plainly(os.path.join(away, "g"), "1")
+        watch.tells(("created", "x/away/g"))
+        shutil.rmtree(here)
+        watch.tells(("deleted", "here/f"))
+        began = time.monotonic()
+        write_plainly(os.path.join(here, "f"), "1")
+        watch.tells(("created", "here/f"))
+        assert time.monotonic() - began < 2.0
+        if not IS_WINDOWS:
+            os.rename(tmp_path / "x", tmp_path / "y")  # above the root: nothing happens in it
+            watch.tells(("deleted", "x/away/g"))
+            write_plainly(os.path.join(away, "h"), "1")
+            watch.tells(("created", "x/away/h"))
+        assert "missing" not in watch.how()
+        assert caplog.text.count("waiting for it") == (2 if IS_WINDOWS else 3)
+
+    @both
+    @posix
+    def test_links_pipes_and_sockets_are_no_files(self, watching, tmp_path):
+        """L4"""
+        watch = watching()
+        outside = write(str(tmp_path) + "-outside/f", "1")
+        os.mkfifo(watch.file("pipe"))
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(watch.file("socket"))
+        os.symlink(watch.path, watch.file("loop"))
+        os.symlink("/dev/zero", watch.file("zero"))
+        os.symlink(os.path.dirname(outside), watch.file("outside"))
+        write(outside, "2")
+        watch.tells_nothing()
+
+    @both
+    @linux
+    def test_names_that_are_no_utf8_are_kept(self, watching):
+        """L8"""
+        watch = watching()
+        name = b"\xff\n \xe2\x82\xac"
+        write_plainly(os.fsencode(watch.path) + b"/\xfe/" + name, "x")
+        watch.tells(("created", os.fsdecode(b"\xfe/" + name)))
+
+    @both
+    @posix
+    def test_a_folder_that_cannot_be_read_is_left_out_and_said_once(self, watching, caplog):
+        """L8"""
+        watch = watching()
+        watch.write("shut/f")
+        watch.tells(("created", "shut/f"))
+        if IS_ROOT:
+            pytest.skip("root reads everything")
+        os.chmod(watch.file("shut"), 0)
+        watch.tells_nothing()
+        watch.tells_nothing()
+        assert caplog.text.count("left out") == 1
+        os.chmod(watch.file("shut"), 0o755)
+        watch.write("shut/g")
+        watch.tells(("created", "shut/g"))
+
+    @linux
+    def test_a_rewrite_that_leaves_time_and_size_alone_is_a_change(self, watching):
+        watch = watching()
+        watch.write("f", "a")
+        watch.tells(("created", "f"))
+        info = os.stat(watch.file("f"))
+        with open(watch.file("f"), "r+") as file:
+            file.write("b")
+            file.flush()
+            os.utime(file.fileno(), ns=(info.st_atime_ns, info.st_mtime_ns))
+        watch.tells(("modified", "f"))
+        os.chmod(watch.file("f"), 0o640)
+        with open(watch.file("f"), "a"):
+            pass
+        watch.tells_nothing()
+
+    def test_a_burst_that_does_not_end_is_told_all_the_same(self, watching):
+        watch = watching(debounce_s=0.3, debounce_max_s=0.6)
+        began = time.monotonic()
+        for n in range(1000):
+            watch.write("f", str(n))
+            if watch.bursts:
+                break
+            threading.Event().wait(0.01)
+        assert 0.5 < watch.at[0] - began < 5.0
+
+    @linux
+    def test_files_made_while_their_folder_is_new_are_found(self, watching):
+        """L6"""
+        watch, names = watching(debounce_s=0.01), set()
+        for n in range(ROUNDS * 50):
+            watch.write(f"{n}/{n}/f")
+            names.add(("created", f"{n}/{n}/f"))
+        eventually(lambda: set().union(*watch.bursts) >= names)
+        assert {name for burst in watch.bursts for _, name in burst} == {name for _, name in names}
+
+    @linux
+    def test_notifications_that_were_dropped_are_made_up_for(self, watching):
+        """L1"""
+        watch = watching(debounce_s=0.3)
+        with open("/proc/sys/fs/inotify/max_queued_events") as file:
+            count = int(file.read())
+        if count > 20000:
+            pytest.skip("a long queue")
+        tree = watch.watcher._trees[0]
+        hear, tree.hear = tree.hear, lambda: False  # it has no time
+        watch.write("sub/f")
+        for n in range(count // 2):
+            os.close(os.open(watch.file(f"f{n % 100}"), os.O_CREAT | os.O_WRONLY))
+            os.unlink(watch.file(f"f{n % 100}"))
+        watch.write("after")
+        tree.hear = hear
+        watch.tells(("created", "sub/f"), ("created", "after"))
+
+    LIMITED = """
+        import sys, time; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True
+        import apexd, os
+        told = []
+        with open(sys.argv[3], "w") as file: file.write(sys.argv[4])
+        watcher = apexd.FileWatcher([sys.argv[2]], told.append, debounce_s=0.05)
+        watcher.start()
+        print(watcher.status()[0]["how"])
+        with open(os.path.join(sys.argv[2], "d3", "f"), "w"): pass
+        while not told: time.sleep(0.01)
+        print([change.kind for change in told[0]])
+        watcher.stop()
+    """
+
+    @linux
+    @pytest.mark.parametrize("name", ["max_user_watches", "max_user_instances"])
+    def test_without_room_for_notifications_it_looks(self, tmp_path, name):
+        """L2"""
+        unshare = shutil.which("unshare")
+        words = [unshare or "", "-rn", "true"]
+        if not unshare or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("no user namespaces")
+        for n in range(10):
+            os.makedirs(tmp_path / f"d{n}")
+        script = write(str(tmp_path) + "-limited.py", textwrap.dedent(self.LIMITED))
+        words = [sys.executable, script, HERE, tmp_path, f"/proc/sys/fs/inotify/{name}", "3"]
+        if name == "max_user_instances":
+            words[-1] = "0"
+        done = subprocess.run([unshare, "-r", *words], capture_output=True, text=True, timeout=30)
+        assert done.stdout.split("\n")[:2] == ["polling", "['created']"], done
+        assert done.stderr.count("now and then") == 1, done
+
+    @linux
+    def test_an_idle_watch_costs_nothing(self, tmp_path):
+        code = """
+            import sys, time; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True
+            import apexd, resource
+            watcher = apexd.FileWatcher([sys.argv[2]], print)
+            watcher.start()
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            time.sleep(1.0)
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            print(after.ru_nvcsw - before.ru_nvcsw)
+        """
+        script = write(str(tmp_path) + "-idle.py", textwrap.dedent(code))
+        done = subprocess.run(
+            [sys.executable, script, HERE, str(tmp_path)], capture_output=True, text=True, timeout=30
+        )
+        assert int(done.stdout) <= 2, done
+
+    @slow
+    def test_a_polled_tree_of_ten_thousand_files_costs_little(self, watching, tmp_path):
+        for n in range(10000):
+            write_plainly(str(tmp_path / str(n % 100) / f"f{n}"), "")
+        watch = watching(poll=True)
+        watch.tells_nothing()
+        threading.Event().wait(apexd.POLL_BUSY_S + 15)
+        before = time.process_time()
+        threading.Event().wait(60)
+        assert (time.process_time() - before) / 60 < 0.005
+
+    def test_a_checkout_is_one_burst_of_the_files_that_differ(self, watching, tmp_path):
+        count = 3000 if SLOW else 300
+        git = functools.partial(run_git, str(tmp_path))
+        git("init", "-q", "-b", "one")
+        for n in range(count):
+            write_plainly(str(tmp_path / f"d{n % 20}" / f"f{n}"), str(n))
+        git("add", "-A")
+        git("commit", "-qm", "1")
+        git("checkout", "-qb", "two")
+        for n in range(0, count, 3):
+            write_plainly(str(tmp_path / f"d{n % 20}" / f"f{n}"), "changed")
+        for n in range(1, count, 10):
+            os.unlink(tmp_path / f"d{n % 20}" / f"f{n}")
+            write_plainly(str(tmp_path / "new" / str(n % 7) / f"f{n}"), f"new {n}")
+        git("add", "-A")
+        git("commit", "-qm", "2")
+        watch = watching(debounce_s=0.5, events=["create", "modify", "delete"])
+        words = {"A": "created", "M": "modified", "D": "deleted"}
+        for branch, other in (("one", "two"), ("two", "one")):
+            lines = git("diff", "--name-status", "--no-renames", other, branch).split("\n")
+            git("checkout", "-q", branch)
+            watch.tells(*((words[line[0]], line[2:]) for line in lines if line))
+
+    def test_a_callback_that_raises_does_not_end_the_watch(self, watching, caplog):
+        watch = watching()
+        hear, watch.watcher._on_change = watch.hear, lambda changes: 1 / 0
+        watch.write("f")
+        eventually(lambda: "ZeroDivisionError" in caplog.text)
+        watch.watcher._on_change = hear
+        eventually(lambda: watch.write("g") or watch.bursts)
+
+    def test_a_path_that_is_no_folder_is_refused(self, tmp_path):
+        path = write(str(tmp_path / "file"), "")
+        with pytest.raises(apexd.DaemonError) as told:
+            apexd.FileWatcher([path], print)
+        assert told.value.code == "BAD_REQUEST" and path in told.value.message
+
+    def test_folders_made_and_removed_at_speed_end_in_the_truth(self, watching):
+        watch, known, rng = watching(debounce_s=0.02), set(), random.Random(1)
+        if IS_WINDOWS:
+            pytest.skip("what is open cannot be removed")
+        for n in range(ROUNDS * 150):
+            name = "/".join(rng.choice("abc") for _ in range(rng.randint(1, 4)))
+            path, act = watch.file(name), rng.random()
+            with contextlib.suppress(OSError):
+                if act < 0.5:
+                    write_plainly(os.path.join(path, "f"), str(n))
+                elif act < 0.75:
+                    shutil.rmtree(path)
+                else:
+                    other = "/".join(rng.choice("abc") for _ in range(rng.randint(1, 4)))
+                    os.rename(path, watch.file(other))
+        watch.write("last")
+        eventually(lambda: any(("created", "last") in burst for burst in watch.bursts))
+        for burst in watch.bursts:
+            for kind, *names in burst:
+                known -= {names[0]} if kind in ("deleted", "moved") else set()
+            known |= {names[-1] for kind, *names in burst if kind != "deleted"}
+        found = {as_slashes(os.path.relpath(os.path.join(folder, name), watch.path))
+                 for folder, _, names in os.walk(watch.path) for name in names}
+        assert known == found
+        watch.bursts.clear()
+        for name in found - {"last"}:  # each folder is still watched
+            watch.write(name, "to the end")
+        eventually(lambda: set().union(*watch.bursts) == {("modified", n) for n in found - {"last"}})
+
+
+def run_git(folder, *words):
+    """Run git in a folder; return what it prints."""
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "core.autocrlf=false"]
+    words = ["git", "-C", folder, *who, *words]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+# ============================================================================
 # 16. CONTROL - frames, verbs, server, Client
 # ============================================================================
 
