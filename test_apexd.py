@@ -6855,7 +6855,7 @@ class TestWatch:
     """
 
     @linux
-    @pytest.mark.parametrize("name", ["max_user_watches", "max_user_instances"])
+    @pytest.mark.parametrize("name", ["max_inotify_watches", "max_inotify_instances"])
     def test_without_room_for_notifications_it_looks(self, tmp_path, name):
         """L2"""
         unshare = shutil.which("unshare")
@@ -6865,8 +6865,8 @@ class TestWatch:
         for n in range(10):
             os.makedirs(tmp_path / f"d{n}")
         script = write(str(tmp_path) + "-limited.py", textwrap.dedent(self.LIMITED))
-        words = [sys.executable, script, HERE, tmp_path, f"/proc/sys/fs/inotify/{name}", "3"]
-        if name == "max_user_instances":
+        words = [sys.executable, script, HERE, tmp_path, f"/proc/sys/user/{name}", "3"]
+        if name == "max_inotify_instances":
             words[-1] = "0"
         done = subprocess.run([unshare, "-r", *words], capture_output=True, text=True, timeout=30)
         assert done.stdout.split("\n")[:2] == ["polling", "['created']"], done
