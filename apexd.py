@@ -205,6 +205,7 @@ CLOCK_JUMP_S = 60.0  # a round in which the clock moved so far by itself goes by
 PRIORITY_MAX = 1_000_000
 DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
+OWN_GROUPS = ("default", "hooks")  # there without being declared
 
 ENVIRONMENT_KEPT = (
     "PATH HOME USER LOGNAME LANG TZ TMPDIR SHELL VIRTUAL_ENV CONDA_PREFIX PYTHONPATH "
@@ -441,6 +442,23 @@ class Begun(Value):
     start_time: str | None
     age_s: float  # how long it has run
     is_adopted: bool  # it was started by a former daemon
+
+
+class Event(Value):
+    """Something that happened, as events.log, hooks and `events` show it."""
+
+    id: str  # unique
+    time: float  # epoch seconds
+    type: str  # "task.failed"
+    source: str  # who tells it: "task 12", "schedule nightly"
+    payload: dict[str, Any]
+    hops: int  # hooks that led to it, one by the other
+
+    @classmethod
+    def make(cls, type: str, payload: Mapping[str, Any], source: str, hops: int = 0) -> Event:
+        """Make one that happens now."""
+        about = {"id": os.urandom(12).hex(), "time": Clock.now(), "type": type}
+        return cls(**about, source=source, payload=dict(payload), hops=hops)
 
 
 class DaemonMetrics(Value):
@@ -1934,6 +1952,33 @@ def paths(value: object) -> list[str]:
     return [line_of_text(path) for path in text_list([value] if isinstance(value, str) else value)]
 
 
+# What a task can be given, wherever it comes from.
+TASK_READERS: dict[str, Callable[[Any], Any]] = {
+    "group": line_of_text,
+    "priority": integer(-PRIORITY_MAX, PRIORITY_MAX),
+    "label": line_of_text,
+    "after": dependencies,
+    "delay": duration,
+    "retries": integer(0, 1000),
+    "timeout": duration,
+    "key": line_of_text,
+    "on_lost": choice("retry", "fail"),
+    "max_tokens": integer(1),
+    "max_cost": number,
+}
+TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "command": (command_line, None, "a string for sh, or a list of arguments"),
+    "enabled": (truth, True, "false: it is checked, but starts nothing"),
+    "overlap": (choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"),
+    "cwd": (line_of_text, ".", "seen from the project"),
+    "env": (environment, {}, "variables on top of the daemon's own that are kept"),
+    **{
+        name: (TASK_READERS[name], None, f"of its tasks, as with add --{name.replace('_', '-')}")
+        for name in TASK_READERS
+        if name not in ("after", "key")
+    },
+}
+
 # One row an option: its reader, its default, its meaning. README and `config` follow it.
 OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "daemon": {
@@ -2002,7 +2047,33 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "memory_restart_mb": (number, None, "restarted when all of it uses more (Linux)"),
         "log_mb": (number, 50.0, "an instance's log; its head goes to .1"),
     },
+    "schedule": {
+        **TRIGGER_OPTIONS,
+        "cron": (line_of_text, None, 'when: "30 4 * * mon-fri", "@daily", "@every 90s", "@reboot"'),
+        "timezone": (line_of_text, None, 'such as "Europe/Berlin"; local time otherwise'),
+        "catch_up": (choice("none", "last", "all"), "none", "of what fell due without a daemon"),
+        "catch_up_window": (duration, 86400.0, "how far back catch_up looks"),
+    },
+    "watch": {
+        **TRIGGER_OPTIONS,
+        "paths": (paths, [], "folders, seen from the project, with all that is in them"),
+        "events": (text_list, ["create", "modify", "delete", "move"], "changes that count"),
+        "ignore": (text_list, [], "globs of paths that do not count, besides the usual ones"),
+        "extensions": (text_list, [], 'suffixes that count, such as ".py"; none: all'),
+        "debounce_ms": (number, 500.0, "quiet time before a burst of changes becomes a task"),
+        "debounce_max": (interval, 10.0, "the longest that a burst is collected"),
+    },
+    "hook": {
+        **TRIGGER_OPTIONS,
+        "on": (text_list, [], 'types of events: ["task.failed", "process.*"]'),
+        "url": (line_of_text, None, "the event is sent there by POST, instead of a command"),
+        "secret_env": (line_of_text, None, "variable with the secret that signs what is sent"),
+    },
 }
+TABLES = {  # kinds of which users name each one, and where a Config has them
+    "group": "groups", "process": "processes", "schedule": "schedules", "watch": "watches",
+    "hook": "hooks",
+}  # fmt: skip
 FORMER_NAMES = {
     "maxConcurrentTasks": "daemon.max_concurrent",
     "max_parallel_actions": "daemon.max_concurrent",
@@ -2019,7 +2090,7 @@ FORMER_NAMES = {
 class Config:
     """The effective configuration: config.daemon.poll_interval, config.groups["build"].
 
-    data: the file's tables; [group.NAME] and [process.NAME] come with names of users'.
+    data: the file's tables; of the kinds in TABLES each has a name that the user chose.
     Raises CONFIG_INVALID.
     """
 
@@ -2027,22 +2098,24 @@ class Config:
     log: Any
     retention: Any
     limits: Any
+    processes: dict[str, Any]
+    schedules: dict[str, Any]
+    watches: dict[str, Any]
+    hooks: dict[str, Any]
 
     def __init__(self, data: Mapping[str, Any], path: str | None = None) -> None:
         for key in data:
             if key not in OPTIONS:
                 raise _unknown(path, key, key, OPTIONS)
-        for name in OPTIONS.keys() - {"group", "process"}:
+        for name in OPTIONS.keys() - TABLES.keys():
             setattr(self, name, _read_section(path, name, name, data.get(name, {})))
-        self.groups = {"default": _read_section(path, "group", "group.default", {})}
-        self.groups.update(_read_tables(path, "group", data.get("group", {})))
-        self.processes = _read_tables(path, "process", data.get("process", {}))
-        for name, process in self.processes.items():
-            if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
-                hint = "letters, digits, - and _, at most 64, a letter first"
-                raise _broken(path, f"process.{name}: is no name of a process", hint)
-            if process.command is None:
-                raise _broken(path, f"process.{name}.command is missing", "say what to run")
+        for kind, attribute in TABLES.items():
+            setattr(self, attribute, _read_tables(path, kind, data.get(kind, {})))
+        own = {name: _read_section(path, "group", f"group.{name}", {}) for name in OWN_GROUPS}
+        self.groups: dict[str, Any] = {**own, **self.groups}
+        for kind in ("process", "schedule", "watch", "hook"):
+            for name, one in getattr(self, TABLES[kind]).items():
+                self._check_named(path, kind, name, one)
         below_s: dict[str, float] = {}  # how long each takes to stop, after all that it needs
         for name in self._order_processes(path):
             process = self.processes[name]
@@ -2050,6 +2123,17 @@ class Config:
             below_s[name] = process.stop_timeout + needed_s
         self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
+
+    def _check_named(self, path: str | None, kind: str, name: str, one: Any) -> None:
+        """Check a process or a trigger beyond its single options. Raises CONFIG_INVALID."""
+        if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
+            hint = "letters, digits, - and _, at most 64, a letter first"
+            raise _broken(path, f"{kind}.{name}: is no name of a {kind}", hint)
+        if one.command is None and getattr(one, "url", None) is None:
+            raise _broken(path, f"{kind}.{name}.command is missing", "say what to run")
+        if kind != "process" and (one.group or "default") not in self.groups:
+            error = unknown_group(one.group, self)
+            raise _broken(path, f"{kind}.{name}.group: {error.message}", error.hint)
 
     def _order_processes(self, path: str | None) -> list[str]:
         """Return the processes, each after all that it needs. Raises CONFIG_INVALID."""
@@ -2069,8 +2153,9 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the effective values: {"daemon.poll_interval": 5.0, ...}."""
         sections = {name: vars(getattr(self, name)) for name in OPTIONS if hasattr(self, name)}
-        for kind, table in (("group", self.groups), ("process", self.processes)):
-            sections.update({f"{kind}.{name}": vars(one) for name, one in table.items()})
+        for kind, attribute in TABLES.items():
+            for name, one in getattr(self, attribute).items():
+                sections[f"{kind}.{name}"] = vars(one)
         return {
             f"{section}.{key}": x.to_dict() if isinstance(x, Value) else x
             for section, one in sections.items()
@@ -2120,6 +2205,29 @@ def _read_tables(path: str | None, kind: str, given: object) -> dict[str, Simple
     if not isinstance(given, dict):
         raise _broken(path, f"[{kind}] must be a table of tables")
     return {name: _read_section(path, kind, f"{kind}.{name}", one) for name, one in given.items()}
+
+
+def unknown_group(name: str, config: Config) -> DaemonError:
+    """Make the error of a group that is not declared."""
+    hint = f"groups: {', '.join(config.groups)}; declare [group.{name}] and reload"
+    return DaemonError("UNKNOWN_GROUP", f"there is no group {name!r}", hint)
+
+
+def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[str, str]:
+    """Return what a task gets of this process's environment, and NAME[=VALUE] on top."""
+    names = {*ENVIRONMENT_KEPT, *keep}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if (not names.isdisjoint((name, name.upper(), "*")) or name.startswith("LC_"))
+        and not ENVIRONMENT_DROPPED.match(name)
+    }
+    for item in extra:
+        name, has_value, value = item.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise bad(f"{name!r} is no name of a variable", "write --env NAME or NAME=VALUE")
+        env[name] = value if has_value else os.environ.get(name, "")
+    return env
 
 
 def find_config(folder: str) -> str | None:
@@ -2485,6 +2593,11 @@ CREATE TABLE processes (               -- what users decided, over the configura
   is_up     INTEGER,                   -- NULL: as autostart says
   instances INTEGER                    -- NULL: as configured
 ) WITHOUT ROWID;
+CREATE TABLE fires (                   -- the last time each trigger made a task
+  source   TEXT PRIMARY KEY,           -- schedule.NAME
+  fired_at REAL NOT NULL,              -- the time it was scheduled for
+  task_id  INTEGER                     -- NULL: none was made, one of it was unfinished
+) WITHOUT ROWID;
 CREATE TABLE counts (state TEXT, grp TEXT, n INTEGER NOT NULL, PRIMARY KEY (state, grp))
   WITHOUT ROWID;
 -- Insertions are counted where they are made: a trigger costs a third of a large batch.
@@ -2517,6 +2630,7 @@ MIGRATIONS = (
     DROP TABLE old_attempts;
     DROP TABLE old_requests;
     """,
+    "".join(re.findall(r"CREATE TABLE fires .*?;\n", SCHEMA, re.S)),
 )
 PRAGMAS = (
     "busy_timeout = 5000",
@@ -2688,19 +2802,6 @@ _COUNT_SQL = """
 INSERT INTO counts VALUES (?, ?, ?)
 ON CONFLICT (state, grp) DO UPDATE SET n = n + excluded.n
 """
-TASK_READERS: dict[str, Callable[[Any], Any]] = {
-    "group": line_of_text,
-    "priority": integer(-PRIORITY_MAX, PRIORITY_MAX),
-    "label": line_of_text,
-    "after": dependencies,
-    "delay": duration,
-    "retries": integer(0, 1000),
-    "timeout": duration,
-    "key": line_of_text,
-    "on_lost": choice("retry", "fail"),
-    "max_tokens": integer(1),
-    "max_cost": number,
-}
 
 
 class Added(list[int]):
@@ -2712,12 +2813,6 @@ class Added(list[int]):
 def unknown_task(task_id: int) -> DaemonError:
     """Make the error of an id that names no task."""
     return DaemonError("UNKNOWN_TASK", f"there is no task {task_id}", "see `list`")
-
-
-def unknown_group(name: str, config: Config) -> DaemonError:
-    """Make the error of a group that is not declared."""
-    hint = f"groups: {', '.join(config.groups)}; declare [group.{name}] and reload"
-    return DaemonError("UNKNOWN_GROUP", f"there is no group {name!r}", hint)
 
 
 def read_options(given: Mapping[str, Any], config: Config) -> SimpleNamespace:
@@ -2962,6 +3057,7 @@ class TaskStore:
         self.folder = os.path.dirname(os.path.abspath(path))
         self.project = project or os.path.dirname(self.folder)
         self.config = config or Config({})
+        self.on_events: Callable[[Sequence[Event]], None] = lambda events: None  # after the commit
         self.last_upkeep: Any = None  # what `prune_all` saw the last time
         self._own_lock = PidFile(os.path.join(self.folder, "daemon.pid"))
         if lock is None:
@@ -3001,22 +3097,31 @@ class TaskStore:
                 ids = Added(answer["ids"] if isinstance(answer, dict) else answer)
                 ids.existing = answer["existing"] if isinstance(answer, dict) else ()
                 return ids
-            sql = f"SELECT coalesce(sum(n), 0) FROM counts WHERE state NOT IN {_DONE}"
-            (unfinished,) = db.execute(sql).fetchone()
-            if unfinished + len(commands) > self.config.retention.max_queue:
-                hint = "wait, remove some, or raise retention.max_queue"
-                raise DaemonError("QUEUE_FULL", f"{unfinished} unfinished tasks are queued", hint)
-            context = (json.dumps(cwd or here()), json.dumps(dict(env or {})), umask)
-            sql = """
-                INSERT INTO requests (token, cwd, env, umask, created_at, answer)
-                VALUES (?, ?, ?, ?, ?, '')
-            """
-            request = db.execute(sql, (token, *context, Clock.now())).lastrowid or 0
-            ids = _insert_tasks(db, commands, options or {}, self.config, request)
-            answer = {"ids": ids, "existing": ids.existing} if ids.existing else ids
-            bounds = (min(ids, default=0), max(ids, default=0))
-            sql = "UPDATE requests SET first_task = ?, last_task = ?, answer = ? WHERE id = ?"
-            db.execute(sql, (*bounds, json.dumps(answer), request))
+            context = (token, cwd or here(), env or {}, umask)
+            ids = self.insert(db, commands, options or {}, *context)
+        return ids
+
+    def insert(
+        self, db: sqlite3.Connection, commands: Sequence[Any], options: Mapping[str, Any],
+        token: str | None, cwd: str, env: Mapping[str, str], umask: int | None,
+    ) -> Added:  # fmt: skip
+        """Insert a request and its tasks, within the transaction of a caller."""
+        sql = f"SELECT coalesce(sum(n), 0) FROM counts WHERE state NOT IN {_DONE}"
+        (unfinished,) = db.execute(sql).fetchone()
+        if unfinished + len(commands) > self.config.retention.max_queue:
+            hint = "wait, remove some, or raise retention.max_queue"
+            raise DaemonError("QUEUE_FULL", f"{unfinished} unfinished tasks are queued", hint)
+        context = (json.dumps(cwd), json.dumps(dict(env)), umask)
+        sql = """
+            INSERT INTO requests (token, cwd, env, umask, created_at, answer)
+            VALUES (?, ?, ?, ?, ?, '')
+        """
+        request = db.execute(sql, (token, *context, Clock.now())).lastrowid or 0
+        ids = _insert_tasks(db, commands, options, self.config, request)
+        answer = {"ids": ids, "existing": ids.existing} if ids.existing else ids
+        bounds = (min(ids, default=0), max(ids, default=0))
+        sql = "UPDATE requests SET first_task = ?, last_task = ?, answer = ? WHERE id = ?"
+        db.execute(sql, (*bounds, json.dumps(answer), request))
         return ids
 
     def find(
@@ -3379,6 +3484,60 @@ class AttemptStore:
                 """,
                 (Clock.now() - TOKEN_KEPT_S,),
             )
+
+
+class EventStore:
+    """The triggers' side of the queue: what they add, and what happened.
+
+    Shares the Database of a TaskStore; any thread; on disk when a method returns.
+    """
+
+    def __init__(self, store: TaskStore) -> None:
+        self._store = store
+
+    def fire(
+        self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None
+    ) -> int | None:
+        """Add the task that a trigger stands for; None when `overlap` forbids it.
+
+        source: "schedule.NAME"; event: why, in the task's environment, on top of env; its
+        payload's "scheduled_at" is acted on once, also over crashes. Publishes the event, or
+        KIND.skipped. Raises QUEUE_FULL.
+        """
+        at = event.payload.get("scheduled_at", event.time)
+        with self._store.database.write(is_vital=False) as db:
+            last = db.execute("SELECT fired_at FROM fires WHERE source = ?", (source,)).fetchone()
+            if last and "scheduled_at" in event.payload and last[0] >= at:
+                return None
+            options = {name: getattr(trigger, name, None) for name in TASK_READERS}
+            sql = "SELECT id, key FROM tasks WHERE key IN (?, ?) AND finished_at IS NULL"
+            keys = {source: None, source + " next": None}
+            unfinished = {key: task_id for task_id, key in db.execute(sql, tuple(keys))}
+            free = [key for key in keys if key not in unfinished]
+            task_id = None
+            if len(free) > (trigger.overlap == "skip"):
+                options["key"] = free[0]
+                options["after"] = [f"{one}:any" for one in unfinished.values()] or None
+                own = {**(env or {}), **trigger.env, "APEX_EVENT": json.dumps(event.to_dict())}
+                context = {**capture_environment(self._store.config.daemon.env_keep), **own}
+                cwd = os.path.join(self._store.project, trigger.cwd)
+                ids = self._store.insert(db, [trigger.command], options, None, cwd, context, None)
+                task_id = ids[0]
+            sql = "INSERT OR REPLACE INTO fires VALUES (?, ?, ?)"
+            db.execute(sql, (source, at, task_id))
+        kind = event.type.partition(".")[0]
+        skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
+        self._store.on_events([skipped if task_id is None else event])
+        return task_id
+
+    def get_fires(self) -> dict[str, tuple[float, int | None]]:
+        """Return when each trigger acted last, and the task it made: {source: (at, id)}."""
+        rows = self._store.database.fetch("SELECT source, fired_at, task_id FROM fires")
+        return {source: (at, task_id) for source, at, task_id in rows}
+
+    def publish(self, type: str, payload: Mapping[str, Any], source: str) -> None:
+        """Tell of something that is no change of a task; its hooks' tasks are on disk then."""
+        self._store.on_events([Event.make(type, payload, source)])
 
 
 # ============================================================================
@@ -4426,21 +4585,6 @@ def make_limits(options: Any) -> dict[str, Any]:
     return {"limits": limits, "nice": options.nice} if limits or options.nice else {}
 
 
-def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[str, str]:
-    """Return what a task gets of this process's environment, and NAME[=VALUE] on top."""
-    names = {*ENVIRONMENT_KEPT, *keep}
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if (not names.isdisjoint((name, name.upper(), "*")) or name.startswith("LC_"))
-        and not ENVIRONMENT_DROPPED.match(name)
-    }
-    for item in extra:
-        name, has_value, value = item.partition("=")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise bad(f"{name!r} is no name of a variable", "write --env NAME or NAME=VALUE")
-        env[name] = value if has_value else os.environ.get(name, "")
-    return env
 
 
 # ============================================================================

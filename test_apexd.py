@@ -1,7 +1,7 @@
 """Tests of apexd.py, with real files, processes, sockets and signals; nothing is mocked.
 
-    python3 test_apexd.py                 # brings pytest along if it is not installed
-    python3 -m pytest -q test_apexd.py    # the same with one's own pytest
+    python3 test_apexd.py                 # several at once; brings pytest along if need be
+    python3 -m pytest -q test_apexd.py    # one after the other
     APEXD_SLOW=1 python3 test_apexd.py    # races many times over, and the slow tests
 
 One class a section of apexd.py, in the same order and under the same banners. Each test
@@ -37,6 +37,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from queue import SimpleQueue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -63,7 +64,7 @@ def run_with_own_pytest():
         if status:
             print("that failed: install pytest by hand, or go online once", file=sys.stderr)
             return status
-    return subprocess.call([python, "-m", "pytest", os.path.abspath(__file__), *sys.argv[1:]])
+    return subprocess.call([python, os.path.abspath(__file__), *sys.argv[1:]])
 
 
 try:
@@ -88,6 +89,13 @@ slow = pytest.mark.skipif(not SLOW, reason="slow: set APEXD_SLOW=1")
 posix = pytest.mark.skipif(IS_WINDOWS, reason="of POSIX systems")
 linux = pytest.mark.skipif(not IS_LINUX, reason="needs Linux")
 root = pytest.mark.skipif(not IS_ROOT, reason="needs root")
+
+
+def alone(test):
+    """Mark a test that measures, or changes what others rely on: nothing runs beside it."""
+    test.is_alone = True
+    return test
+
 
 # What a project of the tests is set to, so that nobody waits.
 FAST = {
@@ -1845,6 +1853,8 @@ class TestConfig:
     def test_defaults_are_those_of_the_table(self):
         config = apexd.Config({"process": {"web": {"command": "serve"}}})
         tables = {"group": config.groups["default"], "process": config.processes["web"]}
+        for kind in ("schedule", "watch", "hook"):
+            tables[kind] = getattr(apexd.Config({kind: {"one": {"command": "x"}}}), apexd.TABLES[kind])["one"]
         for section, options in apexd.OPTIONS.items():
             values = vars(tables.get(section) or getattr(config, section))
             defaults = {key: default for key, (_, default, _) in options.items()}
@@ -1865,7 +1875,7 @@ class TestConfig:
         config = self.load(tmp_path, text)
         assert config.daemon.poll_interval == 0.25 and config.daemon.max_concurrent == 7
         assert not config.limits.timeout and config.limits.retries == 2
-        assert set(config.groups) == {"default", "gpu"}
+        assert set(config.groups) == {"default", "hooks", "gpu"}
         assert config.groups["gpu"].max_concurrent == 1
 
     @pytest.mark.parametrize(
@@ -9982,5 +9992,101 @@ class TestWindows:
         assert re.findall(r"Finished task (\d)", windows.log()) == ["1", "2", "3", "4"]
 
 
+# ============================================================================
+# The tests in several processes at once: they wait most of the time
+# ============================================================================
+
+
+class Worker:
+    """In a process of its own: runs the tests that are named on stdin, tells of them on stdout."""
+
+    def __init__(self):
+        self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        self.names = os.fdopen(os.dup(0), encoding="utf-8")
+
+    def tell(self, data):
+        self.out.write(json.dumps(data) + "\n")
+        self.out.flush()
+
+    def pytest_configure(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        hook = self.config.hook
+        self.tell(hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    def pytest_runtestloop(self, session):
+        items = {item.nodeid: item for item in session.items}
+        self.tell(None)
+        for line in self.names:
+            item = items[json.loads(line)]
+            module = item.getparent(pytest.Module)  # what belongs to it is kept for the next one
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=module)
+            self.tell(None)
+        return True
+
+
+class Crew:
+    """Hands the tests to workers, the next one to whoever is free; then runs what runs alone."""
+
+    SIZE = min(4, os.cpu_count() or 1) + 1
+
+    def __init__(self, argv):
+        self.argv = argv
+
+    def pytest_runtestloop(self, session):
+        rest = [item for item in session.items if hasattr(item.function, "is_alone")]
+        shared = [item for item in session.items if item not in rest]
+        option = session.config.option
+        if option.collectonly or option.usepdb or len(shared) < 2 * self.SIZE or session.testsfailed:
+            return None
+        self.run_shared(session, shared)
+        for item, following in zip(rest, [*rest[1:], None]):
+            if session.shouldfail or session.shouldstop:
+                break
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        return True
+
+    def run_shared(self, session, items):
+        waiting = [item.nodeid for item in reversed(items)]
+        command = [sys.executable, os.path.abspath(__file__), "--worker", *self.argv]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        workers = [subprocess.Popen(command, **pipes) for _ in range(self.SIZE)]
+        lines, current = SimpleQueue(), {}
+
+        def read(worker):
+            for line in worker.stdout:
+                lines.put((worker, json.loads(line)))
+            lines.put((worker, "end"))
+
+        for worker in workers:
+            threading.Thread(target=read, args=(worker,), daemon=True).start()
+        busy = set(workers)
+        while busy:
+            worker, told = lines.get()
+            is_over = session.shouldfail or session.shouldstop or not waiting
+            if told == "end":
+                busy.discard(worker)
+                if worker.wait() and worker in current:
+                    session.shouldfail = f"a process of the tests ended in {current[worker]}"
+            elif told is not None:
+                hook = session.config.hook
+                report = hook.pytest_report_from_serializable(config=session.config, data=told)
+                hook.pytest_runtest_logreport(report=report)
+            elif is_over:
+                current.pop(worker, None)
+                worker.stdin.close()
+            else:
+                current[worker] = waiting.pop()
+                worker.stdin.write(json.dumps(current[worker]) + "\n")
+                worker.stdin.flush()
+
+
 if __name__ == "__main__":  # without pytest the head of this file has brought it already
-    sys.exit(pytest.main([os.path.abspath(__file__), *sys.argv[1:]]))
+    is_worker = sys.argv[1:2] == ["--worker"]
+    del sys.argv[1 : 1 + is_worker]
+    plugin = Worker() if is_worker else Crew(sys.argv[1:])
+    sys.exit(pytest.main([os.path.abspath(__file__), *sys.argv[1:]], plugins=[plugin]))
