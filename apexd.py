@@ -226,6 +226,11 @@ WATCH_IGNORED = (
     ".git .apex .svn .hg node_modules __pycache__ .venv venv .tox .mypy_cache .DS_Store "
     "*~ .*.sw? .#* #*# 4913 *.tmp"  # of editors: backups, swap files, locks
 ).split()
+WATCH_OWN_S = 0.25  # what changes so soon after a watch's own task was perhaps changed by it
+WATCH_BUSY_S = 0.1  # between two looks whether that task has ended, while something waits for it
+LOOP_ROUNDS = 5  # tasks in a row that each changed what is watched: a loop
+LOOP_PAUSE_S, LOOP_PAUSE_MAX_S = 30.0, 3600.0  # it goes on so much later; doubles
+EVENT_VARIABLE_CHARS = 30_000  # of APEX_EVENT: Windows takes 32,767, Linux 131,071
 MOUNT_POINT = 0xA0000003  # st_reparse_tag of a junction of Windows, a kind of link
 NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre fuse.sshfs fuse.s3fs".split()
@@ -1095,7 +1100,8 @@ else:
                         if what == "ended" and self._folders.pop(number, None) is not None:
                             if self.numbers.get(folder or "") == number:
                                 del self.numbers[folder or ""]
-                        if what == "overflow" or (is_known and (name or what in ("ended", "moved"))):
+                        is_word = bool(name) or what in ("ended", "moved")
+                        if what == "overflow" or (is_known and is_word):
                             yield folder or "", name, what
 
         def close(self) -> None:
@@ -1731,9 +1737,16 @@ def log_path(folder: str, task_id: int, number: int) -> str:
     return os.path.join(folder, "logs", f"task-{task_id}.{number}.log")
 
 
+def event_path(folder: str, task_id: int) -> str:
+    """Return where the paths stand that a watch's task was made for."""
+    return os.path.join(folder, "logs", f"task-{task_id}.event")
+
+
 def remove_logs(folder: str, tasks: Iterable[tuple[int, int]]) -> None:
     """Remove the logs of tasks, given as (id, number of attempts)."""
     for task_id, attempts in tasks:
+        with contextlib.suppress(OSError):
+            os.unlink(event_path(folder, task_id))
         for number in range(1, attempts + 2):  # an attempt that never ran is not counted
             for ending in ("", ".1", ".base"):
                 with contextlib.suppress(OSError):
@@ -1952,6 +1965,11 @@ def paths(value: object) -> list[str]:
     return [line_of_text(path) for path in text_list([value] if isinstance(value, str) else value)]
 
 
+change_list = reader(
+    "a list of " + ", ".join(CHANGES),
+    lambda value: isinstance(value, list) and {*map(str, value)} <= CHANGES.keys(),
+)
+
 # What a task can be given, wherever it comes from.
 TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "group": line_of_text,
@@ -2057,11 +2075,13 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "watch": {
         **TRIGGER_OPTIONS,
         "paths": (paths, [], "folders, seen from the project, with all that is in them"),
-        "events": (text_list, ["create", "modify", "delete", "move"], "changes that count"),
+        "overlap": (choice("skip", "queue"), "queue", "what changes meanwhile: lost, or one more"),
+        "events": (change_list, [*CHANGES], "changes that count"),
         "ignore": (text_list, [], "globs of paths that do not count, besides the usual ones"),
         "extensions": (text_list, [], 'suffixes that count, such as ".py"; none: all'),
-        "debounce_ms": (number, 500.0, "quiet time before a burst of changes becomes a task"),
-        "debounce_max": (interval, 10.0, "the longest that a burst is collected"),
+        "debounce_ms": (integer(0, 600_000), 500, "quiet time after a burst, before its task"),
+        "debounce_max": (interval, DEBOUNCE_MAX_S, "the longest that a burst is collected"),
+        "poll": (truth, False, "look for changes instead of being told (folders of a host, say)"),
     },
     "hook": {
         **TRIGGER_OPTIONS,
@@ -3496,13 +3516,14 @@ class EventStore:
         self._store = store
 
     def fire(
-        self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None
-    ) -> int | None:
+        self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None,
+        told: Sequence[Event] = (), lines: bytes = b"",
+    ) -> int | None:  # fmt: skip
         """Add the task that a trigger stands for; None when `overlap` forbids it.
 
         source: "schedule.NAME"; event: why, in the task's environment, on top of env; its
-        payload's "scheduled_at" is acted on once, also over crashes. Publishes the event, or
-        KIND.skipped. Raises QUEUE_FULL.
+        payload's "scheduled_at" is acted on once, also over crashes. Publishes the event (or
+        `told` in its stead), or KIND.skipped. lines: for APEX_EVENT_FILE. Raises QUEUE_FULL.
         """
         at = event.payload.get("scheduled_at", event.time)
         with self._store.database.write(is_vital=False) as db:
@@ -3523,11 +3544,13 @@ class EventStore:
                 cwd = os.path.join(self._store.project, trigger.cwd)
                 ids = self._store.insert(db, [trigger.command], options, None, cwd, context, None)
                 task_id = ids[0]
+                if lines:
+                    write_atomically(event_path(self._store.folder, task_id), lines)
             sql = "INSERT OR REPLACE INTO fires VALUES (?, ?, ?)"
             db.execute(sql, (source, at, task_id))
         kind = event.type.partition(".")[0]
         skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
-        self._store.on_events([skipped if task_id is None else event])
+        self._store.on_events([skipped] if task_id is None else told or [event])
         return task_id
 
     def get_fires(self) -> dict[str, tuple[float, int | None]]:
@@ -4546,6 +4569,8 @@ def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: Tas
     group = store.config.groups.get(task.group)
     words = [*Platform.SHELL, task.command] if isinstance(task.command, str) else task.command
     marks = {"TASK_ID": task.id, "ATTEMPT": task.attempts, "RUN_ID": task.run_id}
+    if "APEX_EVENT" in env and os.path.exists(event_path(store.folder, task.id)):
+        marks["EVENT_FILE"] = event_path(store.folder, task.id)
     return {
         "argv": [*(group.launcher if group else ()), *words],
         "cwd": task.cwd,
@@ -4630,7 +4655,7 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
     files = []
     with os.scandir(os.path.join(store.folder, "logs")) as entries:
         for entry in entries:
-            match = re.match(r"task-(\d+)\.", entry.name)
+            match = re.match(r"task-(\d+)\.\d", entry.name)
             if match and int(match[1]) not in running:
                 with contextlib.suppress(FileNotFoundError):
                     files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
@@ -5987,8 +6012,8 @@ class Supervisor:
 
 
 # ============================================================================
-# 15. WATCH - what changes in the files below some folders
-#     Uses 1-5. Threads: one a FileWatcher. Closed by: Daemon.
+# 15. WATCH - what changes in the files below some folders, and the tasks made of it
+#     Uses 1-9. Threads: one a FileWatcher. Closed by: Daemon.
 # ============================================================================
 
 # A snapshot says what was in each folder. Notifications only mark what may differ from it;
@@ -6011,14 +6036,19 @@ def glob_expression(patterns: Iterable[str]) -> re.Pattern[str]:
 
     One without a slash is for a name in any folder, others for a path from the root.
     """
+
+    def convert(part: str) -> str:
+        try:
+            return marks.get(part) or re.compile("(?!/)" + fnmatch.translate(part)[4:-3]).pattern
+        except re.error:  # [z-a]
+            return "(?!)"
+
     marks = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]", "/": "/"}
     words = re.compile(r"\*\*/|\*\*|\[[!^]?.[^]/]*\]|.", re.DOTALL)
     found = ["(?!)"]  # no path
     for pattern in (pattern.rstrip("/") for pattern in patterns):
         pattern = pattern.lstrip("/") if "/" in pattern else "**/" + pattern
-        parts = words.findall(pattern)
-        parts = [marks.get(part) or "(?!/)" + fnmatch.translate(part)[4:-3] for part in parts]
-        found.append("".join(parts))
+        found.append("".join(map(convert, words.findall(pattern))))
     return re.compile("|".join(found), re.DOTALL)
 
 
@@ -6047,7 +6077,7 @@ class _Tree:
         self.notifier: Any = None
         self._told: set[str] = set()  # warnings
         self.is_lost = False  # the root is missing, or cannot be read
-        self.due_mono = float("inf")  # when to look without being told
+        self.due_mono, self.looked_mono = float("inf"), Clock.mono()  # when to look, untold; when
         self._busy_until, self._count = 0.0, 0  # of a poll: monotonic; changes ever seen
 
     def close(self) -> None:
@@ -6095,7 +6125,7 @@ class _Tree:
         """Look for what nobody tells of, when that is due; tell whether there was something."""
         if now < self.due_mono:
             return False
-        self.due_mono = now + WATCH_LOOK_S
+        self.due_mono, self.looked_mono = now + WATCH_LOOK_S, now
         if not self.is_polled:  # a root that was missing
             self.has_gaps |= os.path.isdir(self.root)
             return self.has_gaps
@@ -6238,10 +6268,14 @@ class _Tree:
         stamp = self.known.get(folder, {}).get(name)
         return None if stamp is None or stamp[1] < 0 else stamp
 
-    def take(self, kinds: Container[str]) -> list[Change]:
-        """Return what the burst has changed, all in all; the next one begins."""
-        before, self._before = self._before, {}
-        touched, self._touched = self._touched, set()
+    def forget(self) -> None:
+        """Take what is known now for how it was before the next burst."""
+        self._before.clear()
+        self._touched.clear()
+
+    def sum_up(self, kinds: Container[str]) -> list[Change]:
+        """Return what the burst has changed, all in all."""
+        before = self._before
         after = {path: self._find(path) for path in sorted(before)}
         gone = {before[path]: path for path, now in after.items() if before[path] and not now}
         sources: dict[str, str] = {}  # what only has another path, by that path
@@ -6255,7 +6289,7 @@ class _Tree:
             elif before[path] is None:
                 kind = "moved" if path in sources else "created"
             else:
-                kind = "modified" if now != before[path] or path in touched else ""
+                kind = "modified" if now != before[path] or path in self._touched else ""
             if kind in kinds:
                 source = self._path(sources[path]) if path in sources else None
                 changes.append(Change(kind=kind, path=self._path(path), source=source))
@@ -6266,8 +6300,10 @@ class FileWatcher:
     """Calls `on_change` with what has changed in the files below some folders.
 
     Once a burst: `debounce_s` after its last change, `debounce_max_s` after its first at the
-    latest. A missing folder is waited for; links are not followed. on_change: is given
-    [Change, ...], sorted by path, in the watcher's thread. poll: do not ask the system to tell.
+    latest; again, a second later, when it raises. A missing folder is waited for; links are
+    not followed. on_change: is given [Change, ...], sorted by path, in the watcher's thread.
+    poll: do not ask the system to tell. hold: is given when the first and the last change of a
+    burst was seen (monotonic), returns how long it has to wait.
     Thread: "watch". Life: start -> stop. Raises BAD_REQUEST.
     """
 
@@ -6276,8 +6312,9 @@ class FileWatcher:
         events: Iterable[str] = CHANGES, ignore: Iterable[str] = (),
         extensions: Iterable[str] = (), debounce_s: float = DEBOUNCE_S,
         debounce_max_s: float = DEBOUNCE_MAX_S, poll: bool = False,
+        hold: Callable[[float, float], float] = lambda first, last: 0.0,
     ) -> None:  # fmt: skip
-        self._on_change = on_change
+        self._on_change, self._hold = on_change, hold
         self._kinds = {CHANGES[event] for event in events}
         self._debounce_s, self._debounce_max_s = debounce_s, max(debounce_s, debounce_max_s)
         endings = tuple("." + word.lstrip(".") for word in extensions)
@@ -6287,7 +6324,8 @@ class FileWatcher:
         except ValueError as error:
             raise bad(f"paths: must be {error}") from None
         self._trees = [_Tree(root, ignored, endings, poll) for root in dict.fromkeys(roots)]
-        self._first = self._last = float("inf")  # change of a burst, monotonic
+        self._first = self._since = self._last = self._due = float("inf")  # of a burst, monotonic
+        self._held = 0.0  # it waits so long, monotonic
         self._waker, self._wakee = socket.socketpair()
         self._is_over, self._is_standing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
@@ -6298,7 +6336,7 @@ class FileWatcher:
         self._is_standing.wait(STANDING_S)
 
     def stop(self) -> None:
-        """Tell nothing more."""
+        """Tell what was changed until now, then nothing more."""
         self._is_over.set()
         self._waker.send(b"x")
         if self._thread is not threading.current_thread():
@@ -6316,32 +6354,28 @@ class FileWatcher:
         ]
 
     def _loop(self) -> None:
-        while not self._is_over.is_set():
+        is_last = False
+        while not is_last:
+            is_last = self._is_over.is_set()
             try:
                 if not self._is_standing.is_set():
                     for tree in self._trees:
                         tree.begin()
-                        tree.take(())
+                        tree.forget()
                     self._is_standing.set()
-                self._turn()
-            except Exception:  # this thread's top frame, and the user's callback
-                log.exception("watching failed")
+                self._turn(is_last)
+            except Exception as error:  # this thread's top frame, and the user's callback
+                log.error("watching: %s", error, exc_info=not isinstance(error, DaemonError))
                 for tree in self._trees:
                     tree.has_gaps = True
-                self._first = self._last = Clock.mono()
-                self._is_over.wait(1.0)
-        for tree in self._trees:
-            tree.close()
-        self._waker.close()
-        self._wakee.close()
+                self._first = self._since = self._last = Clock.mono()
+                self._due = self._held = self._first + WATCH_LOOK_S
+        for one in (*self._trees, self._waker, self._wakee):
+            one.close()  # type: ignore[attr-defined]
 
-    def _find_end(self) -> float:
-        """Return when the burst is over, monotonic."""
-        return min(self._last + self._debounce_s, self._first + self._debounce_max_s)
-
-    def _turn(self) -> None:
+    def _turn(self, is_last: bool) -> None:
         """Wait until something may have changed or a burst is over, and see to it."""
-        wake = min([self._find_end(), *(tree.due_mono for tree in self._trees)])
+        wake = min([self._due, *(tree.due_mono for tree in self._trees)])
         with selectors.DefaultSelector() as selector:
             selector.register(self._wakee, selectors.EVENT_READ)
             for tree in self._trees:
@@ -6351,20 +6385,141 @@ class FileWatcher:
         now = Clock.mono()
         if is_told:
             self._is_over.wait(min(WATCH_GATHER_S, self._debounce_s))
-        is_ending = now >= self._find_end()
         for tree in self._trees:
-            if tree.is_polled and is_ending:  # does it still go on?
-                tree.due_mono = now
+            if tree.is_polled and (now >= self._due or is_last):
+                tree.due_mono = now  # does it still go on?
+            seen = tree.looked_mono if tree.is_polled else now
             if tree.hear() | tree.look(now):
-                self._first, self._last = min(self._first, now), now
-        if now < self._find_end() or self._is_over.is_set():
+                self._first, self._since = min(self._first, now), min(self._since, seen)
+                self._last, end = now, self._first + self._debounce_max_s
+                self._due = max(min(now + self._debounce_s, end), self._held)
+        if self._due > now and not (is_last and self._first <= now):
+            return
+        wait_s = 0.0 if is_last else self._hold(self._since, self._last)
+        if wait_s > 0.0:
+            self._due = self._held = now + wait_s
             return
         for tree in self._trees:
             tree.settle()
-        self._first = self._last = float("inf")
-        changes = [change for tree in self._trees for change in tree.take(self._kinds)]
+        changes = [change for tree in self._trees for change in tree.sum_up(self._kinds)]
         if changes:
             self._on_change(changes)
+        self._first = self._since = self._last = self._due = float("inf")
+        self._held = 0.0
+        for tree in self._trees:
+            tree.forget()
+
+
+class WatchTrigger:
+    """One [watch.NAME]: makes a task of each burst. Thread: its FileWatcher's."""
+
+    def __init__(self, name: str, options: Any, store: TaskStore, wake: Callable[[], None]) -> None:
+        self.name, self.options = name, options
+        self._store, self._wake = store, wake
+        self._task = EventStore(store).get_fires().get(f"watch.{name}", (0, None))[1]
+        self._is_own, self._rounds = False, 0  # changed by its own task; so often in a row
+        roots = [os.path.join(store.project, path) for path in options.paths]
+        own = [os.path.relpath(store.folder, root).replace(os.sep, "/") for root in roots]
+        own = ["/" + re.sub(r"([*?[])", r"[\1]", path) for path in own if path[0] != "."]
+        self.watcher = FileWatcher(
+            roots, self._make_task, events=options.events, ignore=[*options.ignore, *own],
+            extensions=options.extensions, debounce_s=options.debounce_ms / 1000,
+            debounce_max_s=options.debounce_max, poll=options.poll, hold=self._hold,
+        )  # fmt: skip
+
+    def _hold(self, first: float, last: float) -> float:
+        """Let changes wait for the end of the task before, and longer when they are a loop."""
+        tasks = self._store.find(ids=[self._task]) if self._task else []
+        self._is_own = False
+        if not tasks:
+            return 0.0
+        if tasks[0].finished_at is None:
+            return WATCH_BUSY_S if self.options.overlap == "queue" else 0.0
+        ended: float = Clock.mono() - (Clock.now() - tasks[0].finished_at) + WATCH_OWN_S
+        self._is_own = first <= ended
+        if not self._is_own or last > ended or self._rounds < LOOP_ROUNDS:
+            return 0.0
+        pause_s = min(LOOP_PAUSE_S * 2 ** (self._rounds - LOOP_ROUNDS), LOOP_PAUSE_MAX_S)
+        return float(min(ended + pause_s - Clock.mono(), WATCH_LOOK_S))
+
+    def _make_task(self, changes: list[Change]) -> None:
+        self._rounds = self._rounds + 1 if self._is_own else 0
+        if self._rounds >= LOOP_ROUNDS:
+            what = ", ".join(sorted(change.path for change in changes)[:3])
+            text = "watch %s: a loop: its task changes what it watches: %s; add that to `ignore`"
+            log.error(text, self.name, what)
+        source, told = f"watch {self.name}", []
+        for kind in CHANGES.values():
+            payload = self._describe([change for change in changes if change.kind == kind])
+            if payload["count"]:
+                told.append(Event.make(f"file.{kind}", payload, source))
+        event = Event.make("file.changed", self._describe(changes), source)
+        lines = b"".join(map(as_line, changes))
+        store = EventStore(self._store)
+        made = store.fire(f"watch.{self.name}", self.options, event, None, told, lines)
+        self._task = made or self._task
+        self._wake()
+
+    def _describe(self, changes: list[Change]) -> dict[str, Any]:
+        """Return the payload of an event: too many changes for a variable are left out."""
+        found = [{k: v for k, v in one.to_dict().items() if v is not None} for one in changes]
+        payload = {"watch": self.name, "count": len(changes), "truncated": False, "changes": found}
+        if len(json.dumps(found)) > EVENT_VARIABLE_CHARS:
+            payload.update(truncated=True, changes=[])
+        return payload
+
+
+def as_line(change: Change) -> bytes:
+    """Return a line of APEX_EVENT_FILE: the path; as a JSON string when it has a line's end."""
+    is_odd = "\n" in change.path or "\r" in change.path
+    return os.fsencode((json.dumps(change.path) if is_odd else change.path) + "\n")
+
+
+def check_watches(config: Config, project: str, path: str | None) -> None:
+    """Refuse to watch nothing, files, and what cannot be read. Raises CONFIG_INVALID."""
+    for name, watch in config.watches.items():
+        try:
+            if not watch.paths:
+                raise ValueError("one folder or more")
+            for folder in watch.paths:
+                watched_folder(os.path.join(project, folder))
+        except ValueError as error:
+            what = f"{path}: watch.{name}.paths = {watch.paths!r}: must be {error}"
+            hint = "name folders; missing ones are waited for"
+            raise DaemonError("CONFIG_INVALID", what, hint) from None
+
+
+class Watches:
+    """The watches of the configuration. Threads: one a watch. Life: start -> stop."""
+
+    def __init__(self, store: TaskStore, wake: Callable[[], None]) -> None:
+        self._store, self._wake = store, wake
+        self._watches: dict[str, WatchTrigger] = {}
+
+    def start(self) -> None:
+        """Have the watches that the configuration asks for, also after a reload."""
+        wanted = {n: one for n, one in self._store.config.watches.items() if one.enabled}
+        for name, watch in list(self._watches.items()):
+            if wanted.get(name) != watch.options:
+                watch.watcher.stop()
+                del self._watches[name]
+        for name in wanted.keys() - self._watches.keys():
+            try:
+                watch = WatchTrigger(name, wanted[name], self._store, self._wake)
+                watch.watcher.start()
+            except (DaemonError, OSError, RuntimeError) as error:  # no descriptor, no thread
+                log.error("watch %s does not work: %s", name, error)
+            else:
+                self._watches[name] = watch
+
+    def stop(self) -> None:
+        """End them; what was changed until now becomes tasks."""
+        for watch in self._watches.values():
+            watch.watcher.stop()
+
+    def status(self) -> dict[str, Any]:
+        """Return {"watches": {name: what FileWatcher says}}."""
+        return {"watches": {name: one.watcher.status() for name, one in self._watches.items()}}
 
 
 # ============================================================================
@@ -7542,6 +7697,7 @@ class Daemon:
         self._report = report
         self._foreground = foreground
         self._config = load_config(project.config_path)
+        check_watches(self._config, project.path, project.config_path)
         self._pid_file = PidFile(project.file("daemon.pid"))
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
@@ -7595,6 +7751,7 @@ class Daemon:
         store, post = self._store, self._mailbox.post
         self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
         self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
+        self._watches = Watches(store, self._runner.wake)
         keepers.on_standing = self._note_standing
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(store, self._runner).table,
@@ -7608,6 +7765,7 @@ class Daemon:
         self._control.start(settings_of(self._config))
         self._supervisor.start()
         self._runner.start()
+        self._watches.start()
         self._standing.wait(STANDING_S)
         log.info("ready")
         self._report({"event": "ready", "pid": os.getpid()})
@@ -7615,6 +7773,7 @@ class Daemon:
             self._obey()
         finally:
             self._control.stop()
+            self._watches.stop()
             self._supervisor.halt()
             self._runner.halt()
             self._keepers.close(self._is_over)
@@ -7685,7 +7844,9 @@ class Daemon:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
         with self._reload_lock:
             try:
-                new = load_config(self._project.config_path or find_config(self._project.folder))
+                path = self._project.config_path or find_config(self._project.folder)
+                new = load_config(path)
+                check_watches(new, self._project.path, path)
             except DaemonError as error:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
@@ -7694,6 +7855,7 @@ class Daemon:
                 open_log(self._project.file("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
             self._supervisor.reload(old)
+            self._watches.start()
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
@@ -7756,6 +7918,7 @@ class Daemon:
         return {
             **self._identity(),
             **self._supervisor.status(),
+            **self._watches.status(),
             "project": self._project.path,
             "counts": self._store.get_counts(),
             "paused": self._store.get_paused(),
