@@ -226,7 +226,7 @@ WATCH_IGNORED = (
     ".git .apex .svn .hg node_modules __pycache__ .venv venv .tox .mypy_cache .DS_Store "
     "*~ .*.sw? .#* #*# 4913 *.tmp"  # of editors: backups, swap files, locks
 ).split()
-WATCH_OWN_S = 0.25  # what changes so soon after a watch's own task was perhaps changed by it
+WATCH_OWN_S = 0.05  # what changes so soon after a watch's own task was perhaps changed by it
 WATCH_BUSY_S = 0.1  # between two looks whether that task has ended, while something waits for it
 LOOP_ROUNDS = 5  # tasks in a row that each changed what is watched: a loop
 LOOP_PAUSE_S, LOOP_PAUSE_MAX_S = 30.0, 3600.0  # it goes on so much later; doubles
@@ -1088,21 +1088,21 @@ else:
 
         def read(self) -> Iterator[tuple[str, str, str]]:
             """Yield (folder, name in it, what happened: of WORDS, or "")."""
+            data, at = b"", 0
             with contextlib.suppress(BlockingIOError):
-                while True:
-                    data, at = os.read(self._fd, 1 << 16), 0
-                    while at < len(data):
-                        number, mask, _, length = struct.unpack_from("iIII", data, at)
-                        name = os.fsdecode(data[at + 16 : at + 16 + length].rstrip(b"\0"))
-                        at += 16 + length
-                        what = next((word for bit, word in self.WORDS.items() if mask & bit), "")
-                        is_known, folder = number in self._folders, self._folders.get(number)
-                        if what == "ended" and self._folders.pop(number, None) is not None:
-                            if self.numbers.get(folder or "") == number:
-                                del self.numbers[folder or ""]
-                        is_word = bool(name) or what in ("ended", "moved")
-                        if what == "overflow" or (is_known and is_word):
-                            yield folder or "", name, what
+                data = os.read(self._fd, 1 << 16)  # the rest the next time
+            while at < len(data):
+                number, mask, _, length = struct.unpack_from("iIII", data, at)
+                name = os.fsdecode(data[at + 16 : at + 16 + length].rstrip(b"\0"))
+                at += 16 + length
+                what = next((word for bit, word in self.WORDS.items() if mask & bit), "")
+                is_known, folder = number in self._folders, self._folders.get(number)
+                if what == "ended" and self._folders.pop(number, None) is not None:
+                    if self.numbers.get(folder or "") == number:
+                        del self.numbers[folder or ""]
+                is_word = bool(name) or what in ("ended", "moved")
+                if what == "overflow" or (is_known and is_word):
+                    yield folder or "", name, what
 
         def close(self) -> None:
             os.close(self._fd)
@@ -6117,7 +6117,10 @@ class _Tree:
                 is_news = True
             elif name and self._is_wanted(path, what == "folder"):
                 self._dirty.setdefault(folder, set()).add(name)
-                self._touched |= {path} if what == "written" else set()
+                if what == "written":
+                    self._touched.add(path)
+                elif what == "folder":  # now: what happens in it belongs to the burst
+                    self._examine(folder, name)
                 is_news = True
         return is_news
 
@@ -6167,15 +6170,19 @@ class _Tree:
             self._before.setdefault(path, self._find(path))
         for folder, names in self._dirty.items():
             for name in names:
-                try:
-                    info = os.lstat(self._path(f"{folder}/{name}" if folder else name))
-                except (FileNotFoundError, NotADirectoryError):
-                    info = None
-                except OSError:  # not readable now: what is known of it stands
-                    continue
-                for inner in self._look(folder, name, info, False):
-                    self._scan(inner)
+                self._examine(folder, name)
         self._dirty.clear()
+
+    def _examine(self, folder: str, name: str) -> None:
+        """Compare what is at a path, and in it if that is new, with what is known."""
+        try:
+            info = os.lstat(self._path(f"{folder}/{name}" if folder else name))
+        except (FileNotFoundError, NotADirectoryError):
+            info = None
+        except OSError:  # not readable now: what is known of it stands
+            return
+        for inner in self._look(folder, name, info, False):
+            self._scan(inner)
 
     def _scan(self, folder: str, is_deep: bool = False) -> None:
         """Compare a folder, and those in it that are new (deep: all), with what is known."""
@@ -6436,8 +6443,8 @@ class WatchTrigger:
         if tasks[0].finished_at is None:
             return WATCH_BUSY_S if self.options.overlap == "queue" else 0.0
         ended: float = Clock.mono() - (Clock.now() - tasks[0].finished_at) + WATCH_OWN_S
-        self._is_own = first <= ended
-        if not self._is_own or last > ended or self._rounds < LOOP_ROUNDS:
+        self._is_own = first <= last <= ended  # else somebody else changes things
+        if not self._is_own or self._rounds < LOOP_ROUNDS:
             return 0.0
         pause_s = min(LOOP_PAUSE_S * 2 ** (self._rounds - LOOP_ROUNDS), LOOP_PAUSE_MAX_S)
         return float(min(ended + pause_s - Clock.mono(), WATCH_LOOK_S))

@@ -6878,9 +6878,11 @@ class TestWatch:
         words = [sys.executable, script, HERE, tmp_path, f"/proc/sys/user/{name}", "3"]
         if name == "max_inotify_instances":
             words[-1] = "0"
+        before = read(f"/proc/sys/user/{name}")  # the script's write is in a namespace of its own
         done = subprocess.run([unshare, "-r", *words], capture_output=True, text=True, timeout=30)
         assert done.stdout.split("\n")[:2] == ["polling", "['created']"], done
         assert done.stderr.count("now and then") == 1, done
+        assert read(f"/proc/sys/user/{name}") == before
 
     @linux
     def test_an_idle_watch_costs_nothing(self, tmp_path):
@@ -6976,6 +6978,213 @@ class TestWatch:
         for name in found - {"last"}:  # each folder is still watched
             watch.write(name, "to the end")
         eventually(lambda: set().union(*watch.bursts) == {("modified", n) for n in found - {"last"}})
+
+
+class TestWatches:
+    """[watch.NAME]: a burst of changes becomes a task."""
+
+    # Appends what the task was told to the file `told` of the project.
+    TELL = "import os, shutil; f = open('told', 'a'); " \
+        "f.write(os.environ['APEX_EVENT'] + chr(10)); f.close(); " \
+        "shutil.copy(os.environ['APEX_EVENT_FILE'], 'paths')"
+
+    @staticmethod
+    def watch(box, **options):
+        """Configure the watch w of the folder src."""
+        os.makedirs(os.path.join(box.path, "src"), exist_ok=True)
+        options = {"paths": ["src"], "debounce_ms": 50, **options}
+        if "command" not in options:
+            options["command"] = [sys.executable, "-S", "-c", TestWatches.TELL]
+        box.config({}, watch={"w": options})
+
+    @staticmethod
+    def change(box, name="f", data=""):
+        write_plainly(os.path.join(box.path, "src", name), data or str(time.monotonic()))
+
+    @staticmethod
+    def tasks(box):
+        return box.request({"type": "list"})["tasks"]
+
+    def until_done(self, box, count):
+        """Wait until so many tasks have succeeded; return what each was told."""
+
+        def check():
+            found = [task["state"] for task in self.tasks(box)]
+            assert found == ["succeeded"] * count, found
+            return True
+
+        eventually(check, why=f"{count} tasks have succeeded")
+        return [json.loads(line) for line in read(os.path.join(box.path, "told")).split("\n") if line]
+
+    def test_a_task_is_told_what_has_changed(self, box):
+        self.watch(box, group="g", priority=3)
+        write(box.file("config.json"), read(box.file("config.json"))[:-1] + ', "group": {"g": {}}}')
+        box.start()
+        self.change(box, "a")
+        self.change(box, "b/c")
+        (event,) = self.until_done(box, 1)
+        paths = [os.path.join(box.path, "src", *name.split("/")) for name in ("a", "b/c")]
+        changes = [{"kind": "created", "path": path} for path in paths]
+        assert (event["type"], event["source"]) == ("file.changed", "watch w")
+        assert event["payload"] == {"watch": "w", "count": 2, "truncated": False, "changes": changes}
+        assert read(os.path.join(box.path, "paths")).split("\n") == [*paths, ""]
+        (task,) = self.tasks(box)
+        assert (task["group"], task["priority"]) == ("g", 3)
+        box.run("remove", task["id"])
+        assert [name for name in os.listdir(box.file("logs")) if name.startswith("task")] == []
+
+    @linux
+    def test_names_that_are_hostile_and_bursts_that_are_large(self, box):
+        self.watch(box, debounce_ms=300)
+        box.start()
+        names = [b"\xff", b"two\nlines", b"-rf", b'"quoted"', b"$(x)"]
+        for name in names:
+            self.change(box, os.fsdecode(name), "x")
+        (event,) = self.until_done(box, 1)
+        folder = os.path.join(os.fsencode(box.path), b"src", b"")
+        assert {os.fsencode(c["path"]) for c in event["payload"]["changes"]} == {folder + n for n in names}
+        with open(os.path.join(box.path, "paths"), "rb") as file:
+            lines = file.read().split(b"\n")[:-1]
+        as_json = json.dumps(os.fsdecode(folder) + "two\nlines").encode()
+        assert set(lines) == {folder + name for name in names if b"\n" not in name} | {as_json}
+        for n in range(2000):
+            self.change(box, f"many/file-{n}", "x")
+        event = self.until_done(box, 2)[1]
+        assert event["payload"] == {"watch": "w", "count": 2000, "truncated": True, "changes": []}
+        assert read(os.path.join(box.path, "paths")).count("many/file-") == 2000
+
+    @pytest.mark.parametrize("overlap", ["queue", "skip"])
+    def test_what_changes_while_its_task_runs_is_one_task_after_it_or_none(self, box, overlap):
+        go = "import os, sys, time; f = os.path.join(os.getcwd(), 'go')\n" \
+            "while not os.path.exists(f): time.sleep(0.01)\n"
+        self.watch(box, overlap=overlap, command=[sys.executable, "-S", "-c", go + self.TELL])
+        box.start()
+        self.change(box, "first")
+        eventually(lambda: [task["state"] for task in self.tasks(box)] == ["running"])
+        for name in ("second", "third"):
+            self.change(box, name)
+            threading.Event().wait(0.3)  # a burst each
+        assert len(self.tasks(box)) == 1
+        write(os.path.join(box.path, "go"), "")
+        told = self.until_done(box, 2 if overlap == "queue" else 1)
+        names = [{os.path.basename(c["path"]) for c in one["payload"]["changes"]} for one in told]
+        assert names == [{"first"}, {"second", "third"}][: len(told)]
+        self.change(box, "fourth")
+        self.until_done(box, len(told) + 1)
+
+    def test_a_task_that_changes_what_it_watches_is_no_loop_for_long(self, box):
+        """L7"""
+        self.watch(box, command="echo x >> src/log")
+        box.start()
+        self.change(box)
+        eventually(lambda: "watch w: a loop" in box.log())
+        line = next(line for line in box.log().split("\n") if "a loop" in line)
+        assert os.path.join("src", "log") in line
+        count = apexd.LOOP_ROUNDS + 1
+        self.until_done(box, count)
+        threading.Event().wait(1.5)
+        assert len(self.tasks(box)) == count
+        self.change(box)  # somebody else
+        eventually(lambda: len(self.tasks(box)) > count)
+
+    def test_what_the_daemon_writes_itself_is_not_watched(self, box):
+        self.watch(box, paths=["."], command="true")
+        shutil.move(box.state, os.path.join(box.path, "st[at]e"))
+        box.state = os.path.join(box.path, "st[at]e")
+        box.env["APEX_STATE_DIR"] = box.state
+        box.start()
+        threading.Event().wait(1.5)
+        assert self.tasks(box) == []
+        self.change(box)
+        self.until_done(box, 1)
+
+    def test_what_was_changed_before_a_stop_is_done_after_the_next_start(self, box):
+        self.watch(box, debounce_ms=5000)
+        box.start()
+        self.change(box)
+        threading.Event().wait(0.3)
+        box.stop()
+        assert [task["state"] for task in box.json("list")] == ["queued"]
+        box.start()
+        assert self.until_done(box, 1)[0]["payload"]["count"] == 1
+
+    def test_changes_wait_for_room_in_the_queue(self, box):
+        self.watch(box, command="true")
+        data = json.loads(read(box.file("config.json")))
+        write(box.file("config.json"), json.dumps({**data, "retention": {"max_queue": 1}}))
+        box.start()
+        box.run("pause")
+        box.add("true")
+        self.change(box)
+        eventually(lambda: "watching: 1 unfinished tasks are queued" in box.log())
+        box.run("resume")
+        self.until_done(box, 2)
+        assert "Traceback" not in box.log()
+
+    def test_reload_changes_watches_and_a_broken_file_nothing(self, box):
+        self.watch(box)
+        box.start()
+        how = "inotify" if IS_LINUX else "polling"
+        status = {"w": [{"path": os.path.join(box.path, "src"), "how": how, "folders": 1}]}
+        assert box.json("status")["watches"] == status
+        good = read(box.file("config.json"))
+        self.watch(box, paths=["src", "later"], extensions=["py"])
+        box.run("reload")
+        assert [one["how"] for one in box.json("status")["watches"]["w"]] == [how, "missing"]
+        self.change(box, "f.txt")
+        self.change(box, "f.py")
+        assert self.until_done(box, 1)[0]["payload"]["count"] == 1
+        self.watch(box, paths=["apexd.py"])
+        assert "watch.w.paths" in box.error("reload", rc=78)["message"]
+        self.change(box, "g.py")
+        self.until_done(box, 2)
+        self.watch(box, enabled=False)
+        box.run("reload")
+        assert box.json("status")["watches"] == {}
+        write(box.file("config.json"), good)
+        box.run("reload")
+        assert box.json("status")["watches"] == status
+
+    @pytest.mark.parametrize(("options", "key"), [
+        ({"paths": []}, "watch.w.paths"), ({"paths": "apexd.py"}, "watch.w.paths"),
+        ({"paths": ["src", "apexd.py/x"]}, "watch.w.paths"), ({"paths": 3}, "watch.w.paths"),
+        ({"events": ["write"]}, "watch.w.events"), ({"events": "modify"}, "watch.w.events"),
+        ({"debounce_ms": -1}, "watch.w.debounce_ms"), ({"debounce": 3}, "watch.w.debounce"),
+        ({"overlap": "both"}, "watch.w.overlap"), ({"command": None}, "watch.w.command"),
+        ({"group": "none"}, "watch.w.group"), ({"ignore": [3]}, "watch.w.ignore"),
+    ])  # fmt: skip
+    def test_bad_input_names_the_file_the_key_and_the_reason(self, box, options, key):
+        self.watch(box, **options)
+        if "command" in options:
+            data = json.loads(read(box.file("config.json")))
+            del data["watch"]["w"]["command"]
+            write(box.file("config.json"), json.dumps(data))
+        error = box.error("start", rc=78)
+        assert error["message"].startswith(f"{box.file('config.json')}: {key}"), error
+        assert error["hint"]
+
+    @posix
+    def test_a_folder_that_cannot_be_read_is_refused(self, box):
+        if IS_ROOT:
+            pytest.skip("root reads everything")
+        self.watch(box)
+        os.chmod(os.path.join(box.path, "src"), 0)
+        assert "Permission denied" in box.error("start", rc=78)["message"]
+
+    @linux
+    def test_a_task_begins_soon_after_the_last_change(self, box):
+        code = "import time; open('began', 'a').write(f'{time.time()} ')"
+        self.watch(box, command=[sys.executable, "-I", "-S", "-c", code], debounce_ms=100)
+        box.start()
+        late = []
+        for n in range(1, 6):
+            eventually(lambda: all(task["state"] == "succeeded" for task in self.tasks(box)))
+            threading.Event().wait(0.2)
+            changed = time.time()
+            self.change(box)
+            eventually(lambda n=n: read(os.path.join(box.path, "began")).count(" ") == n)
+            late.append(float(read(os.path.join(box.path, "began")).split()[-1]) - changed - 0.1)
+        assert 0 < min(late) < 0.1, late  # with Python's own start, on a busy machine
 
 
 def run_git(folder, *words):
