@@ -1047,10 +1047,6 @@ else:
     class _Notifier:
         """Tells what changes in folders (inotify(7)). Each method may raise OSError."""
 
-        WORDS = {  # IN_Q_OVERFLOW, IN_IGNORED, IN_MOVE_SELF, IN_ISDIR, IN_MODIFY
-            0x4000: "overflow", 0x8000: "ended", 0x800: "moved", 1 << 30: "folder", 2: "written",
-        }  # fmt: skip
-
         def __init__(self) -> None:
             import ctypes
 
@@ -1071,7 +1067,7 @@ else:
             return result
 
         def add(self, path: str, folder: str | None) -> None:
-            """Tell of a folder from now on, under this name; None: only that it was moved."""
+            """Tell of a folder by this name, "" for the root; None: only whether it is moved."""
             # IN_ONLYDIR | IN_EXCL_UNLINK | IN_DONT_FOLLOW | all but ACCESS, OPEN, CLOSE_NOWRITE
             mask = 0x01000800 if folder is None else 0x05000FCE | (0x02000000 if folder else 0)
             number = self._check(self._libc.inotify_add_watch(self._fd, os.fsencode(path), mask))
@@ -1087,7 +1083,7 @@ else:
                 self._libc.inotify_rm_watch(self._fd, number)
 
         def read(self) -> Iterator[tuple[str, str, str]]:
-            """Yield (folder, name in it, what happened: of WORDS, or "")."""
+            """Yield (folder, name in it, "folder", "written" or ""); ("", "", "gap"): any."""
             data, at = b"", 0
             with contextlib.suppress(BlockingIOError):
                 data = os.read(self._fd, 1 << 16)  # the rest the next time
@@ -1095,14 +1091,15 @@ else:
                 number, mask, _, length = struct.unpack_from("iIII", data, at)
                 name = os.fsdecode(data[at + 16 : at + 16 + length].rstrip(b"\0"))
                 at += 16 + length
-                what = next((word for bit, word in self.WORDS.items() if mask & bit), "")
-                is_known, folder = number in self._folders, self._folders.get(number)
-                if what == "ended" and self._folders.pop(number, None) is not None:
-                    if self.numbers.get(folder or "") == number:
-                        del self.numbers[folder or ""]
-                is_word = bool(name) or what in ("ended", "moved")
-                if what == "overflow" or (is_known and is_word):
-                    yield folder or "", name, what
+                is_known, folder = number in self._folders, self._folders.get(number) or ""
+                if mask & 0x8000 and is_known:  # IN_IGNORED: the folder is gone
+                    del self._folders[number]
+                    if self.numbers.get(folder) == number:
+                        del self.numbers[folder]
+                if mask & 0x6000 or (mask & 0x8800 and is_known and not folder):
+                    yield "", "", "gap"  # IN_Q_OVERFLOW, IN_UNMOUNT; IN_MOVE_SELF of the root
+                elif name and is_known:  # IN_ISDIR, IN_MODIFY
+                    yield folder, name, "folder" if mask >> 30 else "written" if mask & 2 else ""
 
         def close(self) -> None:
             os.close(self._fd)
@@ -6072,13 +6069,13 @@ class _Tree:
         self.known: dict[str, dict[str, Any]] = {}  # folder -> name -> stamp
         self._before: dict[str, Any] = {}  # what this burst changed -> its stamp before
         self._touched: set[str] = set()  # was written to, whatever its stamp says
-        self._dirty: dict[str, set[str]] = {}  # folder -> names to look at
         self.has_gaps = True  # all is to be looked at
         self.notifier: Any = None
         self._told: set[str] = set()  # warnings
         self.is_lost = False  # the root is missing, or cannot be read
         self.due_mono, self.looked_mono = float("inf"), Clock.mono()  # when to look, untold; when
-        self._busy_until, self._count = 0.0, 0  # of a poll: monotonic; changes ever seen
+        self._busy_until = 0.0  # it is polled more often, monotonic
+        self.is_news = False  # something was noted
 
     def close(self) -> None:
         """Give up the notifications."""
@@ -6104,46 +6101,41 @@ class _Tree:
             return False
         return not self._ignore.fullmatch(path)
 
-    def hear(self) -> bool:
-        """Take the notifications; tell whether something may have changed."""
-        is_news = False
+    def _note(self, path: str, stamp: Any) -> None:
+        """Remember how a file was before the burst."""
+        self._before.setdefault(path, stamp)
+        self.is_news = True
+
+    def hear(self) -> None:
+        """Look at what the notifications are about."""
         for folder, name, what in self.notifier.read() if self.notifier is not None else ():
             path = f"{folder}/{name}" if folder else name
-            if what == "overflow" or (folder == "" and what in ("moved", "ended")):
-                self.has_gaps = is_news = True
-            elif what == "ended":
-                above, _, name = folder.rpartition("/")
-                self._dirty.setdefault(above, set()).add(name)
-                is_news = True
-            elif name and self._is_wanted(path, what == "folder"):
-                self._dirty.setdefault(folder, set()).add(name)
-                if what == "written":
+            if what == "gap":
+                self.has_gaps = self.is_news = True
+            elif self._is_wanted(path, what == "folder"):
+                if what == "written" and self._find(path):
                     self._touched.add(path)
-                elif what == "folder":  # now: what happens in it belongs to the burst
-                    self._examine(folder, name)
-                is_news = True
-        return is_news
+                    self._note(path, self._find(path))
+                with contextlib.suppress(PermissionError):  # what is known of it stands
+                    for inner in self._look(folder, name, self._stat(path), False):
+                        self._scan(inner)
 
-    def look(self, now: float) -> bool:
-        """Look for what nobody tells of, when that is due; tell whether there was something."""
+    def look(self, now: float) -> None:
+        """Look for what nobody tells of, when that is due."""
         if now < self.due_mono:
-            return False
+            return
         self.due_mono, self.looked_mono = now + WATCH_LOOK_S, now
         if not self.is_polled:  # a root that was missing
-            self.has_gaps |= os.path.isdir(self.root)
-            return self.has_gaps
-        count = self._count
+            self.has_gaps = self.is_news = os.path.isdir(self.root)
+            return
         self._scan("", True)
-        if self._count != count:
-            self._busy_until = now + POLL_BUSY_S
+        self._busy_until = now + POLL_BUSY_S if self.is_news else self._busy_until
         share = POLL_SHARE * (POLL_BUSY_FACTOR if now < self._busy_until else 1)
         self.due_mono = now + min(max(WATCH_LOOK_S, (Clock.mono() - now) / share), POLL_MAX_S)
-        return self._count != count
 
     def begin(self) -> None:
         """Look at everything, and ask to be told from now on."""
         self.close()
-        self._dirty.clear()
         self.due_mono = float("inf")
         above = os.path.realpath(self.root)
         kind = None if self.is_polled else Platform.network_file_system(above)
@@ -6162,27 +6154,10 @@ class _Tree:
         self.has_gaps = False
         self.due_mono = Clock.mono() if self.is_polled else self.due_mono
 
-    def settle(self) -> None:
-        """Look at all that may differ."""
-        if self.has_gaps:
-            self.begin()
-        for path in self._touched:
-            self._before.setdefault(path, self._find(path))
-        for folder, names in self._dirty.items():
-            for name in names:
-                self._examine(folder, name)
-        self._dirty.clear()
-
-    def _examine(self, folder: str, name: str) -> None:
-        """Compare what is at a path, and in it if that is new, with what is known."""
-        try:
-            info = os.lstat(self._path(f"{folder}/{name}" if folder else name))
-        except (FileNotFoundError, NotADirectoryError):
-            info = None
-        except OSError:  # not readable now: what is known of it stands
-            return
-        for inner in self._look(folder, name, info, False):
-            self._scan(inner)
+    def _stat(self, path: str) -> os.stat_result | None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.lstat(self._path(path))
+        return None
 
     def _scan(self, folder: str, is_deep: bool = False) -> None:
         """Compare a folder, and those in it that are new (deep: all), with what is known."""
@@ -6247,8 +6222,7 @@ class _Tree:
             del known[name]
         before = None if was_folder else old
         if before != (None if is_folder else stamp):
-            self._before.setdefault(path, before)
-            self._count += 1
+            self._note(path, before)
         if was_folder and not is_folder:
             self._drop(path)
         is_new = stamp != old or (self.notifier and path not in self.notifier.numbers)
@@ -6266,8 +6240,7 @@ class _Tree:
                 if stamp[1] < 0:
                     todo.append(path)
                 else:
-                    self._before.setdefault(path, stamp)
-                    self._count += 1
+                    self._note(path, stamp)
 
     def _find(self, path: str) -> Any:
         """Return the stamp of a file, None when it is not there."""
@@ -6279,11 +6252,12 @@ class _Tree:
         """Take what is known now for how it was before the next burst."""
         self._before.clear()
         self._touched.clear()
+        self.is_news = False
 
     def sum_up(self, kinds: Container[str]) -> list[Change]:
         """Return what the burst has changed, all in all."""
         before = self._before
-        after = {path: self._find(path) for path in sorted(before)}
+        after = {path: self._find(path) for path in before}
         gone = {before[path]: path for path, now in after.items() if before[path] and not now}
         sources: dict[str, str] = {}  # what only has another path, by that path
         for path, now in after.items():
@@ -6396,7 +6370,10 @@ class FileWatcher:
             if tree.is_polled and (now >= self._due or is_last):
                 tree.due_mono = now  # does it still go on?
             seen = tree.looked_mono if tree.is_polled else now
-            if tree.hear() | tree.look(now):
+            tree.hear()
+            tree.look(now)
+            if tree.is_news:
+                tree.is_news = False
                 self._first, self._since = min(self._first, now), min(self._since, seen)
                 self._last, end = now, self._first + self._debounce_max_s
                 self._due = max(min(now + self._debounce_s, end), self._held)
@@ -6407,10 +6384,11 @@ class FileWatcher:
             self._due = self._held = now + wait_s
             return
         for tree in self._trees:
-            tree.settle()
-        changes = [change for tree in self._trees for change in tree.sum_up(self._kinds)]
-        if changes:
-            self._on_change(changes)
+            if tree.has_gaps:
+                tree.begin()
+        found = {one.path: one for tree in self._trees for one in tree.sum_up(self._kinds)}
+        if found:
+            self._on_change([found[path] for path in sorted(found)])
         self._first = self._since = self._last = self._due = float("inf")
         self._held = 0.0
         for tree in self._trees:
