@@ -10156,6 +10156,39 @@ class TestWindows:
         windows.run("down", "web")
         assert not windows.processes("ping")
 
+    def test_what_changes_in_files_becomes_a_task(self, windows):
+        """By looking for it: there is no inotify."""
+        tell = "import os, shutil; open('told', 'a').write(os.environ['APEX_EVENT'] + '\\n'); " \
+            "shutil.copy(os.environ['APEX_EVENT_FILE'], 'paths')"
+        options = {"paths": ["src", "later"], "debounce_ms": 50, "ignore": ["out/*.o"]}
+        table = {"w": {**options, "command": [windows.python, "-c", tell]}}
+        write(windows.file("config.json"), json.dumps({"watch": table}))
+        write_plainly(os.path.join(windows.path, "src", "sub", "old"), "1")
+
+        def told(count, **changes):
+            """Wait for the task of that number; see what it was told."""
+            windows.until(count, state="succeeded")
+            lines = read(os.path.join(windows.path, "told")).strip().split("\n")
+            found = json.loads(lines[-1])["payload"]["changes"]
+            assert {one["path"].rpartition("\\")[2]: one["kind"] for one in found} == changes
+            paths = read(os.path.join(windows.path, "paths")).split()
+            assert paths == sorted(one["path"] for one in found)
+
+        windows.start()
+        watched = json.loads(windows.run("status", "--json"))["watches"]["w"]
+        assert [one["how"] for one in watched] == ["polling", "missing"]
+        write_plainly(os.path.join(windows.path, "src", "sub", "new"), "1")
+        write_plainly(os.path.join(windows.path, "src", "out", "x.o"), "1")
+        told(1, new="created")
+        write_plainly(os.path.join(windows.path, "src", "sub", "new"), "22")
+        os.unlink(os.path.join(windows.path, "src", "sub", "old"))
+        told(2, new="modified", old="deleted")
+        write_plainly(os.path.join(windows.path, "later", "f"), "1")
+        told(3, f="created")
+        shutil.rmtree(os.path.join(windows.path, "src"))
+        told(4, new="deleted")
+        windows.run("stop")
+
     def test_only_the_token_opens_the_port(self, windows):
         windows.start()
         token = json.loads(read(windows.file("endpoint")))["token"]
