@@ -6061,7 +6061,7 @@ def watched_folder(path: str) -> str:
 
 
 class _Tree:
-    """The files below one root: a snapshot, and what may differ from it. One thread."""
+    """The files below one root: a snapshot, and what differed from it before. One thread."""
 
     def __init__(self, root: str, ignore: Any, endings: tuple[str, ...], is_polled: bool) -> None:
         self.root, self.is_polled = root, is_polled
@@ -6069,13 +6069,12 @@ class _Tree:
         self.known: dict[str, dict[str, Any]] = {}  # folder -> name -> stamp
         self._before: dict[str, Any] = {}  # what this burst changed -> its stamp before
         self._touched: set[str] = set()  # was written to, whatever its stamp says
-        self.has_gaps = True  # all is to be looked at
+        self.is_news, self.has_gaps = False, True  # something was noted; all is to be looked at
+        self.is_lost = False  # the root is missing, or cannot be read
         self.notifier: Any = None
         self._told: set[str] = set()  # warnings
-        self.is_lost = False  # the root is missing, or cannot be read
-        self.due_mono, self.looked_mono = float("inf"), Clock.mono()  # when to look, untold; when
+        self.due_mono, self.looked_mono = float("inf"), Clock.mono()  # when to look untold; when
         self._busy_until = 0.0  # it is polled more often, monotonic
-        self.is_news = False  # something was noted
 
     def close(self) -> None:
         """Give up the notifications."""
@@ -6097,9 +6096,8 @@ class _Tree:
         return os.path.join(self.root, relative.replace("/", os.sep)) if relative else self.root
 
     def _is_wanted(self, path: str, is_folder: bool) -> bool:
-        if self._endings and not is_folder and not path.endswith(self._endings):
-            return False
-        return not self._ignore.fullmatch(path)
+        is_ending = is_folder or not self._endings or path.endswith(self._endings)
+        return is_ending and not self._ignore.fullmatch(path)
 
     def _note(self, path: str, stamp: Any) -> None:
         """Remember how a file was before the burst."""
@@ -6116,9 +6114,14 @@ class _Tree:
                 if what == "written" and self._find(path):
                     self._touched.add(path)
                     self._note(path, self._find(path))
-                with contextlib.suppress(PermissionError):  # what is known of it stands
-                    for inner in self._look(folder, name, self._stat(path), False):
-                        self._scan(inner)
+                try:
+                    info = os.lstat(self._path(path))
+                except PermissionError:  # what is known of it stands
+                    continue
+                except OSError:
+                    info = None
+                for inner in self._look(folder, name, info, False):
+                    self._scan(inner)
 
     def look(self, now: float) -> None:
         """Look for what nobody tells of, when that is due."""
@@ -6136,28 +6139,23 @@ class _Tree:
     def begin(self) -> None:
         """Look at everything, and ask to be told from now on."""
         self.close()
-        self.due_mono = float("inf")
-        above = os.path.realpath(self.root)
-        kind = None if self.is_polled else Platform.network_file_system(above)
+        above, self.due_mono = os.path.realpath(self.root), float("inf")
         try:
-            if kind is not None:
+            kind = Platform.network_file_system(above)
+            if kind is not None and not self.is_polled:
                 self._poll(f"it is on {kind}")
             elif not self.is_polled:
                 self.notifier = Platform.open_notifier()
-        except OSError as error:
-            self._poll(error.strerror)
+        except (OSError, ImportError) as error:
+            self._poll(getattr(error, "strerror", str(error)))
         while self.notifier is not None and above != os.path.dirname(above):
             above = os.path.dirname(above)  # when it is moved, the root is
             with contextlib.suppress(OSError):
                 self.notifier.add(above, None)
         self._scan("", True)
         self.has_gaps = False
-        self.due_mono = Clock.mono() if self.is_polled else self.due_mono
-
-    def _stat(self, path: str) -> os.stat_result | None:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return os.lstat(self._path(path))
-        return None
+        if self.is_polled:
+            self.due_mono = Clock.mono()
 
     def _scan(self, folder: str, is_deep: bool = False) -> None:
         """Compare a folder, and those in it that are new (deep: all), with what is known."""
@@ -6172,35 +6170,34 @@ class _Tree:
 
     def _read(self, folder: str) -> dict[str, os.stat_result] | None:
         """Return what is in a folder, {} when it is gone, None when it cannot be read."""
-        path, found, failure = self._path(folder), dict[str, os.stat_result](), None
+        path, found = self._path(folder), dict[str, os.stat_result]()
         try:
             if self.notifier is not None:  # first: what is made meanwhile is found, or told of
                 self.notifier.add(path, folder)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                self._poll(f"{error.strerror} (fs.inotify.max_user_watches)")
-        try:
             with os.scandir(path) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):
                         found[entry.name] = entry.stat(follow_symlinks=False)
         except OSError as error:
+            if self.notifier is not None and error.errno in (errno.ENOSPC, errno.ENOMEM):
+                self._poll(f"{error.strerror} (fs.inotify.max_user_watches)")
+                return self._read(folder)
             if error.errno in SHORTAGES:
                 raise
-            failure = error
-        if folder == "" and self.is_lost != (failure is not None):
-            self.is_lost = failure is not None
-            state = f"waiting for it: {failure.strerror}" if failure else "it is there"
-            log.warning("watching %s: %s", path, state)
-        if failure is None:
-            return found
-        if folder == "":
-            self.close()
-            self.due_mono = Clock.mono() + WATCH_LOOK_S
-        if isinstance(failure, (FileNotFoundError, NotADirectoryError)):
-            return {}
-        self._warn(f"left out: {path}: {failure.strerror}")
-        return None
+            is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            if folder != "" and not is_gone:
+                self._warn(f"left out: {path}: {error.strerror}")
+            elif folder == "":
+                self.close()
+                self.due_mono = Clock.mono() + WATCH_LOOK_S
+                if not self.is_lost:
+                    log.warning("watching %s: waiting for it: %s", path, error.strerror)
+                self.is_lost = True
+            return {} if is_gone else None
+        if folder == "" and self.is_lost:
+            self.is_lost = False
+            log.warning("watching %s: it is there", path)
+        return found
 
     def _look(self, folder: str, name: str, info: Any, is_deep: bool) -> list[str]:
         """Compare what is at a path with what is known; return the folder to look into."""
@@ -6254,27 +6251,22 @@ class _Tree:
         self._touched.clear()
         self.is_news = False
 
-    def sum_up(self, kinds: Container[str]) -> list[Change]:
-        """Return what the burst has changed, all in all."""
-        before = self._before
-        after = {path: self._find(path) for path in before}
-        gone = {before[path]: path for path, now in after.items() if before[path] and not now}
-        sources: dict[str, str] = {}  # what only has another path, by that path
-        for path, now in after.items():
-            if "moved" in kinds and not before[path] and now in gone and now[2]:
-                sources[path] = gone.pop(now)
-        moved, changes = set(sources.values()), []
-        for path, now in after.items():
-            if now is None:
-                kind = "" if before[path] is None or path in moved else "deleted"
-            elif before[path] is None:
-                kind = "moved" if path in sources else "created"
-            else:
-                kind = "modified" if now != before[path] or path in self._touched else ""
-            if kind in kinds:
-                source = self._path(sources[path]) if path in sources else None
-                changes.append(Change(kind=kind, path=self._path(path), source=source))
-        return changes
+    def sum_up(self, kinds: Container[str]) -> Iterator[Change]:
+        """Yield what the burst has changed, all in all."""
+        after = {path: self._find(path) for path in self._before}
+        gone = {old: path for path, old in self._before.items() if old and not after[path]}
+        moved = {
+            path: gone.pop(now) for path, now in after.items()
+            if "moved" in kinds and not self._before[path] and now in gone and now[2]
+        }  # fmt: skip
+        sources = set(moved.values())
+        for path, old in self._before.items():
+            kind = "modified" if after[path] != old or path in self._touched else ""
+            if old is None or after[path] is None:
+                kind = "moved" if path in moved else "created" if after[path] else "deleted"
+            if kind in kinds and path not in sources and (old or after[path]):
+                source = self._path(moved[path]) if path in moved else None
+                yield Change(kind=kind, path=self._path(path), source=source)
 
 
 class FileWatcher:
@@ -6306,7 +6298,7 @@ class FileWatcher:
             raise bad(f"paths: must be {error}") from None
         self._trees = [_Tree(root, ignored, endings, poll) for root in dict.fromkeys(roots)]
         self._first = self._since = self._last = self._due = float("inf")  # of a burst, monotonic
-        self._held = 0.0  # it waits so long, monotonic
+        self._held, self._failure = 0.0, ""  # it waits so long, monotonic; what was said of it
         self._waker, self._wakee = socket.socketpair()
         self._is_over, self._is_standing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
@@ -6325,14 +6317,11 @@ class FileWatcher:
 
     def status(self) -> list[dict[str, Any]]:
         """Return [{"path", "how": "inotify", "polling" or "missing", "folders"}]."""
-        return [
-            {
-                "path": tree.root,
-                "how": "missing" if tree.is_lost else "polling" if tree.is_polled else "inotify",
-                "folders": len(tree.known),
-            }
-            for tree in self._trees
-        ]
+        found = []
+        for tree in self._trees:
+            how = "missing" if tree.is_lost else "polling" if tree.is_polled else "inotify"
+            found.append({"path": tree.root, "how": how, "folders": len(tree.known)})
+        return found
 
     def _loop(self) -> None:
         is_last = False
@@ -6346,11 +6335,13 @@ class FileWatcher:
                     self._is_standing.set()
                 self._turn(is_last)
             except Exception as error:  # this thread's top frame, and the user's callback
-                log.error("watching: %s", error, exc_info=not isinstance(error, DaemonError))
+                if str(error) != self._failure:
+                    self._failure = str(error)
+                    log.error("watching: %s", error, exc_info=not isinstance(error, DaemonError))
                 for tree in self._trees:
                     tree.has_gaps = True
-                self._first = self._since = self._last = Clock.mono()
-                self._due = self._held = self._first + WATCH_LOOK_S
+                self._first = self._since = self._last = self._due = Clock.mono()
+                self._is_over.wait(WATCH_LOOK_S)
         for one in (*self._trees, self._waker, self._wakee):
             one.close()  # type: ignore[attr-defined]
 
@@ -6390,7 +6381,7 @@ class FileWatcher:
         if found:
             self._on_change([found[path] for path in sorted(found)])
         self._first = self._since = self._last = self._due = float("inf")
-        self._held = 0.0
+        self._held, self._failure = 0.0, ""
         for tree in self._trees:
             tree.forget()
 
@@ -6404,8 +6395,11 @@ class WatchTrigger:
         self._task = EventStore(store).get_fires().get(f"watch.{name}", (0, None))[1]
         self._is_own, self._rounds = False, 0  # changed by its own task; so often in a row
         roots = [os.path.join(store.project, path) for path in options.paths]
-        own = [os.path.relpath(store.folder, root).replace(os.sep, "/") for root in roots]
-        own = ["/" + re.sub(r"([*?[])", r"[\1]", path) for path in own if path[0] != "."]
+        own, folder = [], os.path.realpath(store.folder)  # what the daemon writes is no change
+        for above in (os.path.join(os.path.realpath(root), "") for root in roots):
+            if folder.startswith(above):
+                path = folder[len(above) :].replace(os.sep, "/")
+                own.append("/" + re.sub(r"([*?[])", r"[\1]", path))
         self.watcher = FileWatcher(
             roots, self._make_task, events=options.events, ignore=[*options.ignore, *own],
             extensions=options.extensions, debounce_s=options.debounce_ms / 1000,
@@ -6431,7 +6425,7 @@ class WatchTrigger:
         self._rounds = self._rounds + 1 if self._is_own else 0
         if self._rounds >= LOOP_ROUNDS:
             what = ", ".join(sorted(change.path for change in changes)[:3])
-            text = "watch %s: a loop: its task changes what it watches: %s; add that to `ignore`"
+            text = "watch %s: a loop, slowed down: its task changes what it watches: %s; ignore that"
             log.error(text, self.name, what)
         source, told = f"watch {self.name}", []
         for kind in CHANGES.values():
@@ -6439,7 +6433,8 @@ class WatchTrigger:
             if payload["count"]:
                 told.append(Event.make(f"file.{kind}", payload, source))
         event = Event.make("file.changed", self._describe(changes), source)
-        lines = b"".join(map(as_line, changes))
+        paths = (json.dumps(one.path) if "\n" in one.path else one.path for one in changes)
+        lines = os.fsencode("".join(path + "\n" for path in paths))
         store = EventStore(self._store)
         made = store.fire(f"watch.{self.name}", self.options, event, None, told, lines)
         self._task = made or self._task
@@ -6452,12 +6447,6 @@ class WatchTrigger:
         if len(json.dumps(found)) > EVENT_VARIABLE_CHARS:
             payload.update(truncated=True, changes=[])
         return payload
-
-
-def as_line(change: Change) -> bytes:
-    """Return a line of APEX_EVENT_FILE: the path; as a JSON string when it has a line's end."""
-    is_odd = "\n" in change.path or "\r" in change.path
-    return os.fsencode((json.dumps(change.path) if is_odd else change.path) + "\n")
 
 
 def check_watches(config: Config, project: str, path: str | None) -> None:

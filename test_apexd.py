@@ -6638,10 +6638,8 @@ def write_plainly(path, data):
 @pytest.fixture
 def watching(tmp_path, request, monkeypatch):
     """Give a maker of a Watching; a parameter says how it learns of changes."""
-    made, options = [], {}
-    if getattr(request, "param", "") == "polling":
-        options["poll"] = True
-        monkeypatch.setattr(apexd, "WATCH_LOOK_S", 0.1)
+    made, options = [], {"poll": getattr(request, "param", "") == "polling"}
+    monkeypatch.setattr(apexd, "WATCH_LOOK_S", 0.1)
 
     def make(path=tmp_path, **more):
         made.append(Watching(path, **{**options, **more}))
