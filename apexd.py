@@ -6393,6 +6393,7 @@ class WatchTrigger:
         self.name, self.options = name, options
         self._store, self._wake = store, wake
         self._task = EventStore(store).get_fires().get(f"watch.{name}", (0, None))[1]
+        self._ended: float | None = None  # that task, monotonic
         self._is_own, self._rounds = False, 0  # changed by its own task; so often in a row
         roots = [os.path.join(store.project, path) for path in options.paths]
         own, folder = [], os.path.realpath(store.folder)  # what the daemon writes is no change
@@ -6408,18 +6409,18 @@ class WatchTrigger:
 
     def _hold(self, first: float, last: float) -> float:
         """Let changes wait for the end of the task before, and longer when they are a loop."""
-        tasks = self._store.find(ids=[self._task]) if self._task else []
-        self._is_own = False
-        if not tasks:
-            return 0.0
-        if tasks[0].finished_at is None:
-            return WATCH_BUSY_S if self.options.overlap == "queue" else 0.0
-        ended: float = Clock.mono() - (Clock.now() - tasks[0].finished_at) + WATCH_OWN_S
-        self._is_own = first <= last <= ended  # else somebody else changes things
+        if self._ended is None:
+            tasks = self._store.find(ids=[self._task]) if self._task else []
+            if tasks and tasks[0].finished_at is None:
+                self._is_own = False
+                return WATCH_BUSY_S if self.options.overlap == "queue" else 0.0
+            ago_s = max(Clock.now() - tasks[0].finished_at, 0.0) if tasks else float("inf")
+            self._ended = Clock.mono() - ago_s + WATCH_OWN_S
+        self._is_own = first <= last <= self._ended  # else somebody else changes things
         if not self._is_own or self._rounds < LOOP_ROUNDS:
             return 0.0
         pause_s = min(LOOP_PAUSE_S * 2 ** (self._rounds - LOOP_ROUNDS), LOOP_PAUSE_MAX_S)
-        return float(min(ended + pause_s - Clock.mono(), WATCH_LOOK_S))
+        return min(self._ended + pause_s - Clock.mono(), WATCH_LOOK_S)
 
     def _make_task(self, changes: list[Change]) -> None:
         self._rounds = self._rounds + 1 if self._is_own else 0
@@ -6437,7 +6438,7 @@ class WatchTrigger:
         lines = os.fsencode("".join(path + "\n" for path in paths))
         store = EventStore(self._store)
         made = store.fire(f"watch.{self.name}", self.options, event, None, told, lines)
-        self._task = made or self._task
+        self._task, self._ended = made or self._task, None
         self._wake()
 
     def _describe(self, changes: list[Change]) -> dict[str, Any]:
