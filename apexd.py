@@ -6411,16 +6411,16 @@ class WatchTrigger:
         """Let changes wait for the end of the task before, and longer when they are a loop."""
         if self._ended is None:
             tasks = self._store.find(ids=[self._task]) if self._task else []
-            if tasks and tasks[0].finished_at is None:
+            finished_at = tasks[0].finished_at if tasks else 0.0
+            if finished_at is None:
                 self._is_own = False
                 return WATCH_BUSY_S if self.options.overlap == "queue" else 0.0
-            ago_s = max(Clock.now() - tasks[0].finished_at, 0.0) if tasks else float("inf")
-            self._ended = Clock.mono() - ago_s + WATCH_OWN_S
+            self._ended = Clock.mono() - max(Clock.now() - finished_at, 0.0) + WATCH_OWN_S
         self._is_own = first <= last <= self._ended  # else somebody else changes things
         if not self._is_own or self._rounds < LOOP_ROUNDS:
             return 0.0
         pause_s = min(LOOP_PAUSE_S * 2 ** (self._rounds - LOOP_ROUNDS), LOOP_PAUSE_MAX_S)
-        return min(self._ended + pause_s - Clock.mono(), WATCH_LOOK_S)
+        return float(min(self._ended + pause_s - Clock.mono(), WATCH_LOOK_S))
 
     def _make_task(self, changes: list[Change]) -> None:
         self._rounds = self._rounds + 1 if self._is_own else 0
