@@ -156,9 +156,10 @@ CLIENT_HOLD_S = 5.0  # a client holds the lock for one call; longer means anothe
 
 FRAME_MAX_BYTES = 16 * 1024 * 1024  # a request or a response
 FRAME_ITEMS_MAX = 1_000_000  # values in a request: each costs up to 125 bytes of memory
-FRAME_DIGITS_MAX = 400  # of a number in it
-FRAMES_MAX_BYTES = 4 * FRAME_MAX_BYTES  # large requests being read, all connections together
-FRAME_FREE_BYTES = 64 * 1024  # requests up to this size are not counted
+FRAME_DIGITS_MAX = 400  # of a whole number in it
+LARGE_FRAMES_MAX = 4  # large requests being read at once, all connections together
+LARGE_FRAME_WAIT_S = 1.0  # for one of them to have been read
+LARGE_FRAME_BYTES = 64 * 1024  # requests up to this size are not counted
 FRAME_TIMEOUT_S = 10.0  # from a frame's first byte to its last
 IDLE_TIMEOUT_S = 60.0  # a silent connection gives its place to others
 CONNECTIONS_MAX = 64
@@ -177,6 +178,7 @@ CALLED = "call"  # stands for the keeper of what a function of the program carri
 GATHER_S = 0.0005  # for what ends at the same time: one commit for all of it
 NOTE_S = 0.1  # a PID is on disk so soon after its start
 NOTE_BYTES = 512  # a process's note: one sector, written as a whole
+LOG_FILES_MAX = 100  # rotated ones of the daemon's own log
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
 LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of processes
 LINES_MAX = 100_000  # of a log at once
@@ -221,7 +223,7 @@ WATCH_GATHER_S = 0.01  # notifications that come together are read together
 POLL_SHARE = 0.004  # of a processor, for looking through a tree that nobody tells of
 POLL_BUSY_FACTOR, POLL_BUSY_S = 10, 30.0  # more of it for so long after a change
 POLL_MAX_S = 60.0
-CHANGES = {"create": "created", "modify": "modified", "delete": "deleted", "move": "moved"}
+FILE_CHANGES = {"create": "created", "modify": "modified", "delete": "deleted", "move": "moved"}
 WATCH_IGNORED = (
     ".git .apex .svn .hg node_modules __pycache__ .venv venv .tox .mypy_cache .DS_Store "
     "*~ .*.sw? .#* #*# 4913 *.tmp"  # of editors: backups, swap files, locks
@@ -548,17 +550,6 @@ def number(text: object) -> float:
     raise ValueError("a number from 0")
 
 
-def line_of_text(text: object) -> str:
-    """Read a name or note: a string without control characters, at most 1000 long."""
-    if not isinstance(text, str) or len(text) > 1000 or re.search(r"[\x00-\x1f\x7f]", text):
-        raise ValueError("one line of text, at most 1000 characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("text in UTF-8") from None
-    return text
-
-
 def reader(form: str, is_good: Callable[[Any], object]) -> Callable[[Any], Any]:
     """Make a reader that takes what `is_good` is true for, as it is."""
 
@@ -580,6 +571,9 @@ def matching(pattern: str, form: str) -> Callable[[Any], Any]:
     return reader(form, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
 
 
+line_of_text = matching(
+    r"[^\x00-\x1f\x7f\ud800-\udfff]{0,1000}", "one line of UTF-8 text, at most 1000 characters"
+)
 text_list = reader(
     "a list of strings",
     lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
@@ -596,13 +590,8 @@ def command_line(value: Any) -> Any:
     words = text_list([value] if isinstance(value, str) else value)
     if not words or not words[0].strip():
         raise ValueError("a command that is not empty")
-    for word in words:
-        if "\0" in word:
-            raise ValueError("a command without NUL bytes")
-        try:
-            word.isascii() or word.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:
-            raise ValueError("a command without lone surrogates") from None
+    if any(re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", word) for word in words):
+        raise ValueError("a command without NUL bytes and lone surrogates")
     if words is value and words[0].startswith("-"):
         raise ValueError(f"a command that does not begin with '-': write ./{words[0]}")
     return value
@@ -678,9 +667,8 @@ PROBES: dict[str, Callable[[Any], Any]] = {
 
 def probe(interval_s: float) -> Callable[[object], Probe]:
     """Make a reader of {tcp = "HOST:PORT"} and the like, asked every `interval_s`."""
-    times: dict[str, Callable[[Any], Any]]
-    times = {**dict.fromkeys(("interval", "timeout", "within"), interval)}
-    times["failures"] = integer(1, 1000)
+    times: dict[str, Callable[[Any], Any]] = {"failures": integer(1, 1000)}
+    times.update(dict.fromkeys(("interval", "timeout", "within"), interval))
     form = "a table with one of " + ", ".join(PROBES) + "; and perhaps " + ", ".join(times)
 
     def read(value: object) -> Probe:
@@ -781,7 +769,7 @@ def next_state(task: Task, outcome: Outcome, jitter: float) -> tuple[State, floa
 
 # ============================================================================
 # 4. PLATFORM - the only place that asks which system this is
-#    Uses 1-3. Any thread; holds no state. Two classes, the same method names.
+#    Uses 1-3. Any thread; holds no state. One class a system, the same method names.
 # ============================================================================
 
 if sys.platform == "win32":
@@ -792,8 +780,17 @@ if sys.platform == "win32":
     _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
     _KERNEL.OpenProcess.restype = _KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
 
-    class _Children:
-        """What a keeper does with its children, and what is known of them."""
+    class _Platform:
+        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
+
+        SHELL = ("cmd.exe", "/d", "/s", "/c")
+        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
+        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
+        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
+        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
+        is_posix = False
+        kill = signal.SIGTERM
 
         def __init__(self) -> None:
             self._jobs: dict[int, tuple[Any, int]] = {}  # of the keeper's children, by PID
@@ -844,18 +841,6 @@ if sys.platform == "win32":
             if group in self._jobs:  # there is no gentle way that every program understands
                 _KERNEL.TerminateJobObject(wintypes.HANDLE(self._jobs[group][1]), 1)
 
-    class _Platform(_Children):
-        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
-
-        SHELL = ("cmd.exe", "/d", "/s", "/c")
-        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-        IS_OURS = "True"  # ACLs say who may write
-        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
-        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
-        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
-        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
-        is_posix = False
-
         def lock(self, fd: int, shared: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
             os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
@@ -866,8 +851,6 @@ if sys.platform == "win32":
             finally:
                 os.lseek(fd, place, os.SEEK_SET)
             return True
-
-        boot_id = staticmethod(lambda: "")
 
         def start_time(self, pid: int) -> str | None:
             handle = wintypes.HANDLE(_KERNEL.OpenProcess(0x1000, False, pid))
@@ -886,8 +869,6 @@ if sys.platform == "win32":
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
-        kill = signal.SIGTERM
-
         def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
@@ -895,6 +876,7 @@ if sys.platform == "win32":
         def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
             return socket.create_connection(("127.0.0.1", int(told["port"])), timeout_s)
 
+        boot_id = staticmethod(lambda: "")
         user = staticmethod(lambda: 0)
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
@@ -902,16 +884,15 @@ if sys.platform == "win32":
         is_root = staticmethod(lambda: False)
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
-        close_inherited = staticmethod(lambda: None)
         reap_orphans = staticmethod(lambda known: None)
+        place_socket = staticmethod(lambda folder, path, is_closed=False: path)
 
-        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
+        @property
+        def detach(self) -> Any:
             raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
-
-        place_socket = staticmethod(lambda folder, path, is_closed=False: path)
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
@@ -970,9 +951,10 @@ else:
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 send: Callable[[int], object] = functools.partial(os.kill, pid)
                 if sys.platform == "linux" and hasattr(os, "pidfd_open"):
-                    fd = os.pidfd_open(pid)
-                    stack.callback(os.close, fd)
-                    send = functools.partial(signal.pidfd_send_signal, fd)
+                    with contextlib.suppress(OSError):  # Linux before 5.3
+                        fd = os.pidfd_open(pid)
+                        stack.callback(os.close, fd)
+                        send = functools.partial(signal.pidfd_send_signal, fd)
                 if self.environment_of(pid).get("APEX_RUN_ID") == run_id:
                     send(signal.SIGKILL)
 
@@ -991,19 +973,19 @@ else:
             is_special = word.get("limits") or word.get("nice") or word.get("ids")
             if sys.platform == "linux" and not is_special:  # 0.1 ms less than Popen
                 return _spawn_child(word, log_fd)
-            reader, writer = os.pipe() if is_special else (-1, -1)
+            reader, writer = os.pipe()
             try:
                 process = subprocess.Popen(
                     word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
-                    cwd=None if is_special else word["cwd"], env=word["env"], umask=word["umask"],
-                    start_new_session=True, close_fds=False,  # all of the keeper's close on exec
-                    preexec_fn=functools.partial(_prepare, word, writer) if is_special else None,
+                    env=word["env"], umask=word["umask"], start_new_session=True,
+                    close_fds=False,  # all of the keeper's close on exec
+                    preexec_fn=functools.partial(_prepare, word, writer),
                 )  # fmt: skip
             except subprocess.SubprocessError:
                 raise OSError(*json.loads(os.read(reader, 4096))) from None
             finally:
-                for fd in (reader, writer) if is_special else ():
-                    os.close(fd)
+                os.close(reader)
+                os.close(writer)
             process.returncode = 0  # `reap` collects it
             return process.pid
 
@@ -1022,10 +1004,9 @@ else:
                         return
                     if which < 0:
                         before(pid)
-                    is_signal = os.WIFSIGNALED(status)
-                    how = os.WTERMSIG(status) if is_signal else os.WEXITSTATUS(status)
+                    code = os.waitstatus_to_exitcode(status)
                     yield pid, {
-                        "signal" if is_signal else "code": how,
+                        "signal" if code < 0 else "code": abs(code),
                         "cpu_s": round(used.ru_utime + used.ru_stime, 6),
                         "max_rss": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
                     }
@@ -1108,7 +1089,6 @@ else:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SHELL = ("/bin/sh", "-c")
-        IS_OURS = "info.st_uid == os.geteuid() and not info.st_mode & 0o022"  # of a launcher
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
@@ -1178,24 +1158,11 @@ else:
             """Tell whether forking is safe here: Linux, one thread."""
             return sys.platform == "linux" and threading.active_count() == 1
 
-        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
-            """Start a daemon by fork, setsid, fork, exec (daemon(7)); return its output, a file."""
-            reader, writer = os.pipe()
-            child = os.fork()
-            if child == 0:
-                try:
-                    os.setsid()
-                    if os.fork() == 0:
-                        null = os.open(os.devnull, os.O_RDWR)
-                        for source, target in ((null, 0), (writer, 1), (writer, 2)):
-                            os.dup2(source, target)
-                        os.execve(argv[0], argv, env)
-                finally:
-                    os._exit(0)
-            with contextlib.suppress(ChildProcessError):  # the caller ignores SIGCHLD
-                os.waitpid(child, 0)
-            os.close(writer)
-            return os.fdopen(reader, "rb")
+        def detach(self) -> None:
+            """Leave session and parent, in a child that is about to become a daemon (daemon(7))."""
+            os.setsid()
+            if os.fork():
+                os._exit(0)
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
@@ -1232,16 +1199,13 @@ else:
         def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
             """Connect to the socket that a file in `folder` tells of. Raises OSError."""
             path = os.path.join(folder, told["socket"])
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
+            with contextlib.ExitStack() as stack, _short_path(path) as name:
+                connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 connection.settimeout(timeout_s)
-                with _short_path(path) as name:
-                    connection.connect(name)
+                connection.connect(name)
                 if self.peer_uid(connection) is not None:
                     raise PermissionError(errno.EPERM, "another user answers", path)
-            except BaseException:
-                connection.close()
-                raise
+                stack.pop_all()
             return connection
 
         open_notifier = _Notifier
@@ -1296,13 +1260,6 @@ else:
             zero, length = ctypes.c_longlong(0), ctypes.c_longlong(size)
             # 8: FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS
             return call is not None and bool(call(fd, 8, zero, length) == 0)
-
-        def close_inherited(self) -> None:
-            """Close every descriptor above 2 that came from the caller."""
-            for name in os.listdir("/proc/self/fd" if _HAS_PROC else "/dev/fd"):
-                if int(name) > 2:
-                    with contextlib.suppress(OSError):
-                        os.close(int(name))
 
         def reap_orphans(self, known: Callable[[int], bool]) -> None:
             """Collect what a container's processes left to us as PID 1; never a known child."""
@@ -1370,7 +1327,7 @@ else:
             os.chdir("/")
 
     def _prepare(word: Mapping[str, Any], writer: int) -> None:
-        """Become what a child is to be: with limits, another niceness, another user.
+        """Become what a child is to be: with its folder, limits, niceness and user.
 
         As root whatever needs root, then never again. A step that fails is told to `writer` as
         (errno, text, step): Popen tells only that one did. The keeper has no other threads.
@@ -1412,20 +1369,18 @@ else:
     @contextlib.contextmanager
     def _short_path(path: str) -> Iterator[str]:
         """Give a name of a socket that fits into sun_path (unix(7)), through proc(5) or a link."""
-        if len(os.fsencode(path)) <= SOCKET_PATH_MAX_BYTES:
-            yield path
-            return
         folder, name = os.path.split(path)
-        if not _HAS_PROC:
-            with tempfile.TemporaryDirectory(prefix="apexd-") as temporary:
+        is_long = len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES
+        with contextlib.ExitStack() as stack:
+            if is_long and _HAS_PROC:
+                fd = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                path = f"/proc/self/fd/{fd}/{name}"
+            elif is_long:
+                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="apexd-"))
                 os.symlink(folder, f"{temporary}/x")
-                yield f"{temporary}/x/{name}"
-            return
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            yield f"/proc/self/fd/{fd}/{name}"
-        finally:
-            os.close(fd)
+                path = f"{temporary}/x/{name}"
+            yield path
 
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
@@ -1473,19 +1428,17 @@ def cannot_create(path: str, error: OSError) -> DaemonError:
     return DaemonError(code, f"{path}: {error.strerror or error}", hint)
 
 
-def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, through no symbolic link, a new one for us alone. Raises OSError."""
-    fd = os.open(path, flags | _O_SAFE, 0o600)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return fd
-
-
 def open_file(path: str, flags: int) -> int:
-    """Open like `open_regular`. Raises CANNOT_CREATE or PERMISSION_DENIED."""
+    """Open a regular file, through no symbolic link, a new one for us alone.
+
+    Raises CANNOT_CREATE or PERMISSION_DENIED.
+    """
     try:
-        return open_regular(path, flags)
+        fd: int = insist(os.open, path, flags | _O_SAFE, 0o600)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return fd
     except OSError as error:
         raise cannot_create(path, error) from None
 
@@ -1556,13 +1509,14 @@ def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> 
     ValueError (more than `most` bytes).
     """
     try:
-        fd = insist(open_regular, path, os.O_RDONLY)
-        with open(fd, "rb") as file:
+        with open(open_file(path, os.O_RDONLY), "rb") as file:
             if trusted:
-                refuse_foreign(path, os.fstat(fd))
-            data: bytes = file.read(most + 1)
-    except FileNotFoundError:
-        return None
+                refuse_foreign(path, os.fstat(file.fileno()))
+            data = file.read(most + 1)
+    except DaemonError as error:
+        if isinstance(error.__context__, FileNotFoundError):
+            return None
+        raise
     except OSError as error:
         raise cannot_create(path, error) from None
     if len(data) > most:
@@ -1606,7 +1560,7 @@ folder = os.path.dirname(os.path.realpath(__file__))
 source = os.path.normpath(os.path.join(folder, {source}))
 launched_for = os.path.normpath(os.path.join(folder, {project})), folder
 info, umask = os.stat(folder), os.umask(0o077)
-is_ours = {is_ours}
+is_ours = os.name == "nt" or (info.st_uid == os.geteuid() and not info.st_mode & 0o022)
 for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_ours:]:
     try:
         code = SourceFileLoader("apexd", source).get_code("apexd")
@@ -1691,9 +1645,8 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
         return "'" + text.replace("'", "'\"'\"'") + "'"
 
     gone = quoted(f"apexd: {python} is gone: run `python3 {source} start`")
-    names = {"python": quoted(python), "gone": gone, "is_ours": Platform.IS_OURS}
-    names.update(source=seen(source), project=seen(project))
-    yield launcher_path(folder), _LAUNCHER.format(**names)
+    places = {"source": seen(source), "project": seen(project)}
+    yield launcher_path(folder), _LAUNCHER.format(python=quoted(python), gone=gone, **places)
     if not Platform.is_posix:
         yield launcher_path(folder) + ".cmd", os.fsencode(batch).decode("latin-1")
 
@@ -1726,7 +1679,6 @@ def store_bytecode(folder: str) -> None:
 
 
 _LOG_LOCK = threading.Lock()  # between a cut and its new base a reader would be misled
-_complaints: set[str] = set()  # the logs that were warned of
 
 
 def log_path(folder: str, task_id: int, number: int) -> str:
@@ -1779,7 +1731,7 @@ def cap_log(path: str, most_bytes: int) -> bool:
             write_atomically(path + ".base", str(log_base(path) + cut))
         return True
     except (OSError, DaemonError) as error:
-        _complain(path, error)
+        _complain(path, str(error))
         return False
 
 
@@ -1797,13 +1749,12 @@ def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
             raise
         with contextlib.suppress(OSError):
             os.unlink(path)
-        _complain(path, error)
+        _complain(path, str(error))
 
 
-def _complain(path: str, error: Exception) -> None:
-    if path not in _complaints and len(_complaints) < 1000:
-        _complaints.add(path)
-        log.warning("%s: its head cannot be kept: %s", path, error)
+@functools.lru_cache(maxsize=1000)  # once for each log
+def _complain(path: str, what: str) -> None:
+    log.warning("%s: its head cannot be kept: %s", path, what)
 
 
 def keep_ballast(folder: str) -> None:
@@ -1831,8 +1782,7 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
         base = log_base(path)
         end = file.seek(0, os.SEEK_END)
         offset = 0 if offset > base + end else offset  # another file is there now
-        start = max(0, end - most) if offset < 0 else max(offset - base, 0)
-        file.seek(start)
+        file.seek(max(0, end - most) if offset < 0 else max(offset - base, 0))
         data = file.read(most)
         if offset < 0:
             data = b"".join(data.splitlines(keepends=True)[offset:])
@@ -1859,20 +1809,18 @@ class LogWatch:
         self.due_mono = Clock.mono() + self._pause_s
 
 
-def cut_lines(data: bytes) -> tuple[list[bytes], bytes]:
-    """Return (lines, what is no line yet); lines over LINE_MAX_BYTES are cut."""
-    parts = [
+def cut_lines(data: bytes) -> list[bytes]:
+    """Return the lines, longer ones in pieces of LINE_MAX_BYTES; the last one has no end yet."""
+    return [
         line[at : at + LINE_MAX_BYTES]
         for line in data.split(b"\n")
         for at in range(0, max(len(line), 1), LINE_MAX_BYTES)
     ]
-    return parts[:-1], parts[-1]
 
 
 def follow_lines(
-    read: Callable[[dict[str, int], int], Mapping[str, tuple[bytes, int]]], lines: int,
-    to_end: bool,
-) -> Iterator[list[tuple[str, bytes]]]:  # fmt: skip
+    read: Callable[..., Mapping[str, tuple[bytes, int]]], lines: int, to_end: bool
+) -> Iterator[list[tuple[str, bytes]]]:
     """Yield the lines of several logs as they come, [("web.0", line), ...]; [] for none.
 
     read(offsets, lines) gives what is there from `offsets` on, {"web.0": (data, next offset)};
@@ -1884,7 +1832,7 @@ def follow_lines(
         found = []
         for name, (data, following) in read(offsets, lines).items():
             offsets[name] = following
-            whole, rests[name] = cut_lines(rests.get(name, b"") + data)
+            *whole, rests[name] = cut_lines(rests.get(name, b"") + data)
             if rests[name] and not to_end:
                 whole.append(rests[name])
             found += [(name, line) for line in whole]
@@ -1900,37 +1848,27 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
     A file is known by its inode. Rotation only ever makes a file older, so the ages are read
     from the newest on, and what was read from a name counts if the name is the same file then.
     """
-    inode, offset = 0, -lines
+    names = [path, *(f"{path}.{number}" for number in range(1, LOG_FILES_MAX + 1))]
+    known, offset = None, -lines  # the file that is being read
     while True:
-        ages = list(_find_rotated(path)) or [(path, 0)]
-        at = max((n for n, (_, number) in enumerate(ages) if number == inode), default=-1)
+        ages = [age for age in zip(names, map(file_id, names)) if age[1]] or [(path, None)]
+        at = max((n for n, (_, one) in enumerate(ages) if one == known), default=-1)
         if at < 0:  # the first look; or it is gone, and what followed it may be
-            at, offset = (len(ages) - 1, 0) if inode else (0, offset)
-        name, inode = ages[at]
+            at, offset = (len(ages) - 1, 0) if known else (0, offset)
+        name, known = ages[at]
         data, following = read_log(name, offset)
-        if inode and not (os.path.exists(name) and os.stat(name).st_ino == inode):
+        if file_id(name) != known:
             continue  # rotated meanwhile
         offset = following
         if data:
             yield data
         elif at > 0:
-            inode, offset = ages[at - 1][1], 0
+            known, offset = ages[at - 1][1], 0
             continue
         elif to_end:
             threading.Event().wait(STREAM_PAUSE_S)
         if not to_end:
             return
-
-
-def _find_rotated(path: str) -> Iterator[tuple[str, int]]:
-    """Yield (name, inode) of a log, PATH, PATH.1 ..., from the newest to the oldest."""
-    folder, name = os.path.split(path)
-    entries = os.listdir(folder) if os.path.isdir(folder) else []
-    numbers = [re.fullmatch(re.escape(name) + r"\.([0-9]{1,6})", entry) for entry in entries]
-    for number in [0, *sorted(int(match[1]) for match in numbers if match)]:
-        with contextlib.suppress(FileNotFoundError):
-            one = f"{path}.{number}" if number else path
-            yield one, os.stat(one).st_ino
 
 
 # ============================================================================
@@ -1940,11 +1878,6 @@ def _find_rotated(path: str) -> Iterator[tuple[str, int]]:
 
 octal = matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"')
 STOP_SIGNALS = ("TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL")
-
-
-def niceness(value: object) -> int:
-    """Read a niceness; below 0 is for root alone."""
-    return integer(-20 if Platform.is_root() else 0, 19)(value)
 
 
 def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
@@ -1963,9 +1896,18 @@ def paths(value: object) -> list[str]:
 
 
 change_list = reader(
-    "a list of " + ", ".join(CHANGES),
-    lambda value: isinstance(value, list) and {*map(str, value)} <= CHANGES.keys(),
+    "a list of " + ", ".join(FILE_CHANGES),
+    lambda value: isinstance(value, list) and {*map(str, value)} <= FILE_CHANGES.keys(),
 )
+
+# What [limits] gives to tasks, and [process.NAME] to that process.
+_CHILD_LIMITS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of each process"),
+    "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of each process"),
+    "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of each process"),
+    "processes": (limit("RLIMIT_NPROC"), None, "processes of the user it runs as (not for root)"),
+    "nice": (lambda n: integer(-20 * Platform.is_root(), 19)(n), 0, "added to the niceness"),
+}
 
 # What a task can be given, wherever it comes from.
 TASK_READERS: dict[str, Callable[[Any], Any]] = {
@@ -1984,7 +1926,9 @@ TASK_READERS: dict[str, Callable[[Any], Any]] = {
 TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "command": (command_line, None, "a string for sh, or a list of arguments"),
     "enabled": (truth, True, "false: it is checked, but starts nothing"),
-    "overlap": (choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"),
+    "overlap": (
+        choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"
+    ),
     "cwd": (line_of_text, ".", "seen from the project"),
     "env": (environment, {}, "variables on top of the daemon's own that are kept"),
     **{
@@ -2007,7 +1951,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "log": {
         "level": (choice("debug", "info", "warning", "error"), "info", "of daemon.log"),
         "max_size_mb": (number, 50.0, "of daemon.log before it is rotated"),
-        "max_files": (integer(1, 100), 5, "rotated daemon logs kept"),
+        "max_files": (integer(1, LOG_FILES_MAX), 5, "rotated daemon logs kept"),
         "total_mb": (number, 500.0, "all task logs together; the oldest go first"),
     },
     "retention": {
@@ -2019,11 +1963,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "timeout": (duration, 7200.0, "of a task that names none; 0: none"),
         "retries": (integer(0, 1000), 0, "of a task that names none"),
         "log_mb": (number, 50.0, "one attempt's log; its head goes to .1"),
-        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a task"),
-        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a task"),
-        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a task"),
-        "processes": (limit("RLIMIT_NPROC"), None, "processes of the task's user (not for root)"),
-        "nice": (niceness, 0, "added to the niceness of a task"),
+        **_CHILD_LIMITS,
         "max_tokens": (integer(1), None, "reported tokens that end a task"),
         "max_cost": (number, None, "reported cost that ends a task"),
     },
@@ -2054,11 +1994,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "user": (user_name, None, "to run as (the daemon is root)"),
         "group": (group_name, None, "to run as (the daemon is root)"),
         "umask": (octal, "022", "a string of octal digits"),
-        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a process"),
-        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a process"),
-        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a process"),
-        "processes": (limit("RLIMIT_NPROC"), None, "processes of its user (not for root)"),
-        "nice": (niceness, 0, "added to its niceness"),
+        **_CHILD_LIMITS,
         "memory_restart_mb": (number, None, "restarted when all of it uses more (Linux)"),
         "log_mb": (number, 50.0, "an instance's log; its head goes to .1"),
     },
@@ -2073,7 +2009,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         **TRIGGER_OPTIONS,
         "paths": (paths, [], "folders, seen from the project, with all that is in them"),
         "overlap": (choice("skip", "queue"), "queue", "what changes meanwhile: lost, or one more"),
-        "events": (change_list, [*CHANGES], "changes that count"),
+        "events": (change_list, [*FILE_CHANGES], "changes that count"),
         "ignore": (text_list, [], "globs of paths that do not count, besides the usual ones"),
         "extensions": (text_list, [], 'suffixes that count, such as ".py"; none: all'),
         "debounce_ms": (integer(0, 600_000), 500, "quiet time after a burst, before its task"),
@@ -2108,6 +2044,7 @@ class Config:
     """The effective configuration: config.daemon.poll_interval, config.groups["build"].
 
     data: the file's tables; of the kinds in TABLES each has a name that the user chose.
+    faults: a list that takes what is wrong, which is left out then; None: it is raised.
     Raises CONFIG_INVALID.
     """
 
@@ -2115,57 +2052,105 @@ class Config:
     log: Any
     retention: Any
     limits: Any
+    groups: dict[str, Any]
     processes: dict[str, Any]
     schedules: dict[str, Any]
     watches: dict[str, Any]
     hooks: dict[str, Any]
 
-    def __init__(self, data: Mapping[str, Any], path: str | None = None) -> None:
+    def __init__(
+        self, data: Mapping[str, Any], path: str | None = None,
+        faults: list[DaemonError] | None = None,
+    ) -> None:  # fmt: skip
+        self._path, self._faults = path, faults
         for key in data:
             if key not in OPTIONS:
-                raise _unknown(path, key, key, OPTIONS)
+                self._refuse_key(key, key, OPTIONS)
         for name in OPTIONS.keys() - TABLES.keys():
-            setattr(self, name, _read_section(path, name, name, data.get(name, {})))
-        for kind, attribute in TABLES.items():
-            setattr(self, attribute, _read_tables(path, kind, data.get(kind, {})))
-        own = {name: _read_section(path, "group", f"group.{name}", {}) for name in OWN_GROUPS}
-        self.groups: dict[str, Any] = {**own, **self.groups}
-        for kind in ("process", "schedule", "watch", "hook"):
-            for name, one in getattr(self, TABLES[kind]).items():
-                self._check_named(path, kind, name, one)
+            setattr(self, name, self._read_section(name, name, data.get(name, {})))
+        own = {name: self._read_section("group", f"group.{name}", {}) for name in OWN_GROUPS}
+        for kind, attribute in TABLES.items():  # groups first: the triggers name them
+            found = self._read_tables(kind, data.get(kind, {}))
+            setattr(self, attribute, {**own, **found} if kind == "group" else found)
         below_s: dict[str, float] = {}  # how long each takes to stop, after all that it needs
-        for name in self._order_processes(path):
+        for name in self._order_processes():
             process = self.processes[name]
             needed_s = max((below_s[need] for need in process.needs), default=0.0)
             below_s[name] = process.stop_timeout + needed_s
         self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
 
-    def _check_named(self, path: str | None, kind: str, name: str, one: Any) -> None:
-        """Check a process or a trigger beyond its single options. Raises CONFIG_INVALID."""
+    def _refuse(self, message: str, hint: str = "") -> None:
+        error = _broken(self._path, message, hint)
+        if self._faults is None:
+            raise error
+        self._faults.append(error)
+
+    def _refuse_key(self, where: str, key: str, known: Iterable[str]) -> None:
+        if key in FORMER_NAMES:
+            self._refuse(f"{where} is called {FORMER_NAMES[key]} here", "rename it")
+        else:
+            near = difflib.get_close_matches(key, list(known), 1, 0.0)
+            self._refuse(f"{where} is not an option", f"did you mean {near[0]}?")
+
+    def _read_section(self, kind: str, where: str, given: object) -> SimpleNamespace:
+        """Check one table of the file against OPTIONS and fill in the defaults."""
+        known = OPTIONS[kind]
+        section = SimpleNamespace(**{key: default for key, (_, default, _) in known.items()})
+        if not isinstance(given, dict):
+            self._refuse(f"[{where}] must be a table")
+            return section
+        for key, value in given.items():
+            if key not in known:
+                self._refuse_key(f"{where}.{key}", key, known)
+                continue
+            try:
+                setattr(section, key, known[key][0](value))
+            except ValueError as error:
+                self._refuse(f"{where}.{key} = {value!r}: must be {error}")
+        return section
+
+    def _read_tables(self, kind: str, given: object) -> dict[str, Any]:
+        """Check the tables of a kind that users name, such as [group.NAME]; keep the sound ones."""
+        if not isinstance(given, dict):
+            self._refuse(f"[{kind}] must be a table of tables")
+            return {}
+        found = {}
+        for name, table in given.items():
+            count = len(self._faults or ())
+            section = self._read_section(kind, f"{kind}.{name}", table)
+            if kind != "group" and len(self._faults or ()) == count:
+                self._check_named(kind, name, section)
+            if len(self._faults or ()) == count:
+                found[name] = section
+        return found
+
+    def _check_named(self, kind: str, name: str, one: Any) -> None:
+        """Check a process or a trigger beyond its single options."""
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
             hint = "letters, digits, - and _, at most 64, a letter first"
-            raise _broken(path, f"{kind}.{name}: is no name of a {kind}", hint)
+            self._refuse(f"{kind}.{name}: is no name of a {kind}", hint)
         if one.command is None and getattr(one, "url", None) is None:
-            raise _broken(path, f"{kind}.{name}.command is missing", "say what to run")
+            self._refuse(f"{kind}.{name}.command is missing", "say what to run")
         if kind != "process" and (one.group or "default") not in self.groups:
             error = unknown_group(one.group, self)
-            raise _broken(path, f"{kind}.{name}.group: {error.message}", error.hint)
+            self._refuse(f"{kind}.{name}.group: {error.message}", error.hint)
 
-    def _order_processes(self, path: str | None) -> list[str]:
-        """Return the processes, each after all that it needs. Raises CONFIG_INVALID."""
+    def _order_processes(self) -> list[str]:
+        """Return the processes, each after all that it needs."""
         for name, process in self.processes.items():
-            for need in process.needs:
-                if need not in self.processes:
-                    what = f"process.{name}.needs: there is no process {need!r}"
-                    raise _broken(path, what, "processes: " + ", ".join(self.processes))
+            for need in [need for need in process.needs if need not in self.processes]:
+                hint = "processes: " + ", ".join(self.processes)
+                self._refuse(f"process.{name}.needs: there is no process {need!r}", hint)
+                process.needs = [other for other in process.needs if other != need]
         graph = {name: process.needs for name, process in self.processes.items()}
         try:
             return list(graphlib.TopologicalSorter(graph).static_order())
         except ValueError as error:  # its CycleError
             ring = error.args[1][::-1]
-            what = f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}"
-            raise _broken(path, what, "break it") from None
+        self._refuse(f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}", "break it")
+        self.processes[ring[0]].needs = []
+        return self._order_processes()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the effective values: {"daemon.poll_interval": 5.0, ...}."""
@@ -2190,38 +2175,8 @@ class Config:
 
 
 def _broken(path: str | None, message: str, hint: str = "") -> DaemonError:
-    hint = hint or "mend the file; `config` shows the effective values"
+    hint = hint or "fix the file; `config` shows the effective values"
     return DaemonError("CONFIG_INVALID", f"{path or 'configuration'}: {message}", hint)
-
-
-def _unknown(path: str | None, where: str, key: str, known: Iterable[str]) -> DaemonError:
-    if key in FORMER_NAMES:
-        return _broken(path, f"{where} is called {FORMER_NAMES[key]} here", "rename it")
-    near = difflib.get_close_matches(key, list(known), 1, 0.0)
-    return _broken(path, f"{where} is not an option", f"did you mean {near[0]}?")
-
-
-def _read_section(path: str | None, kind: str, where: str, given: object) -> SimpleNamespace:
-    """Check one table of the file against OPTIONS and fill in the defaults."""
-    known = OPTIONS[kind]
-    if not isinstance(given, dict):
-        raise _broken(path, f"[{where}] must be a table")
-    section = SimpleNamespace(**{key: default for key, (_, default, _) in known.items()})
-    for key, value in given.items():
-        if key not in known:
-            raise _unknown(path, f"{where}.{key}", key, known)
-        try:
-            setattr(section, key, known[key][0](value))
-        except ValueError as error:
-            raise _broken(path, f"{where}.{key} = {value!r}: must be {error}") from None
-    return section
-
-
-def _read_tables(path: str | None, kind: str, given: object) -> dict[str, SimpleNamespace]:
-    """Check the tables of a kind that users name, such as [group.NAME]."""
-    if not isinstance(given, dict):
-        raise _broken(path, f"[{kind}] must be a table of tables")
-    return {name: _read_section(path, kind, f"{kind}.{name}", one) for name, one in given.items()}
 
 
 def unknown_group(name: str, config: Config) -> DaemonError:
@@ -2260,21 +2215,26 @@ def read_users_file(path: str) -> bytes:
     """
     try:
         data = read_file(os.path.realpath(path), USER_FILE_BYTES, trusted=Platform.is_root())
-    except DaemonError as error:
-        raise _broken(path, error.message.partition(": ")[2] or error.message, error.hint) from None
-    except ValueError as error:
-        raise _broken(path, str(error)) from None
+    except (DaemonError, ValueError) as error:
+        what, hint = str(error), getattr(error, "hint", "")
+        raise _broken(path, what.partition(": ")[2] or what, hint) from None
     if data is None:
         raise _broken(path, "no such file", "make it, or name another")
     return data
 
 
-def load_config(path: str | None) -> Config:
+def load_config(path: str | None, faults: list[DaemonError] | None = None) -> Config:
     """Read and check a configuration file; None gives the defaults.
 
-    Raises CONFIG_INVALID with file, key and reason; then nothing has changed.
+    faults: see Config. Raises CONFIG_INVALID with file, key and reason.
     """
-    config = Config(_load(path) if path else {}, path)
+    try:
+        data = _load(path) if path else {}
+    except DaemonError as error:
+        if faults is None:
+            raise
+        faults[:], data = [error], {}
+    config = Config(data, path, faults)
     milliseconds = os.environ.get("APEX_POLL_INTERVAL")
     if milliseconds is not None:
         try:
@@ -2282,30 +2242,6 @@ def load_config(path: str | None) -> Config:
         except ValueError as error:
             raise _broken(None, f"APEX_POLL_INTERVAL {milliseconds!r}: must be {error}") from None
     return config
-
-
-def load_good_part(path: str | None) -> tuple[Config, list[DaemonError]]:
-    """Return what of a configuration is sound, and what is wrong with the rest."""
-    try:
-        data = _load(path) if path else {}
-    except DaemonError as error:
-        return Config({}), [error]
-    good: dict[str, Any] = {}
-    tables = {kind: one if isinstance(one, dict) else {"": one} for kind, one in data.items()}
-    left = [(kind, key) for kind, table in tables.items() for key in table]
-    while True:  # again as long as something is found sound: a process may need a later one
-        count, faults = len(left), dict[str, DaemonError]()
-        for kind, key in list(left):
-            trial = {**good.get(kind, {}), key: tables[kind][key]}
-            try:
-                Config({**good, kind: trial}, path)
-            except DaemonError as error:
-                faults[error.message] = error
-            else:
-                good[kind] = trial
-                left.remove((kind, key))
-        if len(left) == count:
-            return Config(good, path), [*faults.values()]
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -2386,21 +2322,12 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
         path, maxBytes=int(options.max_size_mb * 1e6), backupCount=options.max_files,
         encoding="utf-8", errors="replace",
     )  # fmt: skip
-    close_log()
-    logger = logging.getLogger("apexd")
-    for handler in (file, logging.StreamHandler()) if to_stderr else (file,):
+    handlers: list[logging.Handler] = [file]
+    handlers += [logging.StreamHandler()] if to_stderr else []
+    for handler in handlers:
         handler.setFormatter(Formatter())
-        logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel("DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper())
-
-
-def close_log() -> None:
-    """Flush and forget the handlers."""
-    logger = logging.getLogger("apexd")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+    level = "DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper()
+    logging.basicConfig(handlers=handlers, level=level, force=True)  # closes the former ones
 
 
 # ============================================================================
@@ -2628,6 +2555,9 @@ CREATE TRIGGER tasks_removed AFTER DELETE ON tasks BEGIN
 END;
 """
 # Script i brings `PRAGMA user_version` i to i + 1; a new database has SCHEMA at once.
+_KEPT = (
+    "task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome, exit_code, reason"
+)
 MIGRATIONS = (
     "",
     """
@@ -2637,13 +2567,9 @@ MIGRATIONS = (
     ALTER TABLE requests RENAME TO old_requests;
     """
     + "".join(re.findall(r"CREATE TABLE (?:requests|attempts) .*?;\n", SCHEMA, re.S))
-    + """
+    + f"""
     INSERT INTO requests SELECT * FROM old_requests;
-    INSERT INTO attempts (task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome,
-                          exit_code, reason)
-    SELECT task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome, exit_code,
-           reason
-    FROM old_attempts;
+    INSERT INTO attempts ({_KEPT}) SELECT {_KEPT} FROM old_attempts;
     DROP TABLE old_attempts;
     DROP TABLE old_requests;
     """,
@@ -2652,6 +2578,7 @@ MIGRATIONS = (
 PRAGMAS = (
     "busy_timeout = 5000",
     "cache_size = -200",  # KiB; the system caches the rest
+    "temp_store = MEMORY",  # of the table `asked`
     "journal_mode = WAL",
     "synchronous = FULL",  # on disk when a commit returns
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
@@ -2685,6 +2612,7 @@ class Database:
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
                 self._migrate(self._db, version)
+                self._db.execute("CREATE TEMP TABLE asked (at INTEGER PRIMARY KEY, first, last)")
             except BaseException:
                 self._db.close()
                 raise
@@ -2746,9 +2674,15 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
-    def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
-        """Return the rows of a statement that changes nothing."""
+    def fetch(
+        self, sql: str, values: Any = (), asked: Iterable[int | range] | None = None
+    ) -> list[sqlite3.Row]:
+        """Return the rows of a statement that changes nothing; asked: the tasks of _ASKED_SQL."""
         with self.lock, self._translated():
+            if asked is not None:
+                self._db.execute("DELETE FROM asked")
+                ranges = ((one[0], one[-1]) for one in as_ranges(asked) if one)
+                self._db.executemany("INSERT INTO asked (first, last) VALUES (?, ?)", ranges)
             return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
@@ -2762,10 +2696,9 @@ class Database:
             try:
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
+            finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-                raise
 
     def close(self) -> None:
         """Checkpoint and close."""
@@ -2777,13 +2710,13 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of a store try again once: a full disk has the ballast's room then."""
 
     @functools.wraps(method)
-    def act(self: Any, *args: Any, **options: Any) -> Any:
+    def act(*args: Any, **options: Any) -> Any:
         try:
-            return method(self, *args, **options)
+            return method(*args, **options)
         except DaemonError as error:
             if error.code != "DATABASE_FAILED":
                 raise
-        return method(self, *args, **options)
+        return method(*args, **options)
 
     return act
 
@@ -2797,19 +2730,8 @@ SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
 """
-# The tasks in :asked, a blob of first and last ids of 19 digits, in that order (asked.at, t.id).
-_ASKED_SQL = """
-(
-  WITH RECURSIVE place(at) AS (
-    SELECT 0 WHERE length(:asked) > 0
-    UNION ALL SELECT at + 38 FROM place WHERE at + 38 < length(:asked)
-  )
-  SELECT at, CAST(substr(:asked, at + 1, 19) AS INTEGER) AS first,
-         CAST(substr(:asked, at + 20, 19) AS INTEGER) AS last
-  FROM place
-) asked
-CROSS JOIN tasks t ON t.id BETWEEN asked.first AND asked.last
-"""
+# The tasks that `fetch` was asked for, in that order (asked.at, t.id).
+_ASKED_SQL = "asked CROSS JOIN tasks t ON t.id BETWEEN asked.first AND asked.last"
 _INSERT_SQL = """
 INSERT INTO tasks (id, command, request_id, state, open_deps, grp, priority, label, key, due_at,
                    retries, timeout, on_lost, max_tokens, max_cost, created_at, finished_at)
@@ -3002,14 +2924,12 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     while work:
         named, old = work.pop()
         open_deps, unmet = _count_open(db, named)
-        if old == State.SKIPPED and unmet and named != task_id:
-            continue  # another of its parents still keeps it skipped
         holder = db.execute(holder_sql, (named,)).fetchone()
         if holder and named == task_id:
             what = f"task {holder[0]} has the key of task {task_id} now"
             raise DaemonError("ILLEGAL_STATE", what, f"wait for task {holder[0]}, or cancel it")
-        if holder and old == State.SKIPPED:
-            continue
+        if old == State.SKIPPED and named != task_id and (unmet or holder):
+            continue  # also another of its parents keeps it skipped, or its key is taken
         db.execute(
             """
             UPDATE tasks SET open_deps = ?, progress = NULL, failures = 0, losses = 0,
@@ -3045,11 +2965,6 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
     """Yield ranges of ids, also for single ones."""
     for one in ids:
         yield one if isinstance(one, range) else range(one, one + 1)
-
-
-def pack_ranges(ids: Iterable[int | range]) -> bytes:
-    """Write ids for _ASKED_SQL."""
-    return b"".join(b"%019d%019d" % (one[0], one[-1]) for one in as_ranges(ids) if one)
 
 
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
@@ -3115,8 +3030,7 @@ class TaskStore:
                 ids.existing = answer["existing"] if isinstance(answer, dict) else ()
                 return ids
             context = (token, cwd or here(), env or {}, umask)
-            ids = self.insert(db, commands, options or {}, *context)
-        return ids
+            return self.insert(db, commands, options or {}, *context)
 
     def insert(
         self, db: sqlite3.Connection, commands: Sequence[Any], options: Mapping[str, Any],
@@ -3153,9 +3067,8 @@ class TaskStore:
         }
         sql = _TASK_SQL + "WHERE t.id < :before"
         sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
-        values: dict[str, Any] = {"state": state, "grp": group, "before": before or INTEGER_MAX}
-        values.update(most=limit, asked=pack_ranges(ids or ()))
-        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
+        values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
+        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values, ids)
         return [_row_to_task(row) for row in reversed(rows)]
 
     def get(self, task_id: int) -> Task:
@@ -3172,7 +3085,6 @@ class TaskStore:
 
     def get_progress(self, ids: Sequence[int | range]) -> tuple[dict[str, Any], int | None]:
         """Return what `wait` answers, and the last task not done. Raises UNKNOWN_TASK."""
-        asked = {"asked": pack_ranges(ids)}
         with self.database.lock:
             ((total, pending, percent, running, last),) = self.database.fetch(
                 f"""
@@ -3182,13 +3094,11 @@ class TaskStore:
                        max(CASE WHEN state NOT IN {_DONE} THEN t.id END)
                 FROM {_ASKED_SQL}
                 """,
-                asked,
+                asked=ids,
             )
             if total != sum(map(len, as_ranges(ids))):
-                sql = "SELECT 1 FROM tasks WHERE id = ?"
                 for task_id in (task_id for one in as_ranges(ids) for task_id in one):
-                    if not self.database.fetch(sql, (task_id,)):
-                        raise unknown_task(task_id)
+                    self.get(task_id)
             bad_end = self.database.fetch(
                 f"""
                 SELECT coalesce(a.exit_code, 1)
@@ -3197,8 +3107,7 @@ class TaskStore:
                 WHERE t.state IN ('failed', 'cancelled', 'skipped') AND a.exit_code IS NOT 0
                 ORDER BY asked.at, t.id
                 LIMIT 1
-                """,
-                asked,
+                """
             )
         answer = {"total": total, "pending": pending, "status": bad_end[0][0] if bad_end else 0}
         answer["progress"] = percent / total if total else 0.0
@@ -3213,8 +3122,7 @@ class TaskStore:
     def get_counts(self) -> dict[str, dict[str, int]]:
         """Return {state: {group: number}}, without the zeros."""
         counts: dict[str, dict[str, int]] = {}
-        rows = self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0")
-        for state, group, n in rows:
+        for state, group, n in self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0"):
             counts.setdefault(state, {})[group] = n
         return counts
 
@@ -3228,7 +3136,7 @@ class TaskStore:
         """
         act = {"cancel": _cancel, "retry": _retry, "remove": _remove}[verb]
         done: list[tuple[int, int]] = []
-        not_done: list[int] = []
+        not_done: list[tuple[int, int]] = []
         taken: DaemonError | None = None
         sql = "SELECT state, attempts FROM tasks WHERE id = ?"
         with self.database.write() as db:
@@ -3237,30 +3145,26 @@ class TaskStore:
                 if row is None:
                     raise unknown_task(task_id)
                 try:
-                    if act(db, task_id, State(row[0])):
-                        done.append((task_id, row[1]))
-                        continue
+                    is_done = act(db, task_id, State(row[0]))
                 except DaemonError as error:
                     if error.code != "ILLEGAL_STATE":
                         raise
-                    taken = error
-                not_done.append(task_id)
+                    is_done, taken = False, error
+                (done if is_done else not_done).append((task_id, row[1]))
         if taken is not None and not done:
             raise taken
         if verb == "remove":
             remove_logs(self.folder, done)
-        return [task_id for task_id, _ in done], not_done
+        return [task_id for task_id, _ in done], [task_id for task_id, _ in not_done]
 
     def pause(self, group: str | None, on: bool) -> list[str]:
         """Stop or go on with claiming from a group, None: from all; return `get_paused`."""
         if group is not None and group not in self.config.groups:
             raise unknown_group(group, self.config)
+        add = "INSERT OR IGNORE INTO paused VALUES (coalesce(:grp, '*'))"
+        remove = "DELETE FROM paused WHERE grp = :grp OR :grp IS NULL"
         with self.database.write() as db:
-            if on:
-                db.execute("INSERT OR IGNORE INTO paused VALUES (?)", (group or "*",))
-            else:
-                sql = "DELETE FROM paused WHERE grp = :grp OR :grp IS NULL"
-                db.execute(sql, {"grp": group})
+            db.execute(add if on else remove, {"grp": group})
         return self.get_paused()
 
     def get_paused(self) -> list[str]:
@@ -3344,7 +3248,16 @@ class AttemptStore:
                 set_state(db, task_id, State.SCHEDULED, State.QUEUED)
             claimed = []
             for task_id, keeper in self._find_ready(db, room, busy, find_keeper) if room else ():
-                claimed.append(self._claim(db, task_id, keeper))
+                set_state(db, task_id, State.QUEUED, State.RUNNING)
+                run_id = f"{task_id}-{os.urandom(8).hex()}"
+                db.execute(
+                    """
+                    INSERT INTO attempts (task_id, number, run_id, keeper, boot_id, started_at)
+                    SELECT id, attempts, ?, ?, ?, ? FROM tasks WHERE id = ?
+                    """,
+                    (run_id, keeper, self._boot_id, Clock.now(), task_id),
+                )
+                claimed.append(self._store.get(task_id))
                 failpoint("claim")
         return claimed
 
@@ -3379,25 +3292,13 @@ class AttemptStore:
                 (group, private is not None, max(most, 0)),
             )
             found += map(tuple, rows)
-        ready = []
-        for _, task_id, is_suspect in sorted(found)[:room]:
-            if not is_suspect:
-                ready.append((task_id, shared))
-            elif private is not None:  # one at a time
-                ready.append((task_id, private))
-                private = None
+        ready: list[tuple[int, str]] = []
+        for _, task_id, is_suspect in sorted(found):
+            keeper = private if is_suspect else shared
+            if keeper is not None and len(ready) < room:
+                ready.append((task_id, keeper))
+            private = None if is_suspect else private  # one at a time
         return ready
-
-    def _claim(self, db: sqlite3.Connection, task_id: int, keeper: str) -> Task:
-        set_state(db, task_id, State.QUEUED, State.RUNNING)
-        db.execute(
-            """
-            INSERT INTO attempts (task_id, number, run_id, keeper, boot_id, started_at)
-            SELECT id, attempts, ?, ?, ?, ? FROM tasks WHERE id = ?
-            """,
-            (f"{task_id}-{os.urandom(8).hex()}", keeper, self._boot_id, Clock.now(), task_id),
-        )
-        return _row_to_task(db.execute(_TASK_SQL + "WHERE t.id = ?", (task_id,)).fetchone())
 
     def _finish(self, db: sqlite3.Connection, task: Task, result: Result) -> None:
         """Record one result; an attempt that is finished already changes nothing."""
@@ -3983,8 +3884,7 @@ class Keeper:
 
 
 def run_keeper(folder: str, name: str) -> int:
-    """Be a keeper, with nothing of its daemon's; return its exit status."""
-    Platform.close_inherited()
+    """Be a keeper; return its exit status."""
     os.umask(0o077)
     os.chdir(folder)
     reset_signals()
@@ -6282,13 +6182,13 @@ class FileWatcher:
 
     def __init__(
         self, paths: Iterable[str], on_change: Callable[[list[Change]], object], *,
-        events: Iterable[str] = CHANGES, ignore: Iterable[str] = (),
+        events: Iterable[str] = FILE_CHANGES, ignore: Iterable[str] = (),
         extensions: Iterable[str] = (), debounce_s: float = DEBOUNCE_S,
         debounce_max_s: float = DEBOUNCE_MAX_S, poll: bool = False,
         hold: Callable[[float, float], float] = lambda first, last: 0.0,
     ) -> None:  # fmt: skip
         self._on_change, self._hold = on_change, hold
-        self._kinds = {CHANGES[event] for event in events}
+        self._kinds = {FILE_CHANGES[event] for event in events}
         self._debounce_s, self._debounce_max_s = debounce_s, max(debounce_s, debounce_max_s)
         endings = tuple("." + word.lstrip(".") for word in extensions)
         ignored = glob_expression([*WATCH_IGNORED, *ignore])
@@ -6426,10 +6326,10 @@ class WatchTrigger:
         self._rounds = self._rounds + 1 if self._is_own else 0
         if self._rounds >= LOOP_ROUNDS:
             what = ", ".join(sorted(change.path for change in changes)[:3])
-            text = "watch %s: a loop, slowed down: its task changes what it watches: %s; ignore that"
+            text = "watch %s: a loop, slowed down: its task changes what it watches: %s"
             log.error(text, self.name, what)
         source, told = f"watch {self.name}", []
-        for kind in CHANGES.values():
+        for kind in FILE_CHANGES.values():
             payload = self._describe([change for change in changes if change.kind == kind])
             if payload["count"]:
                 told.append(Event.make(f"file.{kind}", payload, source))
@@ -6511,8 +6411,10 @@ if TYPE_CHECKING:
     Fields = dict[str, Any]
 
 
-def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    """Send one message. Raises BAD_REQUEST when it is over FRAME_MAX_BYTES, OSError."""
+def send_frame(connection: socket.socket, message: Mapping[str, Any] | DaemonError) -> None:
+    """Send a message or an error. Raises BAD_REQUEST if it is over FRAME_MAX_BYTES, OSError."""
+    if isinstance(message, DaemonError):
+        message = {"type": "error", **message.to_dict()}
     data = json.dumps(message).encode()
     if len(data) > FRAME_MAX_BYTES:
         hint = "send it in several parts"
@@ -6520,25 +6422,14 @@ def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
     connection.sendall(struct.pack(">I", len(data)) + data)
 
 
-def send_answer(connection: socket.socket, answer: Mapping[str, Any] | DaemonError) -> None:
-    """Send a response within FRAME_TIMEOUT_S; if it is too long, the error that says so."""
-    connection.settimeout(FRAME_TIMEOUT_S)
-    try:
-        if isinstance(answer, DaemonError):
-            answer = {"type": "error", **answer.to_dict()}
-        send_frame(connection, answer)
-    except DaemonError as error:
-        send_frame(connection, {"type": "error", **error.to_dict()})
-
-
 def receive_frame(
     connection: socket.socket, idle_s: float,
-    reserve: Callable[[int], Any] = contextlib.nullcontext, most_items: int = INTEGER_MAX,
+    room: threading.Semaphore | None = None, most_items: int = INTEGER_MAX,
 ) -> Fields | None:  # fmt: skip
     """Receive one message; None when the peer closed between two.
 
     idle_s: how long to wait for the first byte; the rest has FRAME_TIMEOUT_S in all.
-    reserve: makes a context within which so many bytes are held. Raises BAD_REQUEST, OSError.
+    room: held while a large one is read. Raises BAD_REQUEST, BUSY, OSError.
     """
     connection.settimeout(idle_s)
     first = connection.recv(1)
@@ -6548,24 +6439,28 @@ def receive_frame(
     (length,) = struct.unpack(">I", first + bytes(_receive(connection, 3, deadline)))
     if not 0 < length <= FRAME_MAX_BYTES:
         raise bad(f"a frame of {length} bytes: from 1 to {FRAME_MAX_BYTES}")
-    with reserve(length):
+    held = room if length > LARGE_FRAME_BYTES else None
+    if held is not None and not held.acquire(timeout=LARGE_FRAME_WAIT_S):
+        raise DaemonError("BUSY", "too many large requests at once", "try again")
+    try:
         data = _receive(connection, length, deadline)
         if sum(map(data.count, (b",", b"[", b"{"))) > most_items:  # they need not be built
             raise bad(f"a frame of more than {most_items} values", "send it in several parts")
-        whole, real = functools.partial(_number, int), functools.partial(_number, float)
-        try:  # `int` refuses NaN and Infinity
-            message = json.loads(data, parse_constant=int, parse_int=whole, parse_float=real)
-        except (ValueError, RecursionError):
-            raise bad("a frame that is no JSON") from None
+        message = json.loads(data, parse_constant=int, parse_int=_integer)  # refuses NaN, Infinity
+    except (ValueError, RecursionError):
+        raise bad("a frame that is no JSON") from None
+    finally:
+        if held is not None:
+            held.release()
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise bad('a frame must be an object with a "type"')
     return message
 
 
-def _number(kind: Callable[[str], float], text: str) -> float:
+def _integer(text: str) -> int:
     if len(text) > FRAME_DIGITS_MAX:  # quadratic time
         raise ValueError
-    return kind(text)
+    return int(text)
 
 
 def _receive(connection: socket.socket, length: int, deadline: float) -> bytearray:
@@ -6590,25 +6485,19 @@ def has_hung_up() -> bool:
     connection.settimeout(0.0)
     try:
         return not connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
 
 
-def in_base64(data: bytes) -> str:
-    """Write bytes so that they can stand in JSON."""
-    return binascii.b2a_base64(data, newline=False).decode()
+def log_fields(data: bytes, end: int) -> Fields:
+    """Write a part of a log so that it can stand in JSON."""
+    return {"data": binascii.b2a_base64(data, newline=False).decode(), "next": end}
 
 
-def absolute_path(value: object) -> str:
-    """Read the path of a folder, from the root."""
-    with contextlib.suppress(ValueError):
-        if isinstance(value, str) and os.path.isabs(value) and b"\0" not in os.fsencode(value):
-            return value
-    raise ValueError("an absolute path")
-
-
+absolute_path = reader(
+    "an absolute path",
+    lambda path: isinstance(path, str) and os.path.isabs(path) and b"\0" not in os.fsencode(path),
+)
 process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
 
 
@@ -6672,8 +6561,8 @@ class TaskVerbs:
             "cancel": ("ids!", partial(self._change, "cancel")),
             "retry": ("ids!", partial(self._change, "retry")),
             "remove": ("ids!", partial(self._change, "remove")),
-            "pause": ("group", partial(self._set_paused, True)),
-            "resume": ("group", partial(self._set_paused, False)),
+            "pause": ("group", lambda group=None: self._pause(group, True)),
+            "resume": ("group", lambda group=None: self._pause(group, False)),
             "report": ("id! token run_id tokens cost progress note", self._report),
             "why": ("id!", self._why),
             "logs": ("id! attempt offset within", self._logs),
@@ -6686,7 +6575,10 @@ class TaskVerbs:
             self._runner.wake()
         return answer
 
-    def _pause(self, task_id: int, deadline: float, most_s: float) -> bool:
+    def _pause(self, group: str | None, on: bool) -> Fields:
+        return self._wake({"paused": self._store.pause(group, on)})
+
+    def _await(self, task_id: int, deadline: float, most_s: float) -> bool:
         """Wait for a task to move; False when there is nothing, or nobody, to wait for."""
         left_s = deadline - Clock.mono()
         if self._runner is None or left_s <= 0 or self._runner.halted.is_set() or has_hung_up():
@@ -6705,8 +6597,10 @@ class TaskVerbs:
         ids = self._store.add(**request)
         return self._wake({"ids": ids, "existing": ids.existing})
 
-    def _list(self, **where: Any) -> Fields:
-        return {"tasks": [self._describe(task) for task in self._store.find(**where)]}
+    def _list(self, group: str | None = None, **where: Any) -> Fields:
+        if group is not None and group not in self._store.config.groups:
+            raise unknown_group(group, self._store.config)
+        return {"tasks": list(map(self._describe, self._store.find(group=group, **where)))}
 
     def _get(self, id: int) -> Fields:
         task = self._store.get(id)
@@ -6722,7 +6616,7 @@ class TaskVerbs:
         while True:
             answer, last = self._store.get_progress(ids)
             while last is not None and not self._store.is_done(last):
-                if not self._pause(last, deadline, 1.0):
+                if not self._await(last, deadline, 1.0):
                     return self._store.get_progress(ids)[0] if within else answer
             if last is None:
                 return answer
@@ -6739,9 +6633,6 @@ class TaskVerbs:
             answer.update({"left": left} if left else {})
         return self._wake(answer)
 
-    def _set_paused(self, on: bool, group: str | None = None) -> Fields:
-        return self._wake({"paused": self._store.pause(group, on)})
-
     def _report(self, id: int, **usage: Any) -> Fields:
         is_over = self._store.report(id, **usage)
         if is_over and self._runner is not None:
@@ -6750,8 +6641,8 @@ class TaskVerbs:
 
     def _queue(self) -> Fields:
         groups = {name: vars(group) for name, group in self._store.config.groups.items()}
-        paused = self._store.get_paused()
-        return {"counts": self._store.get_counts(), "paused": paused, "groups": groups}
+        counts, paused = self._store.get_counts(), self._store.get_paused()
+        return {"counts": counts, "paused": paused, "groups": groups}
 
     def _logs(
         self, id: int, attempt: int | None = None, offset: int = 0, within: float = 0.0
@@ -6761,28 +6652,28 @@ class TaskVerbs:
         {"attempt", "attempts", "done": no more will come of this attempt, "data": base64,
          "next": offset}. Waits for `within` seconds when there is nothing.
         """
-        deadline, last = Clock.mono() + within, max(self._store.get(id).attempts, 1)
-        number = attempt or last
-        if number > last:
-            what = f"task {id} has no attempt {number}"
-            raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
+        deadline = Clock.mono() + within
         while True:
             task = self._store.get(id)
-            is_over = number < task.attempts or task.state in DONE
-            data, following = read_log(log_path(self._store.folder, id, number), offset)
-            if data or is_over or not self._pause(id, deadline, 0.05):
+            last = max(task.attempts, 1)
+            attempt = attempt or last
+            if attempt > last:
+                what = f"task {id} has no attempt {attempt}"
+                raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
+            is_over = attempt < last or task.state in DONE
+            data, end = read_log(log_path(self._store.folder, id, attempt), offset)
+            if data or is_over or not self._await(id, deadline, 0.05):
                 break
         is_over = is_over and len(data) < LOG_CHUNK_BYTES
-        answer = {"attempt": number, "attempts": task.attempts, "done": is_over}
-        return {**answer, "data": in_base64(data), "next": following}
+        answer = {"attempt": attempt, "attempts": task.attempts, "done": is_over}
+        return {**answer, **log_fields(data, end)}
 
     def _process_logs(
         self, name: str, offsets: Mapping[str, int] | None = None, lines: int = 50
     ) -> Fields:
         """Return {"logs": {"web.0": {"data": base64, "next": offset}}}."""
-        found = read_process_logs(self._store, name, offsets or {}, lines).items()
-        logs = {one: {"data": in_base64(data), "next": end} for one, (data, end) in found}
-        return {"logs": logs}
+        found = read_process_logs(self._store, name, offsets or {}, lines)
+        return {"logs": {one: log_fields(*part) for one, part in found.items()}}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -6903,8 +6794,7 @@ class ProcessVerbs:
     def _get(self, name: str) -> Fields:
         policy = get_process(self._store.config, name)
         (details,) = self._look([name])
-        command = policy.command
-        words = [command] if isinstance(command, str) else command
+        words = [policy.command] if isinstance(policy.command, str) else policy.command
         process = {"name": name, "id": name, "command": words[0], "args": words[1:]}
         process["cwd"] = os.path.normpath(os.path.join(self._store.project, policy.cwd))
         process.update(instances=len(details), instance_details=details)
@@ -7053,12 +6943,20 @@ def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields]:
         yield {"type": "log_lines", "lines": frame}
 
 
+def read_endpoint(folder: str) -> Fields:
+    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = read_json(os.path.join(folder, "endpoint")) or {}
+        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
+            return found
+    return {}
+
+
 def remove_socket(path: str, *others: str) -> None:
     """Remove a control socket, the folder that was made for a short path, and other files."""
     for name in (path, *others):
         with contextlib.suppress(OSError):
-            if not os.path.isdir(name):  # on Windows there is no socket
-                insist(os.unlink, name)
+            insist(os.unlink, name)
     with contextlib.suppress(OSError):
         os.rmdir(os.path.dirname(path))  # the state folder is not empty
 
@@ -7075,14 +6973,13 @@ class ControlServer:
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
+        self._large = threading.BoundedSemaphore(LARGE_FRAMES_MAX)
         self._lock = threading.Lock()  # guards what follows
-        self._reserved = 0
         self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._is_stopping = False
-        self._path = os.path.join(folder, "endpoint")
         self._endpoint: Fields = {}
         self._listener: socket.socket | None = None
-        self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id`
+        self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id` (Windows: None)
 
     def start(self, told: Fields) -> None:
         """Listen and say where; again: if that is not there any more. Raises CANNOT_CREATE.
@@ -7096,31 +6993,26 @@ class ControlServer:
             if self._listener is None or file_id(self._socket[0]) != self._socket[1]:
                 self._bind()
             self._endpoint.update(told)
-            if self._read_endpoint() != self._endpoint:
-                write_atomically(self._path, json.dumps(self._endpoint))
+            with contextlib.suppress(DaemonError):  # a link, say: it is replaced
+                if read_endpoint(self._folder) == self._endpoint:
+                    return
+            path = os.path.join(self._folder, "endpoint")
+            write_atomically(path, json.dumps(self._endpoint))
 
     def _bind(self) -> None:
         self._hang_up()
+        near = os.path.join(self._folder, "control.sock")
         try:
-            near = os.path.join(self._folder, "control.sock")
             path = Platform.place_socket(self._folder, near)
-            listener, where = Platform.listen(path)
+            self._listener, self._endpoint = Platform.listen(path)
         except OSError as error:
             raise cannot_create(near, error) from None
-        if "socket" not in where:  # Windows has a port
-            path = self._folder
-        elif path != near:
-            where["socket"] = path
-        self._listener, self._socket = listener, (path, file_id(path))
-        about = {"pid": os.getpid(), "folder": file_id(self._folder)}
-        self._endpoint = json.loads(json.dumps({**where, **about}))
-        accept = functools.partial(self._accept_all, listener)
+        if path != near:
+            self._endpoint["socket"] = path
+        self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
+        self._socket = path, file_id(path)
+        accept = functools.partial(self._accept_all, self._listener)
         threading.Thread(target=accept, name="control", daemon=True).start()
-
-    def _read_endpoint(self) -> Fields | None:
-        with contextlib.suppress(ValueError, DaemonError):
-            return read_json(self._path)
-        return None
 
     def _hang_up(self) -> None:
         """Accept nothing more: a listener that is only closed would stay in accept(2)."""
@@ -7136,9 +7028,8 @@ class ControlServer:
             self._is_stopping = True
             self._hang_up()
             path, known = self._socket
-            if known is not None and file_id(path) == known:
-                others = [self._path] if self._read_endpoint() == self._endpoint else []
-                remove_socket(path, *others)
+            if file_id(path) == known:
+                remove_socket(path, os.path.join(self._folder, "endpoint"))
 
     def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; if all are taken, the longest idle one's."""
@@ -7160,29 +7051,18 @@ class ControlServer:
                 threading.Event().wait(0.1)
 
     def _serve(self, connection: socket.socket) -> None:
-        """Answer requests until the peer leaves or sends what is none."""
+        """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
             with connection:
-                while True:
-                    try:
-                        if Platform.peer_uid(connection):  # neither ours nor root
-                            raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
-                        self._idle[connection] = None
-                        request = receive_frame(
-                            connection, IDLE_TIMEOUT_S, self._reserve, FRAME_ITEMS_MAX
-                        )
-                        self._idle.pop(connection, None)
-                        if request is None:
-                            return
-                        answer = self._answer(request)
-                    except DaemonError as error:  # the framing is lost: say so and hang up
-                        send_answer(connection, error)
-                        return
-                    if isinstance(answer, (dict, DaemonError)):
-                        send_answer(connection, answer)
-                    else:
-                        self._stream(connection, answer)
+                try:
+                    if Platform.peer_uid(connection):  # neither ours nor root
+                        raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
+                    while self._serve_one(connection):
+                        pass
+                except DaemonError as error:  # the framing may be lost: say so and hang up
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, error)
         except OSError as error:
             log.debug("a connection ended: %s", error)
         except Exception:  # this thread's top frame
@@ -7191,38 +7071,35 @@ class ControlServer:
             self._idle.pop(connection, None)
             self._room.release()
 
+    def _serve_one(self, connection: socket.socket) -> bool:
+        """Answer one request, or send a stream of answers; False: the peer has left."""
+        self._idle[connection] = None
+        request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
+        self._idle.pop(connection, None)
+        if request is not None:
+            answer = self._answer(request)
+            connection.settimeout(FRAME_TIMEOUT_S)
+            if isinstance(answer, (dict, DaemonError)):
+                send_frame(connection, answer)
+            else:
+                self._stream(connection, answer)
+        return request is not None
+
     def _stream(self, connection: socket.socket, answers: Iterable[Fields]) -> None:
         """Send answers as they come until the peer leaves, or sends its next request."""
         if not self._streams.acquire(blocking=False):
-            error = DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
-            send_answer(connection, error)
-            return
+            raise DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
         try:
             for answer in answers:
                 if answer["lines"]:
-                    send_answer(connection, answer)
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, answer)
                 connection.settimeout(0.001 if answer["lines"] else STREAM_PAUSE_S)
                 with contextlib.suppress(socket.timeout):
                     connection.recv(1, socket.MSG_PEEK)
                     return
-        except DaemonError as error:  # the process was removed
-            send_answer(connection, error)
         finally:
             self._streams.release()
-
-    @contextlib.contextmanager
-    def _reserve(self, length: int) -> Iterator[None]:
-        """Hold the memory of a large request, all connections together within a limit."""
-        counted = length if length > FRAME_FREE_BYTES else 0
-        with self._lock:
-            if self._reserved + counted > FRAMES_MAX_BYTES:
-                raise DaemonError("BUSY", "too many large requests at once", "try again")
-            self._reserved += counted
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._reserved -= counted
 
     def _answer(self, request: Fields) -> Fields | DaemonError | Iterator[Fields]:
         """Carry out one request; return its answer or several of them.
@@ -7265,17 +7142,12 @@ class Project(Value):
 
     path: str
     folder: str
-    config_path: str | None
+    named_config: str | None  # the configuration that the user named
+    config_path: str | None  # that, else the one in the state folder
 
     def file(self, name: str) -> str:
         """Return the path of a file in the state folder."""
         return os.path.join(self.folder, name)
-
-    @property
-    def named_config(self) -> str | None:
-        """The configuration that was named; None: it was found in the state folder."""
-        path = self.config_path
-        return path if path and os.path.dirname(path) != self.folder else None
 
 
 def find_project(path: str | None, state: str | None, config: str | None) -> Project:
@@ -7296,50 +7168,39 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
     check_state_folder(folder)
     if config is not None and not os.path.isfile(config):
         raise DaemonError("CONFIG_INVALID", f"{config}: no such file", "name the file")
-    found = os.path.realpath(config) if config else find_config(folder)
-    return Project(path=path, folder=folder, config_path=found)
+    named = os.path.realpath(config) if config else None
+    found = named or find_config(folder)
+    return Project(path=path, folder=folder, named_config=named, config_path=found)
 
 
 def _nearest_project() -> str:
-    def has_state(folder: str) -> bool:
-        return os.path.isdir(os.path.join(folder, STATE_FOLDER))
-
     start = folder = here()
-    passed = [start]
+    places = [start]
     while not os.path.exists(os.path.join(folder, ".git")):
-        if folder == os.path.dirname(folder):  # no repository: here, or where apexd.py is
-            passed = [start, os.path.dirname(os.path.abspath(__file__))]
-            break
         folder = os.path.dirname(folder)
-        passed.append(folder)
-    return next(filter(has_state, passed), start)
+        if folder == places[-1]:  # no repository: here, or where apexd.py is
+            places = [start, os.path.dirname(os.path.abspath(__file__))]
+            break
+        places.append(folder)
+    return next((one for one in places if os.path.isdir(os.path.join(one, STATE_FOLDER))), start)
 
 
-def read_endpoint(folder: str) -> Fields:
-    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
-    with contextlib.suppress(ValueError, TypeError):
-        found = read_json(os.path.join(folder, "endpoint")) or {}
-        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
-            if "socket" in found:
-                found["socket"] = os.path.join(folder, found["socket"])
-            return found
-    return {}
+def held_by(holder: Holder) -> DaemonError:
+    """Make the error of a lock that is not a daemon's."""
+    what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
+    return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
-def connect_to(folder: str) -> tuple[socket.socket, Fields]:
-    """Connect to the daemon of a state folder; return what its `endpoint` says, too.
-
-    Raises OSError (there is none), PERMISSION_DENIED.
-    """
-    check_state_folder(folder)
-    found = read_endpoint(folder)
-    try:
-        return Platform.connect(folder, found, ANSWER_TIMEOUT_S), found
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise ConnectionRefusedError("no endpoint") from None
-    except PermissionError as error:
-        what = f"{error.filename}: {error.strerror}"
-        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
+def find_daemon(pid_file: PidFile) -> Holder | None:
+    """Return the daemon that holds a lock; wait CLIENT_HOLD_S for a client. Raises BUSY."""
+    deadline = Clock.mono() + CLIENT_HOLD_S
+    while True:
+        holder = pid_file.holder()
+        if holder is None or (holder.role == "daemon" and holder.is_alive()):
+            return holder
+        if Clock.mono() > deadline:
+            raise held_by(holder)
+        threading.Event().wait(0.02)
 
 
 class Client:
@@ -7408,8 +7269,18 @@ class Client:
         return answer
 
     def _connect(self) -> socket.socket:
+        """Be connected to the daemon. Raises OSError (there is none), PERMISSION_DENIED."""
+        folder = self.project.folder
         if self._connection is None:
-            self._connection, self._endpoint = connect_to(self.project.folder)
+            check_state_folder(folder)
+            self._endpoint = read_endpoint(folder)
+            try:
+                self._connection = Platform.connect(folder, self._endpoint, ANSWER_TIMEOUT_S)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                raise ConnectionRefusedError("no endpoint") from None
+            except PermissionError as error:
+                what = f"{error.filename}: {error.strerror}"
+                raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
         return self._connection
 
     def find_settings(self) -> Fields:
@@ -7594,12 +7465,6 @@ class Client:
         return self.call("why", {"id": task_id})
 
 
-def held_by(holder: Holder) -> DaemonError:
-    """Make the error of a lock that is not a daemon's."""
-    what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
-    return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
-
-
 def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
     """End running tasks that are cancelled; `is_all`: KILL all tasks and processes.
 
@@ -7652,11 +7517,8 @@ class Mailbox:
     def take(self) -> Iterator[str]:
         """Yield messages as they come, SIGHUP or what was posted; of several alike, one."""
         while True:
-            waiting: dict[str, None] = {}
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting[self._messages.get_nowait()] = None
-            yield from waiting
+            waiting = [self._messages.get() for _ in range(self._messages.qsize())]
+            yield from dict.fromkeys(waiting)
             if not waiting:
                 self._wakee.recv(4096)
 
@@ -7683,7 +7545,6 @@ class Daemon:
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
-        Platform.close_inherited()
         self._mailbox = Mailbox()
         os.umask(0o077)
         make_state_folder(self._project.folder, self._project.path)
@@ -7706,20 +7567,16 @@ class Daemon:
             raise
         finally:
             self._pid_file.release()
-            close_log()
+            logging.shutdown()
 
     def _take_lock(self) -> None:
-        """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
-        deadline = Clock.mono() + CLIENT_HOLD_S
+        """Become the owner, after a client. Raises ALREADY_RUNNING, BUSY."""
         path, config = self._project.path, self._project.named_config
         while not self._pid_file.acquire("daemon", path, config=config):
-            holder = self._pid_file.holder()
-            if holder and holder.role == "daemon" and holder.is_alive():
+            holder = find_daemon(self._pid_file)
+            if holder is not None:
                 what = f"already running, PID {holder.pid}"
                 raise DaemonError("ALREADY_RUNNING", what, "`status` tells more")
-            if holder and Clock.mono() > deadline:
-                raise held_by(holder)
-            threading.Event().wait(0.02)
 
     def _serve(self) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
@@ -7776,7 +7633,6 @@ class Daemon:
                 log.error("%s: %s", name, error)
 
     def _act(self, name: str) -> None:
-        """Do what one message asks for."""
         if name == "drained":
             self._supervisor.stop()
         elif name == "failed":
@@ -7805,7 +7661,6 @@ class Daemon:
         self._fail(1, f"process {name} is critical and has failed")
 
     def _fail(self, status: int, why: str) -> None:
-        """Stop, and exit with this status."""
         log.error("%s: stopping", why)
         self._exit_status = self._exit_status or status
         self._mailbox.post("failed")
@@ -7922,13 +7777,14 @@ def run_daemon(options: Fields) -> int:
         return error.exit_status
 
 
-def spawn(argv: list[str], env: dict[str, str]) -> Any:
-    """Start a daemon as a child in a session of its own; return its output's pipe."""
+def spawn(argv: list[str], env: dict[str, str], is_forked: bool) -> Any:
+    """Start a daemon in a session of its own, is_forked: by two forks; return its output's pipe."""
     from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
-    how = dict(Platform.DETACHED, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env)
-    process = Popen(argv, **how)
-    process.returncode = 0  # it is meant to outlive us: no ResourceWarning
+    how = {"preexec_fn": Platform.detach} if is_forked else Platform.DETACHED
+    process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env, **how)
+    # A daemon that is our child is meant to outlive us: no ResourceWarning.
+    process.returncode = process.wait() if is_forked else 0
     return process.stdout
 
 
@@ -7962,7 +7818,7 @@ class DaemonManager(Client):
                     raise
             is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
             try:
-                return self._await_ready((Platform.fork if is_forked else spawn)(argv, env)), False
+                return self._await_ready(spawn(argv, env, is_forked)), False
             except DaemonError as error:
                 if error.code != "ALREADY_RUNNING":
                     raise
@@ -7970,32 +7826,31 @@ class DaemonManager(Client):
 
     def _await_ready(self, pipe: Any) -> int:
         """Read what the starting daemon reports. Raises the error it reports, START_FAILED."""
-        events: queue.SimpleQueue[Fields] = queue.SimpleQueue()
+        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
         def read() -> None:
-            last = "it ended without a word"
             with pipe:
                 for line in pipe:
-                    try:
-                        events.put(dict(json.loads(line)))
-                    except (ValueError, TypeError):
-                        last = line.decode("utf-8", "replace").strip() or last
-            error = DaemonError("START_FAILED", last, "see `logs`")
-            events.put({"event": "error", **error.to_dict()})
+                    lines.put(line)
+            lines.put(b"")
 
         threading.Thread(target=read, name="report", daemon=True).start()
-        event: Fields = {}
-        while event.get("event") not in ("ready", "error"):
+        last, line = "it ended without a word", b"-"
+        while line:
             try:
-                event = events.get(timeout=START_TIMEOUT_S)
+                line = lines.get(timeout=START_TIMEOUT_S)
+                event = dict(json.loads(line))
             except queue.Empty:
-                what = f"it did not answer within {START_TIMEOUT_S:.0f} s"
-                raise DaemonError("START_FAILED", what, "see `logs`") from None
-        if event["event"] == "ready":
-            return int(event["pid"])
-        if "pid" in event:  # what follows must not meet it any more
-            self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
-        raise DaemonError.from_dict(event)
+                last, line = f"it did not answer within {START_TIMEOUT_S:.0f} s", b""
+            except (ValueError, TypeError):
+                last = line.decode("utf-8", "replace").strip() or last
+            else:
+                if event["event"] == "ready":
+                    return int(event["pid"])
+                if event["event"] == "error":  # what follows must not meet it any more
+                    self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
+                    raise DaemonError.from_dict(event)
+        raise DaemonError("START_FAILED", last, "see `logs`")
 
     def run_foreground(self) -> int:
         """Become the daemon (never returns), or be it where there is no exec."""
@@ -8006,34 +7861,32 @@ class DaemonManager(Client):
 
     def find_holder(self) -> Holder | None:
         """Return the daemon that lives, None when there is none. Raises BUSY."""
-        deadline = Clock.mono() + CLIENT_HOLD_S
-        while True:
-            holder = self._pid_file.holder()
-            if holder is None:  # ask the socket, too: the lock file may be gone
-                with contextlib.suppress(DaemonError):
-                    pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
-                    return Holder.of_pid(pid, "daemon") if pid else None
-                return None
-            if holder.role == "daemon" and holder.is_alive():
-                return holder
-            if Clock.mono() > deadline:
-                raise held_by(holder)
-            threading.Event().wait(0.02)
+        holder = find_daemon(self._pid_file)
+        if holder is None:  # ask the socket, too: the lock file may be gone
+            with contextlib.suppress(DaemonError):
+                pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
+                return Holder.of_pid(pid, "daemon") if pid else None
+        return holder
 
     def is_daemon_running(self) -> bool:
         """Tell whether a daemon holds the lock."""
         return self.find_holder() is not None
 
-    def stop_daemon(self, timeout_s: float | None = None, force: bool = False) -> int | None:
+    def stop_daemon(
+        self, timeout_s: float | None = None, force: bool = False, keep: bool = False
+    ) -> int | None:
         """Ask it to end, wait, then KILL it; return its PID, None when there was none.
 
         timeout_s None: what the configuration allows all to take, and a margin. force: more
-        TERMs follow, and what runs is interrupted. Raises STOP_KILLED, STOP_FAILED.
+        TERMs follow, and what runs is interrupted. keep: its children are left running.
+        Raises STOP_KILLED, STOP_FAILED.
         """
         holder = self.find_holder()
         if holder is None:
             return None
-        if timeout_s is None:
+        if keep:
+            timeout_s = 2 * ANSWER_TIMEOUT_S
+        elif timeout_s is None:
             config = Config({})
             with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
                 config = load_config(holder.config or self.project.config_path)
@@ -8041,11 +7894,11 @@ class DaemonManager(Client):
             timeout_s += config.stop_timeout_s + STOP_MARGIN_S
         deadline = Clock.mono() + timeout_s
         while True:
-            if Platform.is_posix:
+            if Platform.is_posix and not keep:
                 Platform.send(holder.pid, signal.SIGTERM)
             else:
                 with contextlib.suppress(DaemonError):
-                    self.call("shutdown", {})
+                    self.call("shutdown", {"keep": keep})
             left_s = deadline - Clock.mono()
             if self._await_gone(holder, min(left_s, FIRST_TERM_S) if force else left_s):
                 return holder.pid
@@ -8082,7 +7935,7 @@ class DaemonManager(Client):
     def _clear_away(self) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
         folder, file, tasks = self.project.folder, self.project.file, 0
-        place = read_endpoint(folder).get("socket", file("control.sock"))
+        place = os.path.join(folder, str(read_endpoint(folder).get("socket", "control.sock")))
         remove_socket(place, file("endpoint"), self._pid_file.path)
         if os.path.exists(file("apex.db")):
             store = TaskStore(file("apex.db"), None, self._pid_file, self.project.path)
@@ -8111,29 +7964,20 @@ class DaemonManager(Client):
                 raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
         return holder.pid if holder else None
 
-    def leave_daemon(self) -> None:
-        """End it, if it is there, but leave its children running."""
-        holder = self.find_holder()
-        if holder is not None:
-            with contextlib.suppress(DaemonError):
-                self.call("shutdown", {"keep": True})
-            if not self._await_gone(holder, ANSWER_TIMEOUT_S):
-                self._kill(holder)
-
     def get_status(self) -> DaemonStatus:
         """Return what is known, without starting or changing anything."""
         try:
-            details = self.call("status", {})
-            return DaemonStatus(running=True, exit_status=0, pid=details["pid"], details=details)
+            try:
+                found = self.call("status", {})
+                return DaemonStatus(running=True, exit_status=0, pid=found["pid"], details=found)
+            except DaemonError as error:
+                if error.code != "NOT_RUNNING":
+                    raise
+            pid = self._pid_file.read().get("pid")
+            status, left = (1, f"; PID {pid} left its PID file") if pid else (3, "")
+            reason = "not running" + left
         except DaemonError as error:
             status, reason = 4, error.message
-            if error.code == "NOT_RUNNING":
-                try:
-                    pid = self._pid_file.read().get("pid")
-                    status = 1 if pid else 3
-                    reason = f"not running; PID {pid} left its PID file" if pid else "not running"
-                except DaemonError as corrupted:
-                    reason = corrupted.message
         return DaemonStatus(running=False, exit_status=status, reason=reason, details={})
 
 
@@ -8146,7 +7990,7 @@ if TYPE_CHECKING:
     Args = argparse.Namespace
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Handler = Callable[[Args], int]
-REGISTRY: dict[str, tuple[Handler, tuple[Argument, ...]]] = {}
+REGISTRY: dict[str, tuple[Handler, str, tuple[Argument, ...]]] = {}
 ALIASES = {"ls": "list", "rm": "remove", "log": "logs"}
 
 
@@ -8155,11 +7999,11 @@ def arg(*names: str, **options: Any) -> Argument:
     return (names, options)
 
 
-def register(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
-    """Register a handler: its docstring is the help, its result the exit status."""
+def register(name: str, *arguments: Argument, text: str = "") -> Callable[[Handler], Handler]:
+    """Register a handler: `text` or its docstring is the help, its result the exit status."""
 
     def keep(handler: Handler) -> Handler:
-        REGISTRY[name] = (handler, arguments)
+        REGISTRY[name] = (handler, text or handler.__doc__ or "", arguments)
         return handler
 
     return keep
@@ -8193,7 +8037,6 @@ PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default:
 ONE = arg("name", metavar="PROCESS", help="a process")
 NAMES = arg("names", nargs="*", metavar="PROCESS", help="default: all")
 MODE = arg("--mode", choices=("fork", "spawn", "auto"), default="auto", help="how to detach")
-EXTRA = arg("extra", nargs="*", help=argparse.SUPPRESS)
 ADD = (
     arg("--group", "-g", help="the group, declared in the configuration"),
     arg("--priority", "-o", metavar="N", help="higher first; default 0"),
@@ -8238,13 +8081,6 @@ def client_of(args: Args) -> DaemonManager:
     return DaemonManager(args.project, args.state, args.config, notice)
 
 
-def refuse_ids(args: Args) -> None:
-    """Keep `kill 12` from killing the daemon."""
-    if args.extra:
-        hint = f"did you mean `cancel {' '.join(args.extra)}`?"
-        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
-
-
 @register("start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"))
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
@@ -8257,20 +8093,38 @@ def cmd_start(args: Args) -> int:
 
 
 @register(
-    "stop", EXTRA, arg("--force", **FLAG, help="interrupt running tasks"),
+    "stop", arg("--force", **FLAG, help="interrupt running tasks"),
     arg("--timeout", type=reads(duration), metavar="TIME", help="before it is KILLed"),
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
-    refuse_ids(args)
     pid = client_of(args).stop_daemon(args.timeout, args.force)
     return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
 
 
-def ask_for(verb: str, args: Args, **fields: object) -> int:
-    """Do something to processes that may take its time; the daemon must answer at once."""
-    client = client_of(args)
-    client.call("ping", {})
+UP = "Start processes, and what they need; returns when they are ready, 1 when they failed."
+DOWN = "Stop processes; they stay down until `up`, also when the daemon starts again."
+SCALE = "Have so many instances of a process, until the configuration says otherwise."
+SIGNAL = "Send a signal to the commands of a process, or of one instance: web.0."
+COUNT = arg("instances", type=reads(integer(0, 1000)), metavar="N", help="instances")
+NO_WAIT = arg("--no-wait", dest="wait", action="store_false", help="do not wait until ready")
+
+
+@register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."), text=SIGNAL)
+@register("scale", ONE, COUNT, text=SCALE)
+@register("down", NAMES, text=DOWN)
+@register("up", NAMES, NO_WAIT, text=UP)
+def cmd_process(args: Args) -> int:
+    """Do something to processes that may take its time; without names to all."""
+    client, known = client_of(args), ("name", "names", "wait", "instances", "signal")
+    found = client.call("list_processes", {})["processes"]  # a daemon that hangs is found out
+    if not found:
+        hint = "write [process.NAME] into it, see README.md"
+        raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
+    fields = {name: value for name, value in vars(args).items() if name in known}
+    if fields.get("names") == []:
+        fields["names"] = [process["name"] for process in found]
+    verb = args.verb if args.verb in ("up", "down") else args.verb + "_process"
     try:
         answer = client.call(verb, fields, PROCESS_ANSWER_S)
     except DaemonError as error:
@@ -8285,16 +8139,13 @@ def ask_for(verb: str, args: Args, **fields: object) -> int:
 def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
-        return ask_for("restart_process", args, name=args.name)
+        return cmd_process(args)
     holder = client_of(args).find_holder()
     args.config = args.config or (holder and holder.config)
     args.foreground, manager = False, client_of(args)
     load_config(manager.project.config_path)
-    if not args.drain:
-        manager.leave_daemon()
-        return cmd_start(args)
     try:
-        manager.stop_daemon()
+        manager.stop_daemon(keep=not args.drain)
     except DaemonError as error:
         if error.code != "STOP_KILLED":
             raise
@@ -8306,7 +8157,7 @@ def cmd_restart(args: Args) -> int:
 def cmd_reload(args: Args) -> int:
     """Read the configuration again; or restart a process, instance by instance."""
     if args.name is not None:
-        return ask_for("reload_process", args, name=args.name)
+        return cmd_process(args)
     plan = client_of(args).call("reload", {})["plan"]
     return emit({"plan": plan}, args, "\n".join(plan) or "nothing changed")
 
@@ -8345,8 +8196,7 @@ def cmd_ps(args: Args) -> int:
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
-    head = ("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")
-    found, rows = [], list[tuple[object, ...]]([head])
+    found, rows = [], list[tuple[object, ...]]()
     for name in args.names or known:
         process = client.call("get_process", {"name": name})["process"]
         for one in process["instance_details"]:
@@ -8358,49 +8208,12 @@ def cmd_ps(args: Args) -> int:
             text = fill(" ".join([process["command"], *process["args"]]), one["index"])
             cells = (one["state"], one["pid"], uptime, cpu, memory, one["restart_count"], text)
             rows.append((f"{name}.{one['index']}", *cells))
-    return emit(found, args, columns(rows))
+    return emit(found, args, columns("INSTANCE STATE PID UPTIME CPU MEMORY RESTARTS COMMAND", rows))
 
 
-def find_names(args: Args) -> list[str]:
-    """Return the processes that are named, else all that are configured."""
-    names: list[str] = args.names
-    if not names:
-        found = client_of(args).call("list_processes", {})["processes"]
-        names = [process["name"] for process in found]
-    if not names:
-        hint = "write [process.NAME] into it, see README.md"
-        raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
-    return names
-
-
-@register("up", NAMES, arg("--no-wait", **FLAG, help="do not wait until ready"))
-def cmd_up(args: Args) -> int:
-    """Start processes, and what they need; returns when they are ready, 1 when they failed."""
-    return ask_for("up", args, names=find_names(args), wait=not args.no_wait)
-
-
-@register("down", NAMES)
-def cmd_down(args: Args) -> int:
-    """Stop processes; they stay down until `up`, also when the daemon starts again."""
-    return ask_for("down", args, names=find_names(args))
-
-
-@register("scale", ONE, arg("count", type=reads(integer(0, 1000)), help="instances"))
-def cmd_scale(args: Args) -> int:
-    """Have so many instances of a process, until the configuration says otherwise."""
-    return ask_for("scale_process", args, name=args.name, instances=args.count)
-
-
-@register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."))
-def cmd_signal(args: Args) -> int:
-    """Send a signal to the commands of a process, or of one instance: web.0."""
-    return ask_for("signal_process", args, name=args.name, signal=args.signal)
-
-
-@register("kill", EXTRA, arg("--all", **FLAG, help="its tasks and processes too"))
+@register("kill", arg("--all", **FLAG, help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
-    refuse_ids(args)
     pid = client_of(args).kill_daemon(args.all)
     return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
 
@@ -8432,6 +8245,10 @@ def read_batch() -> list[Any]:
     return commands
 
 
+RUN = "Run a task now and show its output; exits with its status. Ctrl-C cancels it."
+
+
+@register("run", *ADD, text=RUN)
 @register(
     "add", *ADD[:-1],
     arg("--print-id", "-p", **FLAG, help="print the id alone"),
@@ -8440,29 +8257,30 @@ def read_batch() -> list[Any]:
 )  # fmt: skip
 def cmd_add(args: Args) -> int:
     """Put a task into the queue and print its id; it is on disk then."""
-    if args.batch and (args.command or args.shell):
+    is_batch = args.verb == "add" and args.batch
+    if is_batch and (args.command or args.shell):
         raise bad("both --batch and a command", "give one of them")
-    commands = read_batch() if args.batch else [read_command(args)]
-    client = client_of(args)
-    if args.wait:
+    commands = read_batch() if is_batch else [read_command(args)]
+    client, is_shown = client_of(args), args.verb == "run" or args.wait
+    if is_shown:
         client.call("ping", {})
     options = {name: getattr(args, name) for name in TASK_READERS}
     ids = client.add_all(commands, args.token, args.dir, args.env, **options)
-    if args.wait:
+    if is_shown:
         return show_output(client, ids, args)
-    text = "\n".join(map(str, ids))
+    text, known = "\n".join(map(str, ids)), client.existing
     if sys.stdout.isatty() and not args.print_id:
         limit = client.find_settings()["timeout"]
         default = f", timeout {span(limit)}" if limit and args.timeout is None else ""
-        text = f"{len(ids)} tasks added" if args.batch else f"task {text} added{default}"
-        if client.existing and not args.batch:
+        text = f"{len(ids)} tasks added" if is_batch else f"task {text} added{default}"
+        if known and not is_batch:
             text = f"task {ids[0]} has the key {args.key!r} already; nothing was added"
-        elif client.existing:
-            text = f"{len(ids)} tasks, {len(client.existing)} of them had their keys already"
+        elif known:
+            text = f"{len(ids)} tasks, {len(known)} of them had their keys already"
         text += "" if client.is_live else "; no daemon runs: `start` it"
-    data = {"ids": ids} if args.batch else {"id": ids[0], "ids": ids}
-    existing = client.existing if args.batch else bool(client.existing)
-    return emit({**data, "existing": existing}, args, text)
+    if is_batch:
+        return emit({"ids": ids, "existing": known}, args, text)
+    return emit({"id": ids[0], "ids": ids, "existing": bool(known)}, args, text)
 
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
@@ -8491,13 +8309,6 @@ def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) 
     return status
 
 
-@register("run", *ADD)
-def cmd_run(args: Args) -> int:
-    """Run a task now and show its output; exits with its status. Ctrl-C cancels it."""
-    args.batch, args.wait = False, True
-    return cmd_add(args)
-
-
 @register(
     "list", GROUP,
     arg("--state", dest="in_state", choices=[state.value for state in State]),
@@ -8505,24 +8316,9 @@ def cmd_run(args: Args) -> int:
 )  # fmt: skip
 def cmd_list(args: Args) -> int:
     """List tasks, the newest last."""
-    client = client_of(args)
-    if args.group is not None:
-        known = client.queue()["groups"]
-        if args.group not in known:
-            hint = "groups: " + ", ".join(known)
-            raise DaemonError("UNKNOWN_GROUP", f"there is no group {args.group!r}", hint)
     limit = args.lines or (None if args.json else 100)
-    tasks = client.list(limit, state=args.in_state, group=args.group)
-    emit(tasks, args, task_table(tasks))
-    if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
-        notice(f"these are the newest {limit}; more with -n N")
-    return 0
-
-
-def task_table(tasks: Sequence[Fields]) -> str:
-    """Lay tasks out in columns."""
-    head = ("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")
-    rows: list[tuple[object, ...]] = [head]
+    tasks = client_of(args).list(limit, state=args.in_state, group=args.group)
+    rows: list[tuple[object, ...]] = []
     for task in tasks:
         state, took, words = task["state"], None, task["command"]
         if task["started_at"] and state not in ("queued", "scheduled", "waiting"):
@@ -8532,12 +8328,15 @@ def task_table(tasks: Sequence[Fields]) -> str:
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
         counts = (task["priority"], task["attempts"], task["exit_code"])
         rows.append((task["id"], state, task["group"], *counts, took, text))
-    return columns(rows)
+    emit(tasks, args, columns("ID STATE GROUP PRIO TRIES EXIT TIME COMMAND", rows))
+    if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
+        notice(f"these are the newest {limit}; more with -n N")
+    return 0
 
 
-def columns(rows: Sequence[Sequence[object]]) -> str:
-    """Lay rows out in columns, None as "-", cut at the terminal's width."""
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+def columns(head: str, rows: Sequence[Sequence[object]]) -> str:
+    """Lay rows out below a head, None as "-", cut at the terminal's width."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in [head.split(), *rows]]
     widths = [max(map(len, column)) for column in [*zip(*cells)][:-1]]
     most = width() if sys.stdout.isatty() else 10000
     lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in cells)
@@ -8583,42 +8382,37 @@ def cmd_wait(args: Args) -> int:
     return tell_end(client, ids, status, args)
 
 
-def register_change(verb: str, done: str, problem: str, text: str) -> None:
-    """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
-
-    def change(args: Args) -> int:
-        answer = client_of(args).change(verb, args.ids)
-        emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
-        left = answer.get("left")
-        for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
-            if ids:
-                notice(f"{what}: {', '.join(map(str, ids))}")
-        return 1 if answer["not_done"] or left else 0
-
-    change.__doc__ = text
-    register(verb, IDS)(change)
+RETRY = "Run finished tasks again; what was skipped because of them waits again."
+CHANGES = {  # what it did, what forbade it
+    "cancel": ("cancelled", "finished already"),
+    "retry": ("queued", "not finished, or another task has the key"),
+    "remove": ("removed", "running, cancel first"),
+}
 
 
-ENDS = "Cancel tasks; running ones are ended with all they started."
-AGAIN = "Run finished tasks again; what was skipped because of them waits again."
-register_change("cancel", "cancelled", "finished already", ENDS)
-register_change("retry", "queued", "not finished, or another task has the key", AGAIN)
-register_change("remove", "removed", "running, cancel first", "Forget tasks that do not run.")
+@register("remove", IDS, text="Forget tasks that do not run.")
+@register("retry", IDS, text=RETRY)
+@register("cancel", IDS, text="Cancel tasks; running ones are ended with all they started.")
+def cmd_change(args: Args) -> int:
+    """Do one verb to tasks; 1 when the state of any forbade it."""
+    verb = ALIASES.get(args.verb, args.verb)
+    answer, (done, problem) = client_of(args).change(verb, args.ids), CHANGES[verb]
+    emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
+    left = answer.get("left")
+    for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
+        if ids:
+            notice(f"{what}: {', '.join(map(str, ids))}")
+    return 1 if answer["not_done"] or left else 0
 
 
-@register("pause", GROUP)
+@register("resume", GROUP, text="Start tasks again.")
+@register("pause", GROUP, text="Start nothing more; what runs goes on.")
 def cmd_pause(args: Args) -> int:
-    """Start nothing more; what runs goes on."""
-    answer = client_of(args).pause(args.group)
-    return emit(answer, args, "paused: " + ", ".join(answer["paused"]).replace("*", "everything"))
-
-
-@register("resume", GROUP)
-def cmd_resume(args: Args) -> int:
-    """Start tasks again."""
-    answer = client_of(args).resume(args.group)
-    left = ", ".join(answer["paused"]).replace("*", "everything")
-    return emit(answer, args, f"still paused: {left}" if left else "resumed")
+    """Pause or resume; say what is paused then."""
+    answer = client_of(args).call(args.verb, {"group": args.group})
+    paused = ", ".join(answer["paused"]).replace("*", "everything")
+    still = "still " if args.verb == "resume" else ""
+    return emit(answer, args, f"{still}paused: {paused}" if paused else "resumed")
 
 
 @register("why", arg("id", metavar="ID|PROCESS", help="a task id, or a process"))
@@ -8682,10 +8476,9 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
         return {one: (binascii.a2b_base64(log["data"]), log["next"]) for one, log in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
-        is_marked = len(instances) > 1
+        mark = "{} | " if len(instances) > 1 else ""
         if found:
-            shown = ((f"{one} | ".encode() if is_marked else b"") + line for one, line in found)
-            yield b"\n".join([*shown, b""])
+            yield b"".join(mark.format(one).encode() + line + b"\n" for one, line in found)
         elif to_end:
             client.outwait()
             threading.Event().wait(STREAM_PAUSE_S)
@@ -8733,21 +8526,15 @@ def cmd_dlq(args: Args) -> int:
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
     if args.action == "show":
         return 0
-    return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
+    args.verb = "retry" if args.action == "retry" else "remove"
+    return cmd_change(args)
 
 
 @register("config")
 def cmd_config(args: Args) -> int:
     """Check the configuration and print the effective values, of a broken one the good part."""
     path, faults = client_of(args).project.config_path, list[DaemonError]()
-    try:
-        config = load_config(path)
-    except DaemonError as error:
-        if args.json:
-            raise
-        config, faults = load_good_part(path)
-        faults = faults or [error]
-    values = config.to_dict()
+    values = load_config(path, None if args.json else faults).to_dict()
     lines = [f"{key} = {json.dumps(setting)}" for key, setting in values.items()]
     data: dict[str, Any] = {"path": path}
     for key, setting in values.items():
@@ -8759,16 +8546,6 @@ def cmd_config(args: Args) -> int:
     if faults:
         raise faults[0]
     return 0
-
-
-@register("doctor")
-def cmd_doctor(args: Args) -> int:
-    """Look for what could go wrong here; 1 when something is."""
-    checks = [*find_faults(client_of(args))]
-    lines = [f"{'ok ' if is_good else 'BAD'} {name}: {text}" for name, is_good, text in checks]
-    data = [{"check": name, "ok": is_good, "text": text} for name, is_good, text in checks]
-    emit(data, args, "\n".join(lines))
-    return 0 if all(is_good for _, is_good, _ in checks) else 1
 
 
 def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
@@ -8794,6 +8571,17 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     yield "daemon", status.exit_status in (0, 3), text
 
 
+@register("doctor")
+def cmd_doctor(args: Args) -> int:
+    """Look for what could go wrong here; 1 when something is."""
+    data, lines = [], []
+    for name, is_good, text in find_faults(client_of(args)):
+        data.append({"check": name, "ok": is_good, "text": text})
+        lines.append(f"{'ok ' if is_good else 'BAD'} {name}: {text}")
+    emit(data, args, "\n".join(lines))
+    return int(not all(one["ok"] for one in data))
+
+
 @register("version")
 def cmd_version(args: Args) -> int:
     """Print the version."""
@@ -8816,9 +8604,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     for names, options in COMMON:
         parser.add_argument(*names, **options)
     commands = parser.add_subparsers(prog="apexd.py", dest="verb", metavar="COMMAND")
-    for name, (handler, arguments) in REGISTRY.items():
+    for name, (handler, text, arguments) in REGISTRY.items():
         if only in (None, name):
-            text = handler.__doc__ or ""
             aliases = [alias for alias, full in ALIASES.items() if full == name]
             sub = commands.add_parser(
                 name, help=text, description=text, aliases=aliases, formatter_class=made_by
@@ -8845,7 +8632,13 @@ def parse(words: list[str]) -> Args:
         near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], 1, 0.5)
         hint = f"did you mean `{near[0]}`?" if near else "see `apexd.py --help`"
         raise DaemonError("UNKNOWN_COMMAND", f"there is no command {name!r}", hint)
-    return build_parser(ALIASES.get(name or "", name)).parse_args(words)
+    args, rest = build_parser(ALIASES.get(name or "", name)).parse_known_args(words)
+    if rest and args.verb in ("stop", "kill") and rest[0].isdigit():
+        hint = f"did you mean `cancel {' '.join(rest)}`?"
+        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
+    if rest:
+        raise bad(f"unknown arguments: {' '.join(rest)}", f"see `apexd.py {args.verb} --help`")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -8855,34 +8648,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     while null <= 2:  # no file of ours may become standard input, output or error
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
-    told = argparse.Namespace(json=False)
-    if words[:1] == ["_keeper"]:
-        os._exit(_guarded(lambda: run_keeper(*words[1:]), told))
-    if words[:1] == ["_daemon"]:  # what `start` makes
-        os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), told))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by an embedding program
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     own = words[: words.index("--")] if "--" in words else words  # as far as is known yet
-    told = argparse.Namespace(json="--json" in own or "-j" in own)
-
-    def run() -> int:
+    is_json = "--json" in own or "-j" in own
+    try:
+        if words[:1] == ["_keeper"]:
+            return run_keeper(*words[1:])
+        if words[:1] == ["_daemon"]:  # what `start` makes
+            return run_daemon(json.loads(words[1]))
         args = parse(words)
-        told.json = args.json
+        is_json = args.json
         status = int(args.handler(args))
         print(end="", flush=True)
         return status
-
-    return _guarded(run, told)
-
-
-def _guarded(run: Callable[[], int], told: Args) -> int:
-    """Turn whatever a command raises into lines on standard error, JSON or not, and a status."""
-    try:
-        return run()
     except DaemonError as error:
-        if told.json:
+        if is_json:
             print(json.dumps({"error": error.to_dict()}), file=sys.stderr)
         else:
             notice(error.message + (f"\n       {error.hint}" if error.hint else ""))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -1190,18 +1191,6 @@ class TestPlatform:
                 assert lock(mine.fileno(), shared=True) is True
 
     @posix
-    def test_waiting_for_a_lock_ends_when_its_holder_dies(self, tmp_path):
-        path = str(tmp_path / "lock")
-        with open(path, "a") as mine, locked(path) as other:
-            waiter = threading.Thread(
-                target=apexd.Platform.lock, args=(mine.fileno(),), kwargs={"wait": True}
-            )
-            waiter.start()
-            other.kill()
-            waiter.join(10)
-            assert not waiter.is_alive()
-
-    @posix
     def test_a_lock_is_inherited_and_outlives_its_taker(self, tmp_path):
         path = str(tmp_path / "lock")
         with open(path, "a") as again:
@@ -1269,6 +1258,22 @@ class TestPlatform:
             child.kill()
             child.wait()
         assert apexd.Platform.start_time(child.pid) is None, "gone"
+
+    @linux
+    def test_a_run_is_killed_where_the_kernel_has_no_pidfd_open_too(self, monkeypatch):
+        def refuse(pid, flags=0):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+        with subprocess.Popen(["sleep", "60"], env={**os.environ, "APEX_RUN_ID": "r"}) as child:
+            try:
+                eventually(lambda: apexd.Platform.environment_of(child.pid).get("APEX_RUN_ID"))
+                apexd.Platform.kill_run(child.pid, "another")
+                assert child.poll() is None
+                apexd.Platform.kill_run(child.pid, "r")
+                assert child.wait(10) == -signal.SIGKILL
+            finally:
+                child.kill()
 
     @linux
     def test_two_processes_have_two_identities_and_one_keeps_its_own(self):
@@ -1589,7 +1594,7 @@ class TestFiles:
         """P10."""
         most = apexd.LINE_MAX_BYTES
         data = b"a\n" + b"b" * (2 * most + 5) + b"\n\nrest"
-        lines, rest = apexd.cut_lines(data)
+        *lines, rest = apexd.cut_lines(data)
         assert (b"".join(lines), rest) == (data.replace(b"\n", b"")[:-4], b"rest")
         assert [len(line) for line in lines] == [1, most, most, 5, 0]
         logs = iter([{"w.0": (b"x" * 100_000, at)} for at in range(1, 50)])
@@ -9197,11 +9202,12 @@ class TestDaemon:
         assert [box.task(task_id)["attempts"] for task_id in ids] == [1, 1]
 
     def test_a_restart_keeps_the_configuration_that_was_named(self, box):
-        """L12"""
+        """L12: also one in the state folder, beside the one that would be found."""
         process = {"command": "exec sleep 1000", "stop_timeout": 0.2}
+        box.config({})
+        places = {"one": box.file("one.json"), "two": os.path.join(box.path, "two.json")}
         names = [
-            write(os.path.join(box.path, f"{name}.json"), json.dumps({"process": {name: process}}))
-            for name in ("one", "two")
+            write(place, json.dumps({"process": {name: process}})) for name, place in places.items()
         ]
         box.start("--config", names[0])
         before = eventually(lambda: box.json("ps")[0]["pid"])
