@@ -88,7 +88,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
     import difflib
-    import fnmatch
     import graphlib
     import grp
     import logging
@@ -123,7 +122,7 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii difflib fnmatch graphlib grp logging marshal pwd queue random resource shutil "
+        "binascii difflib graphlib grp logging marshal pwd queue random resource shutil "
         "sqlite3 subprocess tempfile"
     ).split():
         globals()[_name] = _Lazy(functools.partial(__import__, _name))
@@ -5795,31 +5794,24 @@ def glob_expression(patterns: Iterable[str]) -> re.Pattern[str]:
 
     One without a slash is for a name in any folder, others for a path from the root.
     """
-
-    def convert(part: str) -> str:
-        try:
-            return marks.get(part) or re.compile("(?!/)" + fnmatch.translate(part)[4:-3]).pattern
-        except re.error:  # [z-a]
-            return "(?!)"
-
-    marks = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]", "/": "/"}
-    words = re.compile(r"\*\*/|\*\*|\[[!^]?.[^]/]*\]|.", re.DOTALL)
+    marks = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     found = ["(?!)"]  # no path
     for pattern in (pattern.rstrip("/") for pattern in patterns):
         pattern = pattern.lstrip("/") if "/" in pattern else "**/" + pattern
-        found.append("".join(map(convert, words.findall(pattern))))
+        words = re.findall(r"\*\*/|\*\*|.", pattern, re.DOTALL)
+        found.append("".join(marks.get(word) or re.escape(word) for word in words))
     return re.compile("|".join(found), re.DOTALL)
 
 
-def watched_folder(path: str) -> str:
-    """Check a folder to watch, which may be missing. Raises ValueError."""
-    try:
-        os.scandir(path).close()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise ValueError(f"folders that can be read: {path}: {error.strerror}") from None
-    return path
+def check_folders(paths: Iterable[str]) -> None:
+    """Check what is to be watched: folders, which may be missing. Raises ValueError."""
+    for path in paths:
+        try:
+            os.scandir(path).close()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(f"folders that can be read: {path}: {error.strerror}") from None
 
 
 class _Tree:
@@ -5834,7 +5826,7 @@ class _Tree:
         self.is_news, self.has_gaps = False, True  # something was noted; all is to be looked at
         self.is_lost = False  # the root is missing, or cannot be read
         self.notifier: Any = None
-        self._told: set[str] = set()  # warnings
+        self._left_out: set[str] = set()  # folders that could not be read once
         self.due_mono, self.looked_mono = float("inf"), Clock.mono()  # when to look untold; when
         self._busy_until = 0.0  # it is polled more often, monotonic
 
@@ -5844,13 +5836,9 @@ class _Tree:
             self.notifier.close()
         self.notifier = None
 
-    def _warn(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            log.warning("watching %s: %s", self.root, text)
-
     def _poll(self, why: str | None) -> None:
-        self._warn(f"nobody tells of changes, so it is looked through now and then: {why}")
+        text = "watching %s: nobody tells of changes, so it is looked through now and then: %s"
+        log.warning(text, self.root, why)
         self.close()
         self.is_polled, self.due_mono = True, Clock.mono()
 
@@ -5947,8 +5935,9 @@ class _Tree:
             if error.errno in SHORTAGES:
                 raise
             is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
-            if folder != "" and not is_gone:
-                self._warn(f"left out: {path}: {error.strerror}")
+            if folder != "" and not is_gone and folder not in self._left_out:
+                self._left_out.add(folder)
+                log.warning("watching %s: %s is left out: %s", self.root, path, error.strerror)
             elif folder == "":
                 self.close()
                 self.due_mono = Clock.mono() + WATCH_LOOK_S
@@ -6054,8 +6043,9 @@ class FileWatcher:
         self._debounce_s, self._debounce_max_s = debounce_s, max(debounce_s, debounce_max_s)
         endings = tuple("." + word.lstrip(".") for word in extensions)
         ignored = glob_expression([*WATCH_IGNORED, *ignore])
+        roots = [os.path.abspath(path) for path in paths]
         try:
-            roots = [os.path.abspath(watched_folder(path)) for path in paths]
+            check_folders(roots)
         except ValueError as error:
             raise bad(f"paths: must be {error}") from None
         self._trees = [_Tree(root, ignored, endings, poll) for root in dict.fromkeys(roots)]
@@ -6161,8 +6151,7 @@ class WatchTrigger:
         own, folder = [], os.path.realpath(store.folder)  # what the daemon writes is no change
         for above in (os.path.join(os.path.realpath(root), "") for root in roots):
             if folder.startswith(above):
-                path = folder[len(above) :].replace(os.sep, "/")
-                own.append("/" + re.sub(r"([*?[])", r"[\1]", path))
+                own.append("/" + folder[len(above) :].replace(os.sep, "/"))
         self.watcher = FileWatcher(
             roots, self._make_task, events=options.events, ignore=[*options.ignore, *own],
             extensions=options.extensions, debounce_s=options.debounce_ms / 1000,
@@ -6218,8 +6207,7 @@ def check_watches(config: Config, project: str, path: str | None) -> None:
         try:
             if not watch.paths:
                 raise ValueError("one folder or more")
-            for folder in watch.paths:
-                watched_folder(os.path.join(project, folder))
+            check_folders(os.path.join(project, folder) for folder in watch.paths)
         except ValueError as error:
             what = f"{path}: watch.{name}.paths = {watch.paths!r}: must be {error}"
             hint = "name folders; missing ones are waited for"
