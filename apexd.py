@@ -4407,7 +4407,7 @@ def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: Tas
     group = store.config.groups.get(task.group)
     words = [*Platform.SHELL, task.command] if isinstance(task.command, str) else task.command
     marks = {"TASK_ID": task.id, "ATTEMPT": task.attempts, "RUN_ID": task.run_id}
-    if "APEX_EVENT" in env and os.path.exists(event_path(store.folder, task.id)):
+    if '"type": "file.changed"' in env.get("APEX_EVENT", ""):
         marks["EVENT_FILE"] = event_path(store.folder, task.id)
     return {
         "argv": [*(group.launcher if group else ()), *words],
@@ -5774,11 +5774,11 @@ class Supervisor:
 #     Uses 1-9. Threads: one a FileWatcher. Closed by: Daemon.
 # ============================================================================
 
-# A snapshot says what was in each folder. Notifications only mark what may differ from it;
-# when a burst is over, that is looked at and compared, so the disk decides, and what cancels
-# itself out is no change. A lost notification, a folder that is new, a tree that is polled:
-# the same comparison of more. A stamp is (time of modification in ns, size, inode) of a file,
-# (0, -1, inode) of a folder.
+# A snapshot says what is in each folder. Notifications only say where to compare it with the
+# disk, so a lost one, a folder that is new and a tree that is polled are the same comparison of
+# more. What differs is kept as it was; when the burst is over, that is compared with what is
+# there then, and what cancels itself out is no change. A stamp is (time of modification in ns,
+# size, inode) of a file, (0, -1, inode) of a folder.
 
 
 class Change(Value):
@@ -6063,8 +6063,9 @@ class FileWatcher:
     def stop(self) -> None:
         """Tell what was changed until now, then nothing more."""
         self._is_over.set()
-        self._waker.send(b"x")
-        if self._thread is not threading.current_thread():
+        if self._thread.is_alive():
+            with contextlib.suppress(OSError):  # it has just ended
+                self._waker.send(b"x")
             self._thread.join(ANSWER_TIMEOUT_S)
 
     def status(self) -> list[dict[str, Any]]:
