@@ -5842,7 +5842,7 @@ class _Tree:
         text = "watching %s: nobody tells of changes, so it is looked through now and then: %s"
         log.warning(text, self.root, why)
         self.close()
-        self.is_polled, self.due_mono = True, Clock.mono()
+        self.is_polled = True
 
     def _path(self, relative: str) -> str:
         return os.path.join(self.root, relative.replace("/", os.sep)) if relative else self.root
@@ -5907,7 +5907,7 @@ class _Tree:
         self._scan("", True)
         self.has_gaps = False
         if self.is_polled:
-            self.due_mono = Clock.mono()
+            self.due_mono = Clock.mono() + WATCH_LOOK_S
 
     def _scan(self, folder: str, is_deep: bool = False) -> None:
         """Compare a folder, and those in it that are new (deep: all), with what is known."""
@@ -6051,16 +6051,17 @@ class FileWatcher:
         except ValueError as error:
             raise bad(f"paths: must be {error}") from None
         self._trees = [_Tree(root, ignored, endings, poll) for root in dict.fromkeys(roots)]
-        self._first = self._since = self._last = self._due = float("inf")  # of a burst, monotonic
-        self._held, self._failure = 0.0, ""  # it waits so long, monotonic; what was said of it
+        self._first = self._since = self._last = float("inf")  # of a burst, monotonic
+        self._due = self._held = 0.0  # when it is over; it waits so long; monotonic
+        self._failure = ""  # what was said of it
         self._waker, self._wakee = socket.socketpair()
         self._is_over, self._is_standing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
 
-    def start(self) -> None:
-        """Begin; what changes from now on is seen (in a large tree: soon)."""
+    def start(self, within_s: float = STANDING_S) -> None:
+        """Begin; what changes from now on is seen; in a tree that takes longer: soon."""
         self._thread.start()
-        self._is_standing.wait(STANDING_S)
+        self._is_standing.wait(within_s)
 
     def stop(self) -> None:
         """Tell what was changed until now, then nothing more."""
@@ -6083,11 +6084,6 @@ class FileWatcher:
         while not is_last:
             is_last = self._is_over.is_set()
             try:
-                if not self._is_standing.is_set():
-                    for tree in self._trees:
-                        tree.begin()
-                        tree.forget()
-                    self._is_standing.set()
                 self._turn(is_last)
             except Exception as error:  # this thread's top frame, and the user's callback
                 if str(error) != self._failure:
@@ -6113,7 +6109,7 @@ class FileWatcher:
         if is_told:
             self._is_over.wait(min(WATCH_GATHER_S, self._debounce_s))
         for tree in self._trees:
-            if tree.is_polled and (now >= self._due or is_last):
+            if tree.is_polled and (is_last or (0.0 < self._due <= now and not self._held)):
                 tree.due_mono = now  # does it still go on?
             seen = tree.looked_mono if tree.is_polled else now
             tree.hear()
@@ -6125,7 +6121,8 @@ class FileWatcher:
                 self._due = max(min(now + self._debounce_s, end), self._held)
         if self._due > now and not (is_last and self._first <= now):
             return
-        wait_s = 0.0 if is_last else self._hold(self._since, self._last)
+        is_first = not self._is_standing.is_set()  # no burst, but the snapshot
+        wait_s = 0.0 if is_first or is_last else self._hold(self._since, self._last)
         if wait_s > 0.0:
             self._due = self._held = now + wait_s
             return
@@ -6133,12 +6130,13 @@ class FileWatcher:
             if tree.has_gaps:
                 tree.begin()
         found = {one.path: one for tree in self._trees for one in tree.sum_up(self._kinds)}
-        if found:
+        if found and not is_first:
             self._on_change([found[path] for path in sorted(found)])
         self._first = self._since = self._last = self._due = float("inf")
         self._held, self._failure = 0.0, ""
         for tree in self._trees:
             tree.forget()
+        self._is_standing.set()
 
 
 class WatchTrigger:
@@ -6231,10 +6229,11 @@ class Watches:
             if wanted.get(name) != watch.options:
                 watch.watcher.stop()
                 del self._watches[name]
+        deadline = Clock.mono() + STANDING_S
         for name in wanted.keys() - self._watches.keys():
             try:
                 watch = WatchTrigger(name, wanted[name], self._store, self._wake)
-                watch.watcher.start()
+                watch.watcher.start(max(deadline - Clock.mono(), 0.0))
             except (DaemonError, OSError, RuntimeError) as error:  # no descriptor, no thread
                 log.error("watch %s does not work: %s", name, error)
             else:

@@ -6924,6 +6924,7 @@ class TestWatch:
             import apexd, resource
             watcher = apexd.FileWatcher([sys.argv[2]], print)
             watcher.start()
+            time.sleep(0.3)
             before = resource.getrusage(resource.RUSAGE_SELF)
             time.sleep(1.0)
             after = resource.getrusage(resource.RUSAGE_SELF)
