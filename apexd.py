@@ -6171,7 +6171,7 @@ class WatchTrigger:
         self._is_own = first <= last <= self._ended  # else somebody else changes things
         if not self._is_own or self._rounds < LOOP_ROUNDS:
             return 0.0
-        pause_s = min(LOOP_PAUSE_S * 2 ** (self._rounds - LOOP_ROUNDS), LOOP_PAUSE_MAX_S)
+        pause_s = backoff(self._rounds - LOOP_ROUNDS + 1, LOOP_PAUSE_S, LOOP_PAUSE_MAX_S)
         return float(min(self._ended + pause_s - Clock.mono(), WATCH_LOOK_S))
 
     def _make_task(self, changes: list[Change]) -> None:

@@ -6984,10 +6984,10 @@ class TestWatch:
             apexd.FileWatcher([path], print)
         assert told.value.code == "BAD_REQUEST" and path in told.value.message
 
+    @both
+    @posix
     def test_folders_made_and_removed_at_speed_end_in_the_truth(self, watching):
         watch, known, rng = watching(debounce_s=0.02), set(), random.Random(1)
-        if IS_WINDOWS:
-            pytest.skip("what is open cannot be removed")
         for n in range(ROUNDS * 150):
             name = "/".join(rng.choice("abc") for _ in range(rng.randint(1, 4)))
             path, act = watch.file(name), rng.random()
