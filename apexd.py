@@ -5904,8 +5904,8 @@ class _Tree:
             above = os.path.dirname(above)  # when it is moved, the root is
             with contextlib.suppress(OSError):
                 self.notifier.add(above, None)
-        self._scan("", True)
         self.has_gaps = False
+        self._scan("", True)
         if self.is_polled:
             self.due_mono = Clock.mono() + WATCH_LOOK_S
 
@@ -5926,6 +5926,8 @@ class _Tree:
         try:
             if self.notifier is not None:  # first: what is made meanwhile is found, or told of
                 self.notifier.add(path, folder)
+                if folder and self.notifier.numbers[folder] == self.notifier.numbers.get(""):
+                    self.has_gaps = self.is_news = True  # another root took the place of this
             with os.scandir(path) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):

@@ -6784,6 +6784,20 @@ class TestWatch:
 
     @both
     @posix
+    def test_a_folder_that_ends_up_in_the_one_that_took_its_place_is_told_from_it(self, watching, tmp_path):
+        here = str(tmp_path / "here")
+        write_plainly(os.path.join(here, "f"), "1")
+        watch = watching(roots=[here])
+        os.mkdir(os.path.join(here, "sub"))
+        os.rename(here, here + "-away")
+        os.makedirs(os.path.join(here, "sub"))
+        os.rename(here + "-away", os.path.join(here, "sub", "old"))
+        watch.tells(("moved", "here/f", "here/sub/old/f"))
+        watch.write("here/last")
+        watch.tells(("created", "here/last"))
+
+    @both
+    @posix
     def test_links_pipes_and_sockets_are_no_files(self, watching, tmp_path):
         """L4"""
         watch = watching()
