@@ -6269,8 +6269,9 @@ class _Tree:
         if now < self.due_mono:
             return
         self.due_mono, self.looked_mono = now + WATCH_LOOK_S, now
-        if not self.is_polled:  # a root that was missing
-            self.has_gaps = self.is_news = os.path.isdir(self.root)
+        if not self.is_polled:  # the root was missing
+            if os.path.isdir(self.root):
+                self.begin()
             return
         self._scan("", True)
         self._busy_until = now + POLL_BUSY_S if self.is_news else self._busy_until
