@@ -28,6 +28,7 @@ Map (a section uses only sections above it):
     11. CRON        when schedules fire, and the thread that makes them
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
+    15. WATCH       what changes in files
     16. CONTROL     frames, verbs, server, Client
     18. DAEMON      wiring, start order, signals; DaemonManager
     19. SERVICE     unit, init script, launchd, Windows texts
@@ -110,7 +111,7 @@ if TYPE_CHECKING:
 __version__ = "0.4.0"
 __all__ = [
     "Client", "CronSchedule", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner",
-    "DaemonStatus", "PidFile", "Supervisor", "Task", "TaskStore", "main",
+    "DaemonStatus", "FileWatcher", "PidFile", "Supervisor", "Task", "TaskStore", "main",
 ]  # fmt: skip
 
 
@@ -227,6 +228,24 @@ ENVIRONMENT_KEPT = (
 ).split()
 ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_|APEXD_")
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # they say nothing of what was looked for
+DEBOUNCE_S = 0.5  # after the last change of a burst
+DEBOUNCE_MAX_S = 10.0  # after its first, though changes go on
+WATCH_LOOK_S = 1.0  # between two looks for a folder that is missing; at files, at the least
+WATCH_GATHER_S = 0.01  # notifications that come together are read together
+POLL_SHARE = 0.004  # of a processor, for looking through a tree that nobody tells of
+POLL_BUSY_FACTOR, POLL_BUSY_S = 10, 30.0  # more of it for so long after a change
+POLL_MAX_S = 60.0
+FILE_CHANGES = {"create": "created", "modify": "modified", "delete": "deleted", "move": "moved"}
+WATCH_IGNORED = (
+    ".git .apex .svn .hg node_modules __pycache__ .venv venv .tox .mypy_cache .DS_Store "
+    "*~ .*.sw? .#* #*# 4913 *.tmp"  # of editors: backups, swap files, locks
+).split()
+WATCH_OWN_S = 0.05  # what changes so soon after a watch's own task was perhaps changed by it
+WATCH_BUSY_S = 0.1  # between two looks whether that task has ended, while something waits for it
+LOOP_ROUNDS = 5  # tasks in a row that each changed what is watched: a loop
+LOOP_PAUSE_S, LOOP_PAUSE_MAX_S = 30.0, 3600.0  # it goes on so much later; doubles
+EVENT_VARIABLE_CHARS = 30_000  # of APEX_EVENT: Windows takes 32,767, Linux 131,071
+MOUNT_POINT = 0xA0000003  # st_reparse_tag of a junction of Windows, a kind of link
 NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre fuse.sshfs fuse.s3fs".split()
 )
@@ -898,6 +917,9 @@ if sys.platform == "win32":
         def network_file_system(self, path: str) -> str | None:
             return "a network share" if path.startswith("\\\\") else None
 
+        def open_notifier(self) -> Any:
+            raise OSError(errno.ENOSYS, "this system cannot")
+
 else:
     import fcntl
 
@@ -1020,6 +1042,66 @@ else:
                         cpu_s += sum(map(int, fields[11:15])) / tick
                         found[session] = (cpu_s, memory + int(fields[21]) * page)
             return found
+
+    class _Notifier:
+        """Tells what changes in folders (inotify(7)). Each method may raise OSError."""
+
+        def __init__(self) -> None:
+            import ctypes
+
+            self._libc, self._errno = ctypes.CDLL(None, use_errno=True), ctypes.get_errno
+            self.numbers: dict[str, int] = {}  # of folders by name
+            self._folders: dict[int, str | None] = {}
+            init = getattr(self._libc, "inotify_init1", None)
+            if init is None:
+                raise OSError(errno.ENOSYS, "this system cannot")
+            self._fd = self._check(init(os.O_NONBLOCK | os.O_CLOEXEC))
+
+        def fileno(self) -> int:
+            return self._fd
+
+        def _check(self, result: int) -> int:
+            if result < 0:
+                raise OSError(self._errno(), os.strerror(self._errno()))
+            return result
+
+        def add(self, path: str, folder: str | None) -> None:
+            """Tell of a folder by this name, "" for the root; None: only whether it is moved."""
+            # IN_ONLYDIR | IN_EXCL_UNLINK | IN_DONT_FOLLOW | all but ACCESS, OPEN, CLOSE_NOWRITE
+            mask = 0x01000800 if folder is None else 0x05000FCE | (0x02000000 if folder else 0)
+            number = self._check(self._libc.inotify_add_watch(self._fd, os.fsencode(path), mask))
+            self._folders[number] = folder
+            if folder is not None:
+                self.numbers[folder] = number
+
+        def remove(self, folder: str) -> None:
+            """Tell of this folder no more, unless it has another name by now."""
+            number = self.numbers.pop(folder, -1)
+            if self._folders.get(number) == folder:
+                del self._folders[number]
+                self._libc.inotify_rm_watch(self._fd, number)
+
+        def read(self) -> Iterator[tuple[str, str, str]]:
+            """Yield (folder, name in it, "folder", "written" or ""); ("", "", "gap"): any."""
+            data, at = b"", 0
+            with contextlib.suppress(BlockingIOError):
+                data = os.read(self._fd, 1 << 16)  # the rest the next time
+            while at < len(data):
+                number, mask, _, length = struct.unpack_from("iIII", data, at)
+                name = os.fsdecode(data[at + 16 : at + 16 + length].rstrip(b"\0"))
+                at += 16 + length
+                is_known, folder = number in self._folders, self._folders.get(number) or ""
+                if mask & 0x8000 and is_known:  # IN_IGNORED: the folder is gone
+                    del self._folders[number]
+                    if self.numbers.get(folder) == number:
+                        del self.numbers[folder]
+                if mask & 0x6000 or (mask & 0x8800 and is_known and not folder):
+                    yield "", "", "gap"  # IN_Q_OVERFLOW, IN_UNMOUNT; IN_MOVE_SELF of the root
+                elif name and is_known:  # IN_ISDIR, IN_MODIFY
+                    yield folder, name, "folder" if mask >> 30 else "written" if mask & 2 else ""
+
+        def close(self) -> None:
+            os.close(self._fd)
 
     class _Platform(_Children):
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
@@ -1196,6 +1278,7 @@ else:
                 stack.pop_all()
             return connection
 
+        open_notifier = _Notifier
         user = staticmethod(os.geteuid)  # whom our children are started as
 
         def highest_limit(self, name: str) -> int:
@@ -1674,9 +1757,16 @@ def log_path(folder: str, task_id: int, number: int) -> str:
     return os.path.join(folder, "logs", f"task-{task_id}.{number}.log")
 
 
+def event_path(folder: str, task_id: int) -> str:
+    """Return where the paths stand that a watch's task was made for."""
+    return os.path.join(folder, "logs", f"task-{task_id}.event")
+
+
 def remove_logs(folder: str, tasks: Iterable[tuple[int, int]]) -> None:
     """Remove the logs of tasks, given as (id, number of attempts)."""
     for task_id, attempts in tasks:
+        with contextlib.suppress(OSError):
+            os.unlink(event_path(folder, task_id))
         for number in range(1, attempts + 2):  # an attempt that never ran is not counted
             for ending in ("", ".1", ".base"):
                 with contextlib.suppress(OSError):
@@ -1876,6 +1966,11 @@ def paths(value: object) -> list[str]:
     return [line_of_text(path) for path in text_list([value] if isinstance(value, str) else value)]
 
 
+change_list = reader(
+    "a list of " + ", ".join(FILE_CHANGES),
+    lambda value: isinstance(value, list) and {*map(str, value)} <= FILE_CHANGES.keys(),
+)
+
 # What [limits] gives to tasks, and [process.NAME] to that process.
 _CHILD_LIMITS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of each process"),
@@ -1884,6 +1979,7 @@ _CHILD_LIMITS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "processes": (limit("RLIMIT_NPROC"), None, "processes of the user it runs as (not for root)"),
     "nice": (lambda n: integer(-20 * Platform.is_root(), 19)(n), 0, "added to the niceness"),
 }
+
 # What a task can be given, wherever it comes from.
 TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "group": line_of_text,
@@ -1994,11 +2090,13 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "watch": {
         **TRIGGER_OPTIONS,
         "paths": (paths, [], "folders, seen from the project, with all that is in them"),
-        "events": (text_list, ["create", "modify", "delete", "move"], "changes that count"),
+        "overlap": (choice("skip", "queue"), "queue", "what changes meanwhile: lost, or one more"),
+        "events": (change_list, [*FILE_CHANGES], "changes that count"),
         "ignore": (text_list, [], "globs of paths that do not count, besides the usual ones"),
         "extensions": (text_list, [], 'suffixes that count, such as ".py"; none: all'),
-        "debounce_ms": (number, 500.0, "quiet time before a burst of changes becomes a task"),
-        "debounce_max": (interval, 10.0, "the longest that a burst is collected"),
+        "debounce_ms": (integer(0, 600_000), 500, "quiet time after a burst, before its task"),
+        "debounce_max": (interval, DEBOUNCE_MAX_S, "the longest that a burst is collected"),
+        "poll": (truth, False, "look for changes instead of being told (folders of a host, say)"),
     },
     "hook": {
         **TRIGGER_OPTIONS,
@@ -3442,13 +3540,14 @@ class EventStore:
 
     def fire(
         self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None,
-        is_behind: bool = False,
+        is_behind: bool = False, told: Sequence[Event] = (), lines: bytes = b"",
     ) -> int | None:  # fmt: skip
         """Add the task that a trigger stands for; None when `overlap` forbids it.
 
         source: "schedule.NAME"; event: why, in the task's environment, on top of env; its
         payload's "scheduled_at" is acted on once, also over crashes. is_behind: it comes after
-        unfinished ones, however many. Publishes the event, or KIND.skipped. Raises QUEUE_FULL.
+        unfinished ones, however many. Publishes the event (or `told` in its stead), or
+        KIND.skipped. lines: for APEX_EVENT_FILE. Raises QUEUE_FULL.
         """
         at = event.payload.get("scheduled_at")
         with self._store.database.write(is_vital=False) as db:
@@ -3468,6 +3567,8 @@ class EventStore:
                 cwd = os.path.join(self._store.project, trigger.cwd)
                 ids = self._store.insert(db, [trigger.command], options, None, cwd, context, None)
                 task_id = ids[0]
+                if lines:
+                    write_atomically(event_path(self._store.folder, task_id), lines)
             sql = """
                 INSERT INTO fires (source, fired_at, task_id) VALUES (?, ?, ?)
                 ON CONFLICT (source) DO UPDATE
@@ -3476,7 +3577,7 @@ class EventStore:
             db.execute(sql, (source, event.payload.get("scheduled_at", event.time), task_id))
         kind = event.type.partition(".")[0]
         skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
-        self._store.on_events([skipped if task_id is None else event])
+        self._store.on_events([skipped] if task_id is None else told or [event])
         return task_id
 
     def register(self, specs: Mapping[str, str], now: float) -> dict[str, float]:
@@ -4477,6 +4578,8 @@ def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: Tas
     group = store.config.groups.get(task.group)
     words = [*Platform.SHELL, task.command] if isinstance(task.command, str) else task.command
     marks = {"TASK_ID": task.id, "ATTEMPT": task.attempts, "RUN_ID": task.run_id}
+    if '"type": "file.changed"' in env.get("APEX_EVENT", ""):
+        marks["EVENT_FILE"] = event_path(store.folder, task.id)
     return {
         "argv": [*(group.launcher if group else ()), *words],
         "cwd": task.cwd,
@@ -4926,7 +5029,7 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
     files = []
     with os.scandir(os.path.join(store.folder, "logs")) as entries:
         for entry in entries:
-            match = re.match(r"task-(\d+)\.", entry.name)
+            match = re.match(r"task-(\d+)\.\d", entry.name)
             if match and int(match[1]) not in running:
                 with contextlib.suppress(FileNotFoundError):
                     files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
@@ -6198,6 +6301,490 @@ class Supervisor:
                 return False
             self.moved.wait(min(left_s, SETTLE_S / 5))
         return True
+
+
+# ============================================================================
+# 15. WATCH - what changes in the files below some folders, and the tasks made of it
+#     Uses 1-9. Threads: one a FileWatcher. Closed by: Daemon.
+# ============================================================================
+
+# A snapshot says what is in each folder. Notifications only say where to compare it with the
+# disk, so a lost one, a folder that is new and a tree that is polled are the same comparison of
+# more. What differs is kept as it was; when the burst is over, that is compared with what is
+# there then, and what cancels itself out is no change. A stamp is (time of modification in ns,
+# size, inode) of a file, (0, -1, inode) of a folder.
+
+
+class Change(Value):
+    """What a burst of changes did to one file."""
+
+    kind: str  # created, modified, deleted, moved
+    path: str
+    source: str | None  # where it was moved from
+
+
+def glob_expression(patterns: Iterable[str]) -> re.Pattern[str]:
+    """Compile globs: `*` and `?` stay within a folder, `**` does not.
+
+    One without a slash is for a name in any folder, others for a path from the root.
+    """
+    marks = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    found = ["(?!)"]  # no path
+    for pattern in (pattern.rstrip("/") for pattern in patterns):
+        pattern = pattern.lstrip("/") if "/" in pattern else "**/" + pattern
+        words = re.findall(r"\*\*/|\*\*|.", pattern, re.DOTALL)
+        found.append("".join(marks.get(word) or re.escape(word) for word in words))
+    return re.compile("|".join(found), re.DOTALL)
+
+
+def check_folders(paths: Iterable[str]) -> None:
+    """Check what is to be watched: folders, which may be missing. Raises ValueError."""
+    for path in paths:
+        try:
+            os.scandir(path).close()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(f"folders that can be read: {path}: {error.strerror}") from None
+
+
+class _Tree:
+    """The files below one root: a snapshot, and what differed from it before. One thread."""
+
+    def __init__(self, root: str, ignore: Any, endings: tuple[str, ...], is_polled: bool) -> None:
+        self.root, self.is_polled = root, is_polled
+        self._ignore, self._endings = ignore, endings
+        self.known: dict[str, dict[str, Any]] = {}  # folder -> name -> stamp
+        self._before: dict[str, Any] = {}  # what this burst changed -> its stamp before
+        self._touched: set[str] = set()  # was written to, whatever its stamp says
+        self.is_news, self.has_gaps = False, True  # something was noted; all is to be looked at
+        self.is_lost = False  # the root is missing, or cannot be read
+        self.notifier: Any = None
+        self._left_out: set[str] = set()  # folders that could not be read once
+        self.due_mono, self.looked_mono = float("inf"), Clock.mono()  # when to look untold; when
+        self._busy_until = 0.0  # it is polled more often, monotonic
+
+    def close(self) -> None:
+        """Give up the notifications."""
+        if self.notifier is not None:
+            self.notifier.close()
+        self.notifier = None
+
+    def _poll(self, why: str | None) -> None:
+        text = "watching %s: nobody tells of changes, so it is looked through now and then: %s"
+        log.warning(text, self.root, why)
+        self.close()
+        self.is_polled = True
+
+    def _path(self, relative: str) -> str:
+        return os.path.join(self.root, relative.replace("/", os.sep)) if relative else self.root
+
+    def _is_wanted(self, path: str, is_folder: bool) -> bool:
+        is_ending = is_folder or not self._endings or path.endswith(self._endings)
+        return is_ending and not self._ignore.fullmatch(path)
+
+    def _note(self, path: str, stamp: Any) -> None:
+        """Remember how a file was before the burst."""
+        self._before.setdefault(path, stamp)
+        self.is_news = True
+
+    def hear(self) -> None:
+        """Look at what the notifications are about."""
+        for folder, name, what in self.notifier.read() if self.notifier is not None else ():
+            path = f"{folder}/{name}" if folder else name
+            if what == "gap":
+                self.has_gaps = self.is_news = True
+            elif self._is_wanted(path, what == "folder"):
+                if what == "written" and self._find(path):
+                    self._touched.add(path)
+                    self._note(path, self._find(path))
+                try:
+                    info = os.lstat(self._path(path))
+                except PermissionError:  # what is known of it stands
+                    continue
+                except OSError:
+                    info = None
+                for inner in self._look(folder, name, info, False):
+                    self._scan(inner)
+
+    def look(self, now: float) -> None:
+        """Look for what nobody tells of, when that is due."""
+        if now < self.due_mono:
+            return
+        self.due_mono, self.looked_mono = now + WATCH_LOOK_S, now
+        if not self.is_polled:  # the root was missing
+            if os.path.isdir(self.root):
+                self.begin()
+            return
+        self._scan("", True)
+        self._busy_until = now + POLL_BUSY_S if self.is_news else self._busy_until
+        share = POLL_SHARE * (POLL_BUSY_FACTOR if now < self._busy_until else 1)
+        self.due_mono = now + min(max(WATCH_LOOK_S, (Clock.mono() - now) / share), POLL_MAX_S)
+
+    def begin(self) -> None:
+        """Look at everything, and ask to be told from now on."""
+        self.close()
+        above, self.due_mono = os.path.realpath(self.root), float("inf")
+        try:
+            kind = Platform.network_file_system(above)
+            if kind is not None and not self.is_polled:
+                self._poll(f"it is on {kind}")
+            elif not self.is_polled:
+                self.notifier = Platform.open_notifier()
+        except (OSError, ImportError) as error:
+            self._poll(getattr(error, "strerror", str(error)))
+        while self.notifier is not None and above != os.path.dirname(above):
+            above = os.path.dirname(above)  # when it is moved, the root is
+            with contextlib.suppress(OSError):
+                self.notifier.add(above, None)
+        self.has_gaps = False
+        self._scan("", True)
+        if self.is_polled:
+            self.due_mono = Clock.mono() + WATCH_LOOK_S
+
+    def _scan(self, folder: str, is_deep: bool = False) -> None:
+        """Compare a folder, and those in it that are new (deep: all), with what is known."""
+        todo = [folder]
+        while todo:
+            folder = todo.pop()
+            found = self._read(folder)
+            if found is not None:
+                known = self.known.setdefault(folder, {})
+                for name in [*(known.keys() - found.keys()), *found]:
+                    todo += self._look(folder, name, found.get(name), is_deep)
+
+    def _read(self, folder: str) -> dict[str, os.stat_result] | None:
+        """Return what is in a folder, {} when it is gone, None when it cannot be read."""
+        path, found = self._path(folder), dict[str, os.stat_result]()
+        try:
+            if self.notifier is not None:  # first: what is made meanwhile is found, or told of
+                self.notifier.add(path, folder)
+                if folder and self.notifier.numbers[folder] == self.notifier.numbers.get(""):
+                    self.has_gaps = self.is_news = True  # another root took the place of this
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):
+                        found[entry.name] = entry.stat(follow_symlinks=False)
+        except OSError as error:
+            if self.notifier is not None and error.errno in (errno.ENOSPC, errno.ENOMEM):
+                self._poll(f"{error.strerror} (fs.inotify.max_user_watches)")
+                return self._read(folder)
+            if error.errno in SHORTAGES:
+                raise
+            is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            if folder != "" and not is_gone and folder not in self._left_out:
+                self._left_out.add(folder)
+                log.warning("watching %s: %s is left out: %s", self.root, path, error.strerror)
+            elif folder == "":
+                self.close()
+                self.due_mono = Clock.mono() + WATCH_LOOK_S
+                if not self.is_lost:
+                    log.warning("watching %s: waiting for it: %s", path, error.strerror)
+                self.is_lost = True
+            return {} if is_gone else None
+        if folder == "" and self.is_lost:
+            self.is_lost = False
+            log.warning("watching %s: it is there", path)
+        return found
+
+    def _look(self, folder: str, name: str, info: Any, is_deep: bool) -> list[str]:
+        """Compare what is at a path with what is known; return the folder to look into."""
+        known, stamp = self.known.get(folder), None
+        if info is not None and stat.S_ISREG(info.st_mode):
+            stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
+        elif info is not None and stat.S_ISDIR(info.st_mode):
+            if getattr(info, "st_reparse_tag", 0) != MOUNT_POINT:
+                stamp = (0, -1, info.st_ino)
+        old = None if known is None else known.get(name)
+        if known is None or (stamp == old and (stamp is None or stamp[1] >= 0)):
+            return []
+        path = f"{folder}/{name}" if folder else name
+        is_folder, was_folder = (one is not None and one[1] < 0 for one in (stamp, old))
+        if (old is None or is_folder != was_folder) and not self._is_wanted(path, is_folder):
+            stamp, is_folder = None, False
+        known[name] = stamp
+        if stamp is None:
+            del known[name]
+        before = None if was_folder else old
+        if before != (None if is_folder else stamp):
+            self._note(path, before)
+        if was_folder and not is_folder:
+            self._drop(path)
+        is_new = stamp != old or (self.notifier and path not in self.notifier.numbers)
+        return [path] if is_folder and (is_deep or is_new) else []
+
+    def _drop(self, folder: str) -> None:
+        """Forget a folder that has gone, and all in it."""
+        todo = [folder]
+        while todo:
+            folder = todo.pop()
+            if self.notifier is not None:
+                self.notifier.remove(folder)
+            for name, stamp in self.known.pop(folder, {}).items():
+                path = f"{folder}/{name}"
+                if stamp[1] < 0:
+                    todo.append(path)
+                else:
+                    self._note(path, stamp)
+
+    def _find(self, path: str) -> Any:
+        """Return the stamp of a file, None when it is not there."""
+        folder, _, name = path.rpartition("/")
+        stamp = self.known.get(folder, {}).get(name)
+        return None if stamp is None or stamp[1] < 0 else stamp
+
+    def forget(self) -> None:
+        """Take what is known now for how it was before the next burst."""
+        self._before.clear()
+        self._touched.clear()
+        self.is_news = False
+
+    def sum_up(self, kinds: Container[str]) -> Iterator[Change]:
+        """Yield what the burst has changed, all in all."""
+        after = {path: self._find(path) for path in self._before}
+        gone = {old: path for path, old in self._before.items() if old and not after[path]}
+        moved = {
+            path: gone.pop(now) for path, now in after.items()
+            if "moved" in kinds and not self._before[path] and now in gone and now[2]
+        }  # fmt: skip
+        sources = set(moved.values())
+        for path, old in self._before.items():
+            kind = "modified" if after[path] != old or path in self._touched else ""
+            if old is None or after[path] is None:
+                kind = "moved" if path in moved else "created" if after[path] else "deleted"
+            if kind in kinds and path not in sources and (old or after[path]):
+                source = self._path(moved[path]) if path in moved else None
+                yield Change(kind=kind, path=self._path(path), source=source)
+
+
+class FileWatcher:
+    """Calls `on_change` with what has changed in the files below some folders.
+
+    Once a burst: `debounce_s` after its last change, `debounce_max_s` after its first at the
+    latest; again, a second later, when it raises. A missing folder is waited for; links are
+    not followed. on_change: is given [Change, ...], sorted by path, in the watcher's thread.
+    poll: do not ask the system to tell. hold: is given when the first and the last change of a
+    burst was seen (monotonic), returns how long it has to wait.
+    Thread: "watch". Life: start -> stop. Raises BAD_REQUEST.
+    """
+
+    def __init__(
+        self, paths: Iterable[str], on_change: Callable[[list[Change]], object], *,
+        events: Iterable[str] = FILE_CHANGES, ignore: Iterable[str] = (),
+        extensions: Iterable[str] = (), debounce_s: float = DEBOUNCE_S,
+        debounce_max_s: float = DEBOUNCE_MAX_S, poll: bool = False,
+        hold: Callable[[float, float], float] = lambda first, last: 0.0,
+    ) -> None:  # fmt: skip
+        self._on_change, self._hold = on_change, hold
+        self._kinds = {FILE_CHANGES[event] for event in events}
+        self._debounce_s, self._debounce_max_s = debounce_s, max(debounce_s, debounce_max_s)
+        endings = tuple("." + word.lstrip(".") for word in extensions)
+        ignored = glob_expression([*WATCH_IGNORED, *ignore])
+        roots = [os.path.abspath(path) for path in paths]
+        try:
+            check_folders(roots)
+        except ValueError as error:
+            raise bad(f"paths: must be {error}") from None
+        self._trees = [_Tree(root, ignored, endings, poll) for root in dict.fromkeys(roots)]
+        self._first = self._since = self._last = float("inf")  # of a burst, monotonic
+        self._due = self._held = 0.0  # when it is over; it waits so long; monotonic
+        self._failure = ""  # what was said of it
+        self._waker, self._wakee = socket.socketpair()
+        self._is_over, self._is_standing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
+
+    def start(self, within_s: float = STANDING_S) -> None:
+        """Begin; what changes from now on is seen; in a tree that takes longer: soon."""
+        self._thread.start()
+        self._is_standing.wait(within_s)
+
+    def stop(self) -> None:
+        """Tell what was changed until now, then nothing more."""
+        self._is_over.set()
+        if self._thread.is_alive():
+            with contextlib.suppress(OSError):  # it has just ended
+                self._waker.send(b"x")
+            self._thread.join(ANSWER_TIMEOUT_S)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return [{"path", "how": "inotify", "polling" or "missing", "folders"}]."""
+        found = []
+        for tree in self._trees:
+            how = "missing" if tree.is_lost else "polling" if tree.is_polled else "inotify"
+            found.append({"path": tree.root, "how": how, "folders": len(tree.known)})
+        return found
+
+    def _loop(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._is_over.is_set()
+            try:
+                self._turn(is_last)
+            except Exception as error:  # this thread's top frame, and the user's callback
+                if str(error) != self._failure:
+                    self._failure = str(error)
+                    log.error("watching: %s", error, exc_info=not isinstance(error, DaemonError))
+                for tree in self._trees:
+                    tree.has_gaps = True
+                self._first = self._since = self._last = self._due = Clock.mono()
+                self._is_over.wait(WATCH_LOOK_S)
+        for one in (*self._trees, self._waker, self._wakee):
+            one.close()  # type: ignore[attr-defined]
+
+    def _turn(self, is_last: bool) -> None:
+        """Wait until something may have changed or a burst is over, and see to it."""
+        wake = min([self._due, *(tree.due_mono for tree in self._trees)])
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wakee, selectors.EVENT_READ)
+            for tree in self._trees:
+                if tree.notifier is not None:
+                    selector.register(tree.notifier, selectors.EVENT_READ)
+            is_told = selector.select(None if wake == float("inf") else wake - Clock.mono())
+        now = Clock.mono()
+        if is_told:
+            self._is_over.wait(min(WATCH_GATHER_S, self._debounce_s))
+        for tree in self._trees:
+            if tree.is_polled and (is_last or (0.0 < self._due <= now and not self._held)):
+                tree.due_mono = now  # does it still go on?
+            seen = tree.looked_mono if tree.is_polled else now
+            tree.hear()
+            tree.look(now)
+            if tree.is_news:
+                tree.is_news = False
+                self._first, self._since = min(self._first, now), min(self._since, seen)
+                self._last, end = now, self._first + self._debounce_max_s
+                self._due = max(min(now + self._debounce_s, end), self._held)
+        if self._due > now and not (is_last and self._first <= now):
+            return
+        is_first = not self._is_standing.is_set()  # no burst, but the snapshot
+        wait_s = 0.0 if is_first or is_last else self._hold(self._since, self._last)
+        if wait_s > 0.0:
+            self._due = self._held = now + wait_s
+            return
+        for tree in self._trees:
+            if tree.has_gaps:
+                tree.begin()
+        found = {one.path: one for tree in self._trees for one in tree.sum_up(self._kinds)}
+        if found and not is_first:
+            self._on_change([found[path] for path in sorted(found)])
+        self._first = self._since = self._last = self._due = float("inf")
+        self._held, self._failure = 0.0, ""
+        for tree in self._trees:
+            tree.forget()
+        self._is_standing.set()
+
+
+class WatchTrigger:
+    """One [watch.NAME]: makes a task of each burst. Thread: its FileWatcher's."""
+
+    def __init__(self, name: str, options: Any, store: TaskStore, wake: Callable[[], None]) -> None:
+        self.name, self.options = name, options
+        self._store, self._wake = store, wake
+        self._task = EventStore(store).get_fires().get(f"watch.{name}", (0, None))[1]
+        self._ended: float | None = None  # that task, monotonic
+        self._is_own, self._rounds = False, 0  # changed by its own task; so often in a row
+        roots = [os.path.join(store.project, path) for path in options.paths]
+        own, folder = [], os.path.realpath(store.folder)  # what the daemon writes is no change
+        for above in (os.path.join(os.path.realpath(root), "") for root in roots):
+            if folder.startswith(above):
+                own.append("/" + folder[len(above) :].replace(os.sep, "/"))
+        self.watcher = FileWatcher(
+            roots, self._make_task, events=options.events, ignore=[*options.ignore, *own],
+            extensions=options.extensions, debounce_s=options.debounce_ms / 1000,
+            debounce_max_s=options.debounce_max, poll=options.poll, hold=self._hold,
+        )  # fmt: skip
+
+    def _hold(self, first: float, last: float) -> float:
+        """Let changes wait for the end of the task before, and longer when they are a loop."""
+        if self._ended is None:
+            tasks = self._store.find(ids=[self._task]) if self._task else []
+            finished_at = tasks[0].finished_at if tasks else 0.0
+            if finished_at is None:
+                self._is_own = False
+                return WATCH_BUSY_S if self.options.overlap == "queue" else 0.0
+            self._ended = Clock.mono() - max(Clock.now() - finished_at, 0.0) + WATCH_OWN_S
+        self._is_own = first <= last <= self._ended  # else somebody else changes things
+        if not self._is_own or self._rounds < LOOP_ROUNDS:
+            return 0.0
+        pause_s = backoff(self._rounds - LOOP_ROUNDS + 1, LOOP_PAUSE_S, LOOP_PAUSE_MAX_S)
+        return float(min(self._ended + pause_s - Clock.mono(), WATCH_LOOK_S))
+
+    def _make_task(self, changes: list[Change]) -> None:
+        self._rounds = self._rounds + 1 if self._is_own else 0
+        if self._rounds >= LOOP_ROUNDS:
+            what = ", ".join(sorted(change.path for change in changes)[:3])
+            text = "watch %s: a loop, slowed down: its task changes what it watches: %s"
+            log.error(text, self.name, what)
+        source, told = f"watch {self.name}", []
+        for kind in FILE_CHANGES.values():
+            payload = self._describe([change for change in changes if change.kind == kind])
+            if payload["count"]:
+                told.append(Event.make(f"file.{kind}", payload, source))
+        event = Event.make("file.changed", self._describe(changes), source)
+        paths = (json.dumps(one.path) if "\n" in one.path else one.path for one in changes)
+        lines = os.fsencode("".join(path + "\n" for path in paths))
+        store = EventStore(self._store)
+        trigger, is_behind = self.options, self.options.overlap == "queue"
+        made = store.fire(f"watch.{self.name}", trigger, event, None, is_behind, told, lines)
+        self._task, self._ended = made or self._task, None
+        self._wake()
+
+    def _describe(self, changes: list[Change]) -> dict[str, Any]:
+        """Return the payload of an event: too many changes for a variable are left out."""
+        found = [{k: v for k, v in one.to_dict().items() if v is not None} for one in changes]
+        payload = {"watch": self.name, "count": len(changes), "truncated": False, "changes": found}
+        if len(json.dumps(found)) > EVENT_VARIABLE_CHARS:
+            payload.update(truncated=True, changes=[])
+        return payload
+
+
+def check_watches(config: Config, project: str, path: str | None) -> None:
+    """Refuse to watch nothing, files, and what cannot be read. Raises CONFIG_INVALID."""
+    for name, watch in config.watches.items():
+        try:
+            if not watch.paths:
+                raise ValueError("one folder or more")
+            check_folders(os.path.join(project, folder) for folder in watch.paths)
+        except ValueError as error:
+            what = f"{path}: watch.{name}.paths = {watch.paths!r}: must be {error}"
+            hint = "name folders; missing ones are waited for"
+            raise DaemonError("CONFIG_INVALID", what, hint) from None
+
+
+class Watches:
+    """The watches of the configuration. Threads: one a watch. Life: start -> stop."""
+
+    def __init__(self, store: TaskStore, wake: Callable[[], None]) -> None:
+        self._store, self._wake = store, wake
+        self._watches: dict[str, WatchTrigger] = {}
+
+    def start(self) -> None:
+        """Have the watches that the configuration asks for, also after a reload."""
+        wanted = {n: one for n, one in self._store.config.watches.items() if one.enabled}
+        for name, watch in list(self._watches.items()):
+            if wanted.get(name) != watch.options:
+                watch.watcher.stop()
+                del self._watches[name]
+        deadline = Clock.mono() + STANDING_S
+        for name in wanted.keys() - self._watches.keys():
+            try:
+                watch = WatchTrigger(name, wanted[name], self._store, self._wake)
+                watch.watcher.start(max(deadline - Clock.mono(), 0.0))
+            except (DaemonError, OSError, RuntimeError) as error:  # no descriptor, no thread
+                log.error("watch %s does not work: %s", name, error)
+            else:
+                self._watches[name] = watch
+
+    reload = start
+
+    def stop(self) -> None:
+        """End them; what was changed until now becomes tasks."""
+        for watch in self._watches.values():
+            watch.watcher.stop()
+
+    def status(self) -> dict[str, Any]:
+        """Return {"watches": {name: what FileWatcher says}}."""
+        return {"watches": {name: one.watcher.status() for name, one in self._watches.items()}}
 
 
 # ============================================================================
@@ -7485,6 +8072,7 @@ class Daemon:
         self._report = report
         self._foreground = foreground
         self._config = config = project.load_config()
+        check_watches(config, project.path, project.config_path)
         plain_path = config.daemon.pid_file and project.file("", config.daemon.pid_file)
         self._pid_file = PidFile(project.file("daemon.pid"), plain_path)
         self._manager = ServiceManager(foreground)
@@ -7534,6 +8122,7 @@ class Daemon:
         self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
         self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
         self._scheduler = Scheduler(store, self._runner.wake)
+        self._watches = Watches(store, self._runner.wake)
         keepers.on_standing = self._note_standing
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(store, self._runner).table,
@@ -7549,6 +8138,7 @@ class Daemon:
         self._supervisor.start()
         self._runner.start()
         self._scheduler.start()
+        self._watches.start()
         self._standing.wait(STANDING_S)
         log.info("ready")
         channel = os.dup(1)
@@ -7562,6 +8152,7 @@ class Daemon:
         finally:
             self._control.stop()
             self._scheduler.stop()
+            self._watches.stop()
             self._supervisor.halt()
             self._runner.halt()
             self._keepers.close(self._is_over)
@@ -7642,6 +8233,7 @@ class Daemon:
             try:
                 self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
                 new = self._project.load_config()
+                check_watches(new, self._project.path, self._project.config_path)
             except DaemonError as error:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
@@ -7653,6 +8245,7 @@ class Daemon:
                 self._open_log()
             self._supervisor.reload(old)
             self._scheduler.reload()
+            self._watches.reload()
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
@@ -7714,6 +8307,7 @@ class Daemon:
             **self._identity(),
             **self._supervisor.status(),
             **self._scheduler.status(),
+            **self._watches.status(),
             "project": self._project.path,
             "counts": self._store.get_counts(),
             "paused": self._store.get_paused(),

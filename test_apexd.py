@@ -7460,6 +7460,649 @@ class TestSupervisor:
 
 
 # ============================================================================
+# 15. WATCH - what changes in files, told by the system or looked for
+# ============================================================================
+
+
+class Watching:
+    """A FileWatcher over `path`, quick; `bursts` holds what it has told, a set each."""
+
+    def __init__(self, path, roots=None, **options):
+        self.path, self.bursts, self.at = str(path), [], []
+        options = {"debounce_s": 0.05, "debounce_max_s": 5.0, **options}
+        self.watcher = apexd.FileWatcher(roots or [self.path], self.hear, **options)
+        self.watcher.start()
+
+    def hear(self, changes):
+        self.at.append(time.monotonic())
+        paths = [[os.path.relpath(p, self.path) for p in (c.source, c.path) if p] for c in changes]
+        found = [(c.kind, *map(as_slashes, names)) for c, names in zip(changes, paths)]
+        assert len(set(found)) == len(found)
+        self.bursts.append(set(found))
+
+    def file(self, *names):
+        return os.path.join(self.path, *names)
+
+    def write(self, name, data="x"):
+        """Write a file in place."""
+        write_plainly(self.file(*name.split("/")), data)
+
+    def tells(self, *expected):
+        """Wait until it has told of exactly these changes, in one burst."""
+        eventually(lambda: self.bursts, why=f"it tells of {expected}")
+        assert self.bursts == [set(expected)]
+        self.bursts.clear()
+
+    def tells_nothing(self):
+        """See that the next thing it tells of is what this changes."""
+        self.write("last", str(time.monotonic()))
+        eventually(lambda: any(name == "last" for burst in self.bursts for _, name in burst))
+        assert {name for burst in self.bursts for _, *names in burst for name in names} == {"last"}
+        self.bursts.clear()
+
+    def how(self):
+        return [one["how"] for one in self.watcher.status()]
+
+
+def as_slashes(path):
+    return path.replace(os.sep, "/")
+
+
+def write_plainly(path, data):
+    """Write a file in place, making its folder."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        file.write(data)
+
+
+@pytest.fixture
+def watching(tmp_path, request, monkeypatch):
+    """Give a maker of a Watching; a parameter says how it learns of changes."""
+    made, options = [], {"poll": getattr(request, "param", "") == "polling"}
+    monkeypatch.setattr(apexd, "WATCH_LOOK_S", 0.05)
+
+    def make(path=tmp_path, **more):
+        made.append(Watching(path, **{**options, **more}))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.watcher.stop()
+    assert [thread.name for thread in threading.enumerate() if thread.name == "watch"] == []
+
+
+@pytest.fixture
+def nobody():
+    """Give a folder, and be somebody who is not root."""
+    folder = tempfile.mkdtemp(prefix="ax-", dir="/tmp")
+    if IS_ROOT:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    yield folder
+    if IS_ROOT:
+        os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+both = pytest.mark.parametrize("watching", ["told", "polling"], indirect=True)
+
+
+class TestWatch:
+    @both
+    def test_what_is_created_modified_moved_and_deleted_is_told(self, watching, tmp_path):
+        write_plainly(str(tmp_path / "old" / "f"), "1")
+        watch = watching()
+        watch.write("a/b/c/new", "x")
+        watch.tells(("created", "a/b/c/new"))
+        watch.write("old/f", "22")
+        watch.tells(("modified", "old/f"))
+        os.rename(watch.file("old", "f"), watch.file("a", "g"))
+        watch.tells(("created", "a/g"), ("deleted", "old/f")) if IS_WINDOWS else watch.tells(
+            ("moved", "old/f", "a/g")
+        )
+        shutil.rmtree(watch.file("a"))
+        watch.tells(("deleted", "a/b/c/new"), ("deleted", "a/g"))
+
+    @both
+    @posix
+    def test_a_moved_folder_is_followed_to_its_new_name(self, watching, tmp_path):
+        for name in ("a/x/f", "a/g", "b/h"):
+            write_plainly(str(tmp_path / name), name)
+        watch = watching()
+        os.rename(watch.file("a"), watch.file("b", "a"))
+        watch.tells(("moved", "a/x/f", "b/a/x/f"), ("moved", "a/g", "b/a/g"))
+        watch.write("b/a/x/f", "more than before")
+        watch.tells(("modified", "b/a/x/f"))
+        watch.write("a/x/f", "another")
+        watch.tells(("created", "a/x/f"))
+        os.rename(watch.file("b"), watch.path + "-outside")
+        watch.tells(("deleted", "b/a/x/f"), ("deleted", "b/a/g"), ("deleted", "b/h"))
+        write_plainly(watch.path + "-outside/a/x/f", "not ours any more")
+        watch.tells_nothing()
+
+    @both
+    def test_a_burst_is_told_once_and_what_cancels_itself_out_not_at_all(self, watching, tmp_path):
+        """L3"""
+        write_plainly(str(tmp_path / "saved"), "old")
+        write_plainly(str(tmp_path / "again" / "f"), "old")
+        watch = watching(debounce_s=0.1)
+        for n in range(20):
+            watch.write(f"many/{n}")
+        watch.write("new-name", "saved by replacing")
+        os.replace(watch.file("new-name"), watch.file("saved"))
+        watch.write("brief/f")
+        shutil.rmtree(watch.file("brief"))
+        shutil.rmtree(watch.file("again"))
+        watch.write("again/f", "made anew")
+        many = [("created", f"many/{n}") for n in range(20)]
+        watch.tells(*many, ("modified", "saved"), ("modified", "again/f"))
+        watch.write("again/f", "and this one is noticed as well")
+        watch.tells(("modified", "again/f"))
+
+    @both
+    def test_only_the_events_and_endings_asked_for_are_told(self, watching, tmp_path):
+        write_plainly(str(tmp_path / "c.py"), "")
+        watch = watching(events=["create", "delete"], extensions=["py", ".tar.gz"])
+        for name in ("a.py", "b.tar.gz", "b.gz", "py", "c.py"):
+            watch.write(name, "text")
+        watch.tells(("created", "a.py"), ("created", "b.tar.gz"))
+        os.rename(watch.file("a.py"), watch.file("d.py"))
+        watch.tells(("deleted", "a.py"), ("created", "d.py"))
+
+    @both
+    def test_what_is_ignored_is_neither_told_nor_looked_into(self, watching):
+        watch = watching(ignore=["/out", "docs/**/*.html", "*.o", "deep/*/x", "?b", "[x]"])
+        ignored = (
+            ".git/HEAD", "a/.git/HEAD", "node_modules/m/f", "a/__pycache__/f", "f~", ".f.swp",
+            "a/4913", "#f#", ".#f", "f.tmp", ".apex/f", "out/f", "docs/f.html", "docs/a/b/f.html",
+            "a/b.o", "deep/1/x", "bb",
+        )  # fmt: skip
+        told = ("a/out/f", "docs/f", "x", "deep/x", "deep/1/2/x", "abb", "git/f", "a/f.html")
+        for name in ignored + told:
+            watch.write(name)
+        watch.tells(*(("created", name) for name in told))
+        assert watch.watcher.status()[0]["folders"] < 12
+
+    @both
+    def test_a_folder_that_is_missing_or_lost_is_waited_for(self, watching, tmp_path, caplog):
+        """L5"""
+        here, away = str(tmp_path / "here"), str(tmp_path / "x" / "away")
+        write_plainly(os.path.join(here, "f"), "1")
+        watch = watching(roots=[here, away])
+        assert watch.how()[1] == "missing"
+        write_plainly(os.path.join(away, "g"), "1")
+        watch.tells(("created", "x/away/g"))
+        shutil.rmtree(here)
+        watch.tells(("deleted", "here/f"))
+        began = time.monotonic()
+        write_plainly(os.path.join(here, "f"), "1")
+        watch.tells(("created", "here/f"))
+        assert time.monotonic() - began < 2.0
+        if not IS_WINDOWS:
+            os.rename(tmp_path / "x", tmp_path / "y")  # above the root: nothing happens in it
+            watch.tells(("deleted", "x/away/g"))
+            write_plainly(os.path.join(away, "h"), "1")
+            watch.tells(("created", "x/away/h"))
+        assert "missing" not in watch.how()
+        assert caplog.text.count("waiting for it") == (2 if IS_WINDOWS else 3)
+
+    @linux
+    def test_a_folder_that_ends_up_in_the_one_that_took_its_place_is_told_from_it(self, watching, tmp_path):
+        here = str(tmp_path / "here")
+        write_plainly(os.path.join(here, "f"), "1")
+        watch = watching(roots=[here])
+        os.mkdir(os.path.join(here, "sub"))
+        os.rename(here, here + "-away")
+        os.makedirs(os.path.join(here, "sub"))
+        os.rename(here + "-away", os.path.join(here, "sub", "old"))
+        watch.tells(("moved", "here/f", "here/sub/old/f"))
+        watch.write("here/last")
+        watch.tells(("created", "here/last"))
+
+    @both
+    @posix
+    def test_links_pipes_and_sockets_are_no_files(self, watching, tmp_path):
+        """L4"""
+        watch = watching()
+        outside = write(str(tmp_path) + "-outside/f", "1")
+        os.mkfifo(watch.file("pipe"))
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(watch.file("socket"))
+        os.symlink(watch.path, watch.file("loop"))
+        os.symlink("/dev/zero", watch.file("zero"))
+        os.symlink(os.path.dirname(outside), watch.file("outside"))
+        write(outside, "2")
+        watch.tells_nothing()
+
+    @linux
+    def test_names_that_are_no_utf8_are_kept(self, watching):
+        """L8"""
+        watch = watching()
+        name = b"\xff\n \xe2\x82\xac"
+        write_plainly(os.fsencode(watch.path) + b"/\xfe/" + name, "x")
+        watch.tells(("created", os.fsdecode(b"\xfe/" + name)))
+
+    @both
+    @posix
+    def test_a_folder_that_cannot_be_read_is_left_out_and_said_once(self, watching, nobody, caplog):
+        """L8"""
+        watch = watching(nobody)
+        watch.write("shut/f")
+        watch.tells(("created", "shut/f"))
+        os.chmod(watch.file("shut"), 0)
+        watch.tells_nothing()
+        watch.tells_nothing()
+        assert caplog.text.count("left out") == (watch.how() == ["polling"])
+        os.chmod(watch.file("shut"), 0o755)
+        watch.write("shut/g")
+        watch.tells(("created", "shut/g"))
+        os.chmod(watch.path, 0)
+        with pytest.raises(apexd.DaemonError, match="Permission denied"):
+            apexd.FileWatcher([watch.path], print)
+        table = {"w": {"command": "true", "paths": watch.path}}
+        with pytest.raises(apexd.DaemonError, match="f.json: watch.w.paths = .*Permission denied"):
+            apexd.check_watches(apexd.Config({"watch": table}), "/", "f.json")
+        os.chmod(watch.path, 0o755)
+
+    @linux
+    def test_a_rewrite_that_leaves_time_and_size_alone_is_a_change(self, watching):
+        watch = watching()
+        watch.write("f", "a")
+        watch.tells(("created", "f"))
+        info = os.stat(watch.file("f"))
+        with open(watch.file("f"), "r+") as file:
+            file.write("b")
+            file.flush()
+            os.utime(file.fileno(), ns=(info.st_atime_ns, info.st_mtime_ns))
+        watch.tells(("modified", "f"))
+        os.chmod(watch.file("f"), 0o640)
+        with open(watch.file("f"), "a"):
+            pass
+        watch.tells_nothing()
+
+    def test_a_burst_that_does_not_end_is_told_all_the_same(self, watching):
+        watch = watching(debounce_s=0.2, debounce_max_s=0.4)
+        began = time.monotonic()
+        for n in range(1000):
+            watch.write("f", str(n))
+            if watch.bursts:
+                break
+            threading.Event().wait(0.01)
+        assert 0.3 < watch.at[0] - began < 5.0
+
+    @linux
+    def test_files_made_while_their_folder_is_new_are_found(self, watching):
+        """L6"""
+        watch, names = watching(debounce_s=0.01), set()
+        for n in range(ROUNDS * 50):
+            watch.write(f"{n}/{n}/f")
+            names.add(("created", f"{n}/{n}/f"))
+        eventually(lambda: set().union(*watch.bursts) >= names)
+        assert {name for burst in watch.bursts for _, name in burst} == {name for _, name in names}
+
+    @linux
+    def test_notifications_that_were_dropped_are_made_up_for(self, watching):
+        """L1"""
+        watch = watching(debounce_s=0.3)
+        with open("/proc/sys/fs/inotify/max_queued_events") as file:
+            count = int(file.read())
+        if count > 20000:
+            pytest.skip("a long queue")
+        tree = watch.watcher._trees[0]
+        hear, tree.hear = tree.hear, lambda: False  # it has no time
+        watch.write("sub/f")
+        for n in range(count // 2):
+            os.close(os.open(watch.file(f"f{n % 100}"), os.O_CREAT | os.O_WRONLY))
+            os.unlink(watch.file(f"f{n % 100}"))
+        watch.write("after")
+        tree.hear = hear
+        expected = {("created", "sub/f"), ("created", "after")}
+        eventually(lambda: set().union(*watch.bursts) == expected)
+
+    LIMITED = """
+        import sys, time; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True
+        import apexd, os
+        told, apexd.WATCH_LOOK_S = [], 0.1
+        with open(sys.argv[3], "w") as file: file.write(sys.argv[4])
+        watcher = apexd.FileWatcher([sys.argv[2]], told.append, debounce_s=0.05)
+        watcher.start()
+        print(watcher.status()[0]["how"])
+        with open(os.path.join(sys.argv[2], "d3", "f"), "w"): pass
+        while not told: time.sleep(0.01)
+        print([change.kind for change in told[0]])
+        watcher.stop()
+    """
+
+    @linux
+    @pytest.mark.parametrize("name", ["max_inotify_watches", "max_inotify_instances"])
+    def test_without_room_for_notifications_it_looks(self, tmp_path, name):
+        """L2"""
+        unshare = shutil.which("unshare")
+        words = [unshare or "", "-rn", "true"]
+        if not unshare or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("no user namespaces")
+        for n in range(10):
+            os.makedirs(tmp_path / f"d{n}")
+        script = write(str(tmp_path) + "-limited.py", textwrap.dedent(self.LIMITED))
+        words = [sys.executable, script, HERE, tmp_path, f"/proc/sys/user/{name}", "3"]
+        if name == "max_inotify_instances":
+            words[-1] = "0"
+        before = read(f"/proc/sys/user/{name}")  # the script's write is in a namespace of its own
+        done = subprocess.run([unshare, "-r", *words], capture_output=True, text=True, timeout=30)
+        assert done.stdout.split("\n")[:2] == ["polling", "['created']"], done
+        assert done.stderr.count("now and then") == 1, done
+        assert read(f"/proc/sys/user/{name}") == before
+
+    @linux
+    def test_an_idle_watch_costs_nothing(self, tmp_path):
+        code = """
+            import sys, time; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True
+            import apexd, resource
+            watcher = apexd.FileWatcher([sys.argv[2]], print)
+            watcher.start()
+            time.sleep(0.3)
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            time.sleep(0.6)
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            print(after.ru_nvcsw - before.ru_nvcsw)
+        """
+        script = write(str(tmp_path) + "-idle.py", textwrap.dedent(code))
+        done = subprocess.run(
+            [sys.executable, script, HERE, str(tmp_path)], capture_output=True, text=True, timeout=30
+        )
+        assert int(done.stdout) <= 2, done
+
+    @slow
+    def test_a_polled_tree_of_ten_thousand_files_costs_little(self, watching, tmp_path):
+        for n in range(10000):
+            write_plainly(str(tmp_path / str(n % 100) / f"f{n}"), "")
+        watch = watching(poll=True)
+        watch.tells_nothing()
+        threading.Event().wait(apexd.POLL_BUSY_S + 15)
+        before = time.process_time()
+        threading.Event().wait(60)
+        assert (time.process_time() - before) / 60 < 0.005
+
+    def test_a_checkout_is_one_burst_of_the_files_that_differ(self, watching, tmp_path):
+        count = 3000 if SLOW else 300
+        git = functools.partial(run_git, str(tmp_path))
+        git("init", "-q", "-b", "one")
+        for n in range(count):
+            write_plainly(str(tmp_path / f"d{n % 20}" / f"f{n}"), str(n))
+        git("add", "-A")
+        git("commit", "-qm", "1")
+        git("checkout", "-qb", "two")
+        for n in range(0, count, 3):
+            write_plainly(str(tmp_path / f"d{n % 20}" / f"f{n}"), "changed")
+        for n in range(1, count, 10):
+            os.unlink(tmp_path / f"d{n % 20}" / f"f{n}")
+            write_plainly(str(tmp_path / "new" / str(n % 7) / f"f{n}"), f"new {n}")
+        git("add", "-A")
+        git("commit", "-qm", "2")
+        watch = watching(debounce_s=0.5 if SLOW else 0.3, events=["create", "modify", "delete"])
+        words = {"A": "created", "M": "modified", "D": "deleted"}
+        for branch, other in (("one", "two"), ("two", "one")):
+            lines = git("diff", "--name-status", "--no-renames", other, branch).split("\n")
+            git("checkout", "-q", branch)
+            watch.tells(*((words[line[0]], line[2:]) for line in lines if line))
+
+    def test_a_callback_that_raises_does_not_end_the_watch(self, watching, caplog):
+        watch = watching()
+        hear, watch.watcher._on_change = watch.hear, lambda changes: 1 / 0
+        watch.write("f")
+        eventually(lambda: "ZeroDivisionError" in caplog.text)
+        watch.watcher._on_change = hear
+        eventually(lambda: watch.write("g") or watch.bursts)
+
+    def test_a_path_that_is_no_folder_is_refused(self, tmp_path):
+        path = write(str(tmp_path / "file"), "")
+        with pytest.raises(apexd.DaemonError) as told:
+            apexd.FileWatcher([path], print)
+        assert told.value.code == "BAD_REQUEST" and path in told.value.message
+
+    @both
+    @posix
+    def test_folders_made_and_removed_at_speed_end_in_the_truth(self, watching):
+        watch, known, rng = watching(debounce_s=0.02), set(), random.Random(1)
+        for n in range(ROUNDS * 150):
+            name = "/".join(rng.choice("abc") for _ in range(rng.randint(1, 4)))
+            path, act = watch.file(name), rng.random()
+            with contextlib.suppress(OSError):
+                if act < 0.5:
+                    write_plainly(os.path.join(path, "f"), str(n))
+                elif act < 0.75:
+                    shutil.rmtree(path)
+                else:
+                    other = "/".join(rng.choice("abc") for _ in range(rng.randint(1, 4)))
+                    os.rename(path, watch.file(other))
+        watch.write("last")
+        eventually(lambda: any(("created", "last") in burst for burst in watch.bursts))
+        for burst in watch.bursts:
+            for kind, *names in burst:
+                known -= {names[0]} if kind in ("deleted", "moved") else set()
+            known |= {names[-1] for kind, *names in burst if kind != "deleted"}
+        found = {as_slashes(os.path.relpath(os.path.join(folder, name), watch.path))
+                 for folder, _, names in os.walk(watch.path) for name in names}
+        assert known == found
+        watch.bursts.clear()
+        for name in found - {"last"}:  # each folder is still watched
+            watch.write(name, "to the end")
+        eventually(lambda: set().union(*watch.bursts) == {("modified", n) for n in found - {"last"}})
+
+
+class TestWatches:
+    """[watch.NAME]: a burst of changes becomes a task."""
+
+    # Appends what the task was told to the file `told` of the project.
+    TELL = "import os, shutil; f = open('told', 'a'); " \
+        "f.write(os.environ['APEX_EVENT'] + chr(10)); f.close(); " \
+        "shutil.copy(os.environ['APEX_EVENT_FILE'], 'paths')"
+
+    @staticmethod
+    def watch(box, **options):
+        """Configure the watch w of the folder src."""
+        os.makedirs(os.path.join(box.path, "src"), exist_ok=True)
+        options = {"paths": ["src"], "debounce_ms": 50, **options}
+        if "command" not in options:
+            options["command"] = [sys.executable, "-S", "-c", TestWatches.TELL]
+        box.config({}, watch={"w": options})
+
+    @staticmethod
+    def change(box, name="f", data=""):
+        write_plainly(os.path.join(box.path, "src", name), data or str(time.monotonic()))
+
+    @staticmethod
+    def tasks(box):
+        return box.request({"type": "list"})["tasks"]
+
+    def until_done(self, box, count):
+        """Wait until so many tasks have succeeded; return what each was told."""
+
+        def check():
+            found = [task["state"] for task in self.tasks(box)]
+            assert found == ["succeeded"] * count, found
+            return True
+
+        eventually(check, why=f"{count} tasks have succeeded")
+        return [json.loads(line) for line in read(os.path.join(box.path, "told")).split("\n") if line]
+
+    def test_a_task_is_told_what_has_changed(self, box):
+        self.watch(box, group="g", priority=3)
+        write(box.file("config.json"), read(box.file("config.json"))[:-1] + ', "group": {"g": {}}}')
+        box.start()
+        self.change(box, "a")
+        self.change(box, "b/c")
+        (event,) = self.until_done(box, 1)
+        paths = [os.path.join(box.path, "src", *name.split("/")) for name in ("a", "b/c")]
+        changes = [{"kind": "created", "path": path} for path in paths]
+        assert (event["type"], event["source"]) == ("file.changed", "watch w")
+        assert event["payload"] == {"watch": "w", "count": 2, "truncated": False, "changes": changes}
+        assert read(os.path.join(box.path, "paths")).split("\n") == [*paths, ""]
+        (task,) = self.tasks(box)
+        assert (task["group"], task["priority"]) == ("g", 3)
+        box.run("remove", task["id"])
+        assert [name for name in os.listdir(box.file("logs")) if name.startswith("task")] == []
+
+    @linux
+    def test_names_that_are_hostile_and_bursts_that_are_large(self, box):
+        self.watch(box, debounce_ms=200)
+        box.start()
+        names = [b"\xff", b"two\nlines", b"-rf", b'"quoted"', b"$(x)"]
+        for name in names:
+            self.change(box, os.fsdecode(name), "x")
+        (event,) = self.until_done(box, 1)
+        folder = os.path.join(os.fsencode(box.path), b"src", b"")
+        assert {os.fsencode(c["path"]) for c in event["payload"]["changes"]} == {folder + n for n in names}
+        with open(os.path.join(box.path, "paths"), "rb") as file:
+            lines = file.read().split(b"\n")[:-1]
+        as_json = json.dumps(os.fsdecode(folder) + "two\nlines").encode()
+        assert set(lines) == {folder + name for name in names if b"\n" not in name} | {as_json}
+        for n in range(1000):
+            self.change(box, f"many/file-{n}", "x")
+        event = self.until_done(box, 2)[1]
+        assert event["payload"] == {"watch": "w", "count": 1000, "truncated": True, "changes": []}
+        assert read(os.path.join(box.path, "paths")).count("many/file-") == 1000
+
+    @pytest.mark.parametrize("overlap", ["queue", "skip"])
+    def test_what_changes_while_its_task_runs_is_one_task_after_it_or_none(self, box, overlap):
+        go = "import os, sys, time; f = os.path.join(os.getcwd(), 'go')\n" \
+            "while not os.path.exists(f): time.sleep(0.01)\n"
+        self.watch(box, overlap=overlap, command=[sys.executable, "-S", "-c", go + self.TELL])
+        box.start()
+        self.change(box, "first")
+        eventually(lambda: [task["state"] for task in self.tasks(box)] == ["running"])
+        for name in ("second", "third"):
+            self.change(box, name)
+            threading.Event().wait(0.2)  # a burst each
+        assert len(self.tasks(box)) == 1
+        write(os.path.join(box.path, "go"), "")
+        told = self.until_done(box, 2 if overlap == "queue" else 1)
+        names = [{os.path.basename(c["path"]) for c in one["payload"]["changes"]} for one in told]
+        assert names == [{"first"}, {"second", "third"}][: len(told)]
+        self.change(box, "fourth")
+        self.until_done(box, len(told) + 1)
+
+    def test_a_task_that_changes_what_it_watches_is_no_loop_for_long(self, box):
+        """L7"""
+        self.watch(box, command="echo x >> src/log")
+        box.start()
+        self.change(box)
+        eventually(lambda: "watch w: a loop" in box.log())
+        line = next(line for line in box.log().split("\n") if "a loop" in line)
+        assert os.path.join("src", "log") in line
+        count = apexd.LOOP_ROUNDS + 1
+        self.until_done(box, count)
+        threading.Event().wait(0.6)
+        assert len(self.tasks(box)) == count
+        self.change(box)  # somebody else
+        eventually(lambda: len(self.tasks(box)) > count)
+
+    def test_what_the_daemon_writes_itself_is_not_watched(self, box):
+        self.watch(box, paths=["."], command="true")
+        shutil.move(box.state, os.path.join(box.path, "st[at]e"))
+        box.state = os.path.join(box.path, "st[at]e")
+        box.env["APEX_STATE_DIR"] = box.state
+        box.start()
+        threading.Event().wait(0.5)
+        assert self.tasks(box) == []
+        self.change(box)
+        self.until_done(box, 1)
+
+    def test_what_was_changed_before_a_stop_is_done_after_the_next_start(self, box):
+        self.watch(box, debounce_ms=5000)
+        box.start()
+        self.change(box)
+        threading.Event().wait(0.3)
+        box.stop()
+        assert [task["state"] for task in box.json("list")] == ["queued"]
+        box.start()
+        assert self.until_done(box, 1)[0]["payload"]["count"] == 1
+
+    def test_changes_wait_for_room_in_the_queue(self, box):
+        self.watch(box, command="true")
+        data = json.loads(read(box.file("config.json")))
+        write(box.file("config.json"), json.dumps({**data, "retention": {"max_queue": 1}}))
+        box.start()
+        box.run("pause")
+        box.add("true")
+        self.change(box)
+        eventually(lambda: "watching: 1 unfinished tasks are queued" in box.log())
+        box.run("resume")
+        self.until_done(box, 2)
+        assert "Traceback" not in box.log()
+
+    def test_reload_changes_watches_and_a_broken_file_nothing(self, box):
+        self.watch(box)
+        box.start()
+        how = "inotify" if IS_LINUX else "polling"
+        status = {"w": [{"path": os.path.join(box.path, "src"), "how": how, "folders": 1}]}
+        assert box.json("status")["watches"] == status
+        good = read(box.file("config.json"))
+        self.watch(box, paths=["src", "later"], extensions=["py"])
+        box.run("reload")
+        assert [one["how"] for one in box.json("status")["watches"]["w"]] == [how, "missing"]
+        self.change(box, "f.txt")
+        self.change(box, "f.py")
+        assert self.until_done(box, 1)[0]["payload"]["count"] == 1
+        self.watch(box, paths=["apexd.py"])
+        assert "watch.w.paths" in box.error("reload", rc=78)["message"]
+        self.change(box, "g.py")
+        self.until_done(box, 2)
+        self.watch(box, enabled=False)
+        box.run("reload")
+        assert box.json("status")["watches"] == {}
+        write(box.file("config.json"), good)
+        box.run("reload")
+        assert box.json("status")["watches"] == status
+
+    @pytest.mark.parametrize(("options", "key"), [
+        ({"paths": []}, "watch.w.paths"), ({"paths": "file"}, "watch.w.paths"),
+        ({"paths": ["src", "file/x"]}, "watch.w.paths"), ({"paths": 3}, "watch.w.paths"),
+        ({"events": ["write"]}, "watch.w.events"), ({"events": "modify"}, "watch.w.events"),
+        ({"debounce_ms": -1}, "watch.w.debounce_ms"), ({"debounce": 3}, "watch.w.debounce"),
+        ({"overlap": "both"}, "watch.w.overlap"), ({"command": None}, "watch.w.command"),
+        ({"group": "none"}, "watch.w.group"), ({"ignore": [3]}, "watch.w.ignore"),
+    ])  # fmt: skip
+    def test_bad_input_names_the_file_the_key_and_the_reason(self, tmp_path, options, key):
+        write(str(tmp_path / "file"), "")
+        table = {"command": "true", "paths": ["src"], **options}
+        table = {name: value for name, value in table.items() if value is not None}
+        path = write(str(tmp_path / "f.json"), json.dumps({"watch": {"w": table}}))
+        with pytest.raises(apexd.DaemonError) as told:
+            apexd.check_watches(apexd.load_config(path), str(tmp_path), path)
+        assert told.value.code == "CONFIG_INVALID" and told.value.hint
+        assert told.value.message.startswith(f"{path}: {key}"), told.value
+
+    def test_a_daemon_does_not_start_with_a_watch_of_a_file(self, box):
+        self.watch(box, paths=["src", "apexd.py"])
+        error = box.error("start", rc=78)
+        assert error["message"].startswith(f"{box.file('config.json')}: watch.w.paths = "), error
+        assert "apexd.py: Not a directory" in error["message"] and error["hint"]
+
+    @linux
+    def test_a_task_begins_soon_after_the_last_change(self, box):
+        code = "import time; open('began', 'a').write(f'{time.time()} ')"
+        self.watch(box, command=[sys.executable, "-I", "-S", "-c", code], debounce_ms=100)
+        box.start()
+        late = []
+        for n in range(1, 4):
+            eventually(lambda: all(task["state"] == "succeeded" for task in self.tasks(box)))
+            threading.Event().wait(0.1)
+            changed = time.time()
+            self.change(box)
+            eventually(lambda n=n: read(os.path.join(box.path, "began")).count(" ") == n)
+            late.append(float(read(os.path.join(box.path, "began")).split()[-1]) - changed - 0.1)
+        assert 0 < min(late) < 0.1, late  # with Python's own start, on a busy machine
+
+
+def run_git(folder, *words):
+    """Run git in a folder; return what it prints."""
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "core.autocrlf=false"]
+    words = ["git", "-C", folder, *who, *words]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+# ============================================================================
 # 16. CONTROL - frames, verbs, server, Client
 # ============================================================================
 
@@ -11100,6 +11743,39 @@ class TestWindows:
         assert "cron.fired" in windows.run("logs", 2)
         assert len(windows.run("cron", "next", "*/5 9-17 * * mon-fri", "-n", 3).split("\n")) == 4
         assert windows.run("cron", "next", "30 4 * * *", "--timezone", "UTC", "-n", 1).count("T04:30:00+00:00") == 1
+
+    def test_what_changes_in_files_becomes_a_task(self, windows):
+        """By looking for it: there is no inotify."""
+        tell = "import os, shutil; open('told', 'a').write(os.environ['APEX_EVENT'] + '\\n'); " \
+            "shutil.copy(os.environ['APEX_EVENT_FILE'], 'paths')"
+        options = {"paths": ["src", "later"], "debounce_ms": 50, "ignore": ["out/*.o"]}
+        table = {"w": {**options, "command": [windows.python, "-c", tell]}}
+        write(windows.file("config.json"), json.dumps({"watch": table}))
+        write_plainly(os.path.join(windows.path, "src", "sub", "old"), "1")
+
+        def told(count, **changes):
+            """Wait for the task of that number; see what it was told."""
+            windows.until(count, state="succeeded")
+            lines = read(os.path.join(windows.path, "told")).strip().split("\n")
+            found = json.loads(lines[-1])["payload"]["changes"]
+            assert {one["path"].rpartition("\\")[2]: one["kind"] for one in found} == changes
+            paths = read(os.path.join(windows.path, "paths")).split()
+            assert paths == sorted(one["path"] for one in found)
+
+        windows.start()
+        watched = json.loads(windows.run("status", "--json"))["watches"]["w"]
+        assert [one["how"] for one in watched] == ["polling", "missing"]
+        write_plainly(os.path.join(windows.path, "src", "sub", "new"), "1")
+        write_plainly(os.path.join(windows.path, "src", "out", "x.o"), "1")
+        told(1, new="created")
+        write_plainly(os.path.join(windows.path, "src", "sub", "new"), "22")
+        os.unlink(os.path.join(windows.path, "src", "sub", "old"))
+        told(2, new="modified", old="deleted")
+        write_plainly(os.path.join(windows.path, "later", "f"), "1")
+        told(3, f="created")
+        shutil.rmtree(os.path.join(windows.path, "src"))
+        told(4, new="deleted")
+        windows.run("stop")
 
     def test_only_the_token_opens_the_port(self, windows):
         windows.start()
