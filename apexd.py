@@ -25,6 +25,7 @@ Map (a section uses only sections above it):
      8. PIDFILE     the lock and the PID file
      9. STORE       schema, migrations, all SQL
     10. KEEPER      the process that owns all children, and the daemon's end of it
+    12. EVENTS      the log of what happened; subscribers; what hooks send to a URL
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
     16. CONTROL     frames, verbs, server, Client
@@ -37,6 +38,7 @@ Files, all in `.apex/` (mode 0700):
     daemon.lock    locked while a daemon lives; says who holds it; never deleted
     daemon.pid     {"pid", "startedAt", "version", "projectPath"}
     daemon.log     the daemon's own log, .1 .2 ... older
+    events.log     what happened, a line of JSON each; .1 is older
     apex.db        the queue
     control.sock   the control socket; `endpoint` says how to reach the daemon
     heartbeat      rewritten while the loops turn; state.json: a readable snapshot
@@ -87,6 +89,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
     import difflib
+    import fnmatch
     import graphlib
     import grp
     import logging
@@ -105,7 +108,7 @@ if TYPE_CHECKING:
 __version__ = "0.4.0"
 __all__ = [
     "Client", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
-    "PidFile", "Supervisor", "Task", "TaskStore", "main",
+    "Event", "EventRouter", "PidFile", "Supervisor", "Task", "TaskStore", "main",
 ]  # fmt: skip
 
 
@@ -121,8 +124,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii difflib graphlib grp logging marshal pwd queue random resource shutil sqlite3 "
-        "subprocess tempfile"
+        "binascii difflib fnmatch graphlib grp logging marshal pwd queue random resource shutil "
+        "sqlite3 subprocess tempfile"
     ).split():
         globals()[_name] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -205,12 +208,23 @@ DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
 OWN_GROUPS = ("default", "hooks")  # there without being declared
 
+EVENTS_MAX_BYTES = 10_000_000  # of events.log, before it becomes events.log.1
+EVENT_MAX_BYTES = 64 * 1024  # of one that a user emits: Linux passes on 128 KiB a variable
+HISTORY_MAX = 1000  # events that a router keeps
+DEAD_LETTERS_MAX = 100  # events that a handler failed for, kept by a router
+HANDLER_PAUSES_S = (1.0, 2.0, 4.0)  # before a failed handler's further tries
+HANDLER_BEHIND_MAX = 10_000  # events that wait for a slow handler; more are dead letters
+HOPS_MAX = 4  # hooks that start one another
+HOOK_ANSWER_S = 10.0  # for the server of a hook's URL
+
 ENVIRONMENT_KEPT = (
     "PATH HOME USER LOGNAME LANG TZ TMPDIR SHELL VIRTUAL_ENV CONDA_PREFIX PYTHONPATH "
     "SSH_AUTH_SOCK XDG_RUNTIME_DIR HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY "
     "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA"
 ).split()
-ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_|APEXD_")
+# APEX_HOOKS stays: what the command of a hook adds must not start that hook again.
+ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_(?!HOOKS$)|APEXD_")
+TASK_MARKS = ("APEX_RUN_ID", "APEX_TASK_ID", "APEX_HOOKS")  # no daemon keeps a task's own
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # they say nothing of what was looked for
 NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre fuse.sshfs fuse.s3fs".split()
@@ -828,6 +842,7 @@ if sys.platform == "win32":
         """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
 
         SHELL = ("cmd.exe", "/d", "/s", "/c")
+        DELIVER = 'call "%APEX_CLI%" _deliver'
         SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
         IS_OURS = "True"  # ACLs say who may write
         REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
@@ -1025,6 +1040,7 @@ else:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SHELL = ("/bin/sh", "-c")
+        DELIVER = 'exec "$APEX_CLI" _deliver'  # what sends an event to the URL of a hook
         IS_OURS = "info.st_uid == os.geteuid() and not info.st_mode & 0o022"  # of a launcher
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
@@ -1806,15 +1822,17 @@ def follow_lines(
 def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
     """Yield a file's last lines, then, with to_end, what comes, through its rotations.
 
-    A file is known by its inode. Rotation only ever makes a file older, so the ages are read
-    from the newest on, and what was read from a name counts if the name is the same file then.
+    lines 0: from the oldest file's first byte on. With to_end b"" comes whenever there is
+    nothing more, after a pause. A file is known by its inode. Rotation only ever makes a file
+    older, so the ages are read from the newest on, and what was read from a name counts if the
+    name is the same file then.
     """
     inode, offset = 0, -lines
     while True:
         ages = list(_find_rotated(path)) or [(path, 0)]
         at = max((n for n, (_, number) in enumerate(ages) if number == inode), default=-1)
         if at < 0:  # the first look; or it is gone, and what followed it may be
-            at, offset = (len(ages) - 1, 0) if inode else (0, offset)
+            at, offset = (len(ages) - 1, 0) if inode or not lines else (0, offset)
         name, inode = ages[at]
         data, following = read_log(name, offset)
         if inode and not (os.path.exists(name) and os.stat(name).st_ino == inode):
@@ -1826,8 +1844,9 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
             inode, offset = ages[at - 1][1], 0
             continue
         elif to_end:
+            yield b""
             threading.Event().wait(STREAM_PAUSE_S)
-        if not to_end:
+        if not to_end and (lines or not data):
             return
 
 
@@ -1885,6 +1904,8 @@ TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "max_tokens": integer(1),
     "max_cost": number,
 }
+hook_url = matching(r"https?://[^\s/@?#]+([/?]\S*)?", '"https://...", without a password')
+variable_name = matching("[A-Za-z_][A-Za-z0-9_]{0,99}", "the name of a variable, not its value")
 TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "command": (command_line, None, "a string for sh, or a list of arguments"),
     "enabled": (truth, True, "false: it is checked, but starts nothing"),
@@ -1983,10 +2004,13 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "debounce_max": (interval, 10.0, "the longest that a burst is collected"),
     },
     "hook": {
-        **TRIGGER_OPTIONS,
+        **{name: row for name, row in TRIGGER_OPTIONS.items() if name != "overlap"},
+        "group": (line_of_text, "hooks", "of its tasks; that of hooks is not in `list`"),
+        "retries": (integer(0, 1000), 3, "of its tasks, as with add --retries"),
+        "timeout": (duration, 30.0, "of its tasks, as with add --timeout"),
         "on": (text_list, [], 'types of events: ["task.failed", "process.*"]'),
-        "url": (line_of_text, None, "the event is sent there by POST, instead of a command"),
-        "secret_env": (line_of_text, None, "variable with the secret that signs what is sent"),
+        "url": (hook_url, None, "the event is sent there by POST, instead of a command"),
+        "secret_env": (variable_name, None, "variable with the secret that signs what is sent"),
     },
 }
 TABLES = {  # kinds of which users name each one, and where a Config has them
@@ -2048,8 +2072,15 @@ class Config:
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
             hint = "letters, digits, - and _, at most 64, a letter first"
             raise _broken(path, f"{kind}.{name}: is no name of a {kind}", hint)
-        if one.command is None and getattr(one, "url", None) is None:
-            raise _broken(path, f"{kind}.{name}.command is missing", "say what to run")
+        url = getattr(one, "url", None)
+        if (one.command is None) == (url is None):
+            what = "command is missing" if url is None else "command and url: only one can be"
+            hint = "say what to run" if kind != "hook" else "write either a command or a url"
+            raise _broken(path, f"{kind}.{name}.{what}", hint)
+        if kind == "hook" and not one.on:
+            raise _broken(path, f"hook.{name}.on is missing", 'write on = ["task.failed"], say')
+        if kind == "hook" and one.secret_env and url is None:
+            raise _broken(path, f"hook.{name}.secret_env is for a url", "drop it")
         if kind != "process" and (one.group or "default") not in self.groups:
             error = unknown_group(one.group, self)
             raise _broken(path, f"{kind}.{name}.group: {error.message}", error.hint)
@@ -2115,7 +2146,8 @@ def _read_section(path: str | None, kind: str, where: str, given: object) -> Sim
         try:
             setattr(section, key, known[key][0](value))
         except ValueError as error:
-            raise _broken(path, f"{where}.{key} = {value!r}: must be {error}") from None
+            shown = "" if key in ("url", "secret_env") else f" = {value!r}"
+            raise _broken(path, f"{where}.{key}{shown}: must be {error}") from None
     return section
 
 
@@ -2254,21 +2286,15 @@ def _parse(path: str, text: str) -> object:
 # ============================================================================
 
 
-def open_log(path: str, options: Any, to_stderr: bool) -> None:
-    """Send the log to a rotating file, and to standard error in the foreground.
+def open_rotating(path: str, most_bytes: int, count: int) -> Any:
+    """Return a handler for a file that is rotated, `count` older ones kept.
 
-    A line: [2025-01-15T10:30:05.456Z] [INFO] Starting task 12
+    A full disk costs lines, never the daemon: `lost` counts the records that failed.
     """
-    import logging
     import logging.handlers
 
-    class Formatter(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            head, *rest = super().format(record).split("\n")
-            line = f"[{timestamp(record.created)}] [{record.levelname}] {printable(head)}"
-            return "\n".join([line, *("    " + printable(more) for more in rest)])
-
     class Handler(logging.handlers.RotatingFileHandler):
+        lost = 0
         next_mono = 0.0  # while somebody has the file open, Windows cannot rename it: write on
 
         def shouldRollover(self, record: logging.LogRecord) -> bool:
@@ -2282,12 +2308,30 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
             except OSError:
                 self.next_mono = Clock.mono() + 60.0
 
-    logging.raiseExceptions = False  # a full disk costs lines, never the daemon
+        def handleError(self, record: logging.LogRecord) -> None:
+            self.lost += 1
+
     os.close(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
-    file = Handler(
-        path, maxBytes=int(options.max_size_mb * 1e6), backupCount=options.max_files,
-        encoding="utf-8", errors="replace",
-    )  # fmt: skip
+    return Handler(
+        path, maxBytes=most_bytes, backupCount=count, encoding="utf-8", errors="replace"
+    )
+
+
+def open_log(path: str, options: Any, to_stderr: bool) -> None:
+    """Send the log to a rotating file, and to standard error in the foreground.
+
+    A line: [2025-01-15T10:30:05.456Z] [INFO] Starting task 12
+    """
+    import logging
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            head, *rest = super().format(record).split("\n")
+            line = f"[{timestamp(record.created)}] [{record.levelname}] {printable(head)}"
+            return "\n".join([line, *("    " + printable(more) for more in rest)])
+
+    logging.raiseExceptions = False  # nor does a standard error that is closed
+    file = open_rotating(path, int(options.max_size_mb * 1e6), options.max_files)
     close_log()
     logger = logging.getLogger("apexd")
     for handler in (file, logging.StreamHandler()) if to_stderr else (file,):
@@ -2562,6 +2606,20 @@ PRAGMAS = (
 )
 
 
+class Transaction:
+    """A write under way: its statements, and the events that its commit stands for."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.execute, self.executemany = db.execute, db.executemany
+        # With the hooks that led to each, by commas; None: those of its task.
+        self.events: list[tuple[Event, str | None]] = []
+
+    def note_task(self, task_id: int, type: str, payload: Mapping[str, Any]) -> None:
+        """Collect an event of one task."""
+        event = Event.make("task." + type, {"id": task_id, **payload}, f"task {task_id}")
+        self.events.append((event, None))
+
+
 class Database:
     """The one connection to the one file, and the lock that guards it.
 
@@ -2573,6 +2631,8 @@ class Database:
         """Open and migrate. Raises DATABASE_CORRUPT, _NEWER, _FAILED, CANNOT_CREATE."""
         self.path = path
         self.lock = threading.RLock()
+        self.before_commit: Callable[[Transaction], None] = lambda db: None
+        self.after_commit: Callable[[list[Event]], None] = lambda events: None
         with self._translated():
             if path != ":memory:":
                 self._find_or_make()
@@ -2654,20 +2714,25 @@ class Database:
             return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
-    def write(self, is_vital: bool = True) -> Iterator[sqlite3.Connection]:
-        """Give the connection within one transaction; on disk when it returns.
+    def write(self, is_vital: bool = True) -> Iterator[Transaction]:
+        """Give one transaction; on disk when it returns, and its events are handed on.
 
         is_vital: on a full disk the ballast is given up for it.
         """
-        with self.lock, self._translated(is_vital):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        db = Transaction(self._db)
+        with self.lock:
+            with self._translated(is_vital):
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    self.before_commit(db)
+                    db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        db.execute("ROLLBACK")
+                    raise
+            if db.events:  # in the order of the commits
+                self.after_commit([event for event, _ in db.events])
 
     def close(self) -> None:
         """Checkpoint and close."""
@@ -2690,6 +2755,10 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
     return act
 
 
+# Of the states that a task can reach; a way back to the queue is "retrying", or "lost".
+EVENT_TYPES = {
+    State.RUNNING: "started", **{state: state.value for state in DONE},
+}  # fmt: skip
 _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
 SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
@@ -2774,8 +2843,13 @@ def _row_to_task(row: sqlite3.Row) -> Task:
     return Task(**fields)
 
 
+def _tell_of(task: Task) -> dict[str, Any]:
+    """Return what the events of an attempt say of its task; no command: it may hold a secret."""
+    return {"group": task.group, "label": task.label, "attempt": task.attempts}
+
+
 def _insert_tasks(
-    db: sqlite3.Connection, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
+    db: Transaction, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
     request: int,
 ) -> Added:  # fmt: skip
     """Insert the tasks of one request; the plain ones of a large batch in few statements."""
@@ -2817,6 +2891,8 @@ def _insert_tasks(
                 raise bad(f"{place}must be {error}") from None
             raise DaemonError(error.code, place + error.message, error.hint) from None
         finished_at = Clock.now() if state == State.SKIPPED else None
+        if state == State.SKIPPED:
+            db.note_task(next_id, "skipped", {"state": state.value})
         head = (next_id, command, request, state.value, open_deps)
         rows.append((*head, *options.row, finished_at))
         ids.append(next_id)
@@ -2827,7 +2903,7 @@ def _insert_tasks(
 
 
 def _insert_deps(
-    db: sqlite3.Connection, task_id: int, options: SimpleNamespace
+    db: Transaction, task_id: int, options: SimpleNamespace
 ) -> tuple[State, int]:
     """Insert what a new task comes after; return (its state, its open dependencies)."""
     for parent, need in options.after or ():
@@ -2840,12 +2916,13 @@ def _insert_deps(
 
 
 def set_state(
-    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None
-) -> None:
+    db: Transaction, task_id: int, old: State, new: State, due_at: float | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Move a task: the only writer of `state`, but for its insertion.
 
     A task that reaches a final state releases, or skips, what comes after it. One that runs
-    begins an attempt.
+    begins an attempt. told: more for its event.
     """
     work = [(task_id, old, new, due_at)]
     while work:
@@ -2856,6 +2933,12 @@ def set_state(
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
+        is_event = new == State.RUNNING or new in DONE or old == State.RUNNING or old in DONE
+        if is_event:
+            type, told = EVENT_TYPES.get(new, "retrying"), told or {}
+            type = "lost" if type == "retrying" and told.get("outcome") == "lost" else type
+            db.note_task(task_id, type, {"state": new.value, **told})
+        told = None  # it is not of those that follow
         if new not in DONE:
             continue
         for child, due_at, open_deps, need in db.execute(
@@ -2876,14 +2959,14 @@ def set_state(
                 work.append((child, State.WAITING, state, due_at))
 
 
-def _count_open(db: sqlite3.Connection, task_id: int) -> tuple[int, int]:
+def _count_open(db: Transaction, task_id: int) -> tuple[int, int]:
     """Return how many of a task's dependencies are open, and how many can never be met."""
     sql = "SELECT t.state, d.need FROM deps d JOIN tasks t ON t.id = d.parent WHERE d.child = ?"
     rows = [(State(row[0]), row[1]) for row in db.execute(sql, (task_id,))]
     return sum(s not in DONE for s, _ in rows), sum(s in DONE - NEEDS[need] for s, need in rows)
 
 
-def _cancel(db: sqlite3.Connection, task_id: int, state: State) -> bool:
+def _cancel(db: Transaction, task_id: int, state: State) -> bool:
     if state == State.RUNNING:
         set_wish(db, task_id, Outcome.CANCELLED)
     elif state not in DONE:
@@ -2891,7 +2974,7 @@ def _cancel(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     return state not in DONE
 
 
-def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
+def _retry(db: Transaction, task_id: int, state: State) -> bool:
     """Put a finished task back as if new; count again what comes after it, reopen the skipped.
 
     Of those with one key the newest is reopened. Raises ILLEGAL_STATE when the key is taken.
@@ -2929,14 +3012,14 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     return state in DONE
 
 
-def _remove(db: sqlite3.Connection, task_id: int, state: State) -> bool:
+def _remove(db: Transaction, task_id: int, state: State) -> bool:
     if state != State.RUNNING:
         _cancel(db, task_id, state)
         delete_tasks(db, [task_id])
     return state != State.RUNNING
 
 
-def set_wish(db: sqlite3.Connection, task_id: int, wish: Outcome) -> None:
+def set_wish(db: Transaction, task_id: int, wish: Outcome) -> None:
     """Write down why a running attempt is to end; the first wish stays, but a cancel wins."""
     kept = "?" if wish == Outcome.CANCELLED else "coalesce(wish, ?)"
     sql = f"UPDATE attempts SET wish = {kept} WHERE task_id = ? AND outcome IS NULL"
@@ -2954,7 +3037,7 @@ def pack_ranges(ids: Iterable[int | range]) -> bytes:
     return b"".join(b"%019d%019d" % (one[0], one[-1]) for one in as_ranges(ids) if one)
 
 
-def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
+def delete_tasks(db: Transaction, ids: Sequence[int]) -> None:
     """Forget tasks and all that belongs to them."""
     places = ("tasks WHERE id", "attempts WHERE task_id", "deps WHERE parent", "deps WHERE child")
     for place in places:
@@ -2989,6 +3072,8 @@ class TaskStore:
         except BaseException:
             self._own_lock.release()
             raise
+        self.database.before_commit = EventStore(self).start_hooks
+        self.database.after_commit = lambda events: self.on_events(events)
 
     def close(self) -> None:
         """Close the database and let go of the lock if it was taken here."""
@@ -3016,27 +3101,36 @@ class TaskStore:
                 ids = Added(answer["ids"] if isinstance(answer, dict) else answer)
                 ids.existing = answer["existing"] if isinstance(answer, dict) else ()
                 return ids
+            self.refuse_overflow(db, len(commands))
             context = (token, cwd or here(), env or {}, umask)
-            ids = self.insert(db, commands, options or {}, *context)
-        return ids
+            return self.insert(db, commands, options or {}, *context)
+
+    def refuse_overflow(self, db: Transaction, count: int) -> None:
+        """Raise QUEUE_FULL when the queue cannot take so many more tasks."""
+        sql = f"SELECT coalesce(sum(n), 0) FROM counts WHERE state NOT IN {_DONE}"
+        (unfinished,) = db.execute(sql).fetchone()
+        if unfinished + count > self.config.retention.max_queue:
+            hint = "wait, remove some, or raise retention.max_queue"
+            raise DaemonError("QUEUE_FULL", f"{unfinished} unfinished tasks are queued", hint)
 
     def insert(
-        self, db: sqlite3.Connection, commands: Sequence[Any], options: Mapping[str, Any],
+        self, db: Transaction, commands: Sequence[Any], options: Mapping[str, Any],
         token: str | None, cwd: str, env: Mapping[str, str], umask: int | None,
     ) -> Added:  # fmt: skip
         """Insert a request and its tasks, within the transaction of a caller."""
-        sql = f"SELECT coalesce(sum(n), 0) FROM counts WHERE state NOT IN {_DONE}"
-        (unfinished,) = db.execute(sql).fetchone()
-        if unfinished + len(commands) > self.config.retention.max_queue:
-            hint = "wait, remove some, or raise retention.max_queue"
-            raise DaemonError("QUEUE_FULL", f"{unfinished} unfinished tasks are queued", hint)
         context = (json.dumps(cwd), json.dumps(dict(env)), umask)
         sql = """
             INSERT INTO requests (token, cwd, env, umask, created_at, answer)
             VALUES (?, ?, ?, ?, ?, '')
         """
         request = db.execute(sql, (token, *context, Clock.now())).lastrowid or 0
+        count = len(db.events)
         ids = _insert_tasks(db, commands, options, self.config, request)
+        added = sorted({*ids} - {*ids.existing}) if ids.existing else ids
+        if added:
+            payload = {"count": len(added), "first": added[0], "last": added[-1]}
+            event = Event.make("task.added", payload, f"task {added[0]}")
+            db.events.insert(count, (event, env.get("APEX_HOOKS", "")))
         answer = {"ids": ids, "existing": ids.existing} if ids.existing else ids
         bounds = (min(ids, default=0), max(ids, default=0))
         sql = "UPDATE requests SET first_task = ?, last_task = ?, answer = ? WHERE id = ?"
@@ -3045,18 +3139,22 @@ class TaskStore:
 
     def find(
         self, state: str | None = None, group: str | None = None, before: int | None = None,
-        limit: int = 100, ids: Iterable[int | range] | None = None,
+        limit: int = 100, ids: Iterable[int | range] | None = None, hidden: str | None = None,
     ) -> list[Task]:  # fmt: skip
-        """Return the newest tasks with ids below `before`, ascending; at most `limit`."""
+        """Return the newest tasks with ids below `before`, ascending; at most `limit`.
+
+        hidden: not those of this group.
+        """
         filters = {
             "t.state = :state": state,
             "t.grp = :grp": group,
+            "t.grp <> :hidden": hidden,
             f"t.id IN (SELECT t.id FROM {_ASKED_SQL})": ids,
         }
         sql = _TASK_SQL + "WHERE t.id < :before"
         sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
         values: dict[str, Any] = {"state": state, "grp": group, "before": before or INTEGER_MAX}
-        values.update(most=limit, asked=pack_ranges(ids or ()))
+        values.update(most=limit, asked=pack_ranges(ids or ()), hidden=hidden)
         rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
         return [_row_to_task(row) for row in reversed(rows)]
 
@@ -3251,7 +3349,7 @@ class AttemptStore:
         return claimed
 
     def _find_ready(
-        self, db: sqlite3.Connection, room: int, busy: Mapping[str, int],
+        self, db: Transaction, room: int, busy: Mapping[str, int],
         find_keeper: Callable[[bool], str | None],
     ) -> list[tuple[int, str]]:  # fmt: skip
         """Return (id, keeper) to claim: one probe a group, then the best over the groups."""
@@ -3290,7 +3388,7 @@ class AttemptStore:
                 private = None
         return ready
 
-    def _claim(self, db: sqlite3.Connection, task_id: int, keeper: str) -> Task:
+    def _claim(self, db: Transaction, task_id: int, keeper: str) -> Task:
         set_state(db, task_id, State.QUEUED, State.RUNNING)
         db.execute(
             """
@@ -3299,9 +3397,11 @@ class AttemptStore:
             """,
             (f"{task_id}-{os.urandom(8).hex()}", keeper, self._boot_id, Clock.now(), task_id),
         )
-        return _row_to_task(db.execute(_TASK_SQL + "WHERE t.id = ?", (task_id,)).fetchone())
+        task = _row_to_task(db.execute(_TASK_SQL + "WHERE t.id = ?", (task_id,)).fetchone())
+        db.events[-1][0].payload.update(_tell_of(task))
+        return task
 
-    def _finish(self, db: sqlite3.Connection, task: Task, result: Result) -> None:
+    def _finish(self, db: Transaction, task: Task, result: Result) -> None:
         """Record one result; an attempt that is finished already changes nothing."""
         at: dict[str, Any] = {"id": task.id, "run": task.run_id, "number": task.attempts}
         at.update(result.to_dict(), now=result.finished_at or Clock.now())
@@ -3313,7 +3413,7 @@ class AttemptStore:
         if outcome is None:
             db.execute(f"DELETE FROM attempts {where}", at)
             db.execute("UPDATE tasks SET attempts = attempts - 1 WHERE id = :id", at)
-            set_state(db, task.id, State.RUNNING, State.QUEUED)
+            set_state(db, task.id, State.RUNNING, State.QUEUED, None, _tell_of(task))
             return
         sql = """
             UPDATE attempts SET outcome = :how, exit_code = :exit_code, signal = :signal,
@@ -3338,7 +3438,9 @@ class AttemptStore:
             task = self._store.get(task.id)
         state, delay_s = next_state(task, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
-        set_state(db, task.id, State.RUNNING, state, due_at)
+        ends = ("exit_code", "signal", "reason")
+        told = {**_tell_of(task), "outcome": outcome.value, **{name: at[name] for name in ends}}
+        set_state(db, task.id, State.RUNNING, state, due_at, told)
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
@@ -3428,26 +3530,63 @@ class EventStore:
             last = db.execute("SELECT fired_at FROM fires WHERE source = ?", (source,)).fetchone()
             if last and "scheduled_at" in event.payload and last[0] >= at:
                 return None
-            options = {name: getattr(trigger, name, None) for name in TASK_READERS}
             sql = "SELECT id, key FROM tasks WHERE key IN (?, ?) AND finished_at IS NULL"
             keys = {source: None, source + " next": None}
             unfinished = {key: task_id for task_id, key in db.execute(sql, tuple(keys))}
             free = [key for key in keys if key not in unfinished]
             task_id = None
             if len(free) > (trigger.overlap == "skip"):
-                options["key"] = free[0]
-                options["after"] = [f"{one}:any" for one in unfinished.values()] or None
-                own = {**(env or {}), **trigger.env, "APEX_EVENT": json.dumps(event.to_dict())}
-                context = {**capture_environment(self._store.config.daemon.env_keep), **own}
-                cwd = os.path.join(self._store.project, trigger.cwd)
-                ids = self._store.insert(db, [trigger.command], options, None, cwd, context, None)
-                task_id = ids[0]
+                self._store.refuse_overflow(db, 1)
+                after = [f"{one}:any" for one in unfinished.values()] or None
+                given = {"key": free[0], "after": after}
+                task_id = self._insert(db, trigger, trigger.command, event, env or {}, given)
             sql = "INSERT OR REPLACE INTO fires VALUES (?, ?, ?)"
             db.execute(sql, (source, at, task_id))
-        kind = event.type.partition(".")[0]
-        skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
-        self._store.on_events([skipped if task_id is None else event])
+            kind = event.type.partition(".")[0]
+            skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
+            db.events.append((skipped if task_id is None else event, ""))
         return task_id
+
+    def _insert(
+        self, db: Transaction, trigger: Any, command: Any, event: Event, env: Mapping[str, str],
+        given: Mapping[str, Any], token: str | None = None,
+    ) -> int:  # fmt: skip
+        """Insert a trigger's task, with its options, `given` over them; return its id."""
+        config, store = self._store.config, self._store
+        options = {name: getattr(trigger, name, None) for name in TASK_READERS}
+        own = {**trigger.env, "APEX_EVENT": json.dumps(event.to_dict()), **env}
+        context = {**capture_environment(config.daemon.env_keep), **own}
+        cwd = os.path.join(store.project, trigger.cwd)
+        return store.insert(db, [command], {**options, **given}, token, cwd, context, None)[0]
+
+    def start_hooks(self, db: Transaction) -> None:
+        """Insert the deliveries of a transaction's events, and of the deliveries' own ones.
+
+        A hook is not started by what it led to itself, nor one after HOPS_MAX others.
+        """
+        for event, chain in db.events if self._store.config.hooks else ():  # it grows meanwhile
+            for name, hook in self._find_hooks(event):
+                if chain is None:
+                    sql = "SELECT env FROM requests JOIN tasks ON request_id = requests.id"
+                    row = db.execute(sql + " WHERE tasks.id = ?", (event.payload["id"],)).fetchone()
+                    chain = json.loads(row[0]).get("APEX_HOOKS", "") if row else ""
+                before = chain.split(",") if chain else []
+                event.hops, token = len(before), f"{event.id} {name}"
+                if name in before or len(before) >= HOPS_MAX:
+                    continue
+                sql = "SELECT 1 FROM requests WHERE token = ?"
+                if not db.execute(sql, (token,)).fetchone():
+                    env = {"APEX_HOOKS": ",".join([*before, name])}
+                    command = hook.command or Platform.DELIVER
+                    given = {"label": hook.label or f"{name}: {event.type}"}
+                    self._insert(db, hook, command, event, env, given, token)
+
+    def _find_hooks(self, event: Event) -> list[tuple[str, Any]]:
+        return [
+            (name, hook)
+            for name, hook in self._store.config.hooks.items()
+            if hook.enabled and any(fnmatch.fnmatchcase(event.type, one) for one in hook.on)
+        ]
 
     def get_fires(self) -> dict[str, tuple[float, int | None]]:
         """Return when each trigger acted last, and the task it made: {source: (at, id)}."""
@@ -3455,8 +3594,22 @@ class EventStore:
         return {source: (at, task_id) for source, at, task_id in rows}
 
     def publish(self, type: str, payload: Mapping[str, Any], source: str) -> None:
-        """Tell of something that is no change of a task; its hooks' tasks are on disk then."""
-        self._store.on_events([Event.make(type, payload, source)])
+        """Tell of something that is no change of a task; its hooks' tasks are on disk then.
+
+        Never raises: what goes wrong is in the log.
+        """
+        try:
+            self.emit(Event.make(type, payload, source))
+        except DaemonError as error:
+            log.error("event %s is lost: %s", type, error)
+
+    def emit(self, event: Event, hooks: str = "") -> None:
+        """Do the same for an event, once by its id; hooks: those that led to it."""
+        if not self._find_hooks(event):
+            self._store.on_events([event])
+            return
+        with self._store.database.write(is_vital=False) as db:
+            db.events.append((event, hooks))
 
 
 # ============================================================================
@@ -3900,7 +4053,7 @@ def run_keeper(folder: str, name: str) -> int:
 
 def spawn_keeper(folder: str, name: str) -> Any:
     """Start a keeper, return its Popen. Raises OSError."""
-    env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
+    env = {k: v for k, v in os.environ.items() if k not in TASK_MARKS}
     argv = [sys.executable, "-I", "-S", launcher_path(folder), "_keeper", folder, name]
     null = subprocess.DEVNULL
     for options in Platform.KEEPER:  # the first that the system permits
@@ -4465,6 +4618,11 @@ def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: Tas
     group = store.config.groups.get(task.group)
     words = [*Platform.SHELL, task.command] if isinstance(task.command, str) else task.command
     marks = {"TASK_ID": task.id, "ATTEMPT": task.attempts, "RUN_ID": task.run_id}
+    hook = store.config.hooks.get(env.get("APEX_HOOKS", "").rpartition(",")[2])
+    if hook is not None and hook.url and task.command == Platform.DELIVER:
+        marks["HOOK_URL"] = hook.url
+        if hook.secret_env:  # from here it goes to the child alone, to no disk
+            marks["HOOK_SECRET"] = os.environ.get(hook.secret_env, "")
     return {
         "argv": [*(group.launcher if group else ()), *words],
         "cwd": task.cwd,
@@ -4504,6 +4662,221 @@ def make_limits(options: Any) -> dict[str, Any]:
     return {"limits": limits, "nice": options.nice} if limits or options.nice else {}
 
 
+
+
+# ============================================================================
+# 12. EVENTS - the log of what happened; subscribers; what hooks send to a URL
+#     Uses 1-9. Any thread; a router has one a subscription. Closed by: its maker.
+# ============================================================================
+
+# What starts a task, a hook, is part of the transaction that changes a task: see EventStore. What
+# is here hears of an event after its commit, and a crash in between costs a line, never a task.
+
+
+class EventLog:
+    """Writes `events.log`, one line of JSON an event. Any thread; never raises."""
+
+    def __init__(self, folder: str) -> None:
+        self._path = os.path.join(folder, "events.log")
+        self._file: Any = None
+        self._lost = 0  # events, since it cannot be written
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Append events; on a full disk they are lost, which daemon.log says once."""
+        text = "\n".join(json.dumps(event.to_dict()) for event in events)
+        try:
+            self._file = self._file or open_rotating(self._path, EVENTS_MAX_BYTES, 1)
+            before = self._file.lost
+            self._file.handle(logging.makeLogRecord({"msg": text}))
+            is_failing, why = self._file.lost > before, "a full disk?"
+        except (OSError, DaemonError) as error:
+            is_failing, why = True, str(error)
+        if is_failing and not self._lost:
+            log.error("events.log cannot be written: %s", why)
+        elif self._lost and not is_failing:
+            log.warning("events.log lacks %d events", self._lost)
+        self._lost = self._lost + len(events) if is_failing else 0
+
+    def close(self) -> None:
+        """Close the file; the next event opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_events(
+    folder: str, lines: int, to_end: bool, pattern: str = "*", since: float = 0.0
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the last `lines` events, then, with to_end, what comes; [] when nothing does.
+
+    pattern: of types, "task.*"; since: epoch seconds.
+    """
+    recent: deque[dict[str, Any]] = deque(maxlen=lines)
+    is_recent, rest = True, b""
+    for data in follow_file(os.path.join(folder, "events.log"), 0, to_end):
+        *whole, rest = (rest + data).split(b"\n")
+        found = []
+        for line in whole:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off by a full disk
+                event = json.loads(line)
+                if event["time"] >= since and fnmatch.fnmatchcase(event["type"], pattern):
+                    found.append(event)
+        if is_recent:
+            recent.extend(found)
+        if not is_recent or not data:
+            yield [*recent] if is_recent else found
+            is_recent = is_recent and bool(data)
+    if is_recent:
+        yield [*recent]
+
+
+class EventRouter:
+    """Hands events to those who subscribed to them, and keeps the last ones.
+
+    A handler has a thread of its own. One that raises is tried 3 times more, after 1, 2 and
+    4 s; then the event is a dead letter. Any thread; handlers may publish. Life: made -> close.
+    """
+
+    def __init__(self) -> None:
+        self._closing = threading.Event()
+        self._lock = threading.Lock()  # guards what follows
+        self._history: deque[Event] = deque(maxlen=HISTORY_MAX)
+        self._dead_letters: deque[dict[str, Any]] = deque(maxlen=DEAD_LETTERS_MAX)
+        self._readers: list[tuple[str, queue.SimpleQueue[Event | None]]] = []
+        self._threads: list[threading.Thread] = []
+
+    def subscribe(self, pattern: str, handler: Callable[[Event], object]) -> None:
+        """Call `handler` with each event, from now on, whose type matches: "task.*", "*"."""
+        waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        args, name = (handler, waiting), f"events-{pattern}"
+        thread = threading.Thread(target=self._serve, args=args, name=name, daemon=True)
+        with self._lock:
+            if self._closing.is_set():
+                raise DaemonError("NOT_RUNNING", "the router is closed", "make another")
+            thread.start()
+            self._threads.append(thread)
+            self._readers.append((pattern, waiting))
+
+    def publish(
+        self, type: str, payload: Mapping[str, Any] | None = None, source: str = ""
+    ) -> Event:
+        """Make an event of now and hand it on; return it."""
+        event = Event.make(type, payload or {}, source)
+        self.hand_on([event])
+        return event
+
+    def hand_on(self, events: Sequence[Event]) -> None:
+        """Keep events and give them to the threads of those who subscribed to them."""
+        with self._lock:
+            self._history.extend(events)
+            for pattern, waiting in self._readers:
+                for event in events:
+                    if not fnmatch.fnmatchcase(event.type, pattern):
+                        continue
+                    if waiting.qsize() < HANDLER_BEHIND_MAX:
+                        waiting.put(event)
+                    else:
+                        self._bury(event, f"the handler of {pattern} is too slow", 0)
+
+    def _bury(self, event: Event, error: str, attempts: int) -> None:
+        log.warning("event %s (%s) is a dead letter: %s", event.id, event.type, error)
+        self._dead_letters.append({"event": event, "error": error, "attempts": attempts})
+
+    def _serve(
+        self, handler: Callable[[Event], object], waiting: queue.SimpleQueue[Event | None]
+    ) -> None:
+        for event in iter(waiting.get, None):
+            for attempt, pause_s in enumerate((0.0, *HANDLER_PAUSES_S), 1):
+                if pause_s:
+                    self._closing.wait(pause_s)
+                try:
+                    handler(event)
+                    break
+                except Exception as error:  # the user's callback
+                    log.warning("a handler of %s failed", event.type, exc_info=True)
+                    if attempt > len(HANDLER_PAUSES_S):
+                        with self._lock:
+                            self._bury(event, f"{type(error).__name__}: {error}", attempt)
+
+    def history(
+        self, type: str | None = None, source: str | None = None, limit: int = 50
+    ) -> list[Event]:
+        """Return the last events, the newest last; type is a pattern."""
+        with self._lock:
+            events = [
+                event
+                for event in self._history
+                if (type is None or fnmatch.fnmatchcase(event.type, type))
+                and source in (None, event.source)
+            ]
+        return events[-limit:] if limit > 0 else []
+
+    def dead_letters(self) -> list[dict[str, Any]]:
+        """Return the last {"event", "error", "attempts"}, the newest last."""
+        with self._lock:
+            return [*self._dead_letters]
+
+    def clear(self) -> None:
+        """Forget the history."""
+        with self._lock:
+            self._history.clear()
+
+    def clear_dead_letters(self) -> None:
+        """Forget the dead letters."""
+        with self._lock:
+            self._dead_letters.clear()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Let handlers work off what waits, without pauses between tries, then end them."""
+        deadline = Clock.mono() + timeout_s
+        with self._lock:
+            self._closing.set()
+            readers, threads = self._readers, self._threads
+            self._readers, self._threads = [], []
+        for _, waiting in readers:
+            waiting.put(None)
+        for thread in threads:
+            if thread is not threading.current_thread():  # a handler that closes its router
+                thread.join(max(deadline - Clock.mono(), 0.0))
+
+
+def deliver() -> int:
+    """POST the event of the task that this runs in to its hook's URL; 0: a 2xx answered.
+
+    A redirect is refused: the POST would become a GET of somebody else's page.
+    """
+    import hashlib
+    import hmac
+    import http.client
+    import urllib.request
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *args: Any) -> None:
+            return None
+
+    env = os.environ
+    body, name = env.get("APEX_EVENT", "").encode(), env.get("APEX_HOOKS", "").split(",")[-1]
+    url, secret = env.get("APEX_HOOK_URL"), env.get("APEX_HOOK_SECRET")
+    if not url:
+        print(f"hook {name} has no url any more")
+        return 1
+    if secret == "":
+        print(f"hook.{name}.secret_env names a variable that the daemon does not have")
+        return 1
+    key = f"{json.loads(body)['id']}-{name}"
+    headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+    if secret is not None:
+        digest = hmac.new(os.fsencode(secret), body, hashlib.sha256).hexdigest()
+        headers["X-Apexd-Signature"] = "sha256=" + digest
+    headers["User-Agent"] = f"apexd/{__version__}"
+    request = urllib.request.Request(url, body, headers, method="POST")
+    try:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=HOOK_ANSWER_S) as answer:
+            print(f"delivered: {answer.status} {answer.reason}")
+            return 0
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        print(f"not delivered: {error or type(error).__name__}")
+        return 1
 
 
 # ============================================================================
@@ -4924,9 +5297,14 @@ class ProcessState(str, Enum):
     FAILED = "failed"  # ended too often; tried again seldom
 
 
+SILENT = "no sign of life"  # why one that hung is stopped
 _UP = {ProcessState.STARTING, ProcessState.RUNNING, ProcessState.UNHEALTHY}
 _DOWN = {ProcessState.BACKOFF, ProcessState.CRASHED, ProcessState.FAILED}
 _READY = {ProcessState.RUNNING, ProcessState.UNHEALTHY}
+_TOLD = {  # the moves that are events, for what an instance has become
+    ProcessState.RUNNING: "ready", ProcessState.CRASHED: "crashed", ProcessState.FAILED: "failed",
+    ProcessState.STOPPED: "stopped",
+}  # fmt: skip
 _ENDS = {ProcessState.STOPPING, ProcessState.CRASHED}
 PROCESS_MOVES: dict[ProcessState, set[ProcessState]] = {
     ProcessState.STOPPED: {ProcessState.STARTING},
@@ -5008,7 +5386,7 @@ def _while_alive(now: float, view: View) -> Action:
         if policy.ready and now >= view.started + policy.ready.within:
             why = f"not ready within {span(policy.ready.within)}"
     elif policy.live and (view.lapses >= policy.live.failures or now >= silence_ends(view)):
-        why = f"no sign of life for {span(now - view.last_sign)}"
+        why = f"{SILENT} for {span(now - view.last_sign)}"
     else:
         state = ProcessState.UNHEALTHY if policy.live and view.lapses else ProcessState.RUNNING
     if why is None:
@@ -5388,11 +5766,20 @@ class Instance:
                 self.write_note(ready=True)
         if state == ProcessState.STOPPING:
             self.flaw = why or ""
+        if state in _TOLD and self.view.state != ProcessState.UNHEALTHY:
+            self.publish(_TOLD[state], why)
+        elif state == ProcessState.STOPPING and (why or "").startswith(SILENT):
+            self.publish("hung", why)
         is_given_up = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
         self.view.state = state
         if state == ProcessState.STOPPED and is_given_up:
             self.forget()
         self.moved.notify_all()
+
+    def publish(self, type: str, why: str | None = None) -> None:
+        """Publish an event of this instance; holds the lock."""
+        payload = {"name": self.name, "instance": self.index, "why": why}
+        EventStore(self.store).publish("process." + type, payload, f"process {self.id}")
 
     def forget(self) -> None:
         """Let the next start be a first one; holds the lock, and has no child."""
@@ -5443,6 +5830,7 @@ class Instance:
         failpoint("note")
         self.keepers.start(self.ward, word)
         self.keepers.flush()
+        self.publish("started")
 
     def adopt(self) -> None:
         """Find out what became of the run that its note tells of; holds the lock."""
@@ -6040,7 +6428,9 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "name": process_name, "names": lambda value: [process_name(one) for one in text_list(value)],
     "instances": integer(0, 1000), "signal": signal_number, "follow": truth, "wait": truth,
     "offsets": lambda value: {name: integer(0)(at) for name, at in mapping(value).items()},
-    "lines": integer(1, LINES_MAX),
+    "lines": integer(1, LINES_MAX), "pattern": line_of_text, "since": number, "hooks": line_of_text,
+    "event": matching(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", "a name such as deploy.done"),
+    "payload": mapping,
 }  # fmt: skip
 
 
@@ -6072,7 +6462,7 @@ class TaskVerbs:
         self._store = store
         self._runner = runner
         partial = functools.partial
-        self.table: dict[str, tuple[str, Callable[..., Fields]]] = {
+        self.table: dict[str, tuple[str, Callable[..., Any]]] = {
             "add": ("commands! options token cwd env umask", self._add),
             "list": ("state group before limit ids", self._list),
             "get": ("id!", self._get),
@@ -6087,6 +6477,8 @@ class TaskVerbs:
             "logs": ("id! attempt offset within", self._logs),
             "queue": ("", self._queue),
             "process_logs": ("name! offsets lines", self._process_logs),
+            "events": ("pattern since lines follow", self._events),
+            "emit": ("event! payload hooks token", self._emit),
         }
 
     def _wake(self, answer: Fields) -> Fields:
@@ -6114,6 +6506,11 @@ class TaskVerbs:
         return self._wake({"ids": ids, "existing": ids.existing})
 
     def _list(self, **where: Any) -> Fields:
+        """Return tasks; those of hooks when the group, "*" for all of them, or ids are given."""
+        if where.get("group") == "*":
+            del where["group"]
+        elif not {"group", "ids"} & where.keys():
+            where["hidden"] = "hooks"
         return {"tasks": [self._describe(task) for task in self._store.find(**where)]}
 
     def _get(self, id: int) -> Fields:
@@ -6191,6 +6588,25 @@ class TaskVerbs:
         found = read_process_logs(self._store, name, offsets or {}, lines).items()
         logs = {one: {"data": in_base64(data), "next": end} for one, (data, end) in found}
         return {"logs": logs}
+
+    def _events(
+        self, pattern: str = "*", since: float = 0.0, lines: int = 50, follow: bool = False
+    ) -> Fields | Iterator[Fields]:
+        """Return {"lines": [the last events]}; with follow one such frame after the other."""
+        found = read_events(self._store.folder, lines, follow, pattern, since)
+        frames = ({"type": "events", "lines": events} for events in found)
+        return frames if follow else next(frames)
+
+    def _emit(
+        self, event: str, payload: Fields | None = None, hooks: str = "", token: str | None = None
+    ) -> Fields:
+        """Publish custom.EVENT; the same token again starts nothing more."""
+        made = Event.make("custom." + event.removeprefix("custom."), payload or {}, "emit")
+        made.id = token or made.id
+        if len(json.dumps(made.to_dict())) > EVENT_MAX_BYTES:
+            raise bad(f"the event has more than {EVENT_MAX_BYTES} bytes", "name a file in it")
+        EventStore(self._store).emit(made, hooks)
+        return {"id": made.id}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -6664,8 +7080,8 @@ def settings_of(config: Config) -> Fields:
     return {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
 
 
-READING_VERBS = frozenset("list get wait why logs queue process_logs".split())
-WRITING_VERBS = frozenset("add cancel retry remove pause resume report".split())
+READING_VERBS = frozenset("list get wait why logs queue process_logs events".split())
+WRITING_VERBS = frozenset("add cancel retry remove pause resume report emit".split())
 
 
 class Project(Value):
@@ -6857,7 +7273,8 @@ class Client:
         try:
             config = load_config(self.project.config_path)
             store = TaskStore(path, config, self._pid_file, self.project.path)
-            with contextlib.closing(store):
+            with contextlib.closing(store), contextlib.closing(EventLog(folder)) as events:
+                store.on_events = events.write
                 form, act = TaskVerbs(store).table[verb]
                 return dict(json.loads(json.dumps(act(**read_fields(form, fields)))))
         finally:
@@ -6993,6 +7410,11 @@ class Client:
         """Report tokens, cost, progress (percent), note; return {"over_budget": bool}."""
         return self.call("report", {"id": task_id, "token": os.urandom(12).hex(), **usage})
 
+    def emit(self, event: str, payload: Fields | None = None) -> str:
+        """Publish the event custom.EVENT; return its id. The tasks of its hooks are on disk."""
+        fields = {"event": event, "payload": payload, "hooks": os.environ.get("APEX_HOOKS", "")}
+        return str(self.call("emit", {**fields, "token": os.urandom(12).hex()})["id"])
+
     def queue(self) -> Fields:
         """Return {"counts": {state: {group: n}}, "paused": [...], "groups": {...}}."""
         return self.call("queue", {})
@@ -7033,6 +7455,9 @@ def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
 # 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
 #     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
 # ============================================================================
+
+_STOPS = ("stop", "SIGTERM", "SIGINT", "SIGBREAK")
+
 
 class Mailbox:
     """What signal handlers and other threads tell the main thread, which sleeps until then."""
@@ -7087,6 +7512,7 @@ class Daemon:
         self._standing = threading.Event()  # a keeper takes starts
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
+        self._event_log, self.router = EventLog(project.folder), EventRouter()
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
@@ -7112,6 +7538,8 @@ class Daemon:
             log.error("%s (%s)", error, error.hint)
             raise
         finally:
+            self.router.close()
+            self._event_log.close()
             self._pid_file.release()
             close_log()
 
@@ -7134,6 +7562,8 @@ class Daemon:
         self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
         self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
         keepers.on_standing = self._note_standing
+        self.publish = EventStore(store).publish
+        store.on_events = self._hand_on
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(store, self._runner).table,
             **ProcessVerbs(self._supervisor, store).table,
@@ -7148,6 +7578,7 @@ class Daemon:
         self._runner.start()
         self._standing.wait(STANDING_S)
         log.info("ready")
+        self.publish("daemon.started", {"pid": os.getpid(), "version": __version__}, "daemon")
         self._report({"event": "ready", "pid": os.getpid()})
         try:
             self._obey()
@@ -7160,6 +7591,13 @@ class Daemon:
                 if self._pid_file.is_held():
                     self._write_state()
 
+    def _hand_on(self, events: Sequence[Event]) -> None:
+        """Let everybody hear of what is on disk now."""
+        self._event_log.write(events)
+        self.router.hand_on(events)
+        if any(event.type == "task.added" for event in events):
+            self._runner.wake()
+
     def _note_standing(self) -> None:
         self._standing.set()
         self._runner.wake()
@@ -7171,6 +7609,8 @@ class Daemon:
         for name in self._mailbox.take():
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             self._is_over = len(ended) == 2
+            if name == "leave" or (name in _STOPS and not self._first_term):
+                self.publish("daemon.stopping", {"why": name}, "daemon")
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
@@ -7186,7 +7626,7 @@ class Daemon:
         elif name == "failed":
             if not self._first_term:
                 self._runner.drain(self._config.daemon.graceful_timeout)
-        elif name in ("stop", "SIGTERM", "SIGINT", "SIGBREAK"):
+        elif name in _STOPS:
             now, is_first = Clock.mono(), not self._first_term
             if is_first or now - self._first_term >= FIRST_TERM_S:
                 log.info("%s: stopping%s", name, "" if is_first else " at once")
@@ -7201,6 +7641,7 @@ class Daemon:
             self._dump()
         elif name == "SIGUSR2":
             open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
+            self._event_log.close()
             log.info("reopened the log")
         elif os.getpid() == 1:  # SIGCHLD
             Platform.reap_orphans(self._keepers.has_child)
@@ -7235,6 +7676,8 @@ class Daemon:
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
+            changed = [re.split(r"[:=]", line)[0].strip() for line in plan]
+            self.publish("config.reloaded", {"changed": changed}, "daemon")
             self._runner.wake()
             return plan
 
@@ -7343,7 +7786,7 @@ class DaemonManager(Client):
         store_bytecode(folder)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
         argv = [sys.executable, "-I", "-S", launcher_path(folder), "_daemon", options]
-        env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
+        env = {k: v for k, v in os.environ.items() if k not in TASK_MARKS}
         env.update(APEX_DAEMON_MODE="1", MALLOC_ARENA_MAX="2")  # else an arena a thread
         return argv, env
 
@@ -7906,7 +8349,7 @@ def cmd_run(args: Args) -> int:
 def cmd_list(args: Args) -> int:
     """List tasks, the newest last."""
     client = client_of(args)
-    if args.group is not None:
+    if args.group not in (None, "*"):
         known = client.queue()["groups"]
         if args.group not in known:
             hint = "groups: " + ", ".join(known)
@@ -8056,7 +8499,7 @@ def cmd_logs(args: Args) -> int:
     else:
         raise bad(f"{args.task!r}: must be a task id, ID.ATTEMPT or a process", "see `list`")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a chunk may end in a character
-    for data in chunks:
+    for data in filter(None, chunks):
         text = decoder.decode(data)
         if args.json:
             print(json.dumps({"data": text}), flush=True)
@@ -8120,9 +8563,9 @@ def cmd_report(args: Args) -> int:
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
     if args.action == "list":
-        args.in_state, args.group, args.lines = "failed", None, None
+        args.in_state, args.group, args.lines = "failed", "*", None
         return cmd_list(args)
-    failed = {task["id"] for task in client_of(args).list(state="failed")}
+    failed = {task["id"] for task in client_of(args).list(state="failed", group="*")}
     args.ids = args.ids or sorted(failed)
     for task_id in (task_id for ids in task_ids(args.ids) for task_id in ids):
         if args.action == "show":
@@ -8134,6 +8577,41 @@ def cmd_dlq(args: Args) -> int:
     if args.action == "show":
         return 0
     return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
+
+
+@register(
+    "events",
+    arg("action", nargs="?", choices=("emit",), help="publish one instead: custom.NAME"),
+    arg("name", nargs="?", metavar="NAME"),
+    arg("-n", "--lines", type=reads(integer(1, LINES_MAX)), default=50, help="the last N"),
+    arg("-f", "--follow", **FLAG, help="go on as they come"),
+    arg("--type", default="*", metavar="PATTERN", help="only these, such as 'task.*'"),
+    arg("--since", type=reads(duration), metavar="TIME", help="only those of the last 10m"),
+    arg("--json", "-j", nargs="?", const=True, default=False, metavar="OBJECT",
+        help="print JSON only; of emit: what the event says"),
+)  # fmt: skip
+def cmd_events(args: Args) -> int:
+    """Show what happened, or publish an event of one's own."""
+    client, given = client_of(args), args.json if isinstance(args.json, str) else None
+    if args.action == "emit":
+        try:
+            payload = mapping(json.loads(given or "{}"))
+        except (ValueError, RecursionError):
+            raise bad(f"--json {str(given)[:40]!r}: must be a JSON object") from None
+        if args.name is None:
+            raise bad("no name of an event", "write: events emit NAME [--json '{...}']")
+        number = client.emit(args.name, payload)
+        return emit({"id": number}, args, number)
+    if given is not None:
+        raise bad(f"--json {given[:40]!r}: takes an object with `events emit NAME` alone")
+    since = 0.0 if args.since is None else Clock.now() - args.since
+    folder = client.project.folder
+    for events in read_events(folder, args.lines, args.follow, args.type, since):
+        for event in events:
+            rest = json.dumps(event["payload"], ensure_ascii=False)
+            line = f"{timestamp(event['time'])}  {event['type']:16}  {event['source']:14}  {rest}"
+            print(json.dumps(event) if args.json else printable(line), flush=True)
+    return 0
 
 
 @register("config")
@@ -8258,6 +8736,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = argparse.Namespace(json=False)
     if words[:1] == ["_keeper"]:
         os._exit(_guarded(lambda: run_keeper(*words[1:]), told))
+    if words[:1] == ["_deliver"]:  # the task of a hook with a URL
+        os._exit(_guarded(deliver, told))
     if words[:1] == ["_daemon"]:  # what `start` makes
         os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), told))
     for stream in (sys.stdout, sys.stderr):
