@@ -6603,7 +6603,11 @@ class TaskVerbs:
         """Publish custom.EVENT; the same token again starts nothing more."""
         made = Event.make("custom." + event.removeprefix("custom."), payload or {}, "emit")
         made.id = token or made.id
-        if len(json.dumps(made.to_dict())) > EVENT_MAX_BYTES:
+        try:
+            size = len(json.dumps(made.to_dict(), allow_nan=False))
+        except ValueError:
+            raise bad("the payload holds a number that is none in JSON") from None
+        if size > EVENT_MAX_BYTES:
             raise bad(f"the event has more than {EVENT_MAX_BYTES} bytes", "name a file in it")
         EventStore(self._store).emit(made, hooks)
         return {"id": made.id}
@@ -7609,7 +7613,7 @@ class Daemon:
         for name in self._mailbox.take():
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             self._is_over = len(ended) == 2
-            if name == "leave" or (name in _STOPS and not self._first_term):
+            if name in ("leave", "failed", *_STOPS) and not self._runner.is_draining:
                 self.publish("daemon.stopping", {"why": name}, "daemon")
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
