@@ -220,7 +220,7 @@ HOOK_ANSWER_S = 10.0  # for the server of a hook's URL
 ENVIRONMENT_KEPT = (
     "PATH HOME USER LOGNAME LANG TZ TMPDIR SHELL VIRTUAL_ENV CONDA_PREFIX PYTHONPATH "
     "SSH_AUTH_SOCK XDG_RUNTIME_DIR HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY "
-    "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA"
+    "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA APEX_HOOKS"
 ).split()
 # APEX_HOOKS stays: what the command of a hook adds must not start that hook again.
 ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_(?!HOOKS$)|APEXD_")
@@ -2796,6 +2796,7 @@ class Added(list[int]):
     """The ids of one `add`, in order; `existing`: those whose tasks had the key already."""
 
     existing: Sequence[int] = ()
+    made = range(0)  # those of new tasks
 
 
 def unknown_task(task_id: int) -> DaemonError:
@@ -2855,7 +2856,7 @@ def _insert_tasks(
     """Insert the tasks of one request; the plain ones of a large batch in few statements."""
     common = read_options(given, config)
     seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
-    next_id = (seq[0] if seq else 0) + 1
+    first = next_id = (seq[0] if seq else 0) + 1
     ids, existing = Added(), dict[int, None]()
     rows: list[tuple[Any, ...]] = []
 
@@ -2898,7 +2899,7 @@ def _insert_tasks(
         ids.append(next_id)
         next_id += 1
     flush()
-    ids.existing = list(existing)
+    ids.existing, ids.made = list(existing), range(first, next_id)
     return ids
 
 
@@ -3126,10 +3127,9 @@ class TaskStore:
         request = db.execute(sql, (token, *context, Clock.now())).lastrowid or 0
         count = len(db.events)
         ids = _insert_tasks(db, commands, options, self.config, request)
-        added = sorted({*ids} - {*ids.existing}) if ids.existing else ids
-        if added:
-            payload = {"count": len(added), "first": added[0], "last": added[-1]}
-            event = Event.make("task.added", payload, f"task {added[0]}")
+        if ids.made:
+            payload = {"count": len(ids.made), "first": ids.made[0], "last": ids.made[-1]}
+            event = Event.make("task.added", payload, f"task {ids.made[0]}")
             db.events.insert(count, (event, env.get("APEX_HOOKS", "")))
         answer = {"ids": ids, "existing": ids.existing} if ids.existing else ids
         bounds = (min(ids, default=0), max(ids, default=0))
@@ -4855,27 +4855,23 @@ def deliver() -> int:
             return None
 
     env = os.environ
-    body, name = env.get("APEX_EVENT", "").encode(), env.get("APEX_HOOKS", "").split(",")[-1]
+    body, name = env.get("APEX_EVENT", "{}").encode(), env.get("APEX_HOOKS", "").split(",")[-1]
     url, secret = env.get("APEX_HOOK_URL"), env.get("APEX_HOOK_SECRET")
-    if not url:
-        print(f"hook {name} has no url any more")
-        return 1
-    if secret == "":
-        print(f"hook.{name}.secret_env names a variable that the daemon does not have")
-        return 1
-    key = f"{json.loads(body)['id']}-{name}"
-    headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+    if not url or secret == "":
+        what = "secret_env names a variable that the daemon does not have" if url else "no url"
+        raise DaemonError("CONFIG_INVALID", f"hook.{name}: {what}", "mend it, then `dlq retry`")
+    headers = {"Content-Type": "application/json", "User-Agent": f"apexd/{__version__}"}
+    headers["Idempotency-Key"] = f"{json.loads(body)['id']}-{name}"
     if secret is not None:
         digest = hmac.new(os.fsencode(secret), body, hashlib.sha256).hexdigest()
         headers["X-Apexd-Signature"] = "sha256=" + digest
-    headers["User-Agent"] = f"apexd/{__version__}"
     request = urllib.request.Request(url, body, headers, method="POST")
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=HOOK_ANSWER_S) as answer:
-            print(f"delivered: {answer.status} {answer.reason}")
+            print(f"delivered: {answer.status} {answer.reason}", flush=True)
             return 0
     except (OSError, ValueError, http.client.HTTPException) as error:
-        print(f"not delivered: {error or type(error).__name__}")
+        print(f"not delivered: {error or type(error).__name__}", flush=True)
         return 1
 
 
@@ -6429,7 +6425,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "instances": integer(0, 1000), "signal": signal_number, "follow": truth, "wait": truth,
     "offsets": lambda value: {name: integer(0)(at) for name, at in mapping(value).items()},
     "lines": integer(1, LINES_MAX), "pattern": line_of_text, "since": number, "hooks": line_of_text,
-    "event": matching(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", "a name such as deploy.done"),
+    "event": matching(r"(?!.{100})[\w-]+(\.[\w-]+)*", "a name such as deploy.done"),
     "payload": mapping,
 }  # fmt: skip
 
