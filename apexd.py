@@ -2287,14 +2287,10 @@ def _parse(path: str, text: str) -> object:
 
 
 def open_rotating(path: str, most_bytes: int, count: int) -> Any:
-    """Return a handler for a file that is rotated, `count` older ones kept.
-
-    A full disk costs lines, never the daemon: `lost` counts the records that failed.
-    """
+    """Return a handler for a file that is rotated, `count` older ones are kept."""
     import logging.handlers
 
     class Handler(logging.handlers.RotatingFileHandler):
-        lost = 0
         next_mono = 0.0  # while somebody has the file open, Windows cannot rename it: write on
 
         def shouldRollover(self, record: logging.LogRecord) -> bool:
@@ -2309,7 +2305,7 @@ def open_rotating(path: str, most_bytes: int, count: int) -> Any:
                 self.next_mono = Clock.mono() + 60.0
 
         def handleError(self, record: logging.LogRecord) -> None:
-            self.lost += 1
+            pass  # a full disk costs lines, never the daemon
 
     os.close(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
     return Handler(
@@ -2755,10 +2751,6 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
     return act
 
 
-# Of the states that a task can reach; a way back to the queue is "retrying", or "lost".
-EVENT_TYPES = {
-    State.RUNNING: "started", **{state: state.value for state in DONE},
-}  # fmt: skip
 _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
 SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
@@ -2918,7 +2910,7 @@ def _insert_deps(
 
 def set_state(
     db: Transaction, task_id: int, old: State, new: State, due_at: float | None = None,
-    told: Mapping[str, Any] | None = None,
+    told: Mapping[str, Any] = {},
 ) -> None:  # fmt: skip
     """Move a task: the only writer of `state`, but for its insertion.
 
@@ -2934,12 +2926,11 @@ def set_state(
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
-        is_event = new == State.RUNNING or new in DONE or old == State.RUNNING or old in DONE
-        if is_event:
-            type, told = EVENT_TYPES.get(new, "retrying"), told or {}
-            type = "lost" if type == "retrying" and told.get("outcome") == "lost" else type
-            db.note_task(task_id, type, {"state": new.value, **told})
-        told = None  # it is not of those that follow
+        if {old, new} & {State.RUNNING, *DONE}:
+            again = "lost" if told.get("outcome") == "lost" else "retrying"
+            what = "started" if new == State.RUNNING else new.value if new in DONE else again
+            db.note_task(task_id, what, {"state": new.value, **told})
+        told = {}  # it is not of those that follow
         if new not in DONE:
             continue
         for child, due_at, open_deps, need in db.execute(
@@ -3102,23 +3093,20 @@ class TaskStore:
                 ids = Added(answer["ids"] if isinstance(answer, dict) else answer)
                 ids.existing = answer["existing"] if isinstance(answer, dict) else ()
                 return ids
-            self.refuse_overflow(db, len(commands))
             context = (token, cwd or here(), env or {}, umask)
             return self.insert(db, commands, options or {}, *context)
-
-    def refuse_overflow(self, db: Transaction, count: int) -> None:
-        """Raise QUEUE_FULL when the queue cannot take so many more tasks."""
-        sql = f"SELECT coalesce(sum(n), 0) FROM counts WHERE state NOT IN {_DONE}"
-        (unfinished,) = db.execute(sql).fetchone()
-        if unfinished + count > self.config.retention.max_queue:
-            hint = "wait, remove some, or raise retention.max_queue"
-            raise DaemonError("QUEUE_FULL", f"{unfinished} unfinished tasks are queued", hint)
 
     def insert(
         self, db: Transaction, commands: Sequence[Any], options: Mapping[str, Any],
         token: str | None, cwd: str, env: Mapping[str, str], umask: int | None,
+        is_limited: bool = True,
     ) -> Added:  # fmt: skip
         """Insert a request and its tasks, within the transaction of a caller."""
+        sql = f"SELECT coalesce(sum(n), 0) FROM counts WHERE state NOT IN {_DONE}"
+        (unfinished,) = db.execute(sql).fetchone()
+        if is_limited and unfinished + len(commands) > self.config.retention.max_queue:
+            hint = "wait, remove some, or raise retention.max_queue"
+            raise DaemonError("QUEUE_FULL", f"{unfinished} unfinished tasks are queued", hint)
         context = (json.dumps(cwd), json.dumps(dict(env)), umask)
         sql = """
             INSERT INTO requests (token, cwd, env, umask, created_at, answer)
@@ -3141,10 +3129,7 @@ class TaskStore:
         self, state: str | None = None, group: str | None = None, before: int | None = None,
         limit: int = 100, ids: Iterable[int | range] | None = None, hidden: str | None = None,
     ) -> list[Task]:  # fmt: skip
-        """Return the newest tasks with ids below `before`, ascending; at most `limit`.
-
-        hidden: not those of this group.
-        """
+        """Return the newest tasks below `before`, ascending, at most `limit`; none of `hidden`."""
         filters = {
             "t.state = :state": state,
             "t.grp = :grp": group,
@@ -3536,7 +3521,6 @@ class EventStore:
             free = [key for key in keys if key not in unfinished]
             task_id = None
             if len(free) > (trigger.overlap == "skip"):
-                self._store.refuse_overflow(db, 1)
                 after = [f"{one}:any" for one in unfinished.values()] or None
                 given = {"key": free[0], "after": after}
                 task_id = self._insert(db, trigger, trigger.command, event, env or {}, given)
@@ -3552,12 +3536,13 @@ class EventStore:
         given: Mapping[str, Any], token: str | None = None,
     ) -> int:  # fmt: skip
         """Insert a trigger's task, with its options, `given` over them; return its id."""
-        config, store = self._store.config, self._store
-        options = {name: getattr(trigger, name, None) for name in TASK_READERS}
+        store, options = self._store, {name: getattr(trigger, name, None) for name in TASK_READERS}
         own = {**trigger.env, "APEX_EVENT": json.dumps(event.to_dict()), **env}
-        context = {**capture_environment(config.daemon.env_keep), **own}
+        context = {**capture_environment(store.config.daemon.env_keep), **own}
         cwd = os.path.join(store.project, trigger.cwd)
-        return store.insert(db, [command], {**options, **given}, token, cwd, context, None)[0]
+        options.update(given)  # and a full queue must not keep a result from its record
+        is_limited = token is None
+        return store.insert(db, [command], options, token, cwd, context, None, is_limited)[0]
 
     def start_hooks(self, db: Transaction) -> None:
         """Insert the deliveries of a transaction's events, and of the deliveries' own ones.
@@ -4669,33 +4654,24 @@ def make_limits(options: Any) -> dict[str, Any]:
 #     Uses 1-9. Any thread; a router has one a subscription. Closed by: its maker.
 # ============================================================================
 
-# What starts a task, a hook, is part of the transaction that changes a task: see EventStore. What
-# is here hears of an event after its commit, and a crash in between costs a line, never a task.
+# Hooks are part of the transaction that changes a task: see EventStore. What is here hears of an
+# event after its commit, so a crash in between costs a line of the log, never a hook's task.
 
 
 class EventLog:
-    """Writes `events.log`, one line of JSON an event. Any thread; never raises."""
+    """Writes `events.log`, a line of JSON an event. Any thread; a full disk costs events."""
 
     def __init__(self, folder: str) -> None:
         self._path = os.path.join(folder, "events.log")
         self._file: Any = None
-        self._lost = 0  # events, since it cannot be written
 
     def write(self, events: Sequence[Event]) -> None:
-        """Append events; on a full disk they are lost, which daemon.log says once."""
-        text = "\n".join(json.dumps(event.to_dict()) for event in events)
-        try:
+        """Append events; never raises."""
+        with contextlib.suppress(OSError, DaemonError):
             self._file = self._file or open_rotating(self._path, EVENTS_MAX_BYTES, 1)
-            before = self._file.lost
-            self._file.handle(logging.makeLogRecord({"msg": text}))
-            is_failing, why = self._file.lost > before, "a full disk?"
-        except (OSError, DaemonError) as error:
-            is_failing, why = True, str(error)
-        if is_failing and not self._lost:
-            log.error("events.log cannot be written: %s", why)
-        elif self._lost and not is_failing:
-            log.warning("events.log lacks %d events", self._lost)
-        self._lost = self._lost + len(events) if is_failing else 0
+            for at in range(0, len(events), 1000):
+                lines = [json.dumps(event.to_dict()) for event in events[at : at + 1000]]
+                self._file.handle(logging.makeLogRecord({"msg": "\n".join(lines)}))
 
     def close(self) -> None:
         """Close the file; the next event opens it again."""
@@ -4739,23 +4715,19 @@ class EventRouter:
 
     def __init__(self) -> None:
         self._closing = threading.Event()
-        self._lock = threading.Lock()  # guards what follows
         self._history: deque[Event] = deque(maxlen=HISTORY_MAX)
         self._dead_letters: deque[dict[str, Any]] = deque(maxlen=DEAD_LETTERS_MAX)
-        self._readers: list[tuple[str, queue.SimpleQueue[Event | None]]] = []
-        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()  # guards what follows
+        self._readers: dict[threading.Thread, tuple[str, Any]] = {}  # with pattern and queue
 
     def subscribe(self, pattern: str, handler: Callable[[Event], object]) -> None:
         """Call `handler` with each event, from now on, whose type matches: "task.*", "*"."""
         waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         args, name = (handler, waiting), f"events-{pattern}"
         thread = threading.Thread(target=self._serve, args=args, name=name, daemon=True)
+        thread.start()
         with self._lock:
-            if self._closing.is_set():
-                raise DaemonError("NOT_RUNNING", "the router is closed", "make another")
-            thread.start()
-            self._threads.append(thread)
-            self._readers.append((pattern, waiting))
+            self._readers[thread] = pattern, waiting
 
     def publish(
         self, type: str, payload: Mapping[str, Any] | None = None, source: str = ""
@@ -4765,79 +4737,64 @@ class EventRouter:
         self.hand_on([event])
         return event
 
-    def hand_on(self, events: Sequence[Event]) -> None:
+    def hand_on(self, events: Iterable[Event]) -> None:
         """Keep events and give them to the threads of those who subscribed to them."""
         with self._lock:
-            self._history.extend(events)
-            for pattern, waiting in self._readers:
-                for event in events:
+            for event in events:
+                self._history.append(event)
+                for pattern, waiting in self._readers.values():
                     if not fnmatch.fnmatchcase(event.type, pattern):
                         continue
                     if waiting.qsize() < HANDLER_BEHIND_MAX:
                         waiting.put(event)
                     else:
-                        self._bury(event, f"the handler of {pattern} is too slow", 0)
+                        self._bury(event, "its handler is too slow", 0)
 
     def _bury(self, event: Event, error: str, attempts: int) -> None:
-        log.warning("event %s (%s) is a dead letter: %s", event.id, event.type, error)
         self._dead_letters.append({"event": event, "error": error, "attempts": attempts})
 
-    def _serve(
-        self, handler: Callable[[Event], object], waiting: queue.SimpleQueue[Event | None]
-    ) -> None:
+    def _serve(self, handler: Callable[[Event], object], waiting: Any) -> None:
         for event in iter(waiting.get, None):
             for attempt, pause_s in enumerate((0.0, *HANDLER_PAUSES_S), 1):
-                if pause_s:
-                    self._closing.wait(pause_s)
+                self._closing.wait(pause_s)
                 try:
                     handler(event)
                     break
                 except Exception as error:  # the user's callback
-                    log.warning("a handler of %s failed", event.type, exc_info=True)
+                    log.exception("a handler of %s failed", event.type)
                     if attempt > len(HANDLER_PAUSES_S):
-                        with self._lock:
-                            self._bury(event, f"{type(error).__name__}: {error}", attempt)
+                        self._bury(event, f"{type(error).__name__}: {error}", attempt)
 
     def history(
         self, type: str | None = None, source: str | None = None, limit: int = 50
     ) -> list[Event]:
         """Return the last events, the newest last; type is a pattern."""
-        with self._lock:
-            events = [
-                event
-                for event in self._history
-                if (type is None or fnmatch.fnmatchcase(event.type, type))
-                and source in (None, event.source)
-            ]
+        events = [e for e in self._history.copy() if source in (None, e.source)]
+        events = [e for e in events if fnmatch.fnmatchcase(e.type, type or "*")]
         return events[-limit:] if limit > 0 else []
+
+    def clear_history(self) -> None:
+        """Forget the events."""
+        self._history.clear()
 
     def dead_letters(self) -> list[dict[str, Any]]:
         """Return the last {"event", "error", "attempts"}, the newest last."""
-        with self._lock:
-            return [*self._dead_letters]
-
-    def clear(self) -> None:
-        """Forget the history."""
-        with self._lock:
-            self._history.clear()
+        return [*self._dead_letters.copy()]
 
     def clear_dead_letters(self) -> None:
         """Forget the dead letters."""
-        with self._lock:
-            self._dead_letters.clear()
+        self._dead_letters.clear()
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Let handlers work off what waits, without pauses between tries, then end them."""
         deadline = Clock.mono() + timeout_s
+        self._closing.set()
         with self._lock:
-            self._closing.set()
-            readers, threads = self._readers, self._threads
-            self._readers, self._threads = [], []
-        for _, waiting in readers:
+            readers, self._readers = self._readers, {}
+        for _, waiting in readers.values():
             waiting.put(None)
-        for thread in threads:
-            if thread is not threading.current_thread():  # a handler that closes its router
-                thread.join(max(deadline - Clock.mono(), 0.0))
+        for thread in readers.keys() - {threading.current_thread()}:
+            thread.join(max(deadline - Clock.mono(), 0.0))
 
 
 def deliver() -> int:
@@ -4867,12 +4824,11 @@ def deliver() -> int:
         headers["X-Apexd-Signature"] = "sha256=" + digest
     request = urllib.request.Request(url, body, headers, method="POST")
     try:
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=HOOK_ANSWER_S) as answer:
-            print(f"delivered: {answer.status} {answer.reason}", flush=True)
-            return 0
+        urllib.request.build_opener(NoRedirect).open(request, timeout=HOOK_ANSWER_S).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
         print(f"not delivered: {error or type(error).__name__}", flush=True)
         return 1
+    return 0
 
 
 # ============================================================================
@@ -5293,14 +5249,10 @@ class ProcessState(str, Enum):
     FAILED = "failed"  # ended too often; tried again seldom
 
 
-SILENT = "no sign of life"  # why one that hung is stopped
 _UP = {ProcessState.STARTING, ProcessState.RUNNING, ProcessState.UNHEALTHY}
 _DOWN = {ProcessState.BACKOFF, ProcessState.CRASHED, ProcessState.FAILED}
 _READY = {ProcessState.RUNNING, ProcessState.UNHEALTHY}
-_TOLD = {  # the moves that are events, for what an instance has become
-    ProcessState.RUNNING: "ready", ProcessState.CRASHED: "crashed", ProcessState.FAILED: "failed",
-    ProcessState.STOPPED: "stopped",
-}  # fmt: skip
+_TOLD = {ProcessState.RUNNING, ProcessState.STOPPED, *_DOWN} - {ProcessState.BACKOFF}  # by events
 _ENDS = {ProcessState.STOPPING, ProcessState.CRASHED}
 PROCESS_MOVES: dict[ProcessState, set[ProcessState]] = {
     ProcessState.STOPPED: {ProcessState.STARTING},
@@ -5382,7 +5334,7 @@ def _while_alive(now: float, view: View) -> Action:
         if policy.ready and now >= view.started + policy.ready.within:
             why = f"not ready within {span(policy.ready.within)}"
     elif policy.live and (view.lapses >= policy.live.failures or now >= silence_ends(view)):
-        why = f"{SILENT} for {span(now - view.last_sign)}"
+        why = f"no sign of life for {span(now - view.last_sign)}"
     else:
         state = ProcessState.UNHEALTHY if policy.live and view.lapses else ProcessState.RUNNING
     if why is None:
@@ -5681,6 +5633,12 @@ class Watch:
                     one.remark = word[len("STATUS=") :][:1000]
 
 
+def publish(instance: Instance, type: str, why: str | None = None) -> None:
+    """Publish an event of an instance; holds the lock."""
+    payload = {"name": instance.name, "instance": instance.index, "why": why}
+    EventStore(instance.store).publish("process." + type, payload, f"process {instance.id}")
+
+
 class Instance:
     """One copy of a process: what `decide` sees of it, its run, what it has been through.
 
@@ -5762,20 +5720,16 @@ class Instance:
                 self.write_note(ready=True)
         if state == ProcessState.STOPPING:
             self.flaw = why or ""
-        if state in _TOLD and self.view.state != ProcessState.UNHEALTHY:
-            self.publish(_TOLD[state], why)
-        elif state == ProcessState.STOPPING and (why or "").startswith(SILENT):
-            self.publish("hung", why)
+        was_ready, is_kept = self.is_ready(), self.view.is_wanted and not self.view.is_stale
+        if state == ProcessState.STOPPING and was_ready and is_kept:
+            publish(self, "hung", why)
+        elif state in _TOLD and not (was_ready and state in _READY):
+            publish(self, "ready" if state in _READY else state.value, why)
         is_given_up = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
         self.view.state = state
         if state == ProcessState.STOPPED and is_given_up:
             self.forget()
         self.moved.notify_all()
-
-    def publish(self, type: str, why: str | None = None) -> None:
-        """Publish an event of this instance; holds the lock."""
-        payload = {"name": self.name, "instance": self.index, "why": why}
-        EventStore(self.store).publish("process." + type, payload, f"process {self.id}")
 
     def forget(self) -> None:
         """Let the next start be a first one; holds the lock, and has no child."""
@@ -5826,7 +5780,7 @@ class Instance:
         failpoint("note")
         self.keepers.start(self.ward, word)
         self.keepers.flush()
-        self.publish("started")
+        publish(self, "started")
 
     def adopt(self) -> None:
         """Find out what became of the run that its note tells of; holds the lock."""
@@ -6599,11 +6553,7 @@ class TaskVerbs:
         """Publish custom.EVENT; the same token again starts nothing more."""
         made = Event.make("custom." + event.removeprefix("custom."), payload or {}, "emit")
         made.id = token or made.id
-        try:
-            size = len(json.dumps(made.to_dict(), allow_nan=False))
-        except ValueError:
-            raise bad("the payload holds a number that is none in JSON") from None
-        if size > EVENT_MAX_BYTES:
+        if len(json.dumps(made.to_dict())) > EVENT_MAX_BYTES:
             raise bad(f"the event has more than {EVENT_MAX_BYTES} bytes", "name a file in it")
         EventStore(self._store).emit(made, hooks)
         return {"id": made.id}
@@ -8595,7 +8545,7 @@ def cmd_events(args: Args) -> int:
     client, given = client_of(args), args.json if isinstance(args.json, str) else None
     if args.action == "emit":
         try:
-            payload = mapping(json.loads(given or "{}"))
+            payload = mapping(json.loads(given or "{}", parse_constant=int))
         except (ValueError, RecursionError):
             raise bad(f"--json {str(given)[:40]!r}: must be a JSON object") from None
         if args.name is None:

@@ -4713,7 +4713,7 @@ class TestEventRouter:
         assert [e.payload["n"] for e in router.history("a.1", limit=2)] == [1097, 1099]
         assert [e.payload["n"] for e in router.history("a.*", "even", 2)] == [1092, 1096]
         assert router.history(limit=0) == [] and router.history("b.*") == []
-        router.clear()
+        router.clear_history()
         assert router.history() == []
 
     def test_a_failing_handler_is_tried_four_times_then_it_is_a_dead_letter(self, router, hurried):
@@ -4778,9 +4778,6 @@ class TestEventRouter:
         router.subscribe("first", on_first)
         router.publish("first")
         eventually(lambda: got)
-        with pytest.raises(apexd.DaemonError):
-            eventually(lambda: router._closing.is_set())
-            router.subscribe("x", got.append)
 
     def test_close_lets_handlers_work_off_what_waits_without_pauses(self, router):
         got, tries = [], []
