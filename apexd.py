@@ -3543,7 +3543,10 @@ class EventStore:
         """Insert a trigger's task, with its options, `given` over them; return its id."""
         store, options = self._store, {name: getattr(trigger, name, None) for name in TASK_READERS}
         own = {**trigger.env, "APEX_EVENT": json.dumps(event.to_dict()), **env}
-        context = {**capture_environment(store.config.daemon.env_keep), **own}
+        inherited = capture_environment(store.config.daemon.env_keep)
+        for hook in store.config.hooks.values():
+            inherited.pop(hook.secret_env, None)  # whatever env_keep says: it goes to no disk
+        context = {**inherited, **own}
         cwd = os.path.join(store.project, trigger.cwd)
         options.update(given)  # and a full queue must not keep a result from its record
         is_limited = token is None
@@ -4668,20 +4671,18 @@ class EventLog:
 
     def __init__(self, folder: str) -> None:
         self._path = os.path.join(folder, "events.log")
-        self._lock = threading.Lock()  # guards what follows
         self._file: Any = None
 
     def write(self, events: Sequence[Event]) -> None:
         """Append events; never raises."""
-        with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
-            file = self._file = self._file or open_rotating(self._path, EVENTS_MAX_BYTES, 1)
+        with contextlib.suppress(OSError, ValueError, DaemonError):
+            if self._file is None:
+                self._file = open_rotating(self._path, EVENTS_MAX_BYTES, 1)
+                self._file.setFormatter(SimpleNamespace(format=lambda record: record.getMessage()))
             for at in range(0, len(events), 1000):
-                text = "".join(json.dumps(e.to_dict()) + "\n" for e in events[at : at + 1000])
+                text = "\n".join(json.dumps(event.to_dict()) for event in events[at : at + 1000])
                 # A LogRecord would cost as much as all else that an event costs.
-                if file.shouldRollover(SimpleNamespace(getMessage=text.__str__)):
-                    file.doRollover()
-                file.stream.write(text)
-                file.stream.flush()
+                self._file.handle(SimpleNamespace(getMessage=text.__str__))
 
     def close(self) -> None:
         """Close the file; the next event opens it again."""
@@ -4703,9 +4704,10 @@ def read_events(
         *whole, rest = (rest + data).split(b"\n")
         found = []
         for line in whole:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off by a full disk
+            with contextlib.suppress(ValueError, TypeError, AttributeError):  # of a full disk
                 event = json.loads(line)
-                if event["time"] >= since and fnmatch.fnmatchcase(event["type"], pattern):
+                is_whole = event.keys() >= Event.__annotations__.keys() and event["time"] >= since
+                if is_whole and fnmatch.fnmatchcase(event["type"], pattern):
                     found.append(event)
         if is_recent:
             recent.extend(found)
@@ -8547,7 +8549,7 @@ def cmd_dlq(args: Args) -> int:
     arg("-f", "--follow", **FLAG, help="go on as they come"),
     arg("--type", default="*", metavar="PATTERN", help="only these, such as 'task.*'"),
     arg("--since", type=reads(duration), metavar="TIME", help="only those of the last 10m"),
-    arg("--json", "-j", nargs="?", const=True, default=False, metavar="OBJECT",
+    arg("--json", "-j", nargs="?", const=True, default=argparse.SUPPRESS, metavar="OBJECT",
         help="print JSON only; of emit: what the event says"),
 )  # fmt: skip
 def cmd_events(args: Args) -> int:

@@ -4880,7 +4880,8 @@ class TestEventLog:
         for n, event in enumerate(events):
             event.time = 1000.0 + n
         log.write(events)
-        write(str(tmp_path / "events.log"), read(tmp_path / "events.log") + '{"time": 1\n{}\n[1]\n"x"\n')
+        bad = '{"time": 1\n{}\n[1]\n"x"\n{"time": 1, "type": "task.failed"}\n\xff\n'
+        write(str(tmp_path / "events.log"), read(tmp_path / "events.log") + bad)
         log.write([self.event(10, "task.failed")])
 
         def found(*args):
@@ -5083,14 +5084,17 @@ class TestHooks:
     def test_a_url_is_delivered_signed_though_it_fails_twice(self, box):
         with HookServer([503, 500]) as server:
             url = f"http://127.0.0.1:{server.port}/hook?a=b"
-            box.config({"hook": {"web": {"on": ["task.failed"], "url": url, "secret_env": "HOOK_KEY"}}})
+            hook = {"on": ["task.failed"], "url": url, "secret_env": "HOOK_KEY"}
+            box.config({"hook": {"web": hook}, "daemon": {"env_keep": ["*"]}})
             secret = "0d1f-geheim-77"
             box.start(env={"HOOK_KEY": secret})
             box.until(box.add("false"))
             (task,) = eventually(lambda: [t for t in hook_tasks(box) if t["state"] == "succeeded"], 30)
             assert task["attempts"] == 3 and len(server.got) == 3
             box.run("reload")
+            self.assert_nowhere(secret, box.state)
             box.stop()
+            self.assert_nowhere(secret, box.state)
         import hmac
 
         for path, headers, body, _ in server.got:
@@ -5100,10 +5104,12 @@ class TestHooks:
             assert headers["Idempotency-Key"] == json.loads(body)["id"] + "-web"
         assert len({headers["Idempotency-Key"] for _, headers, _, _ in server.got}) == 1
         assert json.loads(server.got[0][2]) in events_of(box, "task.failed")
-        for folder, _, names in os.walk(box.state):
-            for name in names:
-                with open(os.path.join(folder, name), "rb") as file:
-                    assert secret.encode() not in file.read(), name
+
+    def assert_nowhere(self, secret, folder):
+        for path in glob.glob(os.path.join(folder, "**"), recursive=True):
+            if stat.S_ISREG(os.stat(path).st_mode):
+                with open(path, "rb") as file:
+                    assert secret.encode() not in file.read(), path
 
     def test_redirects_and_a_missing_secret_deliver_nothing(self, box):
         with HookServer([302, 307]) as server:
@@ -5202,6 +5208,7 @@ class TestEventCommands:
         number = box.run("events", "emit", "deploy.done", "--json", '{"by": "me", "n": 1}').stdout
         assert json.loads(number)["id"]
         lines = box.run("events", "--json").stdout.splitlines()
+        assert box.run("--json", "events").stdout.splitlines() == lines
         first, second = map(json.loads, lines)
         assert (first["type"], second["type"]) == ("task.added", "custom.deploy.done")
         assert second["payload"] == {"by": "me", "n": 1} and second["id"] == json.loads(number)["id"]
