@@ -21,11 +21,11 @@ Map (a section uses only sections above it):
      4. PLATFORM    the only place that asks which system this is
      5. FILES       safe reading and replacing, the state folder, logs that lose their head
      6. CONFIG      load, check, compare for reload
-     7. LOG         the daemon's own log
+     7. LOG         the daemon's own log; the file of events
      8. PIDFILE     the lock and the PID file
      9. STORE       schema, migrations, all SQL
     10. KEEPER      the process that owns all children, and the daemon's end of it
-    12. EVENTS      the log of what happened; subscribers; what hooks send to a URL
+    12. EVENTS      reading what happened; subscribers; what hooks send to a URL
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
     16. CONTROL     frames, verbs, server, Client
@@ -2284,8 +2284,8 @@ def _parse(path: str, text: str) -> object:
 
 
 # ============================================================================
-# 7. LOG - the daemon's own log
-#    Uses 1-6. Any thread. Opened and closed by: Daemon.
+# 7. LOG - the daemon's own log; the file of events
+#    Uses 1-6. Any thread. Opened and closed by: Daemon; of events: TaskStore.
 # ============================================================================
 
 
@@ -2346,6 +2346,31 @@ def close_log() -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
+
+
+class EventLog:
+    """Writes `events.log`, a line of JSON an event. Any thread; a full disk costs events."""
+
+    def __init__(self, folder: str) -> None:
+        self._path = os.path.join(folder, "events.log")
+        self._file: Any = None
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Append events; never raises."""
+        with contextlib.suppress(OSError, ValueError, DaemonError):
+            if self._file is None:
+                self._file = open_rotating(self._path, EVENTS_MAX_BYTES, 1)
+                self._file.setFormatter(SimpleNamespace(format=lambda record: record.getMessage()))
+            for at in range(0, len(events), 1000):
+                text = "\n".join(json.dumps(event.to_dict()) for event in events[at : at + 1000])
+                # A LogRecord would cost as much as all else that an event costs.
+                self._file.handle(SimpleNamespace(getMessage=text.__str__))
+
+    def close(self) -> None:
+        """Close the file; the next event opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 # ============================================================================
@@ -3057,6 +3082,7 @@ class TaskStore:
         self.project = project or os.path.dirname(self.folder)
         self.config = config or Config({})
         self.on_events: Callable[[Sequence[Event]], None] = lambda events: None  # after the commit
+        self.event_log = EventLog(self.folder if path != ":memory:" else os.devnull)
         self.last_upkeep: Any = None  # what `prune_all` saw the last time
         self._own_lock = PidFile(os.path.join(self.folder, "daemon.pid"))
         if lock is None:
@@ -3070,11 +3096,17 @@ class TaskStore:
             self._own_lock.release()
             raise
         self.database.before_commit = EventStore(self).start_hooks
-        self.database.after_commit = lambda events: self.on_events(events)
+        self.database.after_commit = self.hand_on
+
+    def hand_on(self, events: Sequence[Event]) -> None:
+        """Let others hear of what is on disk now."""
+        self.event_log.write(events)
+        self.on_events(events)
 
     def close(self) -> None:
         """Close the database and let go of the lock if it was taken here."""
         self.database.close()
+        self.event_log.close()
         self._own_lock.release()
 
     def add(
@@ -3599,7 +3631,7 @@ class EventStore:
     def emit(self, event: Event, hooks: str = "") -> None:
         """Do the same for an event, once by its id; hooks: those that led to it."""
         if not self._find_hooks(event):
-            self._store.on_events([event])
+            self._store.hand_on([event])
             return
         with self._store.database.write(is_vital=False) as db:
             db.events.append((event, hooks))
@@ -4658,37 +4690,12 @@ def make_limits(options: Any) -> dict[str, Any]:
 
 
 # ============================================================================
-# 12. EVENTS - the log of what happened; subscribers; what hooks send to a URL
+# 12. EVENTS - reading what happened; subscribers; what hooks send to a URL
 #     Uses 1-9. Any thread; a router has one a subscription. Closed by: its maker.
 # ============================================================================
 
 # Hooks are part of the transaction that changes a task: see EventStore. What is here hears of an
 # event after its commit, so a crash in between costs a line of the log, never a hook's task.
-
-
-class EventLog:
-    """Writes `events.log`, a line of JSON an event. Any thread; a full disk costs events."""
-
-    def __init__(self, folder: str) -> None:
-        self._path = os.path.join(folder, "events.log")
-        self._file: Any = None
-
-    def write(self, events: Sequence[Event]) -> None:
-        """Append events; never raises."""
-        with contextlib.suppress(OSError, ValueError, DaemonError):
-            if self._file is None:
-                self._file = open_rotating(self._path, EVENTS_MAX_BYTES, 1)
-                self._file.setFormatter(SimpleNamespace(format=lambda record: record.getMessage()))
-            for at in range(0, len(events), 1000):
-                text = "\n".join(json.dumps(event.to_dict()) for event in events[at : at + 1000])
-                # A LogRecord would cost as much as all else that an event costs.
-                self._file.handle(SimpleNamespace(getMessage=text.__str__))
-
-    def close(self) -> None:
-        """Close the file; the next event opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def read_events(
@@ -7235,8 +7242,7 @@ class Client:
         try:
             config = load_config(self.project.config_path)
             store = TaskStore(path, config, self._pid_file, self.project.path)
-            with contextlib.closing(store), contextlib.closing(EventLog(folder)) as events:
-                store.on_events = events.write
+            with contextlib.closing(store):
                 form, act = TaskVerbs(store).table[verb]
                 return dict(json.loads(json.dumps(act(**read_fields(form, fields)))))
         finally:
@@ -7474,7 +7480,7 @@ class Daemon:
         self._standing = threading.Event()  # a keeper takes starts
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
-        self._event_log, self.router = EventLog(project.folder), EventRouter()
+        self.router = EventRouter()
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
@@ -7501,7 +7507,6 @@ class Daemon:
             raise
         finally:
             self.router.close()
-            self._event_log.close()
             self._pid_file.release()
             close_log()
 
@@ -7554,8 +7559,7 @@ class Daemon:
                     self._write_state()
 
     def _hand_on(self, events: Sequence[Event]) -> None:
-        """Let everybody hear of what is on disk now."""
-        self._event_log.write(events)
+        """Tell subscribers, and the runner, of what is on disk now."""
         self.router.hand_on(events)
         if any(event.type == "task.added" for event in events):
             self._runner.wake()
@@ -7603,7 +7607,7 @@ class Daemon:
             self._dump()
         elif name == "SIGUSR2":
             open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
-            self._event_log.close()
+            self._store.event_log.close()
             log.info("reopened the log")
         elif os.getpid() == 1:  # SIGCHLD
             Platform.reap_orphans(self._keepers.has_child)
