@@ -1,7 +1,7 @@
 """Tests of apexd.py, with real files, processes, sockets and signals; nothing is mocked.
 
-    python3 test_apexd.py                 # brings pytest along if it is not installed
-    python3 -m pytest -q test_apexd.py    # the same with one's own pytest
+    python3 test_apexd.py                 # several at once; brings pytest along if need be
+    python3 -m pytest -q test_apexd.py    # one after the other
     APEXD_SLOW=1 python3 test_apexd.py    # races many times over, and the slow tests
 
 One class a section of apexd.py, in the same order and under the same banners. Each test
@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -37,6 +38,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from queue import SimpleQueue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -63,7 +65,7 @@ def run_with_own_pytest():
         if status:
             print("that failed: install pytest by hand, or go online once", file=sys.stderr)
             return status
-    return subprocess.call([python, "-m", "pytest", os.path.abspath(__file__), *sys.argv[1:]])
+    return subprocess.call([python, os.path.abspath(__file__), *sys.argv[1:]])
 
 
 try:
@@ -88,6 +90,13 @@ slow = pytest.mark.skipif(not SLOW, reason="slow: set APEXD_SLOW=1")
 posix = pytest.mark.skipif(IS_WINDOWS, reason="of POSIX systems")
 linux = pytest.mark.skipif(not IS_LINUX, reason="needs Linux")
 root = pytest.mark.skipif(not IS_ROOT, reason="needs root")
+
+
+def alone(test):
+    """Mark a test that measures, or changes what others rely on: nothing runs beside it."""
+    test.is_alone = True
+    return test
+
 
 # What a project of the tests is set to, so that nobody waits.
 FAST = {
@@ -1182,18 +1191,6 @@ class TestPlatform:
                 assert lock(mine.fileno(), shared=True) is True
 
     @posix
-    def test_waiting_for_a_lock_ends_when_its_holder_dies(self, tmp_path):
-        path = str(tmp_path / "lock")
-        with open(path, "a") as mine, locked(path) as other:
-            waiter = threading.Thread(
-                target=apexd.Platform.lock, args=(mine.fileno(),), kwargs={"wait": True}
-            )
-            waiter.start()
-            other.kill()
-            waiter.join(10)
-            assert not waiter.is_alive()
-
-    @posix
     def test_a_lock_is_inherited_and_outlives_its_taker(self, tmp_path):
         path = str(tmp_path / "lock")
         with open(path, "a") as again:
@@ -1261,6 +1258,22 @@ class TestPlatform:
             child.kill()
             child.wait()
         assert apexd.Platform.start_time(child.pid) is None, "gone"
+
+    @linux
+    def test_a_run_is_killed_where_the_kernel_has_no_pidfd_open_too(self, monkeypatch):
+        def refuse(pid, flags=0):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+        with subprocess.Popen(["sleep", "60"], env={**os.environ, "APEX_RUN_ID": "r"}) as child:
+            try:
+                eventually(lambda: apexd.Platform.environment_of(child.pid).get("APEX_RUN_ID"))
+                apexd.Platform.kill_run(child.pid, "another")
+                assert child.poll() is None
+                apexd.Platform.kill_run(child.pid, "r")
+                assert child.wait(10) == -signal.SIGKILL
+            finally:
+                child.kill()
 
     @linux
     def test_two_processes_have_two_identities_and_one_keeps_its_own(self):
@@ -1581,7 +1594,7 @@ class TestFiles:
         """P10."""
         most = apexd.LINE_MAX_BYTES
         data = b"a\n" + b"b" * (2 * most + 5) + b"\n\nrest"
-        lines, rest = apexd.cut_lines(data)
+        *lines, rest = apexd.cut_lines(data)
         assert (b"".join(lines), rest) == (data.replace(b"\n", b"")[:-4], b"rest")
         assert [len(line) for line in lines] == [1, most, most, 5, 0]
         logs = iter([{"w.0": (b"x" * 100_000, at)} for at in range(1, 50)])
@@ -1846,7 +1859,7 @@ class TestConfig:
         config = apexd.Config({"process": {"web": {"command": "serve"}}})
         tables = {"group": config.groups["default"], "process": config.processes["web"]}
         for kind in ("schedule", "watch", "hook"):
-            tables[kind] = apexd._read_section(None, kind, kind, {})
+            tables[kind] = apexd.Config({})._read_section(kind, kind, {})
         for section, options in apexd.OPTIONS.items():
             values = vars(tables.get(section) or getattr(config, section))
             defaults = {key: default for key, (_, default, _) in options.items()}
@@ -10225,5 +10238,101 @@ class TestWindows:
         assert re.findall(r"Finished task (\d)", windows.log()) == ["1", "2", "3", "4"]
 
 
+# ============================================================================
+# The tests in several processes at once: they wait most of the time
+# ============================================================================
+
+
+class Worker:
+    """In a process of its own: runs the tests that are named on stdin, tells of them on stdout."""
+
+    def __init__(self):
+        self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        self.names = os.fdopen(os.dup(0), encoding="utf-8")
+
+    def tell(self, data):
+        self.out.write(json.dumps(data) + "\n")
+        self.out.flush()
+
+    def pytest_configure(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        hook = self.config.hook
+        self.tell(hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    def pytest_runtestloop(self, session):
+        items = {item.nodeid: item for item in session.items}
+        self.tell(None)
+        for line in self.names:
+            item = items[json.loads(line)]
+            module = item.getparent(pytest.Module)  # what belongs to it is kept for the next one
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=module)
+            self.tell(None)
+        return True
+
+
+class Crew:
+    """Hands the tests to workers, the next one to whoever is free; then runs what runs alone."""
+
+    SIZE = min(4, os.cpu_count() or 1) + 1
+
+    def __init__(self, argv):
+        self.argv = argv
+
+    def pytest_runtestloop(self, session):
+        rest = [item for item in session.items if hasattr(item.function, "is_alone")]
+        shared = [item for item in session.items if item not in rest]
+        option = session.config.option
+        if option.collectonly or option.usepdb or len(shared) < 2 * self.SIZE or session.testsfailed:
+            return None
+        self.run_shared(session, shared)
+        for item, following in zip(rest, [*rest[1:], None]):
+            if session.shouldfail or session.shouldstop:
+                break
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        return True
+
+    def run_shared(self, session, items):
+        waiting = [item.nodeid for item in reversed(items)]
+        command = [sys.executable, os.path.abspath(__file__), "--worker", *self.argv]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        workers = [subprocess.Popen(command, **pipes) for _ in range(self.SIZE)]
+        lines, current = SimpleQueue(), {}
+
+        def read(worker):
+            for line in worker.stdout:
+                lines.put((worker, json.loads(line)))
+            lines.put((worker, "end"))
+
+        for worker in workers:
+            threading.Thread(target=read, args=(worker,), daemon=True).start()
+        busy = set(workers)
+        while busy:
+            worker, told = lines.get()
+            is_over = session.shouldfail or session.shouldstop or not waiting
+            if told == "end":
+                busy.discard(worker)
+                if worker.wait() and worker in current:
+                    session.shouldfail = f"a process of the tests ended in {current[worker]}"
+            elif told is not None:
+                hook = session.config.hook
+                report = hook.pytest_report_from_serializable(config=session.config, data=told)
+                hook.pytest_runtest_logreport(report=report)
+            elif is_over:
+                current.pop(worker, None)
+                worker.stdin.close()
+            else:
+                current[worker] = waiting.pop()
+                worker.stdin.write(json.dumps(current[worker]) + "\n")
+                worker.stdin.flush()
+
+
 if __name__ == "__main__":  # without pytest the head of this file has brought it already
-    sys.exit(pytest.main([os.path.abspath(__file__), *sys.argv[1:]]))
+    is_worker = sys.argv[1:2] == ["--worker"]
+    del sys.argv[1 : 1 + is_worker]
+    plugin = Worker() if is_worker else Crew(sys.argv[1:])
+    sys.exit(pytest.main([os.path.abspath(__file__), *sys.argv[1:]], plugins=[plugin]))
