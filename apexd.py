@@ -217,6 +217,7 @@ DEAD_LETTERS_MAX = 100  # events that a handler failed for, kept by a router
 HANDLER_PAUSES_S = (1.0, 2.0, 4.0)  # before a failed handler's further tries
 HANDLER_BEHIND_MAX = 10_000  # events that wait for a slow handler; more are dead letters
 HOPS_MAX = 4  # hooks that start one another
+DELIVER = ["apexd", "_deliver"]  # the command of a hook's task that POSTs its event
 HOOK_ANSWER_S = 10.0  # for the server of a hook's URL
 
 ENVIRONMENT_KEPT = (
@@ -781,7 +782,6 @@ if sys.platform == "win32":
         """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
 
         SHELL = ("cmd.exe", "/d", "/s", "/c")
-        DELIVER = 'call "%APEX_CLI%" _deliver'
         SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
         REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
         DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
@@ -1024,7 +1024,6 @@ else:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SHELL = ("/bin/sh", "-c")
-        DELIVER = 'exec "$APEX_CLI" _deliver'  # what sends an event to the URL of a hook
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
@@ -3503,7 +3502,7 @@ class EventStore:
                 sql = "SELECT 1 FROM requests WHERE token = ?"
                 if not db.execute(sql, (token,)).fetchone():
                     env = {"APEX_HOOKS": ",".join([*before, name])}
-                    command = hook.command or Platform.DELIVER
+                    command = hook.command or DELIVER
                     given = {"label": hook.label or f"{name}: {event.type}"}
                     self._insert(db, hook, command, event, env, given, token)
 
@@ -4485,10 +4484,11 @@ def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: Tas
     group = store.config.groups.get(task.group)
     words = [*Platform.SHELL, task.command] if isinstance(task.command, str) else task.command
     marks = {"TASK_ID": task.id, "ATTEMPT": task.attempts, "RUN_ID": task.run_id}
-    hook = store.config.hooks.get(env.get("APEX_HOOKS", "").rpartition(",")[2])
-    if hook is not None and hook.url and task.command == Platform.DELIVER:
-        marks["HOOK_URL"] = hook.url
-        if hook.secret_env:  # from here it goes to the child alone, to no disk
+    if task.command == DELIVER:
+        words = [sys.executable, "-I", "-S", launcher_path(store.folder), "_deliver"]
+        hook = store.config.hooks.get(env.get("APEX_HOOKS", "").rpartition(",")[2])
+        marks["HOOK_URL"] = getattr(hook, "url", None) or ""
+        if hook is not None and hook.secret_env:  # it goes to the child alone, to no disk
             marks["HOOK_SECRET"] = os.environ.get(hook.secret_env, "")
     return {
         "argv": [*(group.launcher if group else ()), *words],
