@@ -217,6 +217,7 @@ DEAD_LETTERS_MAX = 100  # events that a handler failed for, kept by a router
 HANDLER_PAUSES_S = (1.0, 2.0, 4.0)  # before a failed handler's further tries
 HANDLER_BEHIND_MAX = 10_000  # events that wait for a slow handler; more are dead letters
 HOPS_MAX = 4  # hooks that start one another
+HOOKS_AT_ONCE = 2  # unless [group.hooks] says otherwise: those that hang leave room for tasks
 DELIVER = ["apexd", "_deliver"]  # the command of a hook's task that POSTs its event
 HOOK_ANSWER_S = 10.0  # for the server of a hook's URL
 
@@ -312,11 +313,10 @@ class Value:
     """A record: its fields are the annotations of its class, None when not given."""
 
     def __init__(self, **fields: Any) -> None:
-        known = self.__annotations__
-        self.__dict__.update(dict.fromkeys(known), **fields)
-        if len(self.__dict__) > len(known):
-            unknown = min(fields.keys() - known.keys())
-            raise TypeError(f"{type(self).__name__} has no field {unknown}")
+        unknown = fields.keys() - self.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {min(unknown)}")
+        self.__dict__.update(dict.fromkeys(self.__annotations__), **fields)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and other.__dict__ == self.__dict__
@@ -1996,6 +1996,7 @@ class Config:
         for name in OPTIONS.keys() - TABLES.keys():
             setattr(self, name, self._read_section(name, name, data.get(name, {})))
         own = {name: self._read_section("group", f"group.{name}", {}) for name in OWN_GROUPS}
+        own["hooks"].max_concurrent = HOOKS_AT_ONCE
         for kind, attribute in TABLES.items():  # groups first: the triggers name them
             found = self._read_tables(kind, data.get(kind, {}))
             setattr(self, attribute, {**own, **found} if kind == "group" else found)
@@ -3485,9 +3486,9 @@ class EventStore:
         return store.insert(db, [command], options, token, cwd, context, None, is_limited)[0]
 
     def start_hooks(self, db: Transaction) -> None:
-        """Insert the deliveries of a transaction's events, and of the deliveries' own ones.
+        """Insert the tasks of the hooks that a transaction's events, and those of these, start.
 
-        A hook is not started by what it led to itself, nor one after HOPS_MAX others.
+        A hook is not started by what it led to itself, nor any after HOPS_MAX others.
         """
         for event, chain in db.events if self._store.config.hooks else ():  # it grows meanwhile
             for name, hook in self._find_hooks(event):
@@ -3519,17 +3520,17 @@ class EventStore:
         return {source: (at, task_id) for source, at, task_id in rows}
 
     def publish(self, type: str, payload: Mapping[str, Any], source: str) -> None:
-        """Tell of something that is no change of a task; its hooks' tasks are on disk then.
-
-        Never raises: what goes wrong is in the log.
-        """
+        """Tell of something that is no change of a task; what goes wrong is only logged."""
         try:
             self.emit(Event.make(type, payload, source))
         except DaemonError as error:
             log.error("event %s is lost: %s", type, error)
 
     def emit(self, event: Event, hooks: str = "") -> None:
-        """Do the same for an event, once by its id; hooks: those that led to it."""
+        """Do the same, once by the event's id; its hooks' tasks are on disk then.
+
+        hooks: those that led to it, by commas. Raises DATABASE_FAILED.
+        """
         if not self._find_hooks(event):
             self._store.hand_on([event])
             return
