@@ -4677,7 +4677,8 @@ def deliver() -> int:
     url, secret = env.get("APEX_HOOK_URL"), env.get("APEX_HOOK_SECRET")
     if not url or secret == "":
         what = "secret_env names a variable that the daemon does not have" if url else "no url"
-        raise DaemonError("CONFIG_INVALID", f"hook.{name}: {what}", "mend it, then `dlq retry`")
+        print(f"not delivered: hook.{name}: {what}", flush=True)
+        return 1
     headers = {"Content-Type": "application/json", "User-Agent": f"apexd/{__version__}"}
     headers["Idempotency-Key"] = f"{json.loads(body)['id']}-{name}"
     if secret is not None:
