@@ -2225,7 +2225,7 @@ def _parse(path: str, text: str) -> object:
 
 
 def open_rotating(path: str, most_bytes: int, count: int) -> Any:
-    """Return a handler for a file that is rotated, `count` older ones are kept."""
+    """Return a handler that rotates its file and keeps `count` older ones."""
     import logging.handlers
 
     class Handler(logging.handlers.RotatingFileHandler):
@@ -2557,15 +2557,15 @@ PRAGMAS = (
 
 
 class Transaction:
-    """A write under way: its statements, and the events that its commit stands for."""
+    """A transaction that is open: its statements, and the events to publish on commit."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.execute, self.executemany = db.execute, db.executemany
-        # With the hooks that led to each, by commas; None: those of its task.
+        # With the hooks that led to each, separated by commas; None: those of its task.
         self.events: list[tuple[Event, str | None]] = []
 
-    def note_task(self, task_id: int, type: str, payload: Mapping[str, Any]) -> None:
-        """Collect an event of one task."""
+    def add_task_event(self, task_id: int, type: str, payload: Mapping[str, Any]) -> None:
+        """Add an event of one task."""
         event = Event.make("task." + type, {"id": task_id, **payload}, f"task {task_id}")
         self.events.append((event, None))
 
@@ -2711,7 +2711,7 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
     return act
 
 
-# What it is called that a task has come to a state; a way back from there is "retrying".
+# The event of each state that a task can enter; leaving one for the queue is "retrying".
 EVENT_TYPES = {State.RUNNING: "started", **{state: state.value for state in DONE}}
 _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
@@ -2787,8 +2787,8 @@ def _row_to_task(row: sqlite3.Row) -> Task:
     return Task(**fields)
 
 
-def _tell_of(task: Task) -> dict[str, Any]:
-    """Return what the events of an attempt say of its task; no command: it may hold a secret."""
+def _attempt_payload(task: Task) -> dict[str, Any]:
+    """Return the payload of an attempt's events; no command: it may contain a secret."""
     return {"group": task.group, "label": task.label, "attempt": task.attempts}
 
 
@@ -2836,7 +2836,7 @@ def _insert_tasks(
             raise DaemonError(error.code, place + error.message, error.hint) from None
         finished_at = Clock.now() if state == State.SKIPPED else None
         if state == State.SKIPPED:
-            db.note_task(next_id, "skipped", {"state": state.value})
+            db.add_task_event(next_id, "skipped", {"state": state.value})
         head = (next_id, command, request, state.value, open_deps)
         rows.append((*head, *options.row, finished_at))
         ids.append(next_id)
@@ -2861,12 +2861,12 @@ def _insert_deps(
 
 def set_state(
     db: Transaction, task_id: int, old: State, new: State, due_at: float | None = None,
-    told: Mapping[str, Any] = {},
+    payload: Mapping[str, Any] = {},
 ) -> None:  # fmt: skip
     """Move a task: the only writer of `state`, but for its insertion.
 
     A task that reaches a final state releases, or skips, what comes after it. One that runs
-    begins an attempt. told: more for its event.
+    begins an attempt. payload: of its event, besides id and state.
     """
     work = [(task_id, old, new, due_at)]
     while work:
@@ -2879,9 +2879,9 @@ def set_state(
         db.execute(sql + " WHERE id = ?", values)
         what = EVENT_TYPES.get(new) or (EVENT_TYPES.get(old) and "retrying")
         if what is not None:
-            what = "lost" if (what, told.get("outcome")) == ("retrying", "lost") else what
-            db.note_task(task_id, what, {"state": new.value, **told})
-        told = {}  # it is not of those that follow
+            what = "lost" if (what, payload.get("outcome")) == ("retrying", "lost") else what
+            db.add_task_event(task_id, what, {"state": new.value, **payload})
+        payload = {}  # the tasks that follow have none
         if new not in DONE:
             continue
         for child, due_at, open_deps, need in db.execute(
@@ -3010,10 +3010,10 @@ class TaskStore:
             self._own_lock.release()
             raise
         self.database.before_commit = EventStore(self).start_hooks
-        self.database.after_commit = self.hand_on
+        self.database.after_commit = self.dispatch
 
-    def hand_on(self, events: Sequence[Event]) -> None:
-        """Let others hear of what is on disk now."""
+    def dispatch(self, events: Sequence[Event]) -> None:
+        """Write events to the file and pass them to `on_events`: they are committed."""
         self.event_log.write(events)
         self.on_events(events)
 
@@ -3281,7 +3281,7 @@ class AttemptStore:
                     (run_id, keeper, self._boot_id, Clock.now(), task_id),
                 )
                 claimed.append(self._store.get(task_id))
-                db.events[-1][0].payload.update(_tell_of(claimed[-1]))
+                db.events[-1][0].payload.update(_attempt_payload(claimed[-1]))
                 failpoint("claim")
         return claimed
 
@@ -3336,7 +3336,7 @@ class AttemptStore:
         if outcome is None:
             db.execute(f"DELETE FROM attempts {where}", at)
             db.execute("UPDATE tasks SET attempts = attempts - 1 WHERE id = :id", at)
-            set_state(db, task.id, State.RUNNING, State.QUEUED, None, _tell_of(task))
+            set_state(db, task.id, State.RUNNING, State.QUEUED, None, _attempt_payload(task))
             return
         sql = """
             UPDATE attempts SET outcome = :how, exit_code = :exit_code, signal = :signal,
@@ -3362,8 +3362,9 @@ class AttemptStore:
         state, delay_s = next_state(task, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
         ends = ("exit_code", "signal", "reason")
-        told = {**_tell_of(task), "outcome": outcome.value, **{name: at[name] for name in ends}}
-        set_state(db, task.id, State.RUNNING, state, due_at, told)
+        payload = {**_attempt_payload(task), "outcome": outcome.value}
+        payload.update({name: at[name] for name in ends})
+        set_state(db, task.id, State.RUNNING, state, due_at, payload)
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
@@ -3486,9 +3487,10 @@ class EventStore:
         return store.insert(db, [command], options, token, cwd, context, None, is_limited)[0]
 
     def start_hooks(self, db: Transaction) -> None:
-        """Insert the tasks of the hooks that a transaction's events, and those of these, start.
+        """Insert the tasks of all hooks that match events of a transaction.
 
-        A hook is not started by what it led to itself, nor any after HOPS_MAX others.
+        These tasks' own events included. A hook is not started by what it led to itself, nor
+        any after HOPS_MAX others.
         """
         for event, chain in db.events if self._store.config.hooks else ():  # it grows meanwhile
             for name, hook in self._find_hooks(event):
@@ -3520,19 +3522,19 @@ class EventStore:
         return {source: (at, task_id) for source, at, task_id in rows}
 
     def publish(self, type: str, payload: Mapping[str, Any], source: str) -> None:
-        """Tell of something that is no change of a task; what goes wrong is only logged."""
+        """Publish an event that is not a change of a task; errors are only logged."""
         try:
             self.emit(Event.make(type, payload, source))
         except DaemonError as error:
             log.error("event %s is lost: %s", type, error)
 
     def emit(self, event: Event, hooks: str = "") -> None:
-        """Do the same, once by the event's id; its hooks' tasks are on disk then.
+        """Publish an event, once for its id; the tasks of its hooks are on disk on return.
 
-        hooks: those that led to it, by commas. Raises DATABASE_FAILED.
+        hooks: those that led to it, separated by commas. Raises DATABASE_FAILED.
         """
         if not self._find_hooks(event):
-            self._store.hand_on([event])
+            self._store.dispatch([event])
             return
         with self._store.database.write(is_vital=False) as db:
             db.events.append((event, hooks))
@@ -4536,8 +4538,8 @@ def make_limits(options: Any) -> dict[str, Any]:
 #     Uses 1-9. Any thread; a router has one a subscription. Closed by: its maker.
 # ============================================================================
 
-# Hooks are part of the transaction that changes a task: see EventStore. What is here hears of an
-# event after its commit, so a crash in between costs a line of the log, never a hook's task.
+# The task of a hook is inserted by the transaction that changes a task: see EventStore. What is
+# here receives events after the commit: a crash in between costs a line of the log, no hook.
 
 
 def read_events(
@@ -4548,7 +4550,7 @@ def read_events(
     pattern: of types, "task.*"; since: epoch seconds.
     """
     recent: deque[dict[str, Any]] = deque(maxlen=lines)
-    is_recent, rest = True, b""
+    is_catching_up, rest = True, b""
     for data in follow_file(os.path.join(folder, "events.log"), 0, to_end):
         *whole, rest = (rest + data).split(b"\n")
         found = []
@@ -4558,17 +4560,17 @@ def read_events(
                 is_whole = event.keys() >= Event.__annotations__.keys() and event["time"] >= since
                 if is_whole and fnmatch.fnmatchcase(event["type"], pattern):
                     found.append(event)
-        if is_recent:
+        if is_catching_up:
             recent.extend(found)
-        if not is_recent or not data:
-            yield [*recent] if is_recent else found
-            is_recent = is_recent and bool(data)
-    if is_recent:
+        if not is_catching_up or not data:
+            yield [*recent] if is_catching_up else found
+            is_catching_up = is_catching_up and bool(data)
+    if is_catching_up:
         yield [*recent]
 
 
 class EventRouter:
-    """Hands events to those who subscribed to them, and keeps the last ones.
+    """Dispatches events to subscribers and keeps a history of them.
 
     A handler has a thread of its own. One that raises is tried 3 times more, after 1, 2 and
     4 s; then the event is a dead letter. Any thread; handlers may publish. Life: made -> close.
@@ -4593,13 +4595,13 @@ class EventRouter:
     def publish(
         self, type: str, payload: Mapping[str, Any] | None = None, source: str = ""
     ) -> Event:
-        """Make an event of now and hand it on; return it."""
+        """Create an event and dispatch it; return it."""
         event = Event.make(type, payload or {}, source)
-        self.hand_on([event])
+        self.dispatch([event])
         return event
 
-    def hand_on(self, events: Iterable[Event]) -> None:
-        """Keep events and give them to the threads of those who subscribed to them."""
+    def dispatch(self, events: Iterable[Event]) -> None:
+        """Add events to the history and to the queues of their subscribers."""
         with self._lock:
             for event in events:
                 self._history.append(event)
@@ -4609,9 +4611,9 @@ class EventRouter:
                     if waiting.qsize() < HANDLER_BEHIND_MAX:
                         waiting.put(event)
                     else:
-                        self._bury(event, "its handler is too slow", 0)
+                        self._add_dead_letter(event, "its handler is too slow", 0)
 
-    def _bury(self, event: Event, error: str, attempts: int) -> None:
+    def _add_dead_letter(self, event: Event, error: str, attempts: int) -> None:
         self._dead_letters.append({"event": event, "error": error, "attempts": attempts})
 
     def _serve(self, handler: Callable[[Event], object], waiting: Any) -> None:
@@ -4624,7 +4626,7 @@ class EventRouter:
                 except Exception as error:  # the user's callback
                     log.exception("a handler of %s failed", event.type)
                     if attempt > len(HANDLER_PAUSES_S):
-                        self._bury(event, f"{type(error).__name__}: {error}", attempt)
+                        self._add_dead_letter(event, f"{type(error).__name__}: {error}", attempt)
 
     def history(
         self, type: str | None = None, source: str | None = None, limit: int = 50
@@ -4647,7 +4649,7 @@ class EventRouter:
         self._dead_letters.clear()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Let handlers work off what waits, without pauses between tries, then end them."""
+        """Let the handlers finish what is queued, without pauses between tries, then end them."""
         deadline = Clock.mono() + timeout_s
         self._closing.set()
         with self._lock:
@@ -5077,7 +5079,7 @@ class ProcessState(str, Enum):
 _UP = {ProcessState.STARTING, ProcessState.RUNNING, ProcessState.UNHEALTHY}
 _DOWN = {ProcessState.BACKOFF, ProcessState.CRASHED, ProcessState.FAILED}
 _READY = {ProcessState.RUNNING, ProcessState.UNHEALTHY}
-_TOLD = {ProcessState.RUNNING, ProcessState.STOPPED, *_DOWN} - {ProcessState.BACKOFF}  # by events
+_EVENT_STATES = {ProcessState.RUNNING, ProcessState.STOPPED, *_DOWN} - {ProcessState.BACKOFF}
 _ENDS = {ProcessState.STOPPING, ProcessState.CRASHED}
 PROCESS_MOVES: dict[ProcessState, set[ProcessState]] = {
     ProcessState.STOPPED: {ProcessState.STARTING},
@@ -5527,7 +5529,7 @@ class Instance:
         was_ready, is_kept = self.is_ready(), self.view.is_wanted and not self.view.is_stale
         if state == ProcessState.STOPPING and was_ready and is_kept:
             publish(self, "hung", why)
-        elif state in _TOLD and not (was_ready and state in _READY):
+        elif state in _EVENT_STATES and not (was_ready and state in _READY):
             publish(self, "ready" if state in _READY else state.value, why)
         is_waiting = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
         if state == ProcessState.STOPPED and is_waiting:
@@ -7255,7 +7257,7 @@ class Daemon:
         self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
         keepers.on_standing = self._note_standing
         self.publish = EventStore(store).publish
-        store.on_events = self._hand_on
+        store.on_events = self._dispatch
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(store, self._runner).table,
             **ProcessVerbs(self._supervisor, store).table,
@@ -7283,9 +7285,9 @@ class Daemon:
                 if self._pid_file.is_held():
                     self._write_state()
 
-    def _hand_on(self, events: Sequence[Event]) -> None:
-        """Tell subscribers, and the runner, of what is on disk now."""
-        self.router.hand_on(events)
+    def _dispatch(self, events: Sequence[Event]) -> None:
+        """Pass committed events to the subscribers, and wake the runner for new tasks."""
+        self.router.dispatch(events)
         if any(event.type == "task.added" for event in events):
             self._runner.wake()
 

@@ -4837,7 +4837,7 @@ class TestEventRouter:
         """README's example"""
         router, got = apexd.EventRouter(), []
         store = apexd.TaskStore(str(tmp_path / "jobs" / "apex.db"))
-        store.on_events = router.hand_on
+        store.on_events = router.dispatch
         router.subscribe("task.failed", lambda event: got.append(event.payload))
         runner = apexd.DaemonRunner(store, execute=lambda task: 3)
         runner.start()
