@@ -2279,24 +2279,32 @@ class EventLog:
 
     def __init__(self, folder: str) -> None:
         self._path = os.path.join(folder, "events.log")
+        self._lock = threading.Lock()  # guards what follows
         self._file: Any = None
 
     def write(self, events: Sequence[Event]) -> None:
         """Append events; never raises."""
-        with contextlib.suppress(OSError, ValueError, DaemonError):
-            if self._file is None:
-                self._file = open_rotating(self._path, EVENTS_MAX_BYTES, 1)
-                self._file.setFormatter(SimpleNamespace(format=lambda record: record.getMessage()))
+        with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
+            file, self._file = self._file, None  # stays so if this fails: then it is opened anew
+            file = file or open_rotating(self._path, EVENTS_MAX_BYTES, 1)
             for at in range(0, len(events), 1000):
-                text = "\n".join(json.dumps(event.to_dict()) for event in events[at : at + 1000])
-                # A LogRecord would cost as much as all else that an event costs.
-                self._file.handle(SimpleNamespace(getMessage=text.__str__))
+                lines = [json.dumps(event.to_dict()) + "\n" for event in events[at : at + 1000]]
+                data = "".join(lines).encode()
+                is_full = os.fstat(file.stream.fileno()).st_size + len(data) > EVENTS_MAX_BYTES
+                if is_full and Clock.mono() >= file.next_mono:
+                    file.doRollover()
+                fd = file.stream.fileno()
+                written = os.write(fd, data)  # a LogRecord would cost twice as much
+                if written < len(data):  # the disk is full: no part of a line stays
+                    os.ftruncate(fd, os.fstat(fd).st_size - written)
+            self._file = file
 
     def close(self) -> None:
         """Close the file; the next event opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
 
 # ============================================================================
