@@ -8651,7 +8651,7 @@ def cmd_dlq(args: Args) -> int:
     arg("-n", "--lines", type=reads(integer(1, LINES_MAX)), default=50, help="the last N"),
     arg("-f", "--follow", **FLAG, help="go on as they come"),
     arg("--type", default="*", metavar="PATTERN", help="only these, such as 'task.*'"),
-    arg("--since", type=reads(duration), metavar="TIME", help="only those of the last 10m"),
+    arg("--since", type=reads(duration), default=1e10, metavar="TIME", help="of the last 10m, say"),
     arg("--json", "-j", nargs="?", const=True, default=argparse.SUPPRESS, metavar="OBJECT",
         help="print JSON only; of emit: what the event says"),
 )  # fmt: skip
@@ -8663,14 +8663,11 @@ def cmd_events(args: Args) -> int:
             payload = mapping(json.loads(given or "{}", parse_constant=int))
         except (ValueError, RecursionError):
             raise bad(f"--json {str(given)[:40]!r}: must be a JSON object") from None
-        if args.name is None:
-            raise bad("no name of an event", "write: events emit NAME [--json '{...}']")
-        number = client.emit(args.name, payload)
-        return emit({"id": number}, args, number)
+        event_id = client.emit(args.name or "", payload)
+        return emit({"id": event_id}, args, event_id)
     if given is not None:
         raise bad(f"--json {given[:40]!r}: takes an object with `events emit NAME` alone")
-    since = 0.0 if args.since is None else Clock.now() - args.since
-    folder = client.project.folder
+    since, folder = Clock.now() - args.since, client.project.folder
     for events in read_events(folder, args.lines, args.follow, args.type, since):
         for event in events:
             rest = json.dumps(event["payload"], ensure_ascii=False)

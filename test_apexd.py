@@ -5863,6 +5863,13 @@ class TestTaskEvents:
         box.stop()
         assert "hunter" not in read(box.file("events.log"))
 
+    def test_a_callback_that_raises_harms_nothing(self, tmp_path):
+        store = apexd.TaskStore(str(tmp_path / "jobs" / "apex.db"))
+        store.on_events = lambda events: 1 / 0
+        assert store.add(["x"]) == [1] and store.add(["y"]) == [2]
+        store.close()
+        assert len(next(apexd.read_events(str(tmp_path / "jobs"), 9, False))) == 2
+
     def test_without_a_matching_hook_there_is_no_further_statement(self, tmp_path):
         counts = []
         for hooks in ({}, {"hook": {"h": {"on": ["process.*"], "command": "x"}}}):
