@@ -222,7 +222,7 @@ CATCH_UP_MAX = 1000  # fires of one schedule that are made up for
 OWN_GROUPS = ("default", "hooks")  # there without being declared
 
 EVENTS_MAX_BYTES = 10_000_000  # of events.log, before it becomes events.log.1
-EVENT_MAX_BYTES = 64 * 1024  # of one that a user emits: Linux passes on 128 KiB a variable
+EVENT_MAX_BYTES = 30_000  # of one that a user emits: a variable of Windows takes 32,767
 HISTORY_MAX = 1000  # events that a router keeps
 DEAD_LETTERS_MAX = 100  # events that a handler failed for, kept by a router
 HANDLER_PAUSES_S = (1.0, 2.0, 4.0)  # before a failed handler's further tries

@@ -6148,7 +6148,7 @@ class TestEventCommands:
             assert done.stdout == "" and done.stderr, words
         big = json.dumps({"a": "x" * 70_000})
         for _ in range(2):
-            assert "more than 65536 bytes" in box.run("events", "emit", "x", "--json", big, rc=2).stderr
+            assert "more than 30000 bytes" in box.run("events", "emit", "x", "--json", big, rc=2).stderr
             box.start()
 
     def test_ten_thousand_events_in_a_burst_reach_the_file(self, box):
