@@ -21,11 +21,12 @@ Map (a section uses only sections above it):
      4. PLATFORM    the only place that asks which system this is
      5. FILES       safe reading and replacing, the state folder, logs that lose their head
      6. CONFIG      load, check, compare for reload
-     7. LOG         the daemon's own log
+     7. LOG         the daemon's own log; the file of events
      8. PIDFILE     the lock and the PID file
      9. STORE       schema, migrations, all SQL
     10. KEEPER      the process that owns all children, and the daemon's end of it
     11. CRON        when schedules fire, and the thread that makes them
+    12. EVENTS      reading what happened; subscribers; what hooks send to a URL
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
     15. WATCH       what changes in files
@@ -40,6 +41,7 @@ Files, all in `.apex/` (mode 0700):
     daemon.lock    locked while a daemon lives; says who holds it; never deleted
     daemon.pid     {"pid", "startedAt", "version", "projectPath"}
     daemon.log     the daemon's own log, .1 .2 ... older
+    events.log     what happened, a line of JSON each; .1 is older
     apex.db        the queue
     control.sock   the control socket; `endpoint` says how to reach the daemon
     heartbeat      rewritten while the loops turn; state.json: a readable snapshot
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     import binascii
     import datetime
     import difflib
+    import fnmatch
     import graphlib
     import grp
     import logging
@@ -111,7 +114,8 @@ if TYPE_CHECKING:
 __version__ = "0.4.0"
 __all__ = [
     "Client", "CronSchedule", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner",
-    "DaemonStatus", "FileWatcher", "PidFile", "Supervisor", "Task", "TaskStore", "main",
+    "DaemonStatus", "Event", "EventRouter", "FileWatcher", "PidFile", "Supervisor", "Task",
+    "TaskStore", "main",
 ]  # fmt: skip
 
 
@@ -127,8 +131,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii datetime difflib graphlib grp logging marshal pwd queue random resource shutil "
-        "sqlite3 subprocess tempfile zoneinfo"
+        "binascii datetime difflib fnmatch graphlib grp logging marshal pwd queue random resource "
+        "shutil sqlite3 subprocess tempfile zoneinfo"
     ).split():
         globals()[_name] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -221,12 +225,25 @@ CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
 CATCH_UP_MAX = 1000  # fires of one schedule that are made up for
 OWN_GROUPS = ("default", "hooks")  # there without being declared
 
+EVENTS_MAX_BYTES = 10_000_000  # of events.log, before it becomes events.log.1
+EVENT_MAX_BYTES = 30_000  # of one that a user emits: a variable of Windows takes 32,767
+HISTORY_MAX = 1000  # events that a router keeps
+DEAD_LETTERS_MAX = 100  # events that a handler failed for, kept by a router
+HANDLER_PAUSES_S = (1.0, 2.0, 4.0)  # before a failed handler's further tries
+HANDLER_BEHIND_MAX = 10_000  # events that wait for a slow handler; more are dead letters
+HOPS_MAX = 4  # hooks that start one another
+HOOKS_AT_ONCE = 2  # unless [group.hooks] says otherwise: those that hang leave room for tasks
+DELIVER = ["apexd", "_deliver"]  # the command of a hook's task that POSTs its event
+HOOK_ANSWER_S = 10.0  # for the server of a hook's URL
+
 ENVIRONMENT_KEPT = (
     "PATH HOME USER LOGNAME LANG TZ TMPDIR SHELL VIRTUAL_ENV CONDA_PREFIX PYTHONPATH "
     "SSH_AUTH_SOCK XDG_RUNTIME_DIR HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY "
-    "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA"
+    "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA APEX_HOOKS"
 ).split()
-ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_|APEXD_")
+# APEX_HOOKS stays: what the command of a hook adds must not start that hook again.
+ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_(?!HOOKS$)|APEXD_")
+TASK_MARKS = ("APEX_RUN_ID", "APEX_TASK_ID", "APEX_HOOKS")  # no daemon keeps a task's own
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # they say nothing of what was looked for
 DEBOUNCE_S = 0.5  # after the last change of a burst
 DEBOUNCE_MAX_S = 10.0  # after its first, though changes go on
@@ -476,8 +493,10 @@ class Event(Value):
     @classmethod
     def make(cls, type: str, payload: Mapping[str, Any], source: str, hops: int = 0) -> Event:
         """Make one that happens now."""
-        about = {"id": os.urandom(12).hex(), "time": Clock.now(), "type": type}
-        return cls(**about, source=source, payload=dict(payload), hops=hops)
+        event = cls.__new__(cls)  # three of them a task: the common way takes twice as long
+        event.id, event.time, event.type = os.urandom(12).hex(), Clock.now(), type
+        event.source, event.payload, event.hops = source, dict(payload), hops
+        return event
 
 
 class DaemonMetrics(Value):
@@ -1916,8 +1935,10 @@ def follow_lines(
 def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
     """Yield a file's last lines, then, with to_end, what comes, through its rotations.
 
-    A file is known by its inode. Rotation only ever makes a file older, so the ages are read
-    from the newest on, and what was read from a name counts if the name is the same file then.
+    lines 0: from the oldest file's first byte on. With to_end b"" comes whenever there is
+    nothing more, after a pause. A file is known by its inode. Rotation only ever makes a file
+    older, so the ages are read from the newest on, and what was read from a name counts if the
+    name is the same file then.
     """
     names = [path, *(f"{path}.{number}" for number in range(1, LOG_FILES_MAX + 1))]
     known, offset = None, -lines  # the file that is being read
@@ -1925,7 +1946,7 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
         ages = [age for age in zip(names, map(file_id, names)) if age[1]] or [(path, None)]
         at = max((n for n, (_, one) in enumerate(ages) if one == known), default=-1)
         if at < 0:  # the first look; or it is gone, and what followed it may be
-            at, offset = (len(ages) - 1, 0) if known else (0, offset)
+            at, offset = (len(ages) - 1, 0) if known or not lines else (0, offset)
         name, known = ages[at]
         data, following = read_log(name, offset)
         if file_id(name) != known:
@@ -1937,8 +1958,9 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
             known, offset = ages[at - 1][1], 0
             continue
         elif to_end:
+            yield b""
             threading.Event().wait(STREAM_PAUSE_S)
-        if not to_end:
+        if not to_end and (lines or not data):
             return
 
 
@@ -1994,6 +2016,8 @@ TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "max_tokens": integer(1),
     "max_cost": number,
 }
+hook_url = matching(r"https?://[^\s/@?#]+([/?]\S*)?", '"https://...", without a password')
+variable_name = matching("[A-Za-z_][A-Za-z0-9_]{0,99}", "the name of a variable, not its value")
 TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "command": (command_line, None, "a string for sh, or a list of arguments"),
     "enabled": (truth, True, "false: it is checked, but starts nothing"),
@@ -2099,10 +2123,13 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "poll": (truth, False, "look for changes instead of being told (folders of a host, say)"),
     },
     "hook": {
-        **TRIGGER_OPTIONS,
+        **{name: row for name, row in TRIGGER_OPTIONS.items() if name != "overlap"},
+        "group": (line_of_text, "hooks", "of its tasks; that of hooks is not in `list`"),
+        "retries": (integer(0, 1000), 3, "of its tasks, as with add --retries"),
+        "timeout": (duration, 30.0, "of its tasks, as with add --timeout"),
         "on": (text_list, [], 'types of events: ["task.failed", "process.*"]'),
-        "url": (line_of_text, None, "the event is sent there by POST, instead of a command"),
-        "secret_env": (line_of_text, None, "variable with the secret that signs what is sent"),
+        "url": (hook_url, None, "the event is sent there by POST, instead of a command"),
+        "secret_env": (variable_name, None, "variable with the secret that signs what is sent"),
     },
 }
 TABLES = {  # kinds of which users name each one, and where a Config has them
@@ -2156,6 +2183,7 @@ class Config:
         for name in OPTIONS.keys() - TABLES.keys():
             setattr(self, name, self._read_section(name, name, data.get(name, {})))
         own = {name: self._read_section("group", f"group.{name}", {}) for name in OWN_GROUPS}
+        own["hooks"].max_concurrent = HOOKS_AT_ONCE
         for kind, attribute in TABLES.items():  # groups first: the triggers name them
             found = self._read_tables(kind, data.get(kind, {}))
             setattr(self, attribute, {**own, **found} if kind == "group" else found)
@@ -2194,7 +2222,8 @@ class Config:
             try:
                 setattr(section, key, known[key][0](value))
             except ValueError as error:
-                self._refuse(f"{where}.{key} = {value!r}: must be {error}")
+                shown = "" if key in ("url", "secret_env") else f" = {value!r}"
+                self._refuse(f"{where}.{key}{shown}: must be {error}")
         return section
 
     def _read_tables(self, kind: str, given: object) -> dict[str, Any]:
@@ -2217,8 +2246,15 @@ class Config:
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
             hint = "letters, digits, - and _, at most 64, a letter first"
             self._refuse(f"{kind}.{name}: is no name of a {kind}", hint)
-        if one.command is None and getattr(one, "url", None) is None:
-            self._refuse(f"{kind}.{name}.command is missing", "say what to run")
+        url = getattr(one, "url", None)
+        if (one.command is None) == (url is None):
+            what = "command is missing" if url is None else "command and url: only one can be"
+            hint = "say what to run" if kind != "hook" else "write either a command or a url"
+            self._refuse(f"{kind}.{name}.{what}", hint)
+        if kind == "hook" and not one.on:
+            self._refuse(f"hook.{name}.on is missing", 'write on = ["task.failed"], say')
+        if kind == "hook" and one.secret_env and url is None:
+            self._refuse(f"hook.{name}.secret_env is for a url", "drop it")
         if kind == "schedule" and one.cron is None:
             self._refuse(f"schedule.{name}.cron is missing", "say when")
         if kind != "process" and (one.group or "default") not in self.groups:
@@ -2395,29 +2431,14 @@ def _parse(path: str, text: str) -> object:
 
 
 # ============================================================================
-# 7. LOG - the daemon's own log
-#    Uses 1-6. Any thread. Opened and closed by: Daemon.
+# 7. LOG - the daemon's own log; the file of events
+#    Uses 1-6. Any thread. Opened and closed by: Daemon; of events: TaskStore.
 # ============================================================================
 
 
-def open_log(path: str, options: Any, to_stderr: bool) -> None:
-    """Send the log to a rotating file, and to standard error in the foreground.
-
-    A line: [2025-01-15T10:30:05.456Z] [INFO] Starting task 12
-    With log.format json: {"time": "2025-...Z", "level": "info", "message": "Starting task 12"}
-    """
-    import logging
+def open_rotating(path: str, most_bytes: int, count: int) -> Any:
+    """Return a handler that rotates its file and keeps `count` older ones."""
     import logging.handlers
-
-    class Formatter(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            moment, text = timestamp(record.created), super().format(record)
-            level = "WARN" if record.levelname == "WARNING" else record.levelname
-            if options.format == "json":
-                return json.dumps({"time": moment, "level": level.lower(), "message": text})
-            head, *rest = text.split("\n")
-            line = f"[{moment}] [{level}] {printable(head)}"
-            return "\n".join([line, *("    " + printable(more) for more in rest)])
 
     class Handler(logging.handlers.RotatingFileHandler):
         next_mono = 0.0  # while somebody has the file open, Windows cannot rename it: write on
@@ -2433,18 +2454,74 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
             except OSError:
                 self.next_mono = Clock.mono() + 60.0
 
-    logging.raiseExceptions = False  # a full disk costs lines, never the daemon
+        def handleError(self, record: logging.LogRecord) -> None:
+            pass  # a full disk costs lines, never the daemon
+
     os.close(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
-    file = Handler(
-        path, maxBytes=int(options.max_size_mb * 1e6), backupCount=options.max_files,
-        encoding="utf-8", errors="replace",
-    )  # fmt: skip
-    handlers: list[logging.Handler] = [file]
+    return Handler(
+        path, maxBytes=most_bytes, backupCount=count, encoding="utf-8", errors="replace"
+    )
+
+
+def open_log(path: str, options: Any, to_stderr: bool) -> None:
+    """Send the log to a rotating file, and to standard error in the foreground.
+
+    A line: [2025-01-15T10:30:05.456Z] [INFO] Starting task 12
+    With log.format json: {"time": "2025-...Z", "level": "info", "message": "Starting task 12"}
+    """
+    import logging
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            moment, text = timestamp(record.created), super().format(record)
+            level = "WARN" if record.levelname == "WARNING" else record.levelname
+            if options.format == "json":
+                return json.dumps({"time": moment, "level": level.lower(), "message": text})
+            head, *rest = text.split("\n")
+            line = f"[{moment}] [{level}] {printable(head)}"
+            return "\n".join([line, *("    " + printable(more) for more in rest)])
+
+    logging.raiseExceptions = False  # nor does a standard error that is closed
+    handlers: list[logging.Handler]
+    handlers = [open_rotating(path, int(options.max_size_mb * 1e6), options.max_files)]
     handlers += [logging.StreamHandler()] if to_stderr else []
     for handler in handlers:
         handler.setFormatter(Formatter())
     level = "DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper()
     logging.basicConfig(handlers=handlers, level=level, force=True)  # closes the former ones
+
+
+class EventLog:
+    """Writes `events.log`, a line of JSON an event. Any thread; a full disk costs events."""
+
+    def __init__(self, folder: str) -> None:
+        self._path = os.path.join(folder, "events.log")
+        self._lock = threading.Lock()  # guards what follows
+        self._file: Any = None
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Append events; never raises."""
+        with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
+            file, self._file = self._file, None  # stays so if this fails: then it is opened anew
+            file = file or open_rotating(self._path, EVENTS_MAX_BYTES, 1)
+            for at in range(0, len(events), 1000):
+                lines = [json.dumps(event.to_dict()) + "\n" for event in events[at : at + 1000]]
+                data = "".join(lines).encode()
+                is_full = os.fstat(file.stream.fileno()).st_size + len(data) > EVENTS_MAX_BYTES
+                if is_full and Clock.mono() >= file.next_mono:
+                    file.doRollover()
+                fd = file.stream.fileno()
+                written = os.write(fd, data)  # a LogRecord would cost twice as much
+                if written < len(data):  # the disk is full: no part of a line stays
+                    os.ftruncate(fd, os.fstat(fd).st_size - written)
+            self._file = file
+
+    def close(self) -> None:
+        """Close the file; the next event opens it again."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
 
 # ============================================================================
@@ -2712,6 +2789,20 @@ PRAGMAS = (
 )
 
 
+class Transaction:
+    """A transaction that is open: its statements, and the events to publish on commit."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.execute, self.executemany = db.execute, db.executemany
+        # With the hooks that led to each, separated by commas; None: those of its task.
+        self.events: list[tuple[Event, str | None]] = []
+
+    def add_task_event(self, task_id: int, type: str, payload: Mapping[str, Any]) -> None:
+        """Add an event of one task."""
+        event = Event.make("task." + type, {"id": task_id, **payload}, f"task {task_id}")
+        self.events.append((event, None))
+
+
 class Database:
     """The one connection to the one file, and the lock that guards it.
 
@@ -2723,6 +2814,8 @@ class Database:
         """Open and migrate. Raises DATABASE_CORRUPT, _NEWER, _FAILED, CANNOT_CREATE."""
         self.path = path
         self.lock = threading.RLock()
+        self.before_commit: Callable[[Transaction], None] = lambda db: None
+        self.after_commit: Callable[[list[Event]], None] = lambda events: None
         with self._translated():
             if path != ":memory:":
                 self._find_or_make()
@@ -2811,19 +2904,24 @@ class Database:
             return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
-    def write(self, is_vital: bool = True) -> Iterator[sqlite3.Connection]:
-        """Give the connection within one transaction; on disk when it returns.
+    def write(self, is_vital: bool = True) -> Iterator[Transaction]:
+        """Give one transaction; on disk when it returns, and its events are handed on.
 
         is_vital: on a full disk the ballast is given up for it.
         """
-        with self.lock, self._translated(is_vital):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        db = Transaction(self._db)
+        with self.lock:
+            with self._translated(is_vital):
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    self.before_commit(db)
+                    db.execute("COMMIT")
+                finally:
+                    if self._db.in_transaction:
+                        db.execute("ROLLBACK")
+            if db.events:  # in the order of the commits
+                self.after_commit([event for event, _ in db.events])
 
     def close(self) -> None:
         """Checkpoint and close."""
@@ -2846,6 +2944,8 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
     return act
 
 
+# The event of each state that a task can enter; leaving one for the queue is "retrying".
+EVENT_TYPES = {State.RUNNING: "started", **{state: state.value for state in DONE}}
 _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
 SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
@@ -2872,6 +2972,7 @@ class Added(list[int]):
     """The ids of one `add`, in order; `existing`: those whose tasks had the key already."""
 
     existing: Sequence[int] = ()
+    made = range(0)  # those of new tasks
 
 
 def unknown_task(task_id: int) -> DaemonError:
@@ -2919,14 +3020,19 @@ def _row_to_task(row: sqlite3.Row) -> Task:
     return Task(**fields)
 
 
+def _attempt_payload(task: Task) -> dict[str, Any]:
+    """Return the payload of an attempt's events; no command: it may contain a secret."""
+    return {"group": task.group, "label": task.label, "attempt": task.attempts}
+
+
 def _insert_tasks(
-    db: sqlite3.Connection, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
+    db: Transaction, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
     request: int,
 ) -> Added:  # fmt: skip
     """Insert the tasks of one request; the plain ones of a large batch in few statements."""
     common = read_options(given, config)
     seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
-    next_id = (seq[0] if seq else 0) + 1
+    first = next_id = (seq[0] if seq else 0) + 1
     ids, existing = Added(), dict[int, None]()
     rows: list[tuple[Any, ...]] = []
 
@@ -2962,17 +3068,19 @@ def _insert_tasks(
                 raise bad(f"{place}must be {error}") from None
             raise DaemonError(error.code, place + error.message, error.hint) from None
         finished_at = Clock.now() if state == State.SKIPPED else None
+        if state == State.SKIPPED:
+            db.add_task_event(next_id, "skipped", {"state": state.value})
         head = (next_id, command, request, state.value, open_deps)
         rows.append((*head, *options.row, finished_at))
         ids.append(next_id)
         next_id += 1
     flush()
-    ids.existing = list(existing)
+    ids.existing, ids.made = list(existing), range(first, next_id)
     return ids
 
 
 def _insert_deps(
-    db: sqlite3.Connection, task_id: int, options: SimpleNamespace
+    db: Transaction, task_id: int, options: SimpleNamespace
 ) -> tuple[State, int]:
     """Insert what a new task comes after; return (its state, its open dependencies)."""
     for parent, need in options.after or ():
@@ -2985,12 +3093,13 @@ def _insert_deps(
 
 
 def set_state(
-    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None
-) -> None:
+    db: Transaction, task_id: int, old: State, new: State, due_at: float | None = None,
+    payload: Mapping[str, Any] = {},
+) -> None:  # fmt: skip
     """Move a task: the only writer of `state`, but for its insertion.
 
     A task that reaches a final state releases, or skips, what comes after it. One that runs
-    begins an attempt.
+    begins an attempt. payload: of its event, besides id and state.
     """
     work = [(task_id, old, new, due_at)]
     while work:
@@ -3001,6 +3110,11 @@ def set_state(
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
+        what = EVENT_TYPES.get(new) or (EVENT_TYPES.get(old) and "retrying")
+        if what is not None:
+            what = "lost" if (what, payload.get("outcome")) == ("retrying", "lost") else what
+            db.add_task_event(task_id, what, {"state": new.value, **payload})
+        payload = {}  # the tasks that follow have none
         if new not in DONE:
             continue
         for child, due_at, open_deps, need in db.execute(
@@ -3021,14 +3135,14 @@ def set_state(
                 work.append((child, State.WAITING, state, due_at))
 
 
-def _count_open(db: sqlite3.Connection, task_id: int) -> tuple[int, int]:
+def _count_open(db: Transaction, task_id: int) -> tuple[int, int]:
     """Return how many of a task's dependencies are open, and how many can never be met."""
     sql = "SELECT t.state, d.need FROM deps d JOIN tasks t ON t.id = d.parent WHERE d.child = ?"
     rows = [(State(row[0]), row[1]) for row in db.execute(sql, (task_id,))]
     return sum(s not in DONE for s, _ in rows), sum(s in DONE - NEEDS[need] for s, need in rows)
 
 
-def _cancel(db: sqlite3.Connection, task_id: int, state: State) -> bool:
+def _cancel(db: Transaction, task_id: int, state: State) -> bool:
     if state == State.RUNNING:
         set_wish(db, task_id, Outcome.CANCELLED)
     elif state not in DONE:
@@ -3036,7 +3150,7 @@ def _cancel(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     return state not in DONE
 
 
-def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
+def _retry(db: Transaction, task_id: int, state: State) -> bool:
     """Put a finished task back as if new; count again what comes after it, reopen the skipped.
 
     Of those with one key the newest is reopened. Raises ILLEGAL_STATE when the key is taken.
@@ -3072,14 +3186,14 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     return state in DONE
 
 
-def _remove(db: sqlite3.Connection, task_id: int, state: State) -> bool:
+def _remove(db: Transaction, task_id: int, state: State) -> bool:
     if state != State.RUNNING:
         _cancel(db, task_id, state)
         delete_tasks(db, [task_id])
     return state != State.RUNNING
 
 
-def set_wish(db: sqlite3.Connection, task_id: int, wish: Outcome) -> None:
+def set_wish(db: Transaction, task_id: int, wish: Outcome) -> None:
     """Write down why a running attempt is to end; the first wish stays, but a cancel wins."""
     kept = "?" if wish == Outcome.CANCELLED else "coalesce(wish, ?)"
     sql = f"UPDATE attempts SET wish = {kept} WHERE task_id = ? AND outcome IS NULL"
@@ -3092,7 +3206,7 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
         yield one if isinstance(one, range) else range(one, one + 1)
 
 
-def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
+def delete_tasks(db: Transaction, ids: Sequence[int]) -> None:
     """Forget tasks and all that belongs to them."""
     places = ("tasks WHERE id", "attempts WHERE task_id", "deps WHERE parent", "deps WHERE child")
     for place in places:
@@ -3115,6 +3229,7 @@ class TaskStore:
         self.project = project or os.path.dirname(self.folder)
         self.config = config or Config({})
         self.on_events: Callable[[Sequence[Event]], None] = lambda events: None  # after the commit
+        self.event_log = EventLog(self.folder if path != ":memory:" else os.devnull)
         self.last_upkeep: Any = None  # what `prune_all` saw the last time
         self._own_lock = PidFile(os.path.join(self.folder, "daemon.pid"))
         if lock is None:
@@ -3127,10 +3242,21 @@ class TaskStore:
         except BaseException:
             self._own_lock.release()
             raise
+        self.database.before_commit = EventStore(self).start_hooks
+        self.database.after_commit = self.dispatch
+
+    def dispatch(self, events: Sequence[Event]) -> None:
+        """Write events to the file and pass them to `on_events`: they are committed."""
+        self.event_log.write(events)
+        try:
+            self.on_events(events)
+        except Exception:  # the user's callback
+            log.exception("on_events failed")
 
     def close(self) -> None:
         """Close the database and let go of the lock if it was taken here."""
         self.database.close()
+        self.event_log.close()
         self._own_lock.release()
 
     def add(
@@ -3158,13 +3284,14 @@ class TaskStore:
             return self.insert(db, commands, options or {}, *context)
 
     def insert(
-        self, db: sqlite3.Connection, commands: Sequence[Any], options: Mapping[str, Any],
+        self, db: Transaction, commands: Sequence[Any], options: Mapping[str, Any],
         token: str | None, cwd: str, env: Mapping[str, str], umask: int | None,
+        is_limited: bool = True,
     ) -> Added:  # fmt: skip
         """Insert a request and its tasks, within the transaction of a caller."""
         sql = f"SELECT coalesce(sum(n), 0) FROM counts WHERE state NOT IN {_DONE}"
         (unfinished,) = db.execute(sql).fetchone()
-        if unfinished + len(commands) > self.config.retention.max_queue:
+        if is_limited and unfinished + len(commands) > self.config.retention.max_queue:
             hint = "wait, remove some, or raise retention.max_queue"
             raise DaemonError("QUEUE_FULL", f"{unfinished} unfinished tasks are queued", hint)
         context = (json.dumps(cwd), json.dumps(dict(env)), umask)
@@ -3173,7 +3300,12 @@ class TaskStore:
             VALUES (?, ?, ?, ?, ?, '')
         """
         request = db.execute(sql, (token, *context, Clock.now())).lastrowid or 0
+        count = len(db.events)
         ids = _insert_tasks(db, commands, options, self.config, request)
+        if ids.made:
+            payload = {"count": len(ids.made), "first": ids.made[0], "last": ids.made[-1]}
+            event = Event.make("task.added", payload, f"task {ids.made[0]}")
+            db.events.insert(count, (event, env.get("APEX_HOOKS", "")))
         answer = {"ids": ids, "existing": ids.existing} if ids.existing else ids
         bounds = (min(ids, default=0), max(ids, default=0))
         sql = "UPDATE requests SET first_task = ?, last_task = ?, answer = ? WHERE id = ?"
@@ -3182,17 +3314,19 @@ class TaskStore:
 
     def find(
         self, state: str | None = None, group: str | None = None, before: int | None = None,
-        limit: int = 100, ids: Iterable[int | range] | None = None,
+        limit: int = 100, ids: Iterable[int | range] | None = None, hidden: str | None = None,
     ) -> list[Task]:  # fmt: skip
-        """Return the newest tasks with ids below `before`, ascending; at most `limit`."""
+        """Return the newest tasks below `before`, ascending, at most `limit`; none of `hidden`."""
         filters = {
             "t.state = :state": state,
             "t.grp = :grp": group,
+            "t.grp <> :hidden": hidden,
             f"t.id IN (SELECT t.id FROM {_ASKED_SQL})": ids,
         }
         sql = _TASK_SQL + "WHERE t.id < :before"
         sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
         values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
+        values["hidden"] = hidden
         rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values, ids)
         return [_row_to_task(row) for row in reversed(rows)]
 
@@ -3383,11 +3517,12 @@ class AttemptStore:
                     (run_id, keeper, self._boot_id, Clock.now(), task_id),
                 )
                 claimed.append(self._store.get(task_id))
+                db.events[-1][0].payload.update(_attempt_payload(claimed[-1]))
                 failpoint("claim")
         return claimed
 
     def _find_ready(
-        self, db: sqlite3.Connection, room: int, busy: Mapping[str, int],
+        self, db: Transaction, room: int, busy: Mapping[str, int],
         find_keeper: Callable[[bool], str | None],
     ) -> list[tuple[int, str]]:  # fmt: skip
         """Return (id, keeper) to claim: one probe a group, then the best over the groups."""
@@ -3425,7 +3560,7 @@ class AttemptStore:
             private = None if is_suspect else private  # one at a time
         return ready
 
-    def _finish(self, db: sqlite3.Connection, task: Task, result: Result) -> None:
+    def _finish(self, db: Transaction, task: Task, result: Result) -> None:
         """Record one result; an attempt that is finished already changes nothing."""
         at: dict[str, Any] = {"id": task.id, "run": task.run_id, "number": task.attempts}
         at.update(result.to_dict(), now=result.finished_at or Clock.now())
@@ -3437,7 +3572,7 @@ class AttemptStore:
         if outcome is None:
             db.execute(f"DELETE FROM attempts {where}", at)
             db.execute("UPDATE tasks SET attempts = attempts - 1 WHERE id = :id", at)
-            set_state(db, task.id, State.RUNNING, State.QUEUED)
+            set_state(db, task.id, State.RUNNING, State.QUEUED, None, _attempt_payload(task))
             return
         sql = """
             UPDATE attempts SET outcome = :how, exit_code = :exit_code, signal = :signal,
@@ -3462,7 +3597,10 @@ class AttemptStore:
             task = self._store.get(task.id)
         state, delay_s = next_state(task, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
-        set_state(db, task.id, State.RUNNING, state, due_at)
+        ends = ("exit_code", "signal", "reason")
+        payload = {**_attempt_payload(task), "outcome": outcome.value}
+        payload.update({name: at[name] for name in ends})
+        set_state(db, task.id, State.RUNNING, state, due_at, payload)
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
@@ -3554,19 +3692,14 @@ class EventStore:
             last = db.execute("SELECT fired_at FROM fires WHERE source = ?", (source,)).fetchone()
             if last and at is not None and last[0] == at:
                 return None
-            options = {name: getattr(trigger, name, None) for name in TASK_READERS}
             sql = "SELECT id FROM tasks WHERE key >= ? AND key < ? AND finished_at IS NULL"
             sql += " ORDER BY id"
             unfinished = [one for (one,) in db.execute(sql, (source, source + "!"))]
             task_id = None
             if is_behind or len(unfinished) < {"skip": 1, "queue": 2}[trigger.overlap]:
-                options["key"] = f"{source} {event.id}" if unfinished else source
-                options["after"] = [f"{one}:any" for one in unfinished[-1:]] or None
-                own = {**(env or {}), **trigger.env, "APEX_EVENT": json.dumps(event.to_dict())}
-                context = {**capture_environment(self._store.config.daemon.env_keep), **own}
-                cwd = os.path.join(self._store.project, trigger.cwd)
-                ids = self._store.insert(db, [trigger.command], options, None, cwd, context, None)
-                task_id = ids[0]
+                key = f"{source} {event.id}" if unfinished else source
+                given = {"key": key, "after": [f"{one}:any" for one in unfinished[-1:]] or None}
+                task_id = self._insert(db, trigger, trigger.command, event, env or {}, given)
                 if lines:
                     write_atomically(event_path(self._store.folder, task_id), lines)
             sql = """
@@ -3575,10 +3708,57 @@ class EventStore:
                 SET fired_at = coalesce(excluded.fired_at, fired_at), task_id = excluded.task_id
             """
             db.execute(sql, (source, event.payload.get("scheduled_at", event.time), task_id))
-        kind = event.type.partition(".")[0]
-        skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
-        self._store.on_events([skipped] if task_id is None else told or [event])
+            kind = event.type.partition(".")[0]
+            skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
+            told = [skipped] if task_id is None else told or [event]
+            db.events += [(one, "") for one in told]
         return task_id
+
+    def _insert(
+        self, db: Transaction, trigger: Any, command: Any, event: Event, env: Mapping[str, str],
+        given: Mapping[str, Any], token: str | None = None,
+    ) -> int:  # fmt: skip
+        """Insert a trigger's task, with its options, `given` over them; return its id."""
+        store, options = self._store, {name: getattr(trigger, name, None) for name in TASK_READERS}
+        own = {**trigger.env, "APEX_EVENT": json.dumps(event.to_dict()), **env}
+        inherited = capture_environment(store.config.daemon.env_keep)
+        for hook in store.config.hooks.values():
+            inherited.pop(hook.secret_env, None)  # whatever env_keep says: it goes to no disk
+        context = {**inherited, **own}
+        cwd = os.path.join(store.project, trigger.cwd)
+        options.update(given)  # and a full queue must not keep a result from its record
+        is_limited = token is None
+        return store.insert(db, [command], options, token, cwd, context, None, is_limited)[0]
+
+    def start_hooks(self, db: Transaction) -> None:
+        """Insert the tasks of all hooks that match events of a transaction.
+
+        These tasks' own events included. A hook is not started by what it led to itself, nor
+        any after HOPS_MAX others.
+        """
+        for event, chain in db.events if self._store.config.hooks else ():  # it grows meanwhile
+            for name, hook in self._find_hooks(event):
+                if chain is None:
+                    sql = "SELECT env FROM requests JOIN tasks ON request_id = requests.id"
+                    row = db.execute(sql + " WHERE tasks.id = ?", (event.payload["id"],)).fetchone()
+                    chain = json.loads(row[0]).get("APEX_HOOKS", "") if row else ""
+                before = chain.split(",") if chain else []
+                event.hops, token = len(before), f"{event.id} {name}"
+                if name in before or len(before) >= HOPS_MAX:
+                    continue
+                sql = "SELECT 1 FROM requests WHERE token = ?"
+                if not db.execute(sql, (token,)).fetchone():
+                    env = {"APEX_HOOKS": ",".join([*before, name])}
+                    command = hook.command or DELIVER
+                    given = {"label": hook.label or f"{name}: {event.type}"}
+                    self._insert(db, hook, command, event, env, given, token)
+
+    def _find_hooks(self, event: Event) -> list[tuple[str, Any]]:
+        return [
+            (name, hook)
+            for name, hook in self._store.config.hooks.items()
+            if hook.enabled and any(fnmatch.fnmatchcase(event.type, one) for one in hook.on)
+        ]
 
     def register(self, specs: Mapping[str, str], now: float) -> dict[str, float]:
         """Note what each schedule fires by, {source: spec}, and forget all others.
@@ -3604,8 +3784,22 @@ class EventStore:
         return {source: (at, task_id) for source, at, task_id in rows}
 
     def publish(self, type: str, payload: Mapping[str, Any], source: str) -> None:
-        """Tell of something that is no change of a task; its hooks' tasks are on disk then."""
-        self._store.on_events([Event.make(type, payload, source)])
+        """Publish an event that is not a change of a task; errors are only logged."""
+        try:
+            self.emit(Event.make(type, payload, source))
+        except DaemonError as error:
+            log.error("event %s is lost: %s", type, error)
+
+    def emit(self, event: Event, hooks: str = "") -> None:
+        """Publish an event, once for its id; the tasks of its hooks are on disk on return.
+
+        hooks: those that led to it, separated by commas. Raises DATABASE_FAILED.
+        """
+        if not self._find_hooks(event):
+            self._store.dispatch([event])
+            return
+        with self._store.database.write(is_vital=False) as db:
+            db.events.append((event, hooks))
 
 
 # ============================================================================
@@ -4050,7 +4244,7 @@ def run_keeper(folder: str, name: str) -> int:
 
 def spawn_keeper(folder: str, name: str) -> Any:
     """Start a keeper, return its Popen. Raises OSError."""
-    env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
+    env = {k: v for k, v in os.environ.items() if k not in TASK_MARKS}
     argv = [sys.executable, "-I", "-S", launcher_path(folder), "_keeper", folder, name]
     null = subprocess.DEVNULL
     for options in Platform.KEEPER:  # the first that the system permits
@@ -4580,6 +4774,12 @@ def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: Tas
     marks = {"TASK_ID": task.id, "ATTEMPT": task.attempts, "RUN_ID": task.run_id}
     if '"type": "file.changed"' in env.get("APEX_EVENT", ""):
         marks["EVENT_FILE"] = event_path(store.folder, task.id)
+    if task.command == DELIVER:
+        words = [sys.executable, "-I", "-S", launcher_path(store.folder), "_deliver"]
+        hook = store.config.hooks.get(env.get("APEX_HOOKS", "").rpartition(",")[2])
+        marks["HOOK_URL"] = getattr(hook, "url", None) or ""
+        if hook is not None and hook.secret_env:  # it goes to the child alone, to no disk
+            marks["HOOK_SECRET"] = os.environ.get(hook.secret_env, "")
     return {
         "argv": [*(group.launcher if group else ()), *words],
         "cwd": task.cwd,
@@ -4968,6 +5168,168 @@ def run_schedule(store: TaskStore, name: str) -> int:
         what = f"a task of schedule {name} is unfinished"
         raise DaemonError("ILLEGAL_STATE", what, 'see `list`, or set overlap = "queue"')
     return task_id
+
+
+# ============================================================================
+# 12. EVENTS - reading what happened; subscribers; what hooks send to a URL
+#     Uses 1-9. Any thread; a router has one a subscription. Closed by: its maker.
+# ============================================================================
+
+# The task of a hook is inserted by the transaction that changes a task: see EventStore. What is
+# here receives events after the commit: a crash in between costs a line of the log, no hook.
+
+
+def read_events(
+    folder: str, lines: int, to_end: bool, pattern: str = "*", since: float = 0.0
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the last `lines` events, then, with to_end, what comes; [] when nothing does.
+
+    pattern: of types, "task.*"; since: epoch seconds.
+    """
+    recent: deque[dict[str, Any]] = deque(maxlen=lines)
+    is_catching_up, rest = True, b""
+    for data in follow_file(os.path.join(folder, "events.log"), 0, to_end):
+        *whole, rest = (rest + data).split(b"\n")
+        found = []
+        for line in whole:
+            with contextlib.suppress(ValueError, TypeError, AttributeError):  # of a full disk
+                event = json.loads(line)
+                is_whole = event.keys() >= Event.__annotations__.keys() and event["time"] >= since
+                if is_whole and fnmatch.fnmatchcase(event["type"], pattern):
+                    found.append(event)
+        if is_catching_up:
+            recent.extend(found)
+        if not is_catching_up or not data:
+            yield [*recent] if is_catching_up else found
+            is_catching_up = is_catching_up and bool(data)
+    if is_catching_up:
+        yield [*recent]
+
+
+class EventRouter:
+    """Dispatches events to subscribers and keeps a history of them.
+
+    A handler has a thread of its own. One that raises is tried 3 times more, after 1, 2 and
+    4 s; then the event is a dead letter. Any thread; handlers may publish. Life: made -> close.
+    """
+
+    def __init__(self) -> None:
+        self._closing = threading.Event()
+        self._history: deque[Event] = deque(maxlen=HISTORY_MAX)
+        self._dead_letters: deque[dict[str, Any]] = deque(maxlen=DEAD_LETTERS_MAX)
+        self._lock = threading.Lock()  # guards what follows
+        self._readers: dict[threading.Thread, tuple[str, Any]] = {}  # with pattern and queue
+
+    def subscribe(self, pattern: str, handler: Callable[[Event], object]) -> None:
+        """Call `handler` with each event, from now on, whose type matches: "task.*", "*"."""
+        waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        args, name = (handler, waiting), f"events-{pattern}"
+        thread = threading.Thread(target=self._serve, args=args, name=name, daemon=True)
+        thread.start()
+        with self._lock:
+            self._readers[thread] = pattern, waiting
+
+    def publish(
+        self, type: str, payload: Mapping[str, Any] | None = None, source: str = ""
+    ) -> Event:
+        """Create an event and dispatch it; return it."""
+        event = Event.make(type, payload or {}, source)
+        self.dispatch([event])
+        return event
+
+    def dispatch(self, events: Iterable[Event]) -> None:
+        """Add events to the history and to the queues of their subscribers."""
+        with self._lock:
+            for event in events:
+                self._history.append(event)
+                for pattern, waiting in self._readers.values():
+                    if not fnmatch.fnmatchcase(event.type, pattern):
+                        continue
+                    if waiting.qsize() < HANDLER_BEHIND_MAX:
+                        waiting.put(event)
+                    else:
+                        self._add_dead_letter(event, "its handler is too slow", 0)
+
+    def _add_dead_letter(self, event: Event, error: str, attempts: int) -> None:
+        self._dead_letters.append({"event": event, "error": error, "attempts": attempts})
+
+    def _serve(self, handler: Callable[[Event], object], waiting: Any) -> None:
+        for event in iter(waiting.get, None):
+            for attempt, pause_s in enumerate((0.0, *HANDLER_PAUSES_S), 1):
+                self._closing.wait(pause_s)
+                try:
+                    handler(event)
+                    break
+                except Exception as error:  # the user's callback
+                    log.exception("a handler of %s failed", event.type)
+                    if attempt > len(HANDLER_PAUSES_S):
+                        self._add_dead_letter(event, f"{type(error).__name__}: {error}", attempt)
+
+    def history(
+        self, type: str | None = None, source: str | None = None, limit: int = 50
+    ) -> list[Event]:
+        """Return the last events, the newest last; type is a pattern."""
+        events = [e for e in self._history.copy() if source in (None, e.source)]
+        events = [e for e in events if fnmatch.fnmatchcase(e.type, type or "*")]
+        return events[-limit:] if limit > 0 else []
+
+    def clear_history(self) -> None:
+        """Forget the events."""
+        self._history.clear()
+
+    def dead_letters(self) -> list[dict[str, Any]]:
+        """Return the last {"event", "error", "attempts"}, the newest last."""
+        return [*self._dead_letters.copy()]
+
+    def clear_dead_letters(self) -> None:
+        """Forget the dead letters."""
+        self._dead_letters.clear()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Let the handlers finish what is queued, without pauses between tries, then end them."""
+        deadline = Clock.mono() + timeout_s
+        self._closing.set()
+        with self._lock:
+            readers, self._readers = self._readers, {}
+        for _, waiting in readers.values():
+            waiting.put(None)
+        for thread in readers.keys() - {threading.current_thread()}:
+            thread.join(max(deadline - Clock.mono(), 0.0))
+
+
+def deliver() -> int:
+    """POST the event of the task that this runs in to its hook's URL; 0: a 2xx answered.
+
+    A redirect is refused: the POST would become a GET of somebody else's page.
+    """
+    import hashlib
+    import hmac
+    import http.client
+    import urllib.request
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *args: Any) -> None:
+            return None
+
+    env = os.environ
+    body, name = env.get("APEX_EVENT", "{}").encode(), env.get("APEX_HOOKS", "").split(",")[-1]
+    url, secret = env.get("APEX_HOOK_URL"), env.get("APEX_HOOK_SECRET")
+    if not url or secret == "":
+        what = "secret_env names a variable that the daemon does not have" if url else "no url"
+        print(f"not delivered: hook.{name}: {what}", flush=True)
+        return 1
+    headers = {"Content-Type": "application/json", "User-Agent": f"apexd/{__version__}"}
+    headers["Idempotency-Key"] = f"{json.loads(body)['id']}-{name}"
+    if secret is not None:
+        digest = hmac.new(os.fsencode(secret), body, hashlib.sha256).hexdigest()
+        headers["X-Apexd-Signature"] = "sha256=" + digest
+    request = urllib.request.Request(url, body, headers, method="POST")
+    try:
+        urllib.request.build_opener(NoRedirect).open(request, timeout=HOOK_ANSWER_S).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        print(f"not delivered: {error or type(error).__name__}", flush=True)
+        return 1
+    return 0
 
 
 # ============================================================================
@@ -5365,6 +5727,7 @@ class ProcessState(str, Enum):
 _UP = {ProcessState.STARTING, ProcessState.RUNNING, ProcessState.UNHEALTHY}
 _DOWN = {ProcessState.BACKOFF, ProcessState.CRASHED, ProcessState.FAILED}
 _READY = {ProcessState.RUNNING, ProcessState.UNHEALTHY}
+_EVENT_STATES = {ProcessState.RUNNING, ProcessState.STOPPED, *_DOWN} - {ProcessState.BACKOFF}
 _ENDS = {ProcessState.STOPPING, ProcessState.CRASHED}
 PROCESS_MOVES: dict[ProcessState, set[ProcessState]] = {
     ProcessState.STOPPED: {ProcessState.STARTING},
@@ -5725,6 +6088,12 @@ class Watch:
                     one.remark = word[len("STATUS=") :][:1000]
 
 
+def publish(instance: Instance, type: str, why: str | None = None) -> None:
+    """Publish an event of an instance; holds the lock."""
+    payload = {"name": instance.name, "instance": instance.index, "why": why}
+    EventStore(instance.store).publish("process." + type, payload, f"process {instance.id}")
+
+
 class Instance:
     """One copy of a process: what `decide` sees of it, its run, what it has been through.
 
@@ -5805,6 +6174,11 @@ class Instance:
                 self.write_note(ready=True)
         if state == ProcessState.STOPPING:
             self.flaw = why or ""
+        was_ready, is_kept = self.is_ready(), self.view.is_wanted and not self.view.is_stale
+        if state == ProcessState.STOPPING and was_ready and is_kept:
+            publish(self, "hung", why)
+        elif state in _EVENT_STATES and not (was_ready and state in _READY):
+            publish(self, "ready" if state in _READY else state.value, why)
         is_waiting = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
         if state == ProcessState.STOPPED and is_waiting:
             self.forget()
@@ -5853,6 +6227,7 @@ class Instance:
         failpoint("note")
         self.keepers.start(self.ward, word)
         self.keepers.flush()
+        publish(self, "started")
 
     def adopt(self, note: dict[str, Any]) -> None:
         """Find out what became of the run that a note tells of; holds the lock."""
@@ -6911,7 +7286,9 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "name": process_name, "names": lambda value: [process_name(one) for one in text_list(value)],
     "instances": integer(0, 1000), "signal": signal_number, "follow": truth, "wait": truth,
     "offsets": lambda value: {name: integer(0)(at) for name, at in mapping(value).items()},
-    "lines": integer(1, LINES_MAX),
+    "lines": integer(1, LINES_MAX), "pattern": line_of_text, "since": number, "hooks": line_of_text,
+    "event": matching(r"(?!.{100})[\w-]+(\.[\w-]+)*", "a name such as deploy.done"),
+    "payload": mapping,
 }  # fmt: skip
 
 
@@ -6943,7 +7320,7 @@ class TaskVerbs:
         self._store = store
         self._runner = runner
         partial = functools.partial
-        self.table: dict[str, tuple[str, Callable[..., Fields]]] = {
+        self.table: dict[str, tuple[str, Callable[..., Any]]] = {
             "add": ("commands! options token cwd env umask", self._add),
             "list": ("state group before limit ids", self._list),
             "get": ("id!", self._get),
@@ -6958,6 +7335,8 @@ class TaskVerbs:
             "logs": ("id! attempt offset within", self._logs),
             "queue": ("", self._queue),
             "process_logs": ("name! offsets lines", self._process_logs),
+            "events": ("pattern since lines follow", self._events),
+            "emit": ("event! payload hooks token", self._emit),
             "schedules": ("limit", lambda limit=1: {"schedules": list_schedules(store, limit)}),
             "run_schedule": ("name!", lambda name: self._wake({"id": run_schedule(store, name)})),
         }
@@ -6990,9 +7369,12 @@ class TaskVerbs:
         return self._wake({"ids": ids, "existing": ids.existing})
 
     def _list(self, group: str | None = None, **where: Any) -> Fields:
-        if group is not None and group not in self._store.config.groups:
-            raise unknown_group(group, self._store.config)
-        return {"tasks": list(map(self._describe, self._store.find(group=group, **where)))}
+        """Return tasks; those of hooks only by their group, by "*", which is all, or by ids."""
+        if group not in (None, "*", *self._store.config.groups):
+            raise unknown_group(group or "", self._store.config)
+        where["hidden"] = "hooks" if group is None and "ids" not in where else None
+        found = self._store.find(group=None if group == "*" else group, **where)
+        return {"tasks": list(map(self._describe, found))}
 
     def _get(self, id: int) -> Fields:
         task = self._store.get(id)
@@ -7066,6 +7448,25 @@ class TaskVerbs:
         """Return {"logs": {"web.0": {"data": base64, "next": offset}}}."""
         found = read_process_logs(self._store, name, offsets or {}, lines)
         return {"logs": {one: log_fields(*part) for one, part in found.items()}}
+
+    def _events(
+        self, pattern: str = "*", since: float = 0.0, lines: int = 50, follow: bool = False
+    ) -> Fields | Iterator[Fields]:
+        """Return {"lines": [the last events]}; with follow one such frame after the other."""
+        found = read_events(self._store.folder, lines, follow, pattern, since)
+        frames = ({"type": "events", "lines": events} for events in found)
+        return frames if follow else next(frames)
+
+    def _emit(
+        self, event: str, payload: Fields | None = None, hooks: str = "", token: str | None = None
+    ) -> Fields:
+        """Publish custom.EVENT; the same token again starts nothing more."""
+        made = Event.make("custom." + event.removeprefix("custom."), payload or {}, "emit")
+        made.id = token or made.id
+        if len(json.dumps(made.to_dict())) > EVENT_MAX_BYTES:
+            raise bad(f"the event has more than {EVENT_MAX_BYTES} bytes", "name a file in it")
+        EventStore(self._store).emit(made, hooks)
+        return {"id": made.id}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -7566,8 +7967,8 @@ def settings_of(config: Config) -> Fields:
     return {**settings, "log_file": config.log.file}
 
 
-READING_VERBS = frozenset("list get wait why logs queue process_logs schedules".split())
-WRITING_VERBS = frozenset("add cancel retry remove pause resume report run_schedule".split())
+READING_VERBS = frozenset("list get wait why logs queue process_logs schedules events".split())
+WRITING_VERBS = frozenset("add cancel retry remove pause resume report run_schedule emit".split())
 
 
 class Project(Value):
@@ -7906,6 +8307,11 @@ class Client:
         """Report tokens, cost, progress (percent), note; return {"over_budget": bool}."""
         return self.call("report", {"id": task_id, "token": os.urandom(12).hex(), **usage})
 
+    def emit(self, event: str, payload: Fields | None = None) -> str:
+        """Publish the event custom.EVENT; return its id. The tasks of its hooks are on disk."""
+        fields = {"event": event, "payload": payload, "hooks": os.environ.get("APEX_HOOKS", "")}
+        return str(self.call("emit", {**fields, "token": os.urandom(12).hex()})["id"])
+
     def queue(self) -> Fields:
         """Return {"counts": {state: {group: n}}, "paused": [...], "groups": {...}}."""
         return self.call("queue", {})
@@ -7940,6 +8346,9 @@ def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
 # 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
 #     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
 # ============================================================================
+
+_STOPS = ("stop", "SIGTERM", "SIGINT", "SIGBREAK")
+
 
 class Mailbox:
     """What signal handlers and other threads tell the main thread, which sleeps until then."""
@@ -8082,6 +8491,7 @@ class Daemon:
         self._standing = threading.Event()  # a keeper takes starts
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
+        self.router = EventRouter()
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
@@ -8109,6 +8519,7 @@ class Daemon:
             log.error("%s (%s)", error, error.hint)
             raise
         finally:
+            self.router.close()
             self._pid_file.release()
             logging.shutdown()
 
@@ -8124,6 +8535,8 @@ class Daemon:
         self._scheduler = Scheduler(store, self._runner.wake)
         self._watches = Watches(store, self._runner.wake)
         keepers.on_standing = self._note_standing
+        self.publish = EventStore(store).publish
+        store.on_events = self._dispatch
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(store, self._runner).table,
             **ProcessVerbs(self._supervisor, store).table,
@@ -8141,6 +8554,7 @@ class Daemon:
         self._watches.start()
         self._standing.wait(STANDING_S)
         log.info("ready")
+        self.publish("daemon.started", {"pid": os.getpid(), "version": __version__}, "daemon")
         channel = os.dup(1)
         for fd, output in outputs.items():
             os.dup2(output, fd)
@@ -8160,6 +8574,12 @@ class Daemon:
                 if self._pid_file.is_held():
                     self._write_state()
 
+    def _dispatch(self, events: Sequence[Event]) -> None:
+        """Pass committed events to the subscribers, and wake the runner for new tasks."""
+        self.router.dispatch(events)
+        if any(event.type == "task.added" for event in events):
+            self._runner.wake()
+
     def _note_standing(self) -> None:
         self._standing.set()
         self._runner.wake()
@@ -8172,6 +8592,8 @@ class Daemon:
             self._manager.ping(self._keepers)
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             self._is_over = len(ended) == 2
+            if name in ("leave", "failed", *_STOPS) and not self._runner.is_draining:
+                self.publish("daemon.stopping", {"why": name}, "daemon")
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
@@ -8187,7 +8609,7 @@ class Daemon:
             self._scheduler.stop()
             if not self._first_term:
                 self._runner.drain(self._config.daemon.graceful_timeout)
-        elif name in ("stop", "SIGTERM", "SIGINT", "SIGBREAK"):
+        elif name in _STOPS:
             now, is_first = Clock.mono(), not self._first_term
             if is_first or now - self._first_term >= FIRST_TERM_S:
                 how = "shutting down gracefully" if is_first else "again, stopping at once"
@@ -8206,6 +8628,7 @@ class Daemon:
             self._dump()
         elif name == "SIGUSR2":
             self._open_log()
+            self._store.event_log.close()
             log.info("reopened the log")
             if self._config.daemon.on_usr2:
                 env = capture_environment(self._config.daemon.env_keep)
@@ -8249,6 +8672,8 @@ class Daemon:
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
+            changed = [re.split(r"[:=]", line)[0].strip() for line in plan]
+            self.publish("config.reloaded", {"changed": changed}, "daemon")
             self._runner.wake()
             return plan
 
@@ -8360,7 +8785,7 @@ class DaemonManager(Client):
         store_bytecode(folder)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
         argv = [sys.executable, "-I", "-S", launcher_path(folder), "_daemon", options]
-        env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
+        env = {k: v for k, v in os.environ.items() if k not in TASK_MARKS}
         env.update(APEX_DAEMON_MODE="1", MALLOC_ARENA_MAX="2")  # else an arena a thread
         return argv, env
 
@@ -9187,7 +9612,7 @@ def cmd_logs(args: Args) -> int:
     else:
         raise bad(f"{args.task!r}: must be a task id, ID.ATTEMPT or a process", "see `list`")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a chunk may end in a character
-    for data in chunks:
+    for data in filter(None, chunks):
         text = decoder.decode(data)
         if args.json:
             print(json.dumps({"data": text}), flush=True)
@@ -9250,9 +9675,9 @@ def cmd_report(args: Args) -> int:
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
     if args.action == "list":
-        args.in_state, args.group, args.lines = "failed", None, None
+        args.in_state, args.group, args.lines = "failed", "*", None
         return cmd_list(args)
-    failed = {task["id"] for task in client_of(args).list(state="failed")}
+    failed = {task["id"] for task in client_of(args).list(state="failed", group="*")}
     args.ids = args.ids or sorted(failed)
     for task_id in (task_id for ids in task_ids(args.ids) for task_id in ids):
         if args.action == "show":
@@ -9265,6 +9690,38 @@ def cmd_dlq(args: Args) -> int:
         return 0
     args.verb = "retry" if args.action == "retry" else "remove"
     return cmd_change(args)
+
+
+@register(
+    "events",
+    arg("action", nargs="?", choices=("emit",), help="publish one instead: custom.NAME"),
+    arg("name", nargs="?", metavar="NAME"),
+    arg("-n", "--lines", type=reads(integer(1, LINES_MAX)), default=50, help="the last N"),
+    arg("-f", "--follow", **FLAG, help="go on as they come"),
+    arg("--type", default="*", metavar="PATTERN", help="only these, such as 'task.*'"),
+    arg("--since", type=reads(duration), default=1e10, metavar="TIME", help="of the last 10m, say"),
+    arg("--json", "-j", nargs="?", const=True, default=argparse.SUPPRESS, metavar="OBJECT",
+        help="print JSON only; of emit: what the event says"),
+)  # fmt: skip
+def cmd_events(args: Args) -> int:
+    """Show what happened, or publish an event of one's own."""
+    client, given = client_of(args), args.json if isinstance(args.json, str) else None
+    if args.action == "emit":
+        try:
+            payload = mapping(json.loads(given or "{}", parse_constant=int))
+        except (ValueError, RecursionError):
+            raise bad(f"--json {str(given)[:40]!r}: must be a JSON object") from None
+        event_id = client.emit(args.name or "", payload)
+        return emit({"id": event_id}, args, event_id)
+    if given is not None:
+        raise bad(f"--json {given[:40]!r}: takes an object with `events emit NAME` alone")
+    since, folder = Clock.now() - args.since, client.project.folder
+    for events in read_events(folder, args.lines, args.follow, args.type, since):
+        for event in events:
+            rest = json.dumps(event["payload"], ensure_ascii=False)
+            line = f"{timestamp(event['time'])}  {event['type']:16}  {event['source']:14}  {rest}"
+            print(json.dumps(event) if args.json else printable(line), flush=True)
+    return 0
 
 
 @register(
@@ -9453,6 +9910,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["_keeper"]:
             return run_keeper(*words[1:])
+        if words[:1] == ["_deliver"]:  # the task of a hook with a URL
+            return deliver()
         if words[:1] == ["_daemon"]:  # what `start` makes
             return run_daemon(json.loads(words[1]))
         args = parse(words)

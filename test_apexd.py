@@ -1861,8 +1861,7 @@ class TestConfig:
         config = apexd.Config({"process": {"web": {"command": "serve"}}})
         tables = {"group": config.groups["default"], "process": config.processes["web"]}
         for kind in ("schedule", "watch", "hook"):
-            given = {"command": "x", **({"cron": "@daily"} if kind == "schedule" else {})}
-            tables[kind] = getattr(apexd.Config({kind: {"one": given}}), apexd.TABLES[kind])["one"]
+            tables[kind] = apexd.Config({})._read_section(kind, kind, {})
         for section, options in apexd.OPTIONS.items():
             values = vars(tables.get(section) or getattr(config, section))
             defaults = {key: default for key, (_, default, _) in options.items()}
@@ -5139,7 +5138,7 @@ class CronByHand:
         return self.at
 
     def hear(self, events):
-        for event in events:
+        for event in (event for event in events if event.type.startswith("cron.")):
             at = event.payload["scheduled_at"]
             self.told.append((event.type, event.payload["name"], at))
 
@@ -5512,6 +5511,662 @@ class TestCronCommand:
         assert box.until(task_id)["priority"] == 3
         assert json.loads(box.output(task_id))["payload"] == {"name": "job", "scheduled_at": None}
         assert box.json("cron", "run", "job")["id"] == task_id + 1
+
+
+# ============================================================================
+# 12. EVENTS - none is lost, handlers cannot harm, hooks deliver once
+# ============================================================================
+
+
+class HookServer:
+    """A server on loopback for hooks: `answers` gives the status of each POST in turn, then 200."""
+
+    def __init__(self, answers=(), port=0):
+        import http.server
+
+        self.got, answers = [], list(answers)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(this):
+                body = this.rfile.read(int(this.headers["Content-Length"]))
+                status = answers.pop(0) if answers else 200
+                self.got.append((this.path, dict(this.headers), body, status))
+                this.send_response(status)
+                this.send_header("Location", "/elsewhere")
+                this.end_headers()
+
+            def do_GET(this):
+                self.got.append((this.path, dict(this.headers), b"", 0))
+                this.send_response(200)
+                this.end_headers()
+
+            def log_message(this, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *why):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def events_of(box, pattern="*", lines=100_000):
+    """Return the events of a project, oldest first."""
+    return next(apexd.read_events(box.state, lines, False, pattern))
+
+
+def types_of(box, task_id):
+    """Return what happened to a task, and what followed each time: [("started", {...}), ...]."""
+    found = [e for e in events_of(box, "task.*") if e["source"] == f"task {task_id}"]
+    return [e["type"].partition(".")[2] for e in found]
+
+
+class TestEventRouter:
+    @pytest.fixture
+    def router(self):
+        router = apexd.EventRouter()
+        yield router
+        router.close()
+        assert not [t for t in threading.enumerate() if t.name.startswith("events-")]
+
+    @pytest.fixture
+    def hurried(self, monkeypatch):
+        """A hundredth of the pauses."""
+        monkeypatch.setattr(apexd, "HANDLER_PAUSES_S", tuple(s / 100 for s in apexd.HANDLER_PAUSES_S))
+
+    def test_a_subscriber_gets_what_matches_in_order(self, router):
+        got, every = [], []
+        router.subscribe("task.*", lambda event: got.append(event.payload["n"]))
+        router.subscribe("*", every.append)
+        for n in range(100):
+            router.publish("task.failed" if n % 2 else "process.ready", {"n": n}, "me")
+        eventually(lambda: len(got) == 50 and len(every) == 100)
+        assert got == list(range(1, 100, 2))
+        assert [event.payload["n"] for event in every] == list(range(100))
+        first = every[0]
+        assert (first.type, first.source, first.hops) == ("process.ready", "me", 0)
+        assert len({event.id for event in every}) == 100 and abs(first.time - time.time()) < 60
+
+    def test_the_history_keeps_the_last_and_can_be_searched(self, router):
+        for n in range(1100):
+            router.publish(f"a.{n % 2}", {"n": n}, "even" if n % 4 == 0 else "odd")
+        assert len(router.history(limit=5000)) == 1000 and len(router.history()) == 50
+        assert [e.payload["n"] for e in router.history(limit=2)] == [1098, 1099]
+        assert [e.payload["n"] for e in router.history("a.1", limit=2)] == [1097, 1099]
+        assert [e.payload["n"] for e in router.history("a.*", "even", 2)] == [1092, 1096]
+        assert router.history(limit=0) == [] and router.history("b.*") == []
+        router.clear_history()
+        assert router.history() == []
+
+    def test_a_failing_handler_is_tried_four_times_then_it_is_a_dead_letter(self, router, hurried):
+        tries, good = [], []
+
+        def fail(event):
+            tries.append(time.monotonic())
+            raise ValueError("no good")
+
+        router.subscribe("x", fail)
+        router.subscribe("x", good.append)
+        event = router.publish("x", {"n": 1})
+        (letter,) = eventually(router.dead_letters)
+        assert letter == {"event": event, "error": "ValueError: no good", "attempts": 4}
+        gaps = [b - a for a, b in zip(tries, tries[1:])]
+        assert len(tries) == 4 and all(gap >= pause for gap, pause in zip(gaps, (0.01, 0.02, 0.04)))
+        assert good == [event], "the other is not concerned"
+        router.clear_dead_letters()
+        assert router.dead_letters() == []
+
+    def test_the_pauses_are_one_two_and_four_seconds(self):
+        assert apexd.HANDLER_PAUSES_S == (1.0, 2.0, 4.0)
+
+    def test_a_handler_that_works_at_last_makes_no_dead_letter(self, router, hurried):
+        tries = []
+        router.subscribe("x", lambda event: tries.append(1) or 1 / (len(tries) > 2))
+        router.publish("x")
+        eventually(lambda: len(tries) == 3)
+        router.close()
+        assert router.dead_letters() == [] and len(tries) == 3
+
+    def test_the_last_100_dead_letters_are_kept(self, router, hurried):
+        router.subscribe("x", lambda event: 1 / 0)
+        for n in range(120):
+            router.publish("x", {"n": n})
+        router.close(30)
+        assert [one["event"].payload["n"] for one in router.dead_letters()] == list(range(20, 120))
+
+    def test_a_slow_handler_delays_nobody_and_memory_is_bounded(self, router, monkeypatch):
+        monkeypatch.setattr(apexd, "HANDLER_BEHIND_MAX", 10)
+        go, slow_got, got = threading.Event(), [], []
+        router.subscribe("x", lambda event: slow_got.append(event) or go.wait(20))
+        router.subscribe("x", got.append)
+        router.publish("x")
+        eventually(lambda: slow_got)
+        for _ in range(20):
+            router.publish("x")
+            eventually(lambda: len(got) == len(router.history(limit=99)))
+        assert len(router.dead_letters()) == 10 and router.dead_letters()[0]["attempts"] == 0
+        go.set()
+        router.close()
+        assert len(slow_got) == 11 and len(got) == 21
+
+    def test_a_handler_may_publish_subscribe_and_close(self, router):
+        got = []
+
+        def on_first(event):
+            router.subscribe("second", got.append)
+            router.publish("second")
+            router.close()
+
+        router.subscribe("first", on_first)
+        router.publish("first")
+        eventually(lambda: got)
+
+    def test_close_lets_handlers_work_off_what_waits_without_pauses(self, router):
+        got, tries = [], []
+        router.subscribe("x", got.append)
+        router.subscribe("x", lambda event: tries.append(1) or 1 / 0)
+        for _ in range(1000):
+            router.publish("x")
+        began = time.monotonic()
+        router.close(30)
+        assert len(got) == 1000 and len(tries) == 4000 and time.monotonic() - began < 25
+        router.publish("x")
+        assert len(got) == 1000, "nobody hears of it any more"
+
+    def test_a_burst_from_many_threads_loses_nothing(self, router):
+        got = []
+        router.subscribe("*", got.append)
+
+        def publish(name):
+            for n in range(1000):
+                router.publish("x", {"n": n}, name)
+
+        threads = [threading.Thread(target=publish, args=(str(i),)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        router.close(30)
+        for i in range(8):
+            assert [e.payload["n"] for e in got if e.source == str(i)] == list(range(1000))
+
+    @posix
+    def test_a_stores_events_reach_a_router(self, tmp_path):
+        """README's example"""
+        router, got = apexd.EventRouter(), []
+        store = apexd.TaskStore(str(tmp_path / "jobs" / "apex.db"))
+        store.on_events = router.dispatch
+        router.subscribe("task.failed", lambda event: got.append(event.payload))
+        runner = apexd.DaemonRunner(store, execute=lambda task: 3)
+        runner.start()
+        (task_id,) = store.add(["x"])
+        runner.wake()
+        (payload,) = eventually(lambda: got)
+        runner.stop()
+        store.close()
+        router.close()
+        assert payload["id"] == task_id and payload["exit_code"] == 3 and payload["outcome"] == "failed"
+
+
+class TestEventLog:
+    def event(self, n, type="custom.x", **payload):
+        return apexd.Event.make(type, {"n": n, **payload}, "test")
+
+    def test_ten_thousand_events_in_a_burst_are_all_there(self, tmp_path):
+        log = apexd.EventLog(str(tmp_path))
+
+        def write(first):
+            for n in range(first, first + 2500):
+                log.write([self.event(n)])
+
+        threads = [threading.Thread(target=write, args=(first,)) for first in range(0, 10_000, 2500)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found = next(apexd.read_events(str(tmp_path), 20_000, False))
+        assert sorted(event["payload"]["n"] for event in found) == list(range(10_000))
+        last = next(apexd.read_events(str(tmp_path), 3, False))
+        assert last == found[-3:] and set(last[0]) == {"id", "time", "type", "source", "payload", "hops"}
+        log.close()
+
+    def test_it_keeps_two_files_of_ten_megabytes(self, tmp_path, monkeypatch):
+        assert apexd.EVENTS_MAX_BYTES == 10_000_000
+        monkeypatch.setattr(apexd, "EVENTS_MAX_BYTES", 10_000)
+        log = apexd.EventLog(str(tmp_path))
+        for n in range(300):
+            log.write([self.event(n, pad="x" * 100)])
+        assert sorted(os.listdir(tmp_path)) == ["events.log", "events.log.1"]
+        assert all(os.stat(tmp_path / name).st_size <= 10_000 for name in os.listdir(tmp_path))
+        found = [e["payload"]["n"] for e in next(apexd.read_events(str(tmp_path), 1000, False))]
+        assert found == list(range(found[0], 300)) and len(found) > 40
+        log.close()
+
+    def test_a_reader_follows_through_rotations(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(apexd, "EVENTS_MAX_BYTES", 20_000)
+        log, got = apexd.EventLog(str(tmp_path)), []
+        log.write([self.event(n) for n in range(10)])
+        following = apexd.read_events(str(tmp_path), 3, True)
+        got += [e["payload"]["n"] for e in next(following)]
+        assert got == [7, 8, 9]
+        for first in range(10, 400, 10):
+            log.write([self.event(n, pad="x" * 50) for n in range(first, first + 10)])
+            while got[-1] < first + 9:
+                got += [e["payload"]["n"] for e in next(following)]
+        assert got == list(range(7, 400)) and os.path.exists(tmp_path / "events.log.1")
+        log.close()
+
+    def test_types_and_times_are_chosen_from(self, tmp_path):
+        log = apexd.EventLog(str(tmp_path))
+        events = [self.event(n, "task.failed" if n % 2 else "process.ready") for n in range(10)]
+        for n, event in enumerate(events):
+            event.time = 1000.0 + n
+        log.write(events)
+        bad = '{"time": 1\n{}\n[1]\n"x"\n{"time": 1, "type": "task.failed"}\n\xff\n'
+        write(str(tmp_path / "events.log"), read(tmp_path / "events.log") + bad)
+        log.write([self.event(10, "task.failed")])
+
+        def found(*args):
+            return [e["payload"]["n"] for e in next(apexd.read_events(str(tmp_path), *args))]
+
+        assert found(100, False) == list(range(11)), "what is no event is passed over"
+        assert found(3, False, "task.*") == [7, 9, 10]
+        assert found(100, False, "task.*", 1005.0) == [5, 7, 9, 10]
+        assert found(1, False, "process.ready") == [8] and found(9, False, "nope") == []
+        log.close()
+
+    def test_there_may_be_no_file_yet(self, tmp_path):
+        assert list(apexd.read_events(str(tmp_path), 10, False)) == [[]]
+        assert list(apexd.read_events(str(tmp_path / "nope"), 10, False)) == [[]]
+
+    @root
+    @linux
+    def test_a_full_disk_costs_events_but_stops_nothing(self, tmp_path):
+        with mounted(str(tmp_path), "size=64k,mode=0700"):
+            log = apexd.EventLog(str(tmp_path))
+            for n in range(1000):
+                log.write([self.event(n, pad="x" * 100)])
+            subprocess.run(["mount", "-o", "remount,size=1m", str(tmp_path)], check=True)
+            for n in range(1000, 1010):
+                log.write([self.event(n, pad="x" * 100)])
+            found = [e["payload"]["n"] for e in next(apexd.read_events(str(tmp_path), 2000, False))]
+            assert found[:200] == list(range(200)) and found[-10:] == list(range(1000, 1010))
+            log.close()
+
+    @linux
+    def test_a_folder_that_is_gone_stops_nothing(self, tmp_path):
+        log = apexd.EventLog(str(tmp_path / "nope"))
+        log.write([self.event(1)])
+        os.mkdir(tmp_path / "nope")
+        log.write([self.event(2)])
+        log.close()
+        assert [e["payload"]["n"] for e in next(apexd.read_events(str(tmp_path / "nope"), 9, False))] == [2]
+
+
+class TestTaskEvents:
+    def test_every_transition_is_told(self, box):
+        box.start()
+        ok, bad_end = box.add("true"), box.add("sh", "-c", "exit 3", label="mine")
+        after = box.add("true", after=str(bad_end))
+        again = box.add("sh", "-c", "exit $((APEX_ATTEMPT < 2))", retries=1)
+        late = box.add("true", delay="1h")
+        for task_id in (ok, bad_end, after, again):
+            box.until(task_id)
+        box.run("cancel", late)
+        running = box.add("sleep", "60")
+        box.until(running, "running")
+        box.run("cancel", running)
+        box.until(running)
+        box.run("retry", ok)
+        eventually(lambda: types_of(box, ok)[-1] == "succeeded" and len(types_of(box, ok)) == 6)
+        assert types_of(box, ok) == ["added", "started", "succeeded", "retrying", "started", "succeeded"]
+        assert types_of(box, bad_end) == ["added", "started", "failed"]
+        assert types_of(box, after) == ["added", "skipped"]
+        assert types_of(box, again) == ["added", "started", "retrying", "started", "succeeded"]
+        assert types_of(box, late) == ["added", "cancelled"]
+        assert types_of(box, running) == ["added", "started", "cancelled"]
+        (failed,) = events_of(box, "task.failed")
+        assert failed["payload"] == {
+            "id": bad_end, "state": "failed", "group": "default", "label": "mine", "attempt": 1,
+            "outcome": "failed", "exit_code": 3, "signal": None, "reason": None,
+        }
+        box.stop()
+        kinds = [event["type"] for event in events_of(box, "daemon.*")]
+        assert kinds == ["daemon.started", "daemon.stopping"]
+
+    def test_a_lost_task_is_told(self, box):
+        box.start()
+        task_id = box.add("sleep", "60", on_lost="retry")
+        box.until(task_id, "running")
+        for pid in keepers(box):
+            kill(pid)
+        eventually(lambda: types_of(box, task_id) == ["added", "started", "lost", "started"])
+        box.run("cancel", task_id)
+
+    def test_a_batch_is_one_event(self, box):
+        ids = box.batch([["true"]] * 5 + [{"command": "true", "key": "k"}] * 2)
+        assert ids[-1] == ids[-2]
+        (event,) = events_of(box)
+        assert event["type"] == "task.added" and event["payload"] == {"count": 6, "first": 1, "last": 6}
+        box.batch([{"command": "true", "key": "k"}])
+        assert len(events_of(box)) == 1, "nothing was added"
+
+    def test_commands_and_environment_are_in_no_event(self, box):
+        box.add("sh", "-c", "echo hunter2", env="X=hunter3")
+        box.start()
+        box.until(1)
+        box.stop()
+        assert "hunter" not in read(box.file("events.log"))
+
+    def test_a_callback_that_raises_harms_nothing(self, tmp_path):
+        store = apexd.TaskStore(str(tmp_path / "jobs" / "apex.db"))
+        store.on_events = lambda events: 1 / 0
+        assert store.add(["x"]) == [1] and store.add(["y"]) == [2]
+        store.close()
+        assert len(next(apexd.read_events(str(tmp_path / "jobs"), 9, False))) == 2
+
+    def test_without_a_matching_hook_there_is_no_further_statement(self, tmp_path):
+        counts = []
+        for hooks in ({}, {"hook": {"h": {"on": ["process.*"], "command": "x"}}}):
+            path = str(tmp_path / str(len(counts)) / "apex.db")
+            store = apexd.TaskStore(path, apexd.Config(hooks))
+            attempts, said = apexd.AttemptStore(store), []
+            store.database._db.set_trace_callback(said.append)
+            store.add(["x"] * 10)
+            (task, *_) = attempts.turn([], [], 3, {}, lambda is_suspect: "k")
+            attempts.turn([(task, apexd.Result(exit_code=1))], [], 0, {}, lambda is_suspect: "k")
+            store.change("cancel", [5])
+            store.change("retry", [5])
+            apexd.EventStore(store).publish("cron.fired", {}, "schedule x")
+            counts.append([re.sub(r"\d+", "N", text) for text in said])
+            store.close()
+        assert len(counts[0]) == len(counts[1]) and not any("hook" in text for text in counts[0])
+
+
+def hook_tasks(box):
+    """Return the tasks of hooks, as `list` gives them."""
+    return box.json("list", "-g", "hooks")
+
+
+@posix
+class TestHooks:
+    def test_a_command_gets_the_event_and_its_tasks_stay_out_of_the_way(self, box):
+        out = os.path.join(box.root, "out")
+        box.config({"hook": {"note": {"on": ["task.failed", "custom.*"], "command": f'echo "$APEX_EVENT" >> {out}; exit 1', "retries": 0}}})
+        box.start()
+        failing = box.add("false")
+        box.until(failing)
+        (event,) = eventually(lambda: [json.loads(line) for line in read(out).splitlines()])
+        assert event["type"] == "task.failed" and event["payload"]["id"] == failing
+        assert event in events_of(box)
+        assert [task["id"] for task in box.json("list")] == [failing]
+        (delivery,) = eventually(lambda: [t for t in hook_tasks(box) if t["state"] == "failed"])
+        assert delivery["label"] == "note: task.failed" and delivery["timeout"] == 30
+        assert "note: task.failed" in box.run("dlq").stdout
+        assert [task["id"] for task in box.json("dlq")] == [failing, delivery["id"]]
+        box.run("dlq", "retry", delivery["id"])
+        eventually(lambda: len(read(out).splitlines()) == 2)
+        first, second = read(out).splitlines()
+        assert first == second
+
+    def test_a_hook_does_not_start_itself_nor_two_each_other(self, box):
+        """M6"""
+        every = {"on": ["*"], "retries": 0}
+        box.config({"hook": {"one": {**every, "command": "true"}, "two": {**every, "command": "false"}}, "daemon": {"max_concurrent": 8}})
+        box.start()
+        box.until(box.add("true"))
+
+        def counts():
+            tasks = hook_tasks(box)
+            return all(t["state"] in ("succeeded", "failed") for t in tasks) and [t["label"].split(":")[0] for t in tasks]
+
+        labels = eventually(counts)
+        # daemon.started and three events of the task; each delivery's own three go to the other.
+        eventually(lambda: counts() and len(counts()) >= 4 * 2 * 4)
+        done = counts()
+        assert done and len(done) == 32 and sorted(set(labels)) == ["one", "two"]
+        assert max(event["hops"] for event in events_of(box)) == 2
+
+    def test_at_most_four_hooks_start_one_another(self, box):
+        hooks = {f"h{n}": {"on": ["custom.go" if n == 0 else f"custom.h{n - 1}"], "command": f'"$APEX_CLI" events emit h{n}'} for n in range(6)}
+        box.config({"hook": hooks})
+        box.start()
+        box.run("events", "emit", "go")
+        eventually(lambda: events_of(box, "custom.h3"))
+        eventually(lambda: all(task["state"] == "succeeded" for task in hook_tasks(box)))
+        assert [task["label"] for task in hook_tasks(box)] == ["h0: custom.go", "h1: custom.h0", "h2: custom.h1", "h3: custom.h2"]
+        assert [event["hops"] for event in events_of(box, "custom.*")] == [0, 1, 2, 3, 4]
+
+    def test_what_a_hooks_command_adds_does_not_start_it_again(self, box):
+        box.config({"hook": {"loop": {"on": ["task.failed"], "command": '"$APEX_CLI" add -- false; exit 0'}}})
+        box.start()
+        box.until(box.add("false"))
+        eventually(lambda: len(box.json("list")) == 2 and all(t["state"] == "failed" for t in box.json("list")))
+        assert len(hook_tasks(box)) == 1
+        box.quick("restart")
+        box.until(box.add("false"))
+        eventually(lambda: len(hook_tasks(box)) == 2)
+
+    def test_processes_and_the_daemon_are_told_of(self, box):
+        out = os.path.join(box.root, "out")
+        hooks = {"p": {"on": ["process.*", "config.*"], "command": f'echo "$APEX_EVENT" >> {out}'}}
+        box.config({"hook": hooks, "process": {"web": {"command": "sleep 0.3; exit 3", "backoff": 0.1, "max_restarts": 1, "retry_failed": 60}}})
+        box.start()
+        wanted = {"process.started", "process.ready", "process.crashed", "process.failed"}
+        eventually(lambda: {json.loads(line)["type"] for line in read(out).splitlines()} == wanted)
+        crashed = events_of(box, "process.crashed")[0]
+        assert crashed["payload"] == {"name": "web", "instance": 0, "why": "exit 3"}
+        assert crashed["source"] == "process web.0"
+        box.config({"hook": hooks, "log": {"level": "debug"}})
+        box.run("reload")
+        eventually(lambda: "config.reloaded" in read(out))
+        (event,) = events_of(box, "config.reloaded")
+        assert "changed log.level" in event["payload"]["changed"]
+
+    def test_a_hung_process_is_told_of(self, box):
+        live = {"command": "exit 1", "interval": 0.05, "timeout": 1, "failures": 2}
+        box.config({"process": {"web": {"command": "exec sleep 60", "live": live}}})
+        box.start()
+        eventually(lambda: events_of(box, "process.hung"))
+        assert "no sign of life" in events_of(box, "process.hung")[0]["payload"]["why"]
+
+    def test_a_url_is_delivered_signed_though_it_fails_twice(self, box):
+        with HookServer([503, 500]) as server:
+            url = f"http://127.0.0.1:{server.port}/hook?a=b"
+            hook = {"on": ["task.failed"], "url": url, "secret_env": "HOOK_KEY"}
+            box.config({"hook": {"web": hook}, "daemon": {"env_keep": ["*"]}})
+            secret = "0d1f-geheim-77"
+            box.start(env={"HOOK_KEY": secret})
+            box.until(box.add("false"))
+            (task,) = eventually(lambda: [t for t in hook_tasks(box) if t["state"] == "succeeded"], 30)
+            assert task["attempts"] == 3 and len(server.got) == 3
+            box.run("reload")
+            self.assert_nowhere(secret, box.state)
+            box.stop()
+            self.assert_nowhere(secret, box.state)
+        import hmac
+
+        for path, headers, body, _ in server.got:
+            digest = hmac.new(secret.encode(), body, "sha256").hexdigest()
+            assert path == "/hook?a=b" and headers["X-Apexd-Signature"] == "sha256=" + digest
+            assert headers["Content-Type"] == "application/json"
+            assert headers["Idempotency-Key"] == json.loads(body)["id"] + "-web"
+        assert len({headers["Idempotency-Key"] for _, headers, _, _ in server.got}) == 1
+        assert json.loads(server.got[0][2]) in events_of(box, "task.failed")
+
+    def assert_nowhere(self, secret, folder):
+        for path in glob.glob(os.path.join(folder, "**"), recursive=True):
+            if os.path.isfile(path) and not path.endswith(".new"):
+                with open(path, "rb") as file:
+                    assert secret.encode() not in file.read(), path
+
+    def test_redirects_and_a_missing_secret_deliver_nothing(self, box):
+        with HookServer([302, 307]) as server:
+            url = f"http://127.0.0.1:{server.port}/"
+            more = {"on": ["custom.x"], "url": url, "retries": 0}
+            box.config({"hook": {"moved": more, "again": more, "unsigned": {**more, "secret_env": "NOT_THERE"}}})
+            box.start()
+            box.run("events", "emit", "x")
+            eventually(lambda: [t["state"] for t in hook_tasks(box)] == ["failed"] * 3)
+            said = {t["label"].split(":")[0]: box.output(t["id"]) for t in hook_tasks(box)}
+            assert {said[name][:29] for name in ("moved", "again")} == {"not delivered: HTTP Error 302", "not delivered: HTTP Error 307"}
+            assert "secret_env names a variable that the daemon does not have" in said["unsigned"]
+            assert [path for path, _, _, _ in server.got] == ["/", "/"], "nobody was followed"
+
+    def test_a_server_that_is_down_is_tried_over_a_restart_then_it_is_a_dead_letter(self, box):
+        with HookServer() as server:
+            port = server.port  # free again
+        url = f"http://127.0.0.1:{port}/"
+        box.config({"hook": {"web": {"on": ["task.succeeded"], "url": url, "retries": 1}}})
+        box.start()
+        box.until(box.add("true"))
+        eventually(lambda: [t["attempts"] for t in hook_tasks(box)] == [1])
+        box.kill9()
+        box.start()
+        (task,) = eventually(lambda: [t for t in hook_tasks(box) if t["state"] == "failed"], 30)
+        assert "not delivered" in box.output(task["id"]) and "web: task.succeeded" in box.run("dlq").stdout
+        with HookServer(port=port) as server:
+            box.run("dlq", "retry")
+            eventually(lambda: server.got)
+            eventually(lambda: hook_tasks(box)[0]["state"] == "succeeded")
+        assert len(hook_tasks(box)) == 1 and len(server.got) == 1
+
+    @pytest.mark.parametrize("point", ["result", "claim:2", "sent:2", "at random"])
+    def test_a_daemon_killed_between_a_tasks_end_and_its_hook(self, box, point):
+        out = os.path.join(box.root, "out")
+        box.config({"hook": {"note": {"on": ["task.succeeded"], "command": f"echo $APEX_TASK_ID >> {out}"}}})
+        for n in range(1, (5 if SLOW else 1) + 1):
+            box.start(env={} if point == "at random" else {"APEXD_FAILPOINT": point})
+            with contextlib.suppress(AssertionError):  # it dies as it answers
+                box.quick("add", "--", "sh", "-c", f": > {out}.{n}", rc=None)
+            eventually(lambda: os.path.exists(f"{out}.{n}"), why="the task has ended")
+            if point == "at random":
+                pause(random.random() * 0.02)
+                kill(box.pid())
+            eventually(lambda: not lives(box.pid()), why="the daemon is dead")
+            box.start()
+            eventually(lambda: len(read(out).split()) == n, why="the hook has run")
+            tasks = eventually(lambda: [t for t in hook_tasks(box) if t["state"] == "succeeded"])
+            assert len(hook_tasks(box)) == n and len(tasks) <= n, "once as a task"
+            eventually(lambda: all(t["state"] == "succeeded" for t in hook_tasks(box)))
+            box.stop()
+
+    def test_those_that_never_answer_are_ended_and_leave_room_for_tasks(self, box):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+            box.config({"hook": {"web": {"on": ["custom.*"], "url": url, "retries": 0, "timeout": 1.5}}})
+            box.start()
+            for _ in range(3):
+                box.request({"type": "emit", "event": "x"})
+            assert box.until(box.add("true"))["state"] == "succeeded"
+            assert sorted(t["state"] for t in hook_tasks(box)) == ["queued", "running", "running"]
+            eventually(lambda: [t["outcome"] for t in hook_tasks(box)] == ["timeout"] * 3)
+
+    @pytest.mark.parametrize("hook, said", [
+        ({"on": ["x"]}, "hook.h.command is missing"),
+        ({"on": ["x"], "command": "true", "url": "http://x/"}, "only one can be"),
+        ({"command": "true"}, "hook.h.on is missing"),
+        ({"on": "task.failed", "command": "true"}, "hook.h.on = 'task.failed': must be a list of strings"),
+        ({"on": ["x"], "url": "ftp://x/y"}, "hook.h.url: must be"),
+        ({"on": ["x"], "url": "file:///etc/passwd"}, "hook.h.url: must be"),
+        ({"on": ["x"], "url": "http://me:hunter2@x/"}, "hook.h.url: must be"),
+        ({"on": ["x"], "url": "http://x/", "secret_env": "hunter2!"}, "hook.h.secret_env: must be the name of a variable"),
+        ({"on": ["x"], "url": "http://x/", "secret": "hunter2"}, "hook.h.secret is not an option"),
+        ({"on": ["x"], "command": "true", "secret_env": "KEY"}, "hook.h.secret_env is for a url"),
+        ({"on": ["x"], "command": "true", "group": "nope"}, "there is no group 'nope'"),
+        ({"on": ["x"], "command": "true", "retries": -1}, "hook.h.retries = -1"),
+        ({"on": ["x"], "command": "true", "overlap": "skip"}, "hook.h.overlap is not an option"),
+    ])
+    def test_a_broken_hook_is_refused_by_name(self, tmp_path, hook, said):
+        path = write(str(tmp_path / "config.json"), json.dumps({"hook": {"h": hook}}))
+        with pytest.raises(apexd.DaemonError) as caught:
+            apexd.load_config(path)
+        error = caught.value
+        assert error.code == "CONFIG_INVALID" and said in error.message and path in error.message
+        assert error.hint and "hunter2" not in error.message + error.hint
+
+    def test_a_hook_that_is_not_enabled_starts_nothing(self, box):
+        box.config({"hook": {"h": {"on": ["*"], "command": "true", "enabled": False}}})
+        box.start()
+        box.run("events", "emit", "x")
+        assert hook_tasks(box) == []
+
+
+class TestEventCommands:
+    def test_events_are_shown_chosen_and_followed(self, box):
+        assert box.run("events").stdout == "" and box.json("list") == []
+        box.add("true")
+        number = box.run("events", "emit", "deploy.done", "--json", '{"by": "me", "n": 1}').stdout
+        assert json.loads(number)["id"]
+        lines = box.run("events", "--json").stdout.splitlines()
+        assert box.run("--json", "events").stdout.splitlines() == lines
+        first, second = map(json.loads, lines)
+        assert (first["type"], second["type"]) == ("task.added", "custom.deploy.done")
+        assert second["payload"] == {"by": "me", "n": 1} and second["id"] == json.loads(number)["id"]
+        (line,) = box.run("events", "--type", "custom.*").stdout.splitlines()
+        assert re.fullmatch(r'20..-..-..T..:..:..\.\d\d\dZ  custom.deploy.done  emit +\{"by": "me", "n": 1\}', line)
+        assert len(box.run("events", "-n", "1").stdout.splitlines()) == 1
+        assert len(box.run("events", "--since", "10m").stdout.splitlines()) == 2
+        assert box.run("events", "--since", "0").stdout == ""
+
+    def test_emit_by_the_socket_is_followed_by_both(self, box):
+        box.start()
+        child = box.popen("events", "-f", "--type", "custom.*", quick=True)
+        with box.connect() as connection:
+            data = json.dumps({"type": "events", "pattern": "custom.*", "follow": True}).encode()
+            connection.sendall(struct.pack(">I", len(data)) + data)
+            box.run("events", "emit", "one")
+            frame = read_frame(connection)
+            assert frame["type"] == "events" and [e["type"] for e in frame["lines"]] == ["custom.one"]
+            box.run("events", "emit", "custom.two")
+            assert [e["type"] for e in read_frame(connection)["lines"]] == ["custom.two"]
+        assert b"custom.one" in child.stdout.readline() and b"custom.two" in child.stdout.readline()
+        answer = box.request({"type": "events", "lines": 1})
+        assert answer["type"] == "events" and answer["lines"][0]["type"] == "custom.two"
+        same = {"type": "emit", "event": "x", "token": "t1"}
+        assert box.request(same)["id"] == box.request(same)["id"] == "t1"
+
+    def test_a_repeated_emit_starts_its_hook_once(self, box):
+        box.config({"hook": {"h": {"on": ["custom.x"], "command": "true"}}})
+        box.start()
+        for _ in range(3):
+            box.request({"type": "emit", "event": "x", "token": "t1"})
+        assert len(box.json("list", "-g", "hooks")) == 1
+
+    def test_bad_input_is_refused(self, box):
+        for words in (
+            ["emit"], ["emit", "a b"], ["emit", ""], ["emit", "x", "--json", "[1]"], ["emit", "x", "--json", "{"],
+            ["emit", "x", "--json", '{"a": NaN}'], ["nope"], ["--since", "soon"], ["-n", "0"], ["--json", "x y"],
+            ["emit", "x" * 2000],
+        ):
+            done = box.run("events", *words, rc=2)
+            assert done.stdout == "" and done.stderr, words
+        big = json.dumps({"a": "x" * 70_000})
+        for _ in range(2):
+            assert "more than 30000 bytes" in box.run("events", "emit", "x", "--json", big, rc=2).stderr
+            box.start()
+
+    def test_ten_thousand_events_in_a_burst_reach_the_file(self, box):
+        """The memory of the daemon stays as it is."""
+        box.start()
+        count = 10_000 if SLOW else 2000
+        resident = None
+        with box.connect(30) as connection, connection.makefile("rb") as file:
+            for n in range(count):
+                data = json.dumps({"type": "emit", "event": "x", "payload": {"n": n, "pad": "x" * 1000}}).encode()
+                connection.sendall(struct.pack(">I", len(data)) + data)
+                (length,) = struct.unpack(">I", file.read(4))
+                assert json.loads(file.read(length))["type"] == "ok"
+                if n == 1100 and IS_LINUX:
+                    resident = int(re.search(r"VmRSS:\s+(\d+)", read(f"/proc/{box.pid()}/status"))[1])
+        assert [e["payload"]["n"] for e in events_of(box, "custom.x")] == list(range(count))
+        if resident:
+            assert int(re.search(r"VmRSS:\s+(\d+)", read(f"/proc/{box.pid()}/status"))[1]) < resident + 4000
 
 
 # ============================================================================
