@@ -28,6 +28,7 @@ Map (a section uses only sections above it):
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
     16. CONTROL     frames, verbs, server, Client
+    17. HTTP        health, metrics, the status page: HealthVerbs, HealthServer
     18. DAEMON      wiring, start order, signals; DaemonManager
     20. CLI         registry and handlers
 
@@ -40,6 +41,7 @@ Files, all in `.apex/` (mode 0700):
     apex.db        the queue
     control.sock   the control socket; `endpoint` says how to reach the daemon
     heartbeat      rewritten while the loops turn; state.json: a readable snapshot
+    http.json      the port of the status page, and the key to all that it shows
     ballast        given up when the disk is full, so that results can be recorded
     run/           keeper-NAME: a keeper, and results it could not tell; proc-web.0: notes
     logs/          task-12.1.log: task 12, attempt 1; proc-web.0.log: instance 0 of web
@@ -105,7 +107,7 @@ if TYPE_CHECKING:
 __version__ = "0.4.0"
 __all__ = [
     "Client", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
-    "PidFile", "Supervisor", "Task", "TaskStore", "main",
+    "HealthServer", "PidFile", "Supervisor", "Task", "TaskStore", "main",
 ]  # fmt: skip
 
 
@@ -188,6 +190,15 @@ SWEEP_PAUSE_S = 0.001  # between two looks for what a run left; doubles up to a 
 SWEEP_MAX_S = 5.0  # then a status counts though something that is hidden holds the log
 BALLAST_BYTES = 64 * 1024  # what a cancel, a timeout, a result need on a full disk
 FIRST_TERM_S = 1.0  # a second TERM counts only so long after the first
+
+HTTP_CONNECTIONS_MAX = 32  # one more takes the place of one that has not asked yet
+HTTP_TIMEOUT_S = 5.0  # for a request from its first byte to the last of its answer
+HTTP_HEAD_MAX_BYTES = 16 * 1024  # a request's line and headers
+HEALTH_WAIT_S = 2.0  # what gives no answer for so long counts as hung
+HUNG_S = 30.0  # a loop that is so late counts as hung
+DISK_LOW_BYTES = 256 << 20  # `doctor` and `health` complain
+DISK_FULL_BYTES = 16 << 20  # nothing that is put into the queue is sure to fit
+BUCKETS_S = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)  # of histograms
 
 BACKOFF_S = 1.0  # before the first retry; doubles, with full jitter
 BACKOFF_MAX_S = 300.0
@@ -459,11 +470,23 @@ class DaemonMetrics(Value):
     last_poll_at: float | None
     poll_count: int
 
-    def count(self, result: Result) -> None:
-        """Count an attempt that has ended."""
-        self.tasks_processed += 1
-        self.tasks_succeeded += result.exit_code == 0
-        self.tasks_failed += result.exit_code != 0
+    def count(self, task: Task) -> None:
+        """Count a task if it has come to its end: what runs again has not failed."""
+        self.tasks_processed += task.state in DONE
+        self.tasks_succeeded += task.state == State.SUCCEEDED
+        self.tasks_failed += task.state == State.FAILED
+
+
+class Histogram:
+    """Counts values by size: counts[i] are those up to BUCKETS_S[i], the last all above."""
+
+    def __init__(self) -> None:
+        self.counts, self.sum = [0] * (len(BUCKETS_S) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect.bisect_left(BUCKETS_S, value)] += 1
+        self.sum += value
 
 
 class DaemonStatus(Value):
@@ -780,6 +803,7 @@ if sys.platform == "win32":
             self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
         usage = staticmethod(lambda sessions: {})
+        own_memory = staticmethod(lambda: None)
         find_runs = staticmethod(lambda runs, folder: ([], True))
         kill_run = staticmethod(lambda pid, run_id: None)
         environment_of = staticmethod(lambda pid: {})
@@ -1006,6 +1030,12 @@ else:
                         "cpu_s": round(used.ru_utime + used.ru_stime, 6),
                         "max_rss": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
                     }
+
+        def own_memory(self) -> int | None:
+            """Return the memory of this process in bytes (Linux; else None)."""
+            with contextlib.suppress(OSError):
+                return int(_read_stat(os.getpid())[21]) * os.sysconf("SC_PAGE_SIZE")
+            return None
 
         def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
             """Return {session: (processor seconds, also of children, bytes)} (Linux; else {})."""
@@ -1931,6 +1961,11 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "max_tokens": (integer(1), None, "reported tokens that end a task"),
         "max_cost": (number, None, "reported cost that ends a task"),
     },
+    "health": {
+        "enabled": (truth, True, "answer HTTP: health, metrics, the status page"),
+        "host": (line_of_text, "127.0.0.1", "the address to listen on"),
+        "port": (integer(0, 65535), 0, "0: that of the last time, else any free one"),
+    },
     "group": {
         "max_concurrent": (integer(1, 1000), None, "tasks of this group at once"),
         "launcher": (text_list, [], 'words put before each command: ["srun", "-n1"]'),
@@ -2017,6 +2052,7 @@ class Config:
     log: Any
     retention: Any
     limits: Any
+    health: Any
     processes: dict[str, Any]
     schedules: dict[str, Any]
     watches: dict[str, Any]
@@ -2668,6 +2704,11 @@ class Database:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    def probe(self) -> None:
+        """Write a page and wait for the disk; the ballast stays. Raises DATABASE_FAILED."""
+        with self.write(is_vital=False) as db:
+            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def close(self) -> None:
         """Checkpoint and close."""
@@ -3335,10 +3376,11 @@ class AttemptStore:
                 """,
                 at,
             )
-            task = self._store.get(task.id)
-        state, delay_s = next_state(task, outcome, random.random())
+        known = task if outcome == Outcome.OK else self._store.get(task.id)
+        state, delay_s = next_state(known, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
         set_state(db, task.id, State.RUNNING, state, due_at)
+        task.outcome, task.state = outcome, state
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
@@ -4121,6 +4163,11 @@ class _Roster:
         with self._lock:
             return next((link.name for link in self._links.values() if link.takes_starts()), None)
 
+    def silent(self) -> list[int]:
+        """Return the PIDs of keepers that have owed an answer for too long."""
+        with self._lock:
+            return [link.pid for link in self._links.values() if link.is_silent()]
+
     @property
     def obstacle(self) -> str:
         """Why nothing can be started, "" when it can."""
@@ -4611,6 +4658,37 @@ class Waiters:
             self._moved.notify_all()
 
 
+class Meters:
+    """What is measured of attempts since the daemon's start; the runner's thread counts."""
+
+    def __init__(self) -> None:
+        self.turns = 0  # of the runner's loop
+        self.outcomes = dict.fromkeys(Outcome, 0)
+        self.wait_s, self.run_s, self.cpu_s = Histogram(), Histogram(), Histogram()
+        self._minutes: deque[list[int]] = deque(maxlen=60)  # [minute, succeeded, failed]
+
+    def count(self, task: Task, result: Result) -> None:
+        """Count an attempt that has ended and is recorded."""
+        if task.outcome is None:  # it never ran
+            return
+        now = Clock.now()
+        self.outcomes[task.outcome] += 1
+        if task.attempts == 1:
+            self.wait_s.add(max(task.started_at - task.created_at, 0.0))
+        self.run_s.add(max(now - task.started_at if result.ran_s is None else result.ran_s, 0.0))
+        self.cpu_s.add(result.cpu_s or 0.0)
+        if task.state in (State.SUCCEEDED, State.FAILED):
+            if not self._minutes or self._minutes[-1][0] != now // 60:
+                self._minutes.append([int(now // 60), 0, 0])
+            self._minutes[-1][1 + (task.state == State.FAILED)] += 1
+
+    def last_hour(self) -> list[list[int]]:
+        """Return [[succeeded, failed] for each minute], the present one last."""
+        found = {minute: counts for minute, *counts in list(self._minutes)}
+        this = int(Clock.now() // 60)
+        return [found.get(this - ago, [0, 0]) for ago in range(59, -1, -1)]
+
+
 class DaemonRunner:
     """Claims tasks from a TaskStore, runs them, records how they ended.
 
@@ -4643,6 +4721,8 @@ class DaemonRunner:
         self._note_mono = float("inf")  # when `_begun` is recorded at the latest
         names = ("tasks_processed", "tasks_succeeded", "tasks_failed", "poll_count")
         self._metrics = DaemonMetrics(**dict.fromkeys(names, 0))
+        self.meters = Meters()
+        self.due_mono = Clock.mono()  # when the loop is to come round at the latest
 
     def start(self) -> None:
         """Take over what a former daemon left, then poll."""
@@ -4730,7 +4810,9 @@ class DaemonRunner:
         next_poll, next_upkeep, wait_s = 0.0, 0.0, 0.0
         while not self.halted.is_set():
             try:
+                self.due_mono = Clock.mono() + wait_s
                 self.keepers.look(wait_s)
+                self.meters.turns += 1
                 if self._results and len(self._results) < len(self._running):
                     self.keepers.look(GATHER_S)
                 now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
@@ -4816,7 +4898,8 @@ class DaemonRunner:
             self._on_drained()
 
     def _count(self, task: Task, result: Result) -> None:
-        self._metrics.count(result)
+        self._metrics.count(task)
+        self.meters.count(task, result)
         took = span(Clock.now() - task.started_at if result.ran_s is None else result.ran_s)
         log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
 
@@ -6296,7 +6379,7 @@ class ProcessVerbs:
             "tail_logs": ("name! lines follow", self._tail),
         }
 
-    def _look(self, names: Iterable[str]) -> list[list[Fields]]:
+    def look(self, names: Iterable[str]) -> list[list[Fields]]:
         """Return the details of each instance of each process."""
         with self._supervisor.moved:
             mine = [self._supervisor.find(name) for name in names]
@@ -6306,11 +6389,11 @@ class ProcessVerbs:
 
     def _list(self) -> Fields:
         names = list(self._store.config.processes)
-        return {"type": "process_list", "processes": list(map(sum_up, names, self._look(names)))}
+        return {"type": "process_list", "processes": list(map(sum_up, names, self.look(names)))}
 
     def _get(self, name: str) -> Fields:
         policy = get_process(self._store.config, name)
-        (details,) = self._look([name])
+        (details,) = self.look([name])
         command = policy.command
         words = [command] if isinstance(command, str) else command
         process = {"name": name, "id": name, "command": words[0], "args": words[1:]}
@@ -7030,8 +7113,572 @@ def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
 
 
 # ============================================================================
+# 17. HTTP - health, metrics, the status page: HealthVerbs, HealthServer
+#     Uses 1-16. Threads: one accepts, one a request, one checks. Closed by: Daemon.
+# ============================================================================
+
+LEVELS = ("healthy", "degraded", "unhealthy")
+CHECKS = ("clock", "runner", "disk", "supervisor", "keeper", "store")  # what may hang comes last
+ROUTES = {"/health": "health", "/ready": "ready", "/metrics": "metrics"}
+ROUTES.update({f"/api/{x}": x for x in "status tasks processes schedules events logs".split()})
+# Only who has the key sees these: they may hold what other users of the machine must not read.
+PRIVATE = frozenset("command args cwd data note reason why payload project folder".split())
+
+
+def write_metric(
+    name: str, text: str, *samples: tuple[float | None, Mapping[str, object]], kind: str = ""
+) -> Iterator[str]:
+    """Yield a metric's lines in Prometheus's text format 0.0.4; None is not known.
+
+    A label "" holds what is put behind the name.
+    """
+    yield f"# HELP {name} {text}"
+    yield f"# TYPE {name} {kind or ('counter' if name.endswith('_total') else 'gauge')}"
+    for value, labels in samples:
+        escape = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+        shown = [f'{key}="{str(x).translate(escape)}"' for key, x in labels.items() if key]
+        place = f"{name}{labels.get('', '')}" + (f"{{{','.join(shown)}}}" if shown else "")
+        yield from () if value is None else (f"{place} {value}",)
+
+
+def write_histogram(name: str, text: str, measured: Histogram) -> Iterator[str]:
+    """Yield a histogram's lines; each bucket counts those below it, too."""
+    totals = [sum(measured.counts[: i + 1]) for i in range(len(measured.counts))]
+    bounds = zip(totals, (*BUCKETS_S, "+Inf"))
+    samples: list[Any] = [(total, {"": "_bucket", "le": bound}) for total, bound in bounds]
+    samples += [(measured.sum, {"": "_sum"}), (totals[-1], {"": "_count"})]
+    return write_metric(name, text, *samples, kind="histogram")
+
+
+class HealthVerbs:
+    """What can be asked about a daemon's health: `table`, in the form of TaskVerbs.
+
+    The checks run in a thread of their own: what hangs hangs nobody who asks.
+    """
+
+    def __init__(self, runner: DaemonRunner, supervisor: Supervisor, verbs: ProcessVerbs) -> None:
+        self._store, self._runner, self._supervisor = runner.store, runner, supervisor
+        self._look_at, self._why = verbs.look, verbs.table["why_process"][1]
+        self.is_starting = True
+        self._clock_s = Clock.now() - Clock.mono()
+        self._lock = threading.Lock()  # guards what follows
+        self._checking = threading.Thread()
+        self._found: list[tuple[int, str]] = []
+        self.table: dict[str, tuple[str, Callable[..., Fields]]] = {
+            "health": ("", self._health),
+            "ready": ("", self._ready),
+            "metrics": ("", self._metrics),
+            "processes": ("", self._processes),
+        }
+
+    def _check(self) -> Iterator[tuple[int, str]]:
+        """Yield (an index of LEVELS, what was seen) for each of CHECKS."""
+        back_s = self._clock_s - (Clock.now() - Clock.mono())
+        yield (1, f"set back by {span(back_s)}") if back_s > CLOCK_JUMP_S else (0, "goes on")
+        late_s = Clock.mono() - self._runner.due_mono
+        yield (2, f"hangs, for {span(late_s)}") if late_s > HUNG_S else (0, "turns")
+        free = shutil.disk_usage(self._store.folder).free
+        yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
+        status = self._supervisor.status()
+        down = ", ".join(f"{name} ({state})" for name, state in status["down"].items())
+        yield (1, f"down: {down}") if down else (0, f"{status['running_instances']} running")
+        obstacle, silent = self._runner.keepers.obstacle, self._runner.keepers.silent()
+        late = (1, f"PID {silent[0]} owes an answer") if silent else (0, "answers")
+        yield (2, obstacle) if obstacle else late
+        self._store.database.probe()
+        yield 0, "writable"
+
+    def _look(self, found: list[tuple[int, str]]) -> None:
+        try:
+            found.extend(self._check())
+        except (DaemonError, OSError) as error:
+            found.append((2, str(error)))
+
+    def _health(self) -> Fields:
+        """Return {"overall": the worst, "checks": {name: {"status", "detail"}}}."""
+        with self._lock:
+            if not self._checking.is_alive():
+                self._found = []
+                look = functools.partial(self._look, self._found)
+                self._checking = threading.Thread(target=look, name="health", daemon=True)
+                self._checking.start()
+            checking, found = self._checking, self._found
+        checking.join(HEALTH_WAIT_S)
+        missing = [(2, f"no answer within {span(HEALTH_WAIT_S)}")] * len(CHECKS)
+        seen = [*zip(CHECKS, [*found, *missing])]
+        checks = {name: {"status": LEVELS[level], "detail": text} for name, (level, text) in seen}
+        return {"overall": LEVELS[max(level for _, (level, _) in seen)], "checks": checks}
+
+    def _ready(self) -> Fields:
+        """Return {"ready", "reasons": why not}."""
+        reasons = [f"{name}: {found['detail']}" for name, found in self._health()["checks"].items()
+                   if found["status"] == LEVELS[2]]  # fmt: skip
+        reasons += ["it is starting"] if self.is_starting else []
+        reasons += ["it is stopping"] if self._runner.is_draining else []
+        return {"ready": not reasons, "reasons": reasons}
+
+    def _processes(self) -> Fields:
+        """Return {"processes": as list_processes, with "instance_details" and "why"}."""
+        names, found = list(self._store.config.processes), []
+        for name, details in zip(names, self._look_at(names)):
+            about = {"instance_details": details, "why": self._why(name)["reasons"]}
+            found.append({**sum_up(name, details), **about})
+        return {"processes": found}
+
+    def _metrics(self) -> Fields:
+        """Return {"text": Prometheus's text format, "started_at", "uptime", "processed", ...}."""
+        about, meters, path = self._runner.get_metrics(), self._runner.meters, self._store.path
+        fields = {"started_at": about.started_at, "uptime": about.uptime}
+        fields.update(processed=about.tasks_processed, succeeded=about.tasks_succeeded)
+        fields.update(failed=about.tasks_failed, active=about.active_task_count)
+        counts = self._store.get_counts().items()
+        queue = [(n, {"state": state, "group": g}) for state, of in counts for g, n in of.items()]
+        size = sum(os.stat(x).st_size for x in (path, path + "-wal") if os.path.exists(x))
+        own: dict[str, object] = {}
+        lines = [
+            *write_metric("apexd_info", "What runs.", (1, {"version": __version__})),
+            *write_metric("apexd_start_time_seconds", "Epoch.", (about.started_at, own)),
+            *write_metric("apexd_tasks", "Tasks by state and group.", *queue),
+            *write_metric(
+                "apexd_tasks_finished_total", "Tasks that ended; what runs again has not.",
+                *((fields[state], {"state": state}) for state in ("succeeded", "failed")),
+            ),
+            *write_metric(
+                "apexd_attempts_total", "Attempts that ended.",
+                *((n, {"outcome": outcome.value}) for outcome, n in meters.outcomes.items()),
+            ),
+            *write_histogram("apexd_task_wait_seconds", "Until the first start.", meters.wait_s),
+            *write_histogram("apexd_task_run_seconds", "Of each attempt.", meters.run_s),
+            *write_histogram("apexd_task_cpu_seconds", "Of each attempt.", meters.cpu_s),
+            *write_metric("apexd_loop_turns_total", "Of the runner.", (meters.turns, own)),
+            *write_metric("apexd_database_bytes", "On disk.", (size, own)),
+            *write_metric("process_cpu_seconds_total", "Its own.", (time.process_time(), own)),
+            *write_metric("process_resident_memory_bytes", "Own.", (Platform.own_memory(), own)),
+        ]  # fmt: skip
+        names = list(self._store.config.processes)
+        instances = [
+            ({**one, "up": int(one["state"] in ("running", "unhealthy")),
+              "cpu_ratio": one["cpu_percent"] and one["cpu_percent"] / 100},
+             {"process": name, "instance": one["index"]})
+            for name, details in zip(names, self._look_at(names)) for one in details
+        ]  # fmt: skip
+        for field, name in (
+            ("up", "up"), ("restart_count", "restarts_total"), ("memory_bytes", "memory_bytes"),
+            ("cpu_ratio", "cpu_ratio"),
+        ):  # fmt: skip
+            samples = ((one[field], labels) for one, labels in instances)
+            lines += write_metric(f"apexd_process_{name}", "Of each instance.", *samples)
+        fields["last_poll"] = about.last_poll_at
+        return {"text": "\n".join(lines) + "\n", **fields}
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>apexd</title>
+<link rel="icon" href="data:,">
+<style nonce="NONCE">
+:root { --back: #f5f6f8; --card: #fff; --text: #1a1f26; --dim: #56606d; --line: #d9dee5;
+  --good: #17703a; --bad: #b3261e; --warn: #8a5300; --blue: #1457b0; }
+@media (prefers-color-scheme: dark) { :root { --back: #12161b; --card: #1b2128; --text: #e4e8ed;
+  --dim: #a2adb9; --line: #333c46; --good: #5fd08a; --bad: #ff8f85; --warn: #f0b64e;
+  --blue: #7db4ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--back);
+  color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; }
+h1 { font-size: 1.3rem; margin: 0; }
+h2 { font-size: 1rem; margin: 0 0 .4rem; }
+#gone { background: var(--bad); color: var(--card); padding: .5rem .8rem; border-radius: .4rem; }
+main { display: grid; gap: .8rem; margin-top: .8rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
+section { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  padding: .8rem; min-width: 0; }
+.stale section { border: 1px dashed var(--bad); }
+.wide { grid-column: 1 / -1; }
+.scroll { overflow-x: auto; }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem .2rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--dim); font-weight: 600; }
+tbody > tr:last-child > td { border: 0; }
+.n { text-align: right; white-space: nowrap; overflow-wrap: normal; }
+pre { margin: .2rem 0 0; font: 12px/1.4 ui-monospace, monospace; white-space: pre-wrap; }
+progress { width: 100%; min-width: 4rem; height: .6rem; accent-color: var(--blue); }
+svg { width: 100%; height: 3.5rem; display: block; border-bottom: 1px solid var(--line); }
+.dim, pre { color: var(--dim); }
+.good { color: var(--good); fill: var(--good); }
+.bad { color: var(--bad); fill: var(--bad); }
+.warn { color: var(--warn); }
+@media (max-width: 40rem) { body { padding: .5rem; } .more { display: none; } }
+</style>
+<header><h1 id="name">apexd</h1><strong id="health" role="status"></strong>
+<span id="about" class="dim"></span></header>
+<p id="gone" role="alert" hidden></p>
+<p id="locked" class="dim" hidden>Commands and output: at the address that
+<code>apexd.py status</code> prints.</p>
+<main id="main"></main>
+<script nonce="NONCE">
+"use strict";
+const key = location.hash.slice(1), shown = {}, at = id => document.getElementById(id);
+const COLORS = {healthy: "good", succeeded: "good", running: "good", degraded: "warn",
+  backoff: "warn", starting: "warn", unhealthy: "bad", failed: "bad", crashed: "bad"};
+// All that comes from outside becomes text, never markup.
+function make(tag, content, name = "") {
+  const node = document.createElement(tag);
+  node.append(...[content].flat().map(part => part ?? "-"));
+  node.className = name;
+  return node;
+}
+for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
+    ["running", "Running", "wide"], ["processes", "Processes", "wide"], ["failed", "Failed tasks"],
+    ["schedules", "Schedules"], ["latest", "Latest tasks", "wide"], ["events", "Events", "wide"]]) {
+  const box = make("div", [], "scroll");
+  Object.assign(box, {id, tabIndex: 0, role: "region", ariaLabel: head});
+  at("main").append(make("section", [make("h2", head), box], name));
+}
+const state = text => make("span", text, COLORS[text]);
+const clock = t => t ? new Date(t * 1000).toLocaleString() : "-";
+const title = task => task.label ?? [task.command ?? "task " + task.id].flat().join(" ");
+const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
+function span(s) {
+  for (const [unit, letter] of [[86400, "d"], [3600, "h"], [60, "m"]])
+    if (s >= unit) return Math.floor(s / unit) + letter + " " + span(s % unit).split(" ")[0];
+  return s.toFixed(s < 10 && s % 1 ? 1 : 0) + "s";
+}
+function show(id, data, draw) {  // only what has changed: a selection stays
+  const text = JSON.stringify(data);
+  if (shown[id] !== text) at(id).replaceChildren(draw(data));
+  shown[id] = text;
+}
+function table(id, rows, heads, cells) {  // a head: what it says, and of which class it is
+  const line = (tag, row) => make("tr", row.map((cell, i) => make(tag, cell, heads[i][1])));
+  show(id, rows, () => !rows.length ? make("span", "none", "dim") : make("table", [
+    make("thead", line("th", heads.map(head => head[0]))),
+    make("tbody", rows.map(row => line("td", cells(row))))]));
+}
+function bars(minutes) {
+  const most = Math.max(1, ...minutes.map(([ok, ko]) => ok + ko));
+  const make_svg = (tag, attributes) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
+    return node;
+  };
+  const svg = make_svg("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "img"});
+  minutes.forEach(([ok, ko], i) => [["good", ok, 0], ["bad", ko, ok]].forEach(([name, n, on]) =>
+    svg.append(make_svg("rect", {x: i * 10, width: 8, y: 50 - (on + n) / most * 50,
+      height: n / most * 50, class: name}))));
+  const [ok, ko] = [0, 1].map(k => minutes.reduce((sum, minute) => sum + minute[k], 0));
+  const text = `${ok} succeeded, ${ko} failed; at most ${most} a minute`;
+  svg.setAttribute("aria-label", text);
+  return make("div", [svg, make("span", text, "dim")]);
+}
+async function get(path) {
+  const headers = key ? {Authorization: "Bearer " + key} : {};
+  const data = await (await fetch(path, {headers, signal: AbortSignal.timeout(4500)})).json();
+  if (data.error) throw new Error(data.error.message);
+  return data;
+}
+async function addOutput(task) {  // the last lines of what runs
+  const answer = key ? await get(`/api/logs?id=${task.id}&offset=-3`).catch(() => ({})) : {};
+  const bytes = Uint8Array.from(atob(answer.data ?? ""), letter => letter.charCodeAt(0));
+  task.output = new TextDecoder().decode(bytes).slice(-600);
+  task.ran = span(Math.max(Date.now() / 1000 - task.started_at, 0));
+}
+const HEADS = [["id", "n"], ["state"], ["task"], ["group", "more"], ["tries", "n more"],
+  ["exit", "n"], ["took", "n"], ["ended", "n more"]];
+const cells = task => [task.id, state(task.state), title(task), task.group, task.attempts,
+  task.exit_code, task.finished_at && task.started_at
+    ? span(Math.max(task.finished_at - task.started_at, 0)) : "-", clock(task.finished_at)];
+function drawRunning(task) {
+  const about = {max: 100, value: task.progress, ariaLabel: `progress of task ${task.id}`};
+  const bar = task.progress === null ? [] : [Object.assign(make("progress", []), about)];
+  const told = bar.length ? known(task.progress, "% ") : "";
+  return [task.id, [title(task), make("pre", task.output)], task.group, task.ran,
+    [...bar, told + (task.note ?? "")]];
+}
+async function refresh() {
+  const [health, status, running, failed, latest, processes, schedules, events] =
+    await Promise.all(["/health", "/api/status", "/api/tasks?state=running&limit=20",
+      "/api/tasks?state=failed&limit=10", "/api/tasks?limit=15", "/api/processes",
+      "/api/schedules", "/api/events"].map(get));
+  await Promise.all(running.tasks.map(addOutput));
+  document.title = at("name").textContent = (status.project ?? "apexd").split("/").pop();
+  const faults = Object.entries(health.checks).filter(([, one]) => one.status !== "healthy")
+    .map(([check, one]) => `${check}: ${one.detail}`);
+  show("health", [health.overall, ...faults], parts =>
+    make("span", parts.join("; "), COLORS[health.overall]));
+  at("about").textContent = `apexd ${status.version}, PID ${status.pid}, up `
+    + span(status.uptime_secs) + (status.draining ? ", stopping" : "")
+    + (status.paused.length ? ", paused: " + status.paused.join(", ") : "");
+  show("hour", status.last_hour, bars);
+  table("queue", Object.entries(status.counts).flatMap(([kind, groups]) => Object.entries(groups)
+    .map(([group, n]) => [kind, group, n])), [["state"], ["group"], ["tasks", "n"]],
+    ([kind, group, n]) => [state(kind), group, n]);
+  table("running", running.tasks, [["id", "n"], ["task"], ["group", "more"], ["for", "n"],
+    ["progress"]], drawRunning);
+  table("processes", processes.processes, [["process"], ["status"], ["up", "n"], ["CPU", "n"],
+    ["memory", "n"], ["restarts", "n more"], ["why", "more"]], one => [one.name,
+    state(one.status), `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
+    known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count,
+    (one.why ?? []).join("; ")]);
+  table("failed", failed.tasks.reverse(), HEADS.slice(0, 6), task => cells(task).slice(0, 6));
+  table("latest", latest.tasks.reverse(), HEADS, cells);
+  table("schedules", schedules.schedules, [["name"], ["when"], ["next"]], one =>
+    [one.name, one.cron, clock(one.next_at)]);
+  table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
+    ["what", "more"]], one => [clock(one.time), one.type, one.source,
+    JSON.stringify(one.payload ?? {})]);
+}
+let seen = 0, timer = 0;
+async function turn() {
+  try {
+    await refresh();
+    seen = new Date();
+    at("gone").hidden = true;
+  } catch (error) {
+    at("gone").textContent = `The daemon does not answer (${error.message}). What is shown was `
+      + (seen ? `seen at ${seen.toLocaleTimeString()}.` : "never seen.");
+    at("gone").hidden = false;
+  }
+  at("main").className = at("gone").hidden ? "" : "stale";
+  clearTimeout(timer);  // the page may have become visible meanwhile
+  timer = setTimeout(turn, document.hidden ? 15000 : 2000);
+}
+at("locked").hidden = key !== "";
+document.addEventListener("visibilitychange", () => document.hidden || turn());
+turn();
+</script>
+</html>
+"""
+
+
+def receive_head(connection: socket.socket, deadline: float) -> bytes:
+    """Receive a request's line and headers, or more than HTTP_HEAD_MAX_BYTES. Raises OSError."""
+    data = b""
+    while len(data) <= HTTP_HEAD_MAX_BYTES and not re.search(rb"\n\r?\n", data):
+        connection.settimeout(max(deadline - Clock.mono(), 0.001))
+        part = connection.recv(HTTP_HEAD_MAX_BYTES)
+        if not part:
+            raise ConnectionResetError("closed within a request")
+        data += part
+    return data
+
+
+def read_request(head: bytes) -> tuple[int, Any]:
+    """Parse a request; return (0 or the status that refuses it, what http.server made of it)."""
+    import http.server  # with all that it needs 7 MB and 30 ms: at the first request
+    import io
+
+    if len(head) > HTTP_HEAD_MAX_BYTES:
+        return (431 if b"\n" in head else 414), None
+    faults: list[int] = []
+    request: Any = http.server.BaseHTTPRequestHandler.__new__(http.server.BaseHTTPRequestHandler)
+    request.send_error = lambda status, *about: faults.append(int(status))
+    request.rfile = io.BytesIO(head)
+    request.raw_requestline = request.rfile.readline()
+    is_sound = request.parse_request() and request.request_version != "HTTP/0.9"
+    return (0 if is_sound else faults[0] if faults else 400), request
+
+
+HEADERS = """
+Allow: GET, HEAD
+Cache-Control: no-store
+Connection: close
+Content-Security-Policy: default-src 'none'; connect-src 'self'; img-src data:; \
+script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; base-uri 'none'; form-action 'none'; \
+frame-ancestors 'none'
+Cross-Origin-Resource-Policy: same-origin
+Referrer-Policy: no-referrer
+X-Content-Type-Options: nosniff
+"""
+
+
+def make_response(status: int, kind: str, text: str, has_body: bool = True) -> bytes:
+    """Make a response; NONCE in the page becomes what its policy allows to run."""
+    import email.utils
+    import http
+
+    nonce = in_base64(os.urandom(18))
+    body = (text.replace("NONCE", nonce) if text is PAGE else text).encode()
+    head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\n"
+    head += f"Date: {email.utils.formatdate(usegmt=True)}\nContent-Type: {kind}; charset=utf-8\n"
+    head += f"Content-Length: {len(body)}" + HEADERS.replace("NONCE", nonce) + "\n"
+    return head.replace("\n", "\r\n").encode() + body * has_body
+
+
+def leave_out_private(data: Any) -> Any:
+    """Return JSON without the fields that only those see who have the key."""
+    if isinstance(data, dict):
+        return {name: leave_out_private(x) for name, x in data.items() if name not in PRIVATE}
+    return [*map(leave_out_private, data)] if isinstance(data, list) else data
+
+
+def at_port(host: str, port: int) -> str:
+    """Write an address as it stands in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host.lower()}:{port}"
+
+
+class HealthServer:
+    """Answers GET and HEAD on a TCP port from the sources that it is given, and shows the page.
+
+    sources: name -> (form, function), as the verbs of ControlServer; ROUTES names them. Who
+    sends `key` (Authorization: Bearer KEY) sees PRIVATE fields. Threads: "http" accepts, each
+    request has its own. Life: start -> stop -> start.
+    """
+
+    def __init__(self, folder: str, sources: Mapping[str, tuple[str, Callable[..., Any]]]) -> None:
+        self._sources = sources
+        self._path = os.path.join(folder, "http.json")
+        self.url, self.key, self._host, self._port = "", "", "", 0
+        self._listener: socket.socket | None = None
+        self._room = threading.BoundedSemaphore(HTTP_CONNECTIONS_MAX)
+        self._idle: dict[socket.socket, None] = {}  # have not asked yet, the longest first
+        self._turn = threading.Lock()  # one source at a time: none hangs more than one thread
+
+    def start(self, host: str, port: int) -> None:
+        """Listen; port 0: where it was the last time, else anywhere. Raises CANNOT_CREATE."""
+        known: Fields = {}
+        last = 0
+        with contextlib.suppress(ValueError, DaemonError):
+            known = read_json(self._path) or {}
+            last = integer(0, 65535)(known.get("port", 0))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        for number in [port] if port else [last, 0]:
+            try:
+                listener = socket.create_server((host, number), family=family)
+                break
+            except OSError as error:
+                what = str(error.strerror).partition(" (while")[0]
+        else:
+            hint = "name another in [health], or port 0: any that is free"
+            raise DaemonError("CANNOT_CREATE", f"cannot listen on {host} port {port}: {what}", hint)
+        self._host, self._port, self._listener = host, listener.getsockname()[1], listener
+        self.key = str(known.get("key") or os.urandom(32).hex())
+        with contextlib.suppress(DaemonError):  # a full disk
+            if known != {"port": self._port, "key": self.key}:
+                write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
+        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.url = f"http://{at_port(near, self._port)}/"
+        accept = functools.partial(self._accept_all, listener)
+        threading.Thread(target=accept, name="http", daemon=True).start()
+
+    def where(self) -> Fields:
+        """Return {"url": the page, with the key to all that it shows}; never logged."""
+        return {"url": f"{self.url}#{self.key}" if self.url else None}
+
+    def stop(self) -> None:
+        """Accept nothing more; requests under way are answered."""
+        if self._listener is not None:
+            listener, self._listener, self.url = self._listener, None, ""
+            with contextlib.suppress(OSError):  # wakes accept(2)
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+    def _accept_all(self, listener: socket.socket) -> None:
+        """Give each connection to a thread; if all are taken, one's that has not asked yet."""
+        while listener is self._listener:
+            try:
+                peer = listener.accept()[0]
+                wait_s = 0.0
+                while not self._room.acquire(timeout=wait_s):
+                    for idle in list(self._idle)[:1]:
+                        if self._idle.pop(idle, 0) is None:
+                            with contextlib.suppress(OSError):  # it has just gone
+                                idle.shutdown(socket.SHUT_RDWR)
+                    wait_s = 0.02
+                self._idle[peer] = None
+                threading.Thread(target=self._serve, args=(peer,), name="get", daemon=True).start()
+            except (OSError, RuntimeError) as error:  # no descriptor, no thread
+                if isinstance(error, RuntimeError):
+                    self._idle.pop(peer, None)
+                    self._room.release()
+                if listener is self._listener:
+                    log.warning("a request was refused: %s", error)
+                    threading.Event().wait(0.1)
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Answer one request, in HTTP_TIMEOUT_S altogether."""
+        deadline = Clock.mono() + HTTP_TIMEOUT_S
+        try:
+            with connection:
+                head = receive_head(connection, deadline)
+                self._idle.pop(connection, None)
+                response = self._respond(head, connection.getsockname()[0], deadline)
+                connection.settimeout(max(deadline - Clock.mono(), 0.1))
+                connection.sendall(response)
+                connection.shutdown(socket.SHUT_WR)
+                self._idle[connection] = None
+                while Clock.mono() < deadline and connection.recv(1 << 16):
+                    pass  # to close before all was read would take the response back
+        except OSError as error:
+            log.debug("a request ended: %s", error)
+        except Exception:  # this thread's top frame
+            log.exception("a request failed")
+        finally:
+            self._idle.pop(connection, None)
+            self._room.release()
+
+    def _respond(self, head: bytes, place: str, deadline: float) -> bytes:
+        status, request = read_request(head)
+        status = status or self._refuse(request, place)
+        if status:
+            return make_response(status, "text/plain", f"{status}\n")
+        try:
+            status, kind, text = self._answer(request, deadline)
+        except DaemonError as error:
+            status = 400 if error.exit_status == 2 else 503
+            kind, text = "application/json", json.dumps({"error": error.to_dict()})
+        return make_response(status, kind, text, request.command == "GET")
+
+    def _refuse(self, request: Any, place: str) -> int:
+        """Return the status that refuses a request, 0 for none; place: the address it came to."""
+        headers, names = request.headers, ("127.0.0.1", "localhost", "::1", self._host, place)
+        hosts = [host.strip().lower() for host in headers.get_all("Host", [])]
+        if len(hosts) != 1 or hosts[0] not in {at_port(name, self._port) for name in names}:
+            return 403  # DNS rebinding
+        if {*headers.get_all("Origin", [])} - {"http://" + hosts[0]}:
+            return 403
+        if request.command not in ("GET", "HEAD"):
+            return 405
+        if {*headers.get_all("Content-Length", [])} - {"0"} or "Transfer-Encoding" in headers:
+            return 413
+        return 0 if request.path.partition("?")[0] in ("/", *ROUTES) else 404
+
+    def _answer(self, request: Any, deadline: float) -> tuple[int, str, str]:
+        """Return (status, type, body) of a request that is in order. Raises DaemonError."""
+        import hmac
+        import urllib.parse
+
+        path, _, query = request.path.partition("?")
+        if path == "/":
+            return 200, "text/html", PAGE
+        name = ROUTES[path]
+        form, act = self._sources.get(name, ("", lambda: {name: []}))
+        fields = read_fields(form, dict(urllib.parse.parse_qsl(query)))
+        is_probe = name in ("health", "ready")
+        if not is_probe and not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
+            raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
+        try:
+            answer = act(**fields)
+        finally:
+            if not is_probe:
+                self._turn.release()
+        if name == "metrics":
+            return 200, "text/plain; version=0.0.4", answer["text"]
+        shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
+            answer = leave_out_private(answer)
+        is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
+        return 200 if is_well else 503, "application/json", json.dumps(answer)
+
+
+# ============================================================================
 # 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
-#     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
+#     Uses 1-17. Main thread. Lock order: runner or supervisor, then store.
 # ============================================================================
 
 class Mailbox:
@@ -7134,31 +7781,48 @@ class Daemon:
         self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
         self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
         keepers.on_standing = self._note_standing
+        of_processes = ProcessVerbs(self._supervisor, store)
+        health = HealthVerbs(self._runner, self._supervisor, of_processes)
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(store, self._runner).table,
-            **ProcessVerbs(self._supervisor, store).table,
+            **of_processes.table,
+            **{name: health.table[name] for name in ("health", "metrics")},
             "ping": ("", lambda: {"type": "pong", **self._identity()}),
-            "status": ("", lambda: {"type": "status", **self._status()}),
+            "status": ("", lambda: {"type": "status", **self._status(), **self._http.where()}),
             "reload": ("", lambda: {"plan": self._reload()}),
             "shutdown": ("keep", self._shutdown),
         }
+        sources = {**health.table, "tasks": verbs["list"], "logs": verbs["logs"]}
+        hour = self._runner.meters.last_hour
+        sources["status"] = ("", lambda: {**self._status(), "last_hour": hour()})
+        self._http = HealthServer(self._project.folder, sources)
+        self._listen(self._config.health)
         self._control = ControlServer(self._project.folder, verbs)
         self._control.start(settings_of(self._config))
         self._supervisor.start()
         self._runner.start()
         self._standing.wait(STANDING_S)
+        health.is_starting = False
         log.info("ready")
         self._report({"event": "ready", "pid": os.getpid()})
         try:
             self._obey()
         finally:
             self._control.stop()
+            self._http.stop()
             self._supervisor.halt()
             self._runner.halt()
             self._keepers.close(self._is_over)
             with contextlib.suppress(DaemonError):
                 if self._pid_file.is_held():
                     self._write_state()
+
+    def _listen(self, options: Any) -> None:
+        """Answer HTTP where [health] says from now on. Raises CANNOT_CREATE."""
+        self._http.stop()
+        if options.enabled:
+            self._http.start(options.host, options.port)
+            log.info("%s answers", self._http.url)
 
     def _note_standing(self) -> None:
         self._standing.set()
@@ -7228,6 +7892,13 @@ class Daemon:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
             plan = self._config.plan(new)
+            if new.health != self._config.health:
+                try:
+                    self._listen(new.health)
+                except DaemonError as error:
+                    log.error("reload refused: %s (%s)", error, error.hint)
+                    self._listen(self._config.health)
+                    raise
             if new.log != self._config.log:
                 open_log(self._project.file("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
@@ -7725,6 +8396,8 @@ def cmd_status(args: Args) -> int:
             text += f"\nprocesses: {details['running_instances']} running"
             down = ", ".join(f"{name} ({state})" for name, state in details.get("down", {}).items())
             text += f"; degraded, down: {down}; see `why`" if down else ""
+        if details.get("url"):
+            text += f"\npage: {details['url']}"
         if details["paused"]:
             text += "\npaused: " + ", ".join(details["paused"]).replace("*", "everything")
         if details["draining"]:
@@ -7732,6 +8405,33 @@ def cmd_status(args: Args) -> int:
     about = {name: field for name, field in status.to_dict().items() if name != "details"}
     emit({**about, **details}, args, text)
     return int(status.exit_status)
+
+
+@register("health")
+def cmd_health(args: Args) -> int:
+    """Say how the daemon is: 0 healthy, 1 degraded, 2 unhealthy or not there."""
+    try:
+        answer = client_of(args).call("health", {})
+    except DaemonError as error:
+        if error.code not in ("NOT_RUNNING", "NOT_ANSWERING"):
+            raise
+        found = {"status": "unhealthy", "detail": error.message}
+        answer = {"overall": "unhealthy", "checks": {"daemon": found}}
+    rows = [(name, one["status"], one["detail"]) for name, one in answer["checks"].items()]
+    emit(answer, args, f"{answer['overall']}\n{columns(rows)}")
+    return LEVELS.index(answer["overall"])
+
+
+@register("metrics")
+def cmd_metrics(args: Args) -> int:
+    """Print metrics in Prometheus's text format, the most important as comments first."""
+    answer = client_of(args).call("metrics", {})
+    text = answer.pop("text")
+    shown = {**answer, "uptime": span(answer["uptime"])}
+    for name in ("started_at", "last_poll"):
+        shown[name] = answer[name] and timestamp(answer[name])
+    head = "".join(f"# {name.replace('_', ' ')}: {value}\n" for name, value in shown.items())
+    return emit(answer, args, head + text.rstrip())
 
 
 @register("ps", NAMES)
@@ -8177,7 +8877,7 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     yield "python", sys.version_info >= (3, 9), sys.version.split()[0]
     yield "sqlite", sqlite3.sqlite_version_info >= (3, 31), sqlite3.sqlite_version
     free = shutil.disk_usage(project.path).free
-    yield "disk", free > 1 << 28, f"{free >> 20} MiB free"
+    yield "disk", free > DISK_LOW_BYTES, f"{free >> 20} MiB free"
     kind = Platform.network_file_system(project.folder)
     yield "file system", kind is None, f"{kind}: use --state DIR" if kind else "local"
     places = [os.path.abspath(__file__), project.folder, project.config_path or project.folder]
