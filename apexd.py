@@ -477,18 +477,6 @@ class DaemonMetrics(Value):
         self.tasks_failed += task.state == State.FAILED
 
 
-class Histogram:
-    """Counts values by size: counts[i] are those up to BUCKETS_S[i], the last all above."""
-
-    def __init__(self) -> None:
-        self.counts, self.sum = [0] * (len(BUCKETS_S) + 1), 0.0
-
-    def add(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect.bisect_left(BUCKETS_S, value)] += 1
-        self.sum += value
-
-
 class DaemonStatus(Value):
     """What `DaemonManager.get_status` knows; `exit_status` follows LSB."""
 
@@ -4664,28 +4652,30 @@ class Meters:
     def __init__(self) -> None:
         self.turns = 0  # of the runner's loop
         self.outcomes = dict.fromkeys(Outcome, 0)
-        self.wait_s, self.run_s, self.cpu_s = Histogram(), Histogram(), Histogram()
+        # How many took so long, by BUCKETS_S (the last but one: longer), and seconds in all.
+        self.seconds = {name: [0.0] * (len(BUCKETS_S) + 2) for name in ("wait", "run", "cpu")}
         self._minutes: deque[list[int]] = deque(maxlen=60)  # [minute, succeeded, failed]
 
     def count(self, task: Task, result: Result) -> None:
         """Count an attempt that has ended and is recorded."""
         if task.outcome is None:  # it never ran
             return
-        now = Clock.now()
         self.outcomes[task.outcome] += 1
-        if task.attempts == 1:
-            self.wait_s.add(max(task.started_at - task.created_at, 0.0))
-        self.run_s.add(max(now - task.started_at if result.ran_s is None else result.ran_s, 0.0))
-        self.cpu_s.add(result.cpu_s or 0.0)
-        if task.state in (State.SUCCEEDED, State.FAILED):
-            if not self._minutes or self._minutes[-1][0] != now // 60:
-                self._minutes.append([int(now // 60), 0, 0])
-            self._minutes[-1][1 + (task.state == State.FAILED)] += 1
+        wait_s = task.started_at - task.created_at if task.attempts == 1 else None
+        run_s = Clock.now() - task.started_at if result.ran_s is None else result.ran_s
+        for name, value in (("wait", wait_s), ("run", run_s), ("cpu", result.cpu_s)):
+            if value is not None:
+                self.seconds[name][bisect.bisect_left(BUCKETS_S, value)] += 1
+                self.seconds[name][-1] += max(value, 0.0)
+        minute = int(Clock.now() // 60)
+        if not self._minutes or self._minutes[-1][0] != minute:
+            self._minutes.append([minute, 0, 0])
+        self._minutes[-1][1] += task.state == State.SUCCEEDED
+        self._minutes[-1][2] += task.state == State.FAILED
 
     def last_hour(self) -> list[list[int]]:
         """Return [[succeeded, failed] for each minute], the present one last."""
-        found = {minute: counts for minute, *counts in list(self._minutes)}
-        this = int(Clock.now() // 60)
+        found, this = {minute: n for minute, *n in [*self._minutes]}, int(Clock.now() // 60)
         return [found.get(this - ago, [0, 0]) for ago in range(59, -1, -1)]
 
 
@@ -7120,34 +7110,29 @@ def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
 LEVELS = ("healthy", "degraded", "unhealthy")
 CHECKS = ("clock", "runner", "disk", "supervisor", "keeper", "store")  # what may hang comes last
 ROUTES = {"/health": "health", "/ready": "ready", "/metrics": "metrics"}
-ROUTES.update({f"/api/{x}": x for x in "status tasks processes schedules events logs".split()})
+ROUTES.update({f"/api/{x}": x for x in "status tasks logs processes why schedules events".split()})
 # Only who has the key sees these: they may hold what other users of the machine must not read.
-PRIVATE = frozenset("command args cwd data note reason why payload project folder".split())
+PRIVATE = frozenset("command args cwd data note reason reasons payload project folder".split())
 
 
-def write_metric(
-    name: str, text: str, *samples: tuple[float | None, Mapping[str, object]], kind: str = ""
-) -> Iterator[str]:
-    """Yield a metric's lines in Prometheus's text format 0.0.4; None is not known.
+class Exposition:
+    """Metrics in Prometheus's text format 0.0.4; those of one name are added together."""
 
-    A label "" holds what is put behind the name.
-    """
-    yield f"# HELP {name} {text}"
-    yield f"# TYPE {name} {kind or ('counter' if name.endswith('_total') else 'gauge')}"
-    for value, labels in samples:
-        escape = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
-        shown = [f'{key}="{str(x).translate(escape)}"' for key, x in labels.items() if key]
-        place = f"{name}{labels.get('', '')}" + (f"{{{','.join(shown)}}}" if shown else "")
-        yield from () if value is None else (f"{place} {value}",)
+    def __init__(self) -> None:
+        self.text = self._name = ""
 
-
-def write_histogram(name: str, text: str, measured: Histogram) -> Iterator[str]:
-    """Yield a histogram's lines; each bucket counts those below it, too."""
-    totals = [sum(measured.counts[: i + 1]) for i in range(len(measured.counts))]
-    bounds = zip(totals, (*BUCKETS_S, "+Inf"))
-    samples: list[Any] = [(total, {"": "_bucket", "le": bound}) for total, bound in bounds]
-    samples += [(measured.sum, {"": "_sum"}), (totals[-1], {"": "_count"})]
-    return write_metric(name, text, *samples, kind="histogram")
+    def add(
+        self, name: str, help: str, value: float | None, suffix: str = "", **labels: object
+    ) -> None:
+        """Add a sample, unless its value is not known; suffix: of a histogram's parts."""
+        kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
+        head = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+        escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+        shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
+        if value is not None:
+            self.text += "" if name == self._name else head
+            self._name = name
+            self.text += f"{name}{suffix}{{{shown}}} {value}\n"
 
 
 class HealthVerbs:
@@ -7158,7 +7143,7 @@ class HealthVerbs:
 
     def __init__(self, runner: DaemonRunner, supervisor: Supervisor, verbs: ProcessVerbs) -> None:
         self._store, self._runner, self._supervisor = runner.store, runner, supervisor
-        self._look_at, self._why = verbs.look, verbs.table["why_process"][1]
+        self._processes = verbs
         self.is_starting = True
         self._clock_s = Clock.now() - Clock.mono()
         self._lock = threading.Lock()  # guards what follows
@@ -7168,7 +7153,6 @@ class HealthVerbs:
             "health": ("", self._health),
             "ready": ("", self._ready),
             "metrics": ("", self._metrics),
-            "processes": ("", self._processes),
         }
 
     def _check(self) -> Iterator[tuple[int, str]]:
@@ -7210,78 +7194,62 @@ class HealthVerbs:
         return {"overall": LEVELS[max(level for _, (level, _) in seen)], "checks": checks}
 
     def _ready(self) -> Fields:
-        """Return {"ready", "reasons": why not}."""
+        """Return {"ready", "why": why not}."""
         reasons = [f"{name}: {found['detail']}" for name, found in self._health()["checks"].items()
                    if found["status"] == LEVELS[2]]  # fmt: skip
         reasons += ["it is starting"] if self.is_starting else []
         reasons += ["it is stopping"] if self._runner.is_draining else []
-        return {"ready": not reasons, "reasons": reasons}
-
-    def _processes(self) -> Fields:
-        """Return {"processes": as list_processes, with "instance_details" and "why"}."""
-        names, found = list(self._store.config.processes), []
-        for name, details in zip(names, self._look_at(names)):
-            about = {"instance_details": details, "why": self._why(name)["reasons"]}
-            found.append({**sum_up(name, details), **about})
-        return {"processes": found}
+        return {"ready": not reasons, "why": reasons}
 
     def _metrics(self) -> Fields:
         """Return {"text": Prometheus's text format, "started_at", "uptime", "processed", ...}."""
         about, meters, path = self._runner.get_metrics(), self._runner.meters, self._store.path
+        found = Exposition()
+        found.add("apexd_info", "What runs.", 1, version=__version__)
+        found.add("apexd_start_time_seconds", "When the daemon started.", about.started_at)
+        for state, groups in self._store.get_counts().items():
+            for group, n in groups.items():
+                found.add("apexd_tasks", "Tasks there are.", n, state=state, group=group)
+        for end, n in (("succeeded", about.tasks_succeeded), ("failed", about.tasks_failed)):
+            found.add("apexd_tasks_finished_total", "What runs again is not.", n, state=end)
+        for outcome, n in meters.outcomes.items():
+            found.add("apexd_attempts_total", "Attempts that ended.", n, outcome=outcome.value)
+        for kind, (*counts, seconds) in meters.seconds.items():
+            name, text = f"apexd_task_{kind}_seconds", "Of each attempt; waits of the first."
+            for i, bound in enumerate((*BUCKETS_S, "+Inf")):
+                found.add(name, text, int(sum(counts[: i + 1])), "_bucket", le=bound)
+            found.add(name, text, seconds, "_sum")
+            found.add(name, text, int(sum(counts)), "_count")
+        found.add("apexd_loop_turns_total", "Of the runner's loop.", meters.turns)
+        sizes = [os.stat(one).st_size for one in (path, path + "-wal") if os.path.exists(one)]
+        found.add("apexd_database_bytes", "On disk.", sum(sizes))
+        found.add("process_cpu_seconds_total", "The daemon's own.", time.process_time())
+        found.add("process_resident_memory_bytes", "The daemon's own.", Platform.own_memory())
+        names = list(self._store.config.processes)
+        looks = [(name, one) for name, of in zip(names, self._processes.look(names)) for one in of]
+        for _, one in looks:
+            one["up"] = int(one["state"] in ("running", "unhealthy"))
+            one["cpu_ratio"] = one["cpu_percent"] and one["cpu_percent"] / 100
+        for field in ("up", "restart_count", "memory_bytes", "cpu_ratio"):
+            kind = field.replace("restart_count", "restarts_total")
+            for name, one in looks:
+                about_one = {"process": name, "instance": one["index"]}
+                found.add(f"apexd_process_{kind}", "Of each instance.", one[field], **about_one)
         fields = {"started_at": about.started_at, "uptime": about.uptime}
         fields.update(processed=about.tasks_processed, succeeded=about.tasks_succeeded)
         fields.update(failed=about.tasks_failed, active=about.active_task_count)
-        counts = self._store.get_counts().items()
-        queue = [(n, {"state": state, "group": g}) for state, of in counts for g, n in of.items()]
-        size = sum(os.stat(x).st_size for x in (path, path + "-wal") if os.path.exists(x))
-        own: dict[str, object] = {}
-        lines = [
-            *write_metric("apexd_info", "What runs.", (1, {"version": __version__})),
-            *write_metric("apexd_start_time_seconds", "Epoch.", (about.started_at, own)),
-            *write_metric("apexd_tasks", "Tasks by state and group.", *queue),
-            *write_metric(
-                "apexd_tasks_finished_total", "Tasks that ended; what runs again has not.",
-                *((fields[state], {"state": state}) for state in ("succeeded", "failed")),
-            ),
-            *write_metric(
-                "apexd_attempts_total", "Attempts that ended.",
-                *((n, {"outcome": outcome.value}) for outcome, n in meters.outcomes.items()),
-            ),
-            *write_histogram("apexd_task_wait_seconds", "Until the first start.", meters.wait_s),
-            *write_histogram("apexd_task_run_seconds", "Of each attempt.", meters.run_s),
-            *write_histogram("apexd_task_cpu_seconds", "Of each attempt.", meters.cpu_s),
-            *write_metric("apexd_loop_turns_total", "Of the runner.", (meters.turns, own)),
-            *write_metric("apexd_database_bytes", "On disk.", (size, own)),
-            *write_metric("process_cpu_seconds_total", "Its own.", (time.process_time(), own)),
-            *write_metric("process_resident_memory_bytes", "Own.", (Platform.own_memory(), own)),
-        ]  # fmt: skip
-        names = list(self._store.config.processes)
-        instances = [
-            ({**one, "up": int(one["state"] in ("running", "unhealthy")),
-              "cpu_ratio": one["cpu_percent"] and one["cpu_percent"] / 100},
-             {"process": name, "instance": one["index"]})
-            for name, details in zip(names, self._look_at(names)) for one in details
-        ]  # fmt: skip
-        for field, name in (
-            ("up", "up"), ("restart_count", "restarts_total"), ("memory_bytes", "memory_bytes"),
-            ("cpu_ratio", "cpu_ratio"),
-        ):  # fmt: skip
-            samples = ((one[field], labels) for one, labels in instances)
-            lines += write_metric(f"apexd_process_{name}", "Of each instance.", *samples)
-        fields["last_poll"] = about.last_poll_at
-        return {"text": "\n".join(lines) + "\n", **fields}
+        return {"text": found.text, **fields, "last_poll": about.last_poll_at}
 
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>apexd</title>
 <link rel="icon" href="data:,">
 <style nonce="NONCE">
-:root { --back: #f5f6f8; --card: #fff; --text: #1a1f26; --dim: #56606d; --line: #d9dee5;
-  --good: #17703a; --bad: #b3261e; --warn: #8a5300; --blue: #1457b0; }
+:root { color-scheme: light dark; --back: #f5f6f8; --card: #fff; --text: #1a1f26; --dim: #56606d;
+  --line: #d9dee5; --good: #17703a; --bad: #b3261e; --warn: #8a5300; --blue: #1457b0; }
 @media (prefers-color-scheme: dark) { :root { --back: #12161b; --card: #1b2128; --text: #e4e8ed;
   --dim: #a2adb9; --line: #333c46; --good: #5fd08a; --bad: #ff8f85; --warn: #f0b64e;
   --blue: #7db4ff; } }
@@ -7289,45 +7257,41 @@ PAGE = """<!DOCTYPE html>
 body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--back);
   color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; }
-h1 { font-size: 1.3rem; margin: 0; }
-h2 { font-size: 1rem; margin: 0 0 .4rem; }
-#gone { background: var(--bad); color: var(--card); padding: .5rem .8rem; border-radius: .4rem; }
+h1, h2 { font-size: 1.3rem; margin: 0; }
+h2 { font-size: 1rem; margin-bottom: .4rem; }
 main { display: grid; gap: .8rem; margin-top: .8rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+section, #gone { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .8rem; min-width: 0; }
-.stale section { border: 1px dashed var(--bad); }
+#gone, .stale section { border: 2px dashed var(--bad); }
 .wide { grid-column: 1 / -1; }
 .scroll { overflow-x: auto; }
 :focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem .2rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-th { color: var(--dim); font-weight: 600; }
-tbody > tr:last-child > td { border: 0; }
-.n { text-align: right; white-space: nowrap; overflow-wrap: normal; }
+th, td { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top; }
+tr { border-top: 1px solid var(--line); }
+thead tr { border: 0; }
+.n { text-align: right; white-space: nowrap; }
 pre { margin: .2rem 0 0; font: 12px/1.4 ui-monospace, monospace; white-space: pre-wrap; }
 progress { width: 100%; min-width: 4rem; height: .6rem; accent-color: var(--blue); }
 svg { width: 100%; height: 3.5rem; display: block; border-bottom: 1px solid var(--line); }
-.dim, pre { color: var(--dim); }
+th, pre, .dim { color: var(--dim); }
 .good { color: var(--good); fill: var(--good); }
-.bad { color: var(--bad); fill: var(--bad); }
+.bad, #gone { color: var(--bad); fill: var(--bad); }
 .warn { color: var(--warn); }
 @media (max-width: 40rem) { body { padding: .5rem; } .more { display: none; } }
 </style>
 <header><h1 id="name">apexd</h1><strong id="health" role="status"></strong>
 <span id="about" class="dim"></span></header>
 <p id="gone" role="alert" hidden></p>
-<p id="locked" class="dim" hidden>Commands and output: at the address that
-<code>apexd.py status</code> prints.</p>
+<p id="locked" class="dim" hidden>`apexd.py status` prints the address with commands and output.</p>
 <main id="main"></main>
 <script nonce="NONCE">
 "use strict";
 const key = location.hash.slice(1), shown = {}, at = id => document.getElementById(id);
 const COLORS = {healthy: "good", succeeded: "good", running: "good", degraded: "warn",
   backoff: "warn", starting: "warn", unhealthy: "bad", failed: "bad", crashed: "bad"};
-// All that comes from outside becomes text, never markup.
-function make(tag, content, name = "") {
+function make(tag, content, name = "") {  // what comes from outside becomes text, never markup
   const node = document.createElement(tag);
   node.append(...[content].flat().map(part => part ?? "-"));
   node.className = name;
@@ -7347,7 +7311,7 @@ const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
 function span(s) {
   for (const [unit, letter] of [[86400, "d"], [3600, "h"], [60, "m"]])
     if (s >= unit) return Math.floor(s / unit) + letter + " " + span(s % unit).split(" ")[0];
-  return s.toFixed(s < 10 && s % 1 ? 1 : 0) + "s";
+  return Math.max(s, 0).toFixed(s < 10 && s % 1 ? 1 : 0) + "s";
 }
 function show(id, data, draw) {  // only what has changed: a selection stays
   const text = JSON.stringify(data);
@@ -7360,20 +7324,20 @@ function table(id, rows, heads, cells) {  // a head: what it says, and of which 
     make("thead", line("th", heads.map(head => head[0]))),
     make("tbody", rows.map(row => line("td", cells(row))))]));
 }
+function draw(tag, attributes) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
+  return node;
+}
 function bars(minutes) {
   const most = Math.max(1, ...minutes.map(([ok, ko]) => ok + ko));
-  const make_svg = (tag, attributes) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
-    return node;
-  };
-  const svg = make_svg("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "img"});
-  minutes.forEach(([ok, ko], i) => [["good", ok, 0], ["bad", ko, ok]].forEach(([name, n, on]) =>
-    svg.append(make_svg("rect", {x: i * 10, width: 8, y: 50 - (on + n) / most * 50,
-      height: n / most * 50, class: name}))));
   const [ok, ko] = [0, 1].map(k => minutes.reduce((sum, minute) => sum + minute[k], 0));
   const text = `${ok} succeeded, ${ko} failed; at most ${most} a minute`;
-  svg.setAttribute("aria-label", text);
+  const svg = draw("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "img",
+    "aria-label": text});
+  minutes.forEach(([ok, ko], i) => [["good", ok, 0], ["bad", ko, ok]].forEach(([name, n, on]) =>
+    svg.append(draw("rect", {x: i * 10, width: 8, y: 50 - (on + n) / most * 50,
+      height: n / most * 50, class: name}))));
   return make("div", [svg, make("span", text, "dim")]);
 }
 async function get(path) {
@@ -7386,14 +7350,17 @@ async function addOutput(task) {  // the last lines of what runs
   const answer = key ? await get(`/api/logs?id=${task.id}&offset=-3`).catch(() => ({})) : {};
   const bytes = Uint8Array.from(atob(answer.data ?? ""), letter => letter.charCodeAt(0));
   task.output = new TextDecoder().decode(bytes).slice(-600);
-  task.ran = span(Math.max(Date.now() / 1000 - task.started_at, 0));
+  task.ran = span(Date.now() / 1000 - task.started_at);
+}
+async function addReasons(one) {
+  one.why = one.status === "running" ? [] : (await get("/api/why?name=" + one.name)).reasons ?? [];
 }
 const HEADS = [["id", "n"], ["state"], ["task"], ["group", "more"], ["tries", "n more"],
   ["exit", "n"], ["took", "n"], ["ended", "n more"]];
 const cells = task => [task.id, state(task.state), title(task), task.group, task.attempts,
   task.exit_code, task.finished_at && task.started_at
-    ? span(Math.max(task.finished_at - task.started_at, 0)) : "-", clock(task.finished_at)];
-function drawRunning(task) {
+    ? span(task.finished_at - task.started_at) : "-", clock(task.finished_at)];
+function running_cells(task) {
   const about = {max: 100, value: task.progress, ariaLabel: `progress of task ${task.id}`};
   const bar = task.progress === null ? [] : [Object.assign(make("progress", []), about)];
   const told = bar.length ? known(task.progress, "% ") : "";
@@ -7405,43 +7372,41 @@ async function refresh() {
     await Promise.all(["/health", "/api/status", "/api/tasks?state=running&limit=20",
       "/api/tasks?state=failed&limit=10", "/api/tasks?limit=15", "/api/processes",
       "/api/schedules", "/api/events"].map(get));
-  await Promise.all(running.tasks.map(addOutput));
+  await Promise.all([...running.tasks.map(addOutput), ...processes.processes.map(addReasons)]);
   document.title = at("name").textContent = (status.project ?? "apexd").split("/").pop();
-  const faults = Object.entries(health.checks).filter(([, one]) => one.status !== "healthy")
-    .map(([check, one]) => `${check}: ${one.detail}`);
-  show("health", [health.overall, ...faults], parts =>
-    make("span", parts.join("; "), COLORS[health.overall]));
+  const faults = Object.entries(health.checks).filter(([, one]) => one.status !== "healthy");
+  show("health", [health.overall, ...faults.map(([name, one]) => `${name}: ${one.detail}`)],
+    parts => make("span", parts.join("; "), COLORS[health.overall]));
   at("about").textContent = `apexd ${status.version}, PID ${status.pid}, up `
     + span(status.uptime_secs) + (status.draining ? ", stopping" : "")
     + (status.paused.length ? ", paused: " + status.paused.join(", ") : "");
   show("hour", status.last_hour, bars);
-  table("queue", Object.entries(status.counts).flatMap(([kind, groups]) => Object.entries(groups)
-    .map(([group, n]) => [kind, group, n])), [["state"], ["group"], ["tasks", "n"]],
+  const queue = Object.entries(status.counts).flatMap(([kind, groups]) =>
+    Object.entries(groups).map(([group, n]) => [kind, group, n]));
+  table("queue", queue, [["state"], ["group"], ["tasks", "n"]],
     ([kind, group, n]) => [state(kind), group, n]);
   table("running", running.tasks, [["id", "n"], ["task"], ["group", "more"], ["for", "n"],
-    ["progress"]], drawRunning);
+    ["progress"]], running_cells);
   table("processes", processes.processes, [["process"], ["status"], ["up", "n"], ["CPU", "n"],
-    ["memory", "n"], ["restarts", "n more"], ["why", "more"]], one => [one.name,
-    state(one.status), `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
+    ["memory", "n"], ["restarts", "n more"], ["why"]], one => [one.name, state(one.status),
+    `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
     known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count,
-    (one.why ?? []).join("; ")]);
+    one.why.join("; ")]);
   table("failed", failed.tasks.reverse(), HEADS.slice(0, 6), task => cells(task).slice(0, 6));
   table("latest", latest.tasks.reverse(), HEADS, cells);
-  table("schedules", schedules.schedules, [["name"], ["when"], ["next"]], one =>
-    [one.name, one.cron, clock(one.next_at)]);
+  table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
+    one => [one.name, one.cron, clock(one.next_at)]);
   table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
-    ["what", "more"]], one => [clock(one.time), one.type, one.source,
-    JSON.stringify(one.payload ?? {})]);
+    ["what", "more"]], one => [clock(one.time), one.type, one.source, JSON.stringify(one.payload ?? {})]);
 }
-let seen = 0, timer = 0;
+let seen = "never", timer = 0;
 async function turn() {
   try {
     await refresh();
-    seen = new Date();
+    seen = "at " + new Date().toLocaleTimeString();
     at("gone").hidden = true;
   } catch (error) {
-    at("gone").textContent = `The daemon does not answer (${error.message}). What is shown was `
-      + (seen ? `seen at ${seen.toLocaleTimeString()}.` : "never seen.");
+    at("gone").textContent = `The daemon does not answer: ${error.message}. Last seen ${seen}.`;
     at("gone").hidden = false;
   }
   at("main").className = at("gone").hidden ? "" : "stale";
@@ -7502,12 +7467,11 @@ def make_response(status: int, kind: str, text: str, has_body: bool = True) -> b
     import email.utils
     import http
 
-    nonce = in_base64(os.urandom(18))
+    nonce, date = in_base64(os.urandom(18)), email.utils.formatdate(usegmt=True)
     body = (text.replace("NONCE", nonce) if text is PAGE else text).encode()
-    head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\n"
-    head += f"Date: {email.utils.formatdate(usegmt=True)}\nContent-Type: {kind}; charset=utf-8\n"
-    head += f"Content-Length: {len(body)}" + HEADERS.replace("NONCE", nonce) + "\n"
-    return head.replace("\n", "\r\n").encode() + body * has_body
+    head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\nDate: {date}\n"
+    head += f"Content-Type: {kind}\nContent-Length: {len(body)}" + HEADERS + "\n"
+    return head.replace("NONCE", nonce).replace("\n", "\r\n").encode() + body * has_body
 
 
 def leave_out_private(data: Any) -> Any:
@@ -7607,9 +7571,14 @@ class HealthServer:
             with connection:
                 head = receive_head(connection, deadline)
                 self._idle.pop(connection, None)
-                response = self._respond(head, connection.getsockname()[0], deadline)
+                status, request = read_request(head)
+                status = status or self._refuse(request, connection.getsockname()[0])
+                answer = (status, "text/plain", f"{status}\n")
+                if not status:
+                    answer = self._answer(request, deadline)
                 connection.settimeout(max(deadline - Clock.mono(), 0.1))
-                connection.sendall(response)
+                has_body = getattr(request, "command", "") != "HEAD"
+                connection.sendall(make_response(*answer, has_body))
                 connection.shutdown(socket.SHUT_WR)
                 self._idle[connection] = None
                 while Clock.mono() < deadline and connection.recv(1 << 16):
@@ -7621,18 +7590,6 @@ class HealthServer:
         finally:
             self._idle.pop(connection, None)
             self._room.release()
-
-    def _respond(self, head: bytes, place: str, deadline: float) -> bytes:
-        status, request = read_request(head)
-        status = status or self._refuse(request, place)
-        if status:
-            return make_response(status, "text/plain", f"{status}\n")
-        try:
-            status, kind, text = self._answer(request, deadline)
-        except DaemonError as error:
-            status = 400 if error.exit_status == 2 else 503
-            kind, text = "application/json", json.dumps({"error": error.to_dict()})
-        return make_response(status, kind, text, request.command == "GET")
 
     def _refuse(self, request: Any, place: str) -> int:
         """Return the status that refuses a request, 0 for none; place: the address it came to."""
@@ -7649,31 +7606,42 @@ class HealthServer:
         return 0 if request.path.partition("?")[0] in ("/", *ROUTES) else 404
 
     def _answer(self, request: Any, deadline: float) -> tuple[int, str, str]:
-        """Return (status, type, body) of a request that is in order. Raises DaemonError."""
-        import hmac
-        import urllib.parse
-
+        """Return (status, type, body) of a request that is in order."""
         path, _, query = request.path.partition("?")
         if path == "/":
-            return 200, "text/html", PAGE
-        name = ROUTES[path]
-        form, act = self._sources.get(name, ("", lambda: {name: []}))
-        fields = read_fields(form, dict(urllib.parse.parse_qsl(query)))
-        is_probe = name in ("health", "ready")
-        if not is_probe and not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
-            raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
+            return 200, "text/html; charset=utf-8", PAGE
         try:
-            answer = act(**fields)
-        finally:
-            if not is_probe:
-                self._turn.release()
-        if name == "metrics":
-            return 200, "text/plain; version=0.0.4", answer["text"]
+            answer = self._ask(ROUTES[path], query, deadline)
+        except DaemonError as error:
+            status = 400 if error.exit_status == 2 else 503
+            return status, "application/json", json.dumps({"error": error.to_dict()})
+        if "text" in answer:
+            return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
         shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        import hmac
+
         if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
             answer = leave_out_private(answer)
         is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
         return 200 if is_well else 503, "application/json", json.dumps(answer)
+
+    def _ask(self, name: str, query: str, deadline: float) -> Fields:
+        """Ask a source; one at a time, but for those that tell whether others hang."""
+        import urllib.parse
+
+        form, act = self._sources.get(name, ("", lambda: {name: []}))
+        fields = read_fields(form, dict(urllib.parse.parse_qsl(query)))
+        answer: Fields
+        if name in ("health", "ready"):
+            answer = act()
+            return answer
+        if not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
+            raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
+        try:
+            answer = act(**fields)
+        finally:
+            self._turn.release()
+        return answer
 
 
 # ============================================================================
@@ -7792,9 +7760,15 @@ class Daemon:
             "reload": ("", lambda: {"plan": self._reload()}),
             "shutdown": ("keep", self._shutdown),
         }
-        sources = {**health.table, "tasks": verbs["list"], "logs": verbs["logs"]}
         hour = self._runner.meters.last_hour
-        sources["status"] = ("", lambda: {**self._status(), "last_hour": hour()})
+        sources = {
+            **health.table,
+            "status": ("", lambda: {**self._status(), "last_hour": hour()}),
+            "tasks": verbs["list"],
+            "logs": ("id! attempt offset", verbs["logs"][1]),
+            "processes": verbs["list_processes"],
+            "why": verbs["why_process"],
+        }
         self._http = HealthServer(self._project.folder, sources)
         self._listen(self._config.health)
         self._control = ControlServer(self._project.folder, verbs)
@@ -8426,11 +8400,10 @@ def cmd_health(args: Args) -> int:
 def cmd_metrics(args: Args) -> int:
     """Print metrics in Prometheus's text format, the most important as comments first."""
     answer = client_of(args).call("metrics", {})
-    text = answer.pop("text")
-    shown = {**answer, "uptime": span(answer["uptime"])}
+    text, shown = answer.pop("text"), dict(answer, uptime=span(answer["uptime"]))
     for name in ("started_at", "last_poll"):
         shown[name] = answer[name] and timestamp(answer[name])
-    head = "".join(f"# {name.replace('_', ' ')}: {value}\n" for name, value in shown.items())
+    head = "".join(f"# {name.replace('_', ' ')}: {x}\n" for name, x in shown.items())
     return emit(answer, args, head + text.rstrip())
 
 
