@@ -7255,7 +7255,7 @@ PAGE = """<!DOCTYPE html>
   --blue: #7db4ff; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--back);
-  color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+  color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; }
 h1, h2 { font-size: 1.3rem; margin: 0; }
 h2 { font-size: 1rem; margin-bottom: .4rem; }
@@ -7272,6 +7272,8 @@ th, td { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top; }
 tr { border-top: 1px solid var(--line); }
 thead tr { border: 0; }
 .n { text-align: right; white-space: nowrap; }
+.t, h1, strong { overflow-wrap: anywhere; }
+.t { min-width: 7rem; }
 pre { margin: .2rem 0 0; font: 12px/1.4 ui-monospace, monospace; white-space: pre-wrap; }
 progress { width: 100%; min-width: 4rem; height: .6rem; accent-color: var(--blue); }
 svg { width: 100%; height: 3.5rem; display: block; border-bottom: 1px solid var(--line); }
@@ -7355,7 +7357,7 @@ async function addOutput(task) {  // the last lines of what runs
 async function addReasons(one) {
   one.why = one.status === "running" ? [] : (await get("/api/why?name=" + one.name)).reasons ?? [];
 }
-const HEADS = [["id", "n"], ["state"], ["task"], ["group", "more"], ["tries", "n more"],
+const HEADS = [["id", "n"], ["state"], ["task", "t"], ["group", "more"], ["tries", "n more"],
   ["exit", "n"], ["took", "n"], ["ended", "n more"]];
 const cells = task => [task.id, state(task.state), title(task), task.group, task.attempts,
   task.exit_code, task.finished_at && task.started_at
@@ -7385,10 +7387,10 @@ async function refresh() {
     Object.entries(groups).map(([group, n]) => [kind, group, n]));
   table("queue", queue, [["state"], ["group"], ["tasks", "n"]],
     ([kind, group, n]) => [state(kind), group, n]);
-  table("running", running.tasks, [["id", "n"], ["task"], ["group", "more"], ["for", "n"],
-    ["progress"]], running_cells);
+  table("running", running.tasks, [["id", "n"], ["task", "t"], ["group", "more"],
+    ["for", "n"], ["progress", "t"]], running_cells);
   table("processes", processes.processes, [["process"], ["status"], ["up", "n"], ["CPU", "n"],
-    ["memory", "n"], ["restarts", "n more"], ["why"]], one => [one.name, state(one.status),
+    ["memory", "n"], ["restarts", "n more"], ["why", "t"]], one => [one.name, state(one.status),
     `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
     known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count,
     one.why.join("; ")]);
@@ -7397,7 +7399,7 @@ async function refresh() {
   table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
     one => [one.name, one.cron, clock(one.next_at)]);
   table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
-    ["what", "more"]], one => [clock(one.time), one.type, one.source, JSON.stringify(one.payload ?? {})]);
+    ["what", "t more"]], one => [clock(one.time), one.type, one.source, JSON.stringify(one.payload ?? {})]);
 }
 let seen = "never", timer = 0;
 async function turn() {

@@ -8259,6 +8259,208 @@ def sample(metrics, name, suffix="", **labels):
     return value
 
 
+class Browser:
+    """A headless Chromium with one page, driven through its pipe (DevTools protocol)."""
+
+    PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+    def __init__(self, folder):
+        words, self._out = os.pipe()
+        self._in, answers = os.pipe()
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                   "--disable-background-networking", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+                   f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
+        start = f'exec "$0" "$@" 3<&{words} 4>&{answers}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", start, self.PROGRAM, *options], pass_fds=(words, answers), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env={"PATH": os.environ["PATH"], "HOME": folder},
+        )  # fmt: skip
+        os.close(words)
+        os.close(answers)
+        self._inbox, self._count, self._session, self.events = b"", 0, None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(domain + ".enable")
+
+    def call(self, method, **params):
+        """Do one command; keep the events that come meanwhile."""
+        self._count += 1
+        about = {"sessionId": self._session} if self._session else {}
+        message = {"id": self._count, "method": method, "params": params, **about}
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            if b"\0" not in self._inbox:
+                assert select.select([self._in], [], [], 30)[0], f"no answer to {method}"
+                data = os.read(self._in, 1 << 20)
+                assert data, "the browser has ended"
+                self._inbox += data
+                continue
+            line, _, self._inbox = self._inbox.partition(b"\0")
+            answer = json.loads(line)
+            if answer.get("id") == self._count:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def run(self, code):
+        """Return the value of an expression in the page."""
+        options = {"awaitPromise": True, "returnByValue": True}
+        answer = self.call("Runtime.evaluate", expression=code, **options)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def look(self, width, scheme, path=None):
+        """Take on a width and a color scheme; keep a picture if a path is given."""
+        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        wish = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[wish])
+        if path:
+            picture = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+            write(path, base64.b64decode(picture))
+
+    def close(self):
+        """End it with all its processes."""
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._out)
+        os.close(self._in)
+
+
+# The least contrast of text with what is behind it (WCAG 2), and whose it is.
+CONTRAST = """
+(() => {
+  const light = color => { const [r, g, b] = color.match(/[0-9.]+/g).slice(0, 3).map(x => x / 255)
+    .map(x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = node => { const color = getComputedStyle(node).backgroundColor;
+    return /, 0\\)$/.test(color) && node.parentElement ? behind(node.parentElement) : color; };
+  let worst = [99, ""];
+  for (const node of document.body.querySelectorAll("*")) {
+    const own = [...node.childNodes].some(x => x.nodeType === 3 && x.data.trim());
+    if (!own || !node.checkVisibility() || node.tagName === "SCRIPT") continue;
+    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
+    const found = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (found < worst[0]) worst = [found, node.outerHTML.slice(0, 200)];
+  }
+  return worst;
+})()
+"""
+
+
+@posix
+@pytest.mark.skipif(not Browser.PROGRAM, reason="needs chromium")
+class TestPage:
+    @pytest.fixture(scope="class", name="page")
+    @classmethod
+    def page(cls):
+        """Give (Box, Browser) with the page open in it, and something of each kind on it."""
+        with project(process={"web": {"command": "sleep 600"}, "bad": {"command": "exit 3", "backoff": 60}}) as box:
+            box.start()
+            tasks = [{"command": "exit 3", "label": "\u65e5\u672c \u0639\u0631\u0628 \U0001f600"}, "true"]
+            for task_id in enqueue(box, *tasks):
+                box.until(task_id)
+            label = "<script>document.title = 'bad'</script><img src=x onerror=alert(1)>"
+            (task_id,) = enqueue(box, {"command": "echo out-$((6 * 7)); sleep 600", "label": label})
+            box.until(task_id, "running")
+            box.request({"type": "report", "id": task_id, "progress": 30, "note": "<b>n</b>"})
+            browser = Browser(os.path.join(box.root, "profile"))
+            try:
+                browser.call("Page.navigate", url=box.json("status")["url"])
+                eventually(lambda: browser.run("at('running').innerText.includes('out-42')"))
+                yield box, browser
+            finally:
+                browser.close()
+
+    def test_it_shows_what_there_is_as_text(self, page):
+        box, browser = page
+        text = {name: browser.run(f"at('{name}').innerText") for name in
+                ("about", "health", "hour", "queue", "running", "processes", "failed", "latest")}  # fmt: skip
+        assert "<script>document.title" in text["running"] and "<img src=x" in text["latest"]
+        assert "30% <b>n</b>" in text["running"] and "\u65e5\u672c" in text["failed"]
+        assert "bad.0 backoff: exit 3; next try in" in text["processes"]
+        assert text["health"].startswith("degraded; supervisor: down: bad.0")
+        assert "1 succeeded, 1 failed" in text["hour"] and f"PID {box.pid()}" in text["about"]
+        assert browser.run("document.title") == "p"
+        assert browser.run("[document.scripts.length, document.images.length, document.querySelectorAll('b').length]") == [1, 0, 0]
+        red = browser.run("getComputedStyle(document.querySelector('#failed .bad')).color")
+        assert red == "rgb(179, 38, 30)"
+        heights = "[...document.querySelectorAll('#hour .bad')].map(bar => bar.getBBox().height)"
+        assert sorted(browser.run(heights))[-1] == 25, "half of what ended has failed"
+
+    def test_it_moves_by_itself(self, page):
+        box, browser = page
+        running = next(task["id"] for task in ask_json(box, "list") if task["state"] == "running")
+        box.request({"type": "report", "id": running, "progress": 80})
+        enqueue(box, {"command": "exit 1", "label": "fresh"})
+        eventually(lambda: browser.run("document.querySelector('progress').value") == 80)
+        eventually(lambda: "fresh" in browser.run("at('failed').innerText"))
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_it_can_be_read_at_any_width_and_by_keyboard(self, page, scheme):
+        box, browser = page
+        kept = os.environ.get("APEXD_PICTURES")
+        for width in (1280, 390):
+            browser.look(width, scheme, kept and os.path.join(kept, f"{scheme}-{width}.png"))
+            assert browser.run("document.documentElement.scrollWidth") <= width
+            contrast, where = browser.run(CONTRAST)
+            assert contrast >= 4.5, where
+            browser.run("document.activeElement.blur()")
+            seen = []
+            for _ in range(10):
+                for kind in ("keyDown", "keyUp"):
+                    browser.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+                seen.append(browser.run("document.activeElement.id"))
+                line = browser.run("parseFloat(getComputedStyle(document.activeElement).outlineWidth)")
+                assert line >= 3 or not seen[-1], seen
+            assert {"hour", "running", "events"} <= set(seen)
+        browser.look(1280, "light")
+
+    def test_it_says_that_the_daemon_has_gone_and_goes_on_when_it_is_back(self, page):
+        box, browser = page
+        kept = os.environ.get("APEXD_PICTURES")
+        requests = [event["params"] for event in browser.events if event["method"] == "Network.requestWillBeSent"]
+        box.kill9()
+        browser.run("turn()")
+        assert "does not answer" in browser.run("at('gone').innerText")
+        assert "out-42" in browser.run("at('running').innerText"), "what was seen last stays"
+        assert browser.run(CONTRAST)[0] >= 4.5
+        browser.look(1280, "light", kept and os.path.join(kept, "gone.png"))
+        faults = [event for event in browser.events if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled")]
+        refused = "net::ERR_CONNECTION"  # or reset
+        entries = [event["params"]["entry"]["text"] for event in browser.events if event["method"] == "Log.entryAdded"]
+        assert faults == [] and [text for text in entries if refused not in text] == []
+        box.start()
+        eventually(lambda: browser.run("at('gone').hidden"))
+        assert f"PID {box.pid()}" in browser.run("at('about').innerText")
+        place = f"http://127.0.0.1:{http_json(box)['port']}/"
+        urls = {request["request"]["url"] for request in requests}
+        assert place in {url.partition("#")[0] for url in urls} and len(urls) > 8
+        assert [url for url in urls if not url.startswith((place, "data:"))] == []
+
+    def test_without_the_key_it_shows_no_commands(self, page):
+        box, browser = page
+        browser.call("Page.navigate", url="about:blank")
+        browser.call("Page.navigate", url=f"http://127.0.0.1:{http_json(box)['port']}/")
+        eventually(lambda: browser.run("document.querySelector('#latest tr') !== null"))
+        text = browser.run("document.body.innerText")
+        assert "prints the address" in text and "task 2" in text and "out-42" not in text
+
+    @slow
+    def test_ten_thousand_tasks_change_nothing(self, page):
+        box, browser = page
+        box.batch(["true"] * 10_000)
+        began = time.monotonic()
+        browser.run("turn()")
+        assert time.monotonic() - began < 3
+        eventually(lambda: re.search("queued|succeeded", browser.run("at('queue').innerText")))
+        assert browser.run("document.querySelectorAll('tr').length") < 200
+        cancel_all(box)
+
+
 @posix
 class TestHttp:
     PATHS = ("/", "/health", "/ready", "/metrics", "/api/status", "/api/tasks", "/api/processes")
