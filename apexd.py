@@ -7355,7 +7355,8 @@ async function addOutput(task) {  // the last lines of what runs
   task.ran = span(Date.now() / 1000 - task.started_at);
 }
 async function addReasons(one) {
-  one.why = one.status === "running" ? [] : (await get("/api/why?name=" + one.name)).reasons ?? [];
+  const answer = one.status === "running" ? {} : await get("/api/why?name=" + one.name);
+  one.why = (answer.reasons ?? []).join("; ");
 }
 const HEADS = [["id", "n"], ["state"], ["task", "t"], ["group", "more"], ["tries", "n more"],
   ["exit", "n"], ["took", "n"], ["ended", "n more"]];
@@ -7389,11 +7390,10 @@ async function refresh() {
     ([kind, group, n]) => [state(kind), group, n]);
   table("running", running.tasks, [["id", "n"], ["task", "t"], ["group", "more"],
     ["for", "n"], ["progress", "t"]], running_cells);
-  table("processes", processes.processes, [["process"], ["status"], ["up", "n"], ["CPU", "n"],
-    ["memory", "n"], ["restarts", "n more"], ["why", "t"]], one => [one.name, state(one.status),
-    `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
-    known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count,
-    one.why.join("; ")]);
+  table("processes", processes.processes, [["process", "t"], ["status"], ["up", "n"], ["CPU", "n"],
+    ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why)],
+    state(one.status), `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
+    known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count]);
   table("failed", failed.tasks.reverse(), HEADS.slice(0, 6), task => cells(task).slice(0, 6));
   table("latest", latest.tasks.reverse(), HEADS, cells);
   table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],

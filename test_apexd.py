@@ -4750,8 +4750,7 @@ class TestRunner:
         status = ask_json(box, "status")
         assert status["active_task_ids"] == [ids["progress"]]
         assert status["active_task_count"] == 1
-        attempts = sum(task["attempts"] for task in tasks_of(box, list(ids.values())))
-        assert status["tasks_processed"] == attempts - 1
+        assert status["tasks_processed"] == len(ids) - 2, "what is tried again counts once"
         assert status["tasks_succeeded"] == 2
         assert status["tasks_failed"] == status["tasks_processed"] - 2
         assert 0 < status["started_at"] <= status["last_poll_at"] <= time.time()
