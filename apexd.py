@@ -7499,7 +7499,8 @@ class HealthServer:
     def __init__(self, folder: str, sources: Mapping[str, tuple[str, Callable[..., Any]]]) -> None:
         self._sources = sources
         self._path = os.path.join(folder, "http.json")
-        self.url, self.key, self._host, self._port = "", "", "", 0
+        self.url, self.key = "", ""  # of the page, with the key: neither is ever logged
+        self._host, self._port = "", 0
         self._listener: socket.socket | None = None
         self._room = threading.BoundedSemaphore(HTTP_CONNECTIONS_MAX)
         self._idle: dict[socket.socket, None] = {}  # have not asked yet, the longest first
@@ -7528,13 +7529,9 @@ class HealthServer:
             if known != {"port": self._port, "key": self.key}:
                 write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
         near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self.url = f"http://{at_port(near, self._port)}/"
+        self.url = f"http://{at_port(near, self._port)}/#{self.key}"
         accept = functools.partial(self._accept_all, listener)
         threading.Thread(target=accept, name="http", daemon=True).start()
-
-    def where(self) -> Fields:
-        """Return {"url": the page, with the key to all that it shows}; never logged."""
-        return {"url": f"{self.url}#{self.key}" if self.url else None}
 
     def stop(self) -> None:
         """Accept nothing more; requests under way are answered."""
@@ -7758,7 +7755,7 @@ class Daemon:
             **of_processes.table,
             **{name: health.table[name] for name in ("health", "metrics")},
             "ping": ("", lambda: {"type": "pong", **self._identity()}),
-            "status": ("", lambda: {"type": "status", **self._status(), **self._http.where()}),
+            "status": ("", lambda: {"type": "status", **self._status(), "url": self._http.url}),
             "reload": ("", lambda: {"plan": self._reload()}),
             "shutdown": ("keep", self._shutdown),
         }
@@ -7798,7 +7795,9 @@ class Daemon:
         self._http.stop()
         if options.enabled:
             self._http.start(options.host, options.port)
-            log.info("%s answers", self._http.url)
+            log.info("%s answers", self._http.url.partition("#")[0])
+            if options.host not in ("127.0.0.1", "localhost", "::1"):
+                log.warning("other machines may reach it: names and states are no secret there")
 
     def _note_standing(self) -> None:
         self._standing.set()

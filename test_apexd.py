@@ -8676,7 +8676,9 @@ class TestHttp:
         with contextlib.closing(apexd.TaskStore(str(tmp_path / "state" / "apex.db"))) as store:
             runner = apexd.DaemonRunner(store, lambda task: 0, lambda: go.wait(60) and 60.0)
             supervisor = apexd.Supervisor(store, keepers=runner.keepers)
-            health = apexd.HealthVerbs(runner, supervisor, apexd.ProcessVerbs(supervisor, store)).table["health"][1]
+            verbs = apexd.HealthVerbs(runner, supervisor, apexd.ProcessVerbs(supervisor, store))
+            health, ready = (verbs.table[name][1] for name in ("health", "ready"))
+            assert "it is starting" in ready()["why"] and not ready()["ready"]
             runner.start()
             checks = eventually(lambda: [c for c in [health()["checks"]] if c["runner"]["status"] == "unhealthy"])[0]
             assert "hangs" in checks["runner"]["detail"] and checks["store"]["status"] == "healthy"
@@ -8688,6 +8690,8 @@ class TestHttp:
                 assert [thread.name for thread in threading.enumerate()].count("health") == 1
             go.set()
             eventually(lambda: health()["checks"]["runner"]["status"] == "healthy")
+            monkeypatch.setattr(apexd.Clock, "now", staticmethod(lambda: time.time() - 7200))
+            assert health()["checks"]["clock"] == {"status": "degraded", "detail": "set back by 2h 0m"}
             runner.stop(0)
 
     def test_a_busy_port_is_named_and_nothing_starts(self, box):
