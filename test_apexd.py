@@ -8660,7 +8660,7 @@ class TestHttp:
             box.start()
             answer = eventually(lambda: page_json(box, "/ready", 503))
             assert "disk: " in answer["why"][0] and "free" in answer["why"][0]
-            with open(box.file("filler"), "wb") as file, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), open(box.file("filler"), "wb") as file:
                 while True:
                     file.write(b"x" * 65536)
             checks = eventually(lambda: page_json(box, "/health", 503))["checks"]
