@@ -177,6 +177,7 @@ CALLED = "call"  # stands for the keeper of what a function of the program carri
 GATHER_S = 0.0005  # for what ends at the same time: one commit for all of it
 NOTE_S = 0.1  # a PID is on disk so soon after its start
 NOTE_BYTES = 512  # a process's note: one sector, written as a whole
+LOG_FILES_MAX = 100  # rotated ones of the daemon's own log
 LOG_CHUNK_BYTES = 256 * 1024  # of a log, in one answer
 LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of processes
 LINES_MAX = 100_000  # of a log at once
@@ -539,17 +540,6 @@ def number(text: object) -> float:
     raise ValueError("a number from 0")
 
 
-def line_of_text(text: object) -> str:
-    """Read a name or note: a string without control characters, at most 1000 long."""
-    if not isinstance(text, str) or len(text) > 1000 or re.search(r"[\x00-\x1f\x7f]", text):
-        raise ValueError("one line of text, at most 1000 characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("text in UTF-8") from None
-    return text
-
-
 def reader(form: str, is_good: Callable[[Any], object]) -> Callable[[Any], Any]:
     """Make a reader that takes what `is_good` is true for, as it is."""
 
@@ -571,6 +561,9 @@ def matching(pattern: str, form: str) -> Callable[[Any], Any]:
     return reader(form, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
 
 
+line_of_text = matching(
+    r"[^\x00-\x1f\x7f\ud800-\udfff]{0,1000}", "one line of UTF-8 text, at most 1000 characters"
+)
 text_list = reader(
     "a list of strings",
     lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
@@ -587,13 +580,8 @@ def command_line(value: Any) -> Any:
     words = text_list([value] if isinstance(value, str) else value)
     if not words or not words[0].strip():
         raise ValueError("a command that is not empty")
-    for word in words:
-        if "\0" in word:
-            raise ValueError("a command without NUL bytes")
-        try:
-            word.isascii() or word.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:
-            raise ValueError("a command without lone surrogates") from None
+    if any(re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", word) for word in words):
+        raise ValueError("a command without NUL bytes and lone surrogates")
     if words is value and words[0].startswith("-"):
         raise ValueError(f"a command that does not begin with '-': write ./{words[0]}")
     return value
@@ -669,9 +657,8 @@ PROBES: dict[str, Callable[[Any], Any]] = {
 
 def probe(interval_s: float) -> Callable[[object], Probe]:
     """Make a reader of {tcp = "HOST:PORT"} and the like, asked every `interval_s`."""
-    times: dict[str, Callable[[Any], Any]]
-    times = {**dict.fromkeys(("interval", "timeout", "within"), interval)}
-    times["failures"] = integer(1, 1000)
+    times: dict[str, Callable[[Any], Any]] = {"failures": integer(1, 1000)}
+    times.update(dict.fromkeys(("interval", "timeout", "within"), interval))
     form = "a table with one of " + ", ".join(PROBES) + "; and perhaps " + ", ".join(times)
 
     def read(value: object) -> Probe:
@@ -772,7 +759,7 @@ def next_state(task: Task, outcome: Outcome, jitter: float) -> tuple[State, floa
 
 # ============================================================================
 # 4. PLATFORM - the only place that asks which system this is
-#    Uses 1-3. Any thread; holds no state. Two classes, the same method names.
+#    Uses 1-3. Any thread; holds no state. One class a system, the same method names.
 # ============================================================================
 
 if sys.platform == "win32":
@@ -783,8 +770,17 @@ if sys.platform == "win32":
     _KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
     _KERNEL.OpenProcess.restype = _KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
 
-    class _Children:
-        """What a keeper does with its children, and what is known of them."""
+    class _Platform:
+        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
+
+        SHELL = ("cmd.exe", "/d", "/s", "/c")
+        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
+        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
+        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
+        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
+        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
+        is_posix = False
+        kill = signal.SIGTERM
 
         def __init__(self) -> None:
             self._jobs: dict[int, tuple[Any, int]] = {}  # of the keeper's children, by PID
@@ -836,18 +832,6 @@ if sys.platform == "win32":
             if group in self._jobs:  # there is no gentle way that every program understands
                 _KERNEL.TerminateJobObject(wintypes.HANDLE(self._jobs[group][1]), 1)
 
-    class _Platform(_Children):
-        """Windows: loopback TCP, job objects, byte locks. The methods: see the other class."""
-
-        SHELL = ("cmd.exe", "/d", "/s", "/c")
-        SIGNALS = ("SIGINT", "SIGTERM", "SIGBREAK")
-        IS_OURS = "True"  # ACLs say who may write
-        REPLACE_S = 2.0  # a file that somebody reads just now cannot be replaced or removed
-        DETACHED: Mapping[str, Any] = {"creationflags": 0x200 | 0x8}
-        # CREATE_NEW_PROCESS_GROUP | DETACHED_PROCESS; the keeper leaves its parent's job as well
-        KEEPER = ({"creationflags": 0x01000208}, {"creationflags": 0x208})
-        is_posix = False
-
         def lock(self, fd: int, shared: bool = False) -> bool:
             place = os.lseek(fd, 0, os.SEEK_CUR)
             os.lseek(fd, 1 << 30, os.SEEK_SET)  # a locked byte keeps readers off: a far one
@@ -858,8 +842,6 @@ if sys.platform == "win32":
             finally:
                 os.lseek(fd, place, os.SEEK_SET)
             return True
-
-        boot_id = staticmethod(lambda: "")
 
         def start_time(self, pid: int) -> str | None:
             handle = wintypes.HANDLE(_KERNEL.OpenProcess(0x1000, False, pid))
@@ -878,8 +860,6 @@ if sys.platform == "win32":
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)  # TerminateProcess, whatever the number
 
-        kill = signal.SIGTERM
-
         def listen(self, path: str) -> tuple[socket.socket, dict[str, Any]]:
             listener = socket.create_server(("127.0.0.1", 0), backlog=128)
             return listener, {"port": listener.getsockname()[1], "token": os.urandom(32).hex()}
@@ -887,6 +867,7 @@ if sys.platform == "win32":
         def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
             return socket.create_connection(("127.0.0.1", int(told["port"])), timeout_s)
 
+        boot_id = staticmethod(lambda: "")
         user = staticmethod(lambda: 0)
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
@@ -894,16 +875,15 @@ if sys.platform == "win32":
         is_root = staticmethod(lambda: False)
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
-        close_inherited = staticmethod(lambda: None)
         reap_orphans = staticmethod(lambda known: None)
+        place_socket = staticmethod(lambda folder, path, is_closed=False: path)
 
-        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
+        @property
+        def detach(self) -> Any:
             raise DaemonError("NOT_SUPPORTED", "Windows has no fork", "use --mode spawn")
 
         def identity(self, user: str | None, group: str | None) -> tuple[Any, dict[str, str]]:
             raise ValueError("left out: on Windows all run as the daemon's own user")
-
-        place_socket = staticmethod(lambda folder, path, is_closed=False: path)
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             raise DaemonError("NOT_SUPPORTED", "no Unix sockets: no notify", "use tcp or http")
@@ -959,9 +939,10 @@ else:
             with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
                 send: Callable[[int], object] = functools.partial(os.kill, pid)
                 if sys.platform == "linux" and hasattr(os, "pidfd_open"):
-                    fd = os.pidfd_open(pid)
-                    stack.callback(os.close, fd)
-                    send = functools.partial(signal.pidfd_send_signal, fd)
+                    with contextlib.suppress(OSError):  # Linux before 5.3
+                        fd = os.pidfd_open(pid)
+                        stack.callback(os.close, fd)
+                        send = functools.partial(signal.pidfd_send_signal, fd)
                 if self.environment_of(pid).get("APEX_RUN_ID") == run_id:
                     send(signal.SIGKILL)
 
@@ -980,19 +961,19 @@ else:
             is_special = word.get("limits") or word.get("nice") or word.get("ids")
             if sys.platform == "linux" and not is_special:  # 0.1 ms less than Popen
                 return _spawn_child(word, log_fd)
-            reader, writer = os.pipe() if is_special else (-1, -1)
+            reader, writer = os.pipe()
             try:
                 process = subprocess.Popen(
                     word["argv"], stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd,
-                    cwd=None if is_special else word["cwd"], env=word["env"], umask=word["umask"],
-                    start_new_session=True, close_fds=False,  # all of the keeper's close on exec
-                    preexec_fn=functools.partial(_prepare, word, writer) if is_special else None,
+                    env=word["env"], umask=word["umask"], start_new_session=True,
+                    close_fds=False,  # all of the keeper's close on exec
+                    preexec_fn=functools.partial(_prepare, word, writer),
                 )  # fmt: skip
             except subprocess.SubprocessError:
                 raise OSError(*json.loads(os.read(reader, 4096))) from None
             finally:
-                for fd in (reader, writer) if is_special else ():
-                    os.close(fd)
+                os.close(reader)
+                os.close(writer)
             process.returncode = 0  # `reap` collects it
             return process.pid
 
@@ -1011,10 +992,9 @@ else:
                         return
                     if which < 0:
                         before(pid)
-                    is_signal = os.WIFSIGNALED(status)
-                    how = os.WTERMSIG(status) if is_signal else os.WEXITSTATUS(status)
+                    code = os.waitstatus_to_exitcode(status)
                     yield pid, {
-                        "signal" if is_signal else "code": how,
+                        "signal" if code < 0 else "code": abs(code),
                         "cpu_s": round(used.ru_utime + used.ru_stime, 6),
                         "max_rss": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
                     }
@@ -1043,7 +1023,6 @@ else:
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
 
         SHELL = ("/bin/sh", "-c")
-        IS_OURS = "info.st_uid == os.geteuid() and not info.st_mode & 0o022"  # of a launcher
         REPLACE_S = 0.0
         SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD")
         DETACHED: Mapping[str, Any] = {"start_new_session": True}
@@ -1113,24 +1092,11 @@ else:
             """Tell whether forking is safe here: Linux, one thread."""
             return sys.platform == "linux" and threading.active_count() == 1
 
-        def fork(self, argv: list[str], env: dict[str, str]) -> Any:
-            """Start a daemon by fork, setsid, fork, exec (daemon(7)); return its output, a file."""
-            reader, writer = os.pipe()
-            child = os.fork()
-            if child == 0:
-                try:
-                    os.setsid()
-                    if os.fork() == 0:
-                        null = os.open(os.devnull, os.O_RDWR)
-                        for source, target in ((null, 0), (writer, 1), (writer, 2)):
-                            os.dup2(source, target)
-                        os.execve(argv[0], argv, env)
-                finally:
-                    os._exit(0)
-            with contextlib.suppress(ChildProcessError):  # the caller ignores SIGCHLD
-                os.waitpid(child, 0)
-            os.close(writer)
-            return os.fdopen(reader, "rb")
+        def detach(self) -> None:
+            """Leave session and parent, in a child that is about to become a daemon (daemon(7))."""
+            os.setsid()
+            if os.fork():
+                os._exit(0)
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
@@ -1167,16 +1133,13 @@ else:
         def connect(self, folder: str, told: Mapping[str, Any], timeout_s: float) -> socket.socket:
             """Connect to the socket that a file in `folder` tells of. Raises OSError."""
             path = os.path.join(folder, told["socket"])
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
+            with contextlib.ExitStack() as stack, _short_path(path) as name:
+                connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 connection.settimeout(timeout_s)
-                with _short_path(path) as name:
-                    connection.connect(name)
+                connection.connect(name)
                 if self.peer_uid(connection) is not None:
                     raise PermissionError(errno.EPERM, "another user answers", path)
-            except BaseException:
-                connection.close()
-                raise
+                stack.pop_all()
             return connection
 
         user = staticmethod(os.geteuid)  # whom our children are started as
@@ -1230,13 +1193,6 @@ else:
             zero, length = ctypes.c_longlong(0), ctypes.c_longlong(size)
             # 8: FALLOC_FL_COLLAPSE_RANGE of ext4 and XFS
             return call is not None and bool(call(fd, 8, zero, length) == 0)
-
-        def close_inherited(self) -> None:
-            """Close every descriptor above 2 that came from the caller."""
-            for name in os.listdir("/proc/self/fd" if _HAS_PROC else "/dev/fd"):
-                if int(name) > 2:
-                    with contextlib.suppress(OSError):
-                        os.close(int(name))
 
         def reap_orphans(self, known: Callable[[int], bool]) -> None:
             """Collect what a container's processes left to us as PID 1; never a known child."""
@@ -1304,7 +1260,7 @@ else:
             os.chdir("/")
 
     def _prepare(word: Mapping[str, Any], writer: int) -> None:
-        """Become what a child is to be: with limits, another niceness, another user.
+        """Become what a child is to be: with its folder, limits, niceness and user.
 
         As root whatever needs root, then never again. A step that fails is told to `writer` as
         (errno, text, step): Popen tells only that one did. The keeper has no other threads.
@@ -1346,20 +1302,18 @@ else:
     @contextlib.contextmanager
     def _short_path(path: str) -> Iterator[str]:
         """Give a name of a socket that fits into sun_path (unix(7)), through proc(5) or a link."""
-        if len(os.fsencode(path)) <= SOCKET_PATH_MAX_BYTES:
-            yield path
-            return
         folder, name = os.path.split(path)
-        if not _HAS_PROC:
-            with tempfile.TemporaryDirectory(prefix="apexd-") as temporary:
+        is_long = len(os.fsencode(path)) > SOCKET_PATH_MAX_BYTES
+        with contextlib.ExitStack() as stack:
+            if is_long and _HAS_PROC:
+                fd = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                path = f"/proc/self/fd/{fd}/{name}"
+            elif is_long:
+                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="apexd-"))
                 os.symlink(folder, f"{temporary}/x")
-                yield f"{temporary}/x/{name}"
-            return
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            yield f"/proc/self/fd/{fd}/{name}"
-        finally:
-            os.close(fd)
+                path = f"{temporary}/x/{name}"
+            yield path
 
     def _output(*argv: str) -> str | None:
         """Return what a command of the system prints, None when that is nothing."""
@@ -1407,19 +1361,17 @@ def cannot_create(path: str, error: OSError) -> DaemonError:
     return DaemonError(code, f"{path}: {error.strerror or error}", hint)
 
 
-def open_regular(path: str, flags: int) -> int:
-    """Open a regular file, through no symbolic link, a new one for us alone. Raises OSError."""
-    fd = os.open(path, flags | _O_SAFE, 0o600)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return fd
-
-
 def open_file(path: str, flags: int) -> int:
-    """Open like `open_regular`. Raises CANNOT_CREATE or PERMISSION_DENIED."""
+    """Open a regular file, through no symbolic link, a new one for us alone.
+
+    Raises CANNOT_CREATE or PERMISSION_DENIED.
+    """
     try:
-        return open_regular(path, flags)
+        fd: int = insist(os.open, path, flags | _O_SAFE, 0o600)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return fd
     except OSError as error:
         raise cannot_create(path, error) from None
 
@@ -1490,13 +1442,14 @@ def read_file(path: str, most: int = SMALL_FILE_BYTES, trusted: bool = True) -> 
     ValueError (more than `most` bytes).
     """
     try:
-        fd = insist(open_regular, path, os.O_RDONLY)
-        with open(fd, "rb") as file:
+        with open(open_file(path, os.O_RDONLY), "rb") as file:
             if trusted:
-                refuse_foreign(path, os.fstat(fd))
-            data: bytes = file.read(most + 1)
-    except FileNotFoundError:
-        return None
+                refuse_foreign(path, os.fstat(file.fileno()))
+            data = file.read(most + 1)
+    except DaemonError as error:
+        if isinstance(error.__context__, FileNotFoundError):
+            return None
+        raise
     except OSError as error:
         raise cannot_create(path, error) from None
     if len(data) > most:
@@ -1540,7 +1493,7 @@ folder = os.path.dirname(os.path.realpath(__file__))
 source = os.path.normpath(os.path.join(folder, {source}))
 launched_for = os.path.normpath(os.path.join(folder, {project})), folder
 info, umask = os.stat(folder), os.umask(0o077)
-is_ours = {is_ours}
+is_ours = os.name == "nt" or (info.st_uid == os.geteuid() and not info.st_mode & 0o022)
 for sys.pycache_prefix in (os.path.join(folder, "cache"), os.devnull)[not is_ours:]:
     try:
         code = SourceFileLoader("apexd", source).get_code("apexd")
@@ -1625,9 +1578,8 @@ def _launchers(folder: str, project: str) -> Iterator[tuple[str, str]]:
         return "'" + text.replace("'", "'\"'\"'") + "'"
 
     gone = quoted(f"apexd: {python} is gone: run `python3 {source} start`")
-    names = {"python": quoted(python), "gone": gone, "is_ours": Platform.IS_OURS}
-    names.update(source=seen(source), project=seen(project))
-    yield launcher_path(folder), _LAUNCHER.format(**names)
+    places = {"source": seen(source), "project": seen(project)}
+    yield launcher_path(folder), _LAUNCHER.format(python=quoted(python), gone=gone, **places)
     if not Platform.is_posix:
         yield launcher_path(folder) + ".cmd", os.fsencode(batch).decode("latin-1")
 
@@ -1660,7 +1612,6 @@ def store_bytecode(folder: str) -> None:
 
 
 _LOG_LOCK = threading.Lock()  # between a cut and its new base a reader would be misled
-_complaints: set[str] = set()  # the logs that were warned of
 
 
 def log_path(folder: str, task_id: int, number: int) -> str:
@@ -1706,7 +1657,7 @@ def cap_log(path: str, most_bytes: int) -> bool:
             write_atomically(path + ".base", str(log_base(path) + cut))
         return True
     except (OSError, DaemonError) as error:
-        _complain(path, error)
+        _complain(path, str(error))
         return False
 
 
@@ -1724,13 +1675,12 @@ def _keep_head(file: BinaryIO, path: str, end: int, most_bytes: int) -> None:
             raise
         with contextlib.suppress(OSError):
             os.unlink(path)
-        _complain(path, error)
+        _complain(path, str(error))
 
 
-def _complain(path: str, error: Exception) -> None:
-    if path not in _complaints and len(_complaints) < 1000:
-        _complaints.add(path)
-        log.warning("%s: its head cannot be kept: %s", path, error)
+@functools.lru_cache(maxsize=1000)  # once for each log
+def _complain(path: str, what: str) -> None:
+    log.warning("%s: its head cannot be kept: %s", path, what)
 
 
 def keep_ballast(folder: str) -> None:
@@ -1758,8 +1708,7 @@ def read_log(path: str, offset: int, most: int = LOG_CHUNK_BYTES) -> tuple[bytes
         base = log_base(path)
         end = file.seek(0, os.SEEK_END)
         offset = 0 if offset > base + end else offset  # another file is there now
-        start = max(0, end - most) if offset < 0 else max(offset - base, 0)
-        file.seek(start)
+        file.seek(max(0, end - most) if offset < 0 else max(offset - base, 0))
         data = file.read(most)
         if offset < 0:
             data = b"".join(data.splitlines(keepends=True)[offset:])
@@ -1786,20 +1735,18 @@ class LogWatch:
         self.due_mono = Clock.mono() + self._pause_s
 
 
-def cut_lines(data: bytes) -> tuple[list[bytes], bytes]:
-    """Return (lines, what is no line yet); lines over LINE_MAX_BYTES are cut."""
-    parts = [
+def cut_lines(data: bytes) -> list[bytes]:
+    """Return the lines, longer ones in pieces of LINE_MAX_BYTES; the last one has no end yet."""
+    return [
         line[at : at + LINE_MAX_BYTES]
         for line in data.split(b"\n")
         for at in range(0, max(len(line), 1), LINE_MAX_BYTES)
     ]
-    return parts[:-1], parts[-1]
 
 
 def follow_lines(
-    read: Callable[[dict[str, int], int], Mapping[str, tuple[bytes, int]]], lines: int,
-    to_end: bool,
-) -> Iterator[list[tuple[str, bytes]]]:  # fmt: skip
+    read: Callable[..., Mapping[str, tuple[bytes, int]]], lines: int, to_end: bool
+) -> Iterator[list[tuple[str, bytes]]]:
     """Yield the lines of several logs as they come, [("web.0", line), ...]; [] for none.
 
     read(offsets, lines) gives what is there from `offsets` on, {"web.0": (data, next offset)};
@@ -1811,7 +1758,7 @@ def follow_lines(
         found = []
         for name, (data, following) in read(offsets, lines).items():
             offsets[name] = following
-            whole, rests[name] = cut_lines(rests.get(name, b"") + data)
+            *whole, rests[name] = cut_lines(rests.get(name, b"") + data)
             if rests[name] and not to_end:
                 whole.append(rests[name])
             found += [(name, line) for line in whole]
@@ -1827,37 +1774,27 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
     A file is known by its inode. Rotation only ever makes a file older, so the ages are read
     from the newest on, and what was read from a name counts if the name is the same file then.
     """
-    inode, offset = 0, -lines
+    names = [path, *(f"{path}.{number}" for number in range(1, LOG_FILES_MAX + 1))]
+    known, offset = None, -lines  # the file that is being read
     while True:
-        ages = list(_find_rotated(path)) or [(path, 0)]
-        at = max((n for n, (_, number) in enumerate(ages) if number == inode), default=-1)
+        ages = [age for age in zip(names, map(file_id, names)) if age[1]] or [(path, None)]
+        at = max((n for n, (_, one) in enumerate(ages) if one == known), default=-1)
         if at < 0:  # the first look; or it is gone, and what followed it may be
-            at, offset = (len(ages) - 1, 0) if inode else (0, offset)
-        name, inode = ages[at]
+            at, offset = (len(ages) - 1, 0) if known else (0, offset)
+        name, known = ages[at]
         data, following = read_log(name, offset)
-        if inode and not (os.path.exists(name) and os.stat(name).st_ino == inode):
+        if file_id(name) != known:
             continue  # rotated meanwhile
         offset = following
         if data:
             yield data
         elif at > 0:
-            inode, offset = ages[at - 1][1], 0
+            known, offset = ages[at - 1][1], 0
             continue
         elif to_end:
             threading.Event().wait(STREAM_PAUSE_S)
         if not to_end:
             return
-
-
-def _find_rotated(path: str) -> Iterator[tuple[str, int]]:
-    """Yield (name, inode) of a log, PATH, PATH.1 ..., from the newest to the oldest."""
-    folder, name = os.path.split(path)
-    entries = os.listdir(folder) if os.path.isdir(folder) else []
-    numbers = [re.fullmatch(re.escape(name) + r"\.([0-9]{1,6})", entry) for entry in entries]
-    for number in [0, *sorted(int(match[1]) for match in numbers if match)]:
-        with contextlib.suppress(FileNotFoundError):
-            one = f"{path}.{number}" if number else path
-            yield one, os.stat(one).st_ino
 
 
 # ============================================================================
@@ -1867,11 +1804,6 @@ def _find_rotated(path: str) -> Iterator[tuple[str, int]]:
 
 octal = matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"')
 STOP_SIGNALS = ("TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL")
-
-
-def niceness(value: object) -> int:
-    """Read a niceness; below 0 is for root alone."""
-    return integer(-20 if Platform.is_root() else 0, 19)(value)
 
 
 def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
@@ -1889,6 +1821,14 @@ def paths(value: object) -> list[str]:
     return [line_of_text(path) for path in text_list([value] if isinstance(value, str) else value)]
 
 
+# What [limits] gives to tasks, and [process.NAME] to that process.
+_CHILD_LIMITS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
+    "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of each process"),
+    "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of each process"),
+    "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of each process"),
+    "processes": (limit("RLIMIT_NPROC"), None, "processes of the user it runs as (not for root)"),
+    "nice": (lambda n: integer(-20 * Platform.is_root(), 19)(n), 0, "added to the niceness"),
+}
 # What a task can be given, wherever it comes from.
 TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "group": line_of_text,
@@ -1906,7 +1846,9 @@ TASK_READERS: dict[str, Callable[[Any], Any]] = {
 TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "command": (command_line, None, "a string for sh, or a list of arguments"),
     "enabled": (truth, True, "false: it is checked, but starts nothing"),
-    "overlap": (choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"),
+    "overlap": (
+        choice("skip", "queue"), "skip", "while a task of it is unfinished; one waits at most"
+    ),
     "cwd": (line_of_text, ".", "seen from the project"),
     "env": (environment, {}, "variables on top of the daemon's own that are kept"),
     **{
@@ -1929,7 +1871,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "log": {
         "level": (choice("debug", "info", "warning", "error"), "info", "of daemon.log"),
         "max_size_mb": (number, 50.0, "of daemon.log before it is rotated"),
-        "max_files": (integer(1, 100), 5, "rotated daemon logs kept"),
+        "max_files": (integer(1, LOG_FILES_MAX), 5, "rotated daemon logs kept"),
         "total_mb": (number, 500.0, "all task logs together; the oldest go first"),
     },
     "retention": {
@@ -1941,11 +1883,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "timeout": (duration, 7200.0, "of a task that names none; 0: none"),
         "retries": (integer(0, 1000), 0, "of a task that names none"),
         "log_mb": (number, 50.0, "one attempt's log; its head goes to .1"),
-        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a task"),
-        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a task"),
-        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a task"),
-        "processes": (limit("RLIMIT_NPROC"), None, "processes of the task's user (not for root)"),
-        "nice": (niceness, 0, "added to the niceness of a task"),
+        **_CHILD_LIMITS,
         "max_tokens": (integer(1), None, "reported tokens that end a task"),
         "max_cost": (number, None, "reported cost that ends a task"),
     },
@@ -1981,11 +1919,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "user": (user_name, None, "to run as (the daemon is root)"),
         "group": (group_name, None, "to run as (the daemon is root)"),
         "umask": (octal, "022", "a string of octal digits"),
-        "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of a process"),
-        "cpu_seconds": (limit("RLIMIT_CPU"), None, "processor time of a process"),
-        "open_files": (limit("RLIMIT_NOFILE", 1, 3), None, "descriptors of a process"),
-        "processes": (limit("RLIMIT_NPROC"), None, "processes of its user (not for root)"),
-        "nice": (niceness, 0, "added to its niceness"),
+        **_CHILD_LIMITS,
         "memory_restart_mb": (number, None, "restarted when all of it uses more (Linux)"),
         "log_mb": (number, 50.0, "an instance's log; its head goes to .1"),
     },
@@ -2033,6 +1967,7 @@ class Config:
     """The effective configuration: config.daemon.poll_interval, config.groups["build"].
 
     data: the file's tables; of the kinds in TABLES each has a name that the user chose.
+    faults: a list that takes what is wrong, which is left out then; None: it is raised.
     Raises CONFIG_INVALID.
     """
 
@@ -2041,57 +1976,105 @@ class Config:
     retention: Any
     limits: Any
     health: Any
+    groups: dict[str, Any]
     processes: dict[str, Any]
     schedules: dict[str, Any]
     watches: dict[str, Any]
     hooks: dict[str, Any]
 
-    def __init__(self, data: Mapping[str, Any], path: str | None = None) -> None:
+    def __init__(
+        self, data: Mapping[str, Any], path: str | None = None,
+        faults: list[DaemonError] | None = None,
+    ) -> None:  # fmt: skip
+        self._path, self._faults = path, faults
         for key in data:
             if key not in OPTIONS:
-                raise _unknown(path, key, key, OPTIONS)
+                self._refuse_key(key, key, OPTIONS)
         for name in OPTIONS.keys() - TABLES.keys():
-            setattr(self, name, _read_section(path, name, name, data.get(name, {})))
-        for kind, attribute in TABLES.items():
-            setattr(self, attribute, _read_tables(path, kind, data.get(kind, {})))
-        own = {name: _read_section(path, "group", f"group.{name}", {}) for name in OWN_GROUPS}
-        self.groups: dict[str, Any] = {**own, **self.groups}
-        for kind in ("process", "schedule", "watch", "hook"):
-            for name, one in getattr(self, TABLES[kind]).items():
-                self._check_named(path, kind, name, one)
+            setattr(self, name, self._read_section(name, name, data.get(name, {})))
+        own = {name: self._read_section("group", f"group.{name}", {}) for name in OWN_GROUPS}
+        for kind, attribute in TABLES.items():  # groups first: the triggers name them
+            found = self._read_tables(kind, data.get(kind, {}))
+            setattr(self, attribute, {**own, **found} if kind == "group" else found)
         below_s: dict[str, float] = {}  # how long each takes to stop, after all that it needs
-        for name in self._order_processes(path):
+        for name in self._order_processes():
             process = self.processes[name]
             needed_s = max((below_s[need] for need in process.needs), default=0.0)
             below_s[name] = process.stop_timeout + needed_s
         self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
 
-    def _check_named(self, path: str | None, kind: str, name: str, one: Any) -> None:
-        """Check a process or a trigger beyond its single options. Raises CONFIG_INVALID."""
+    def _refuse(self, message: str, hint: str = "") -> None:
+        error = _broken(self._path, message, hint)
+        if self._faults is None:
+            raise error
+        self._faults.append(error)
+
+    def _refuse_key(self, where: str, key: str, known: Iterable[str]) -> None:
+        if key in FORMER_NAMES:
+            self._refuse(f"{where} is called {FORMER_NAMES[key]} here", "rename it")
+        else:
+            near = difflib.get_close_matches(key, list(known), 1, 0.0)
+            self._refuse(f"{where} is not an option", f"did you mean {near[0]}?")
+
+    def _read_section(self, kind: str, where: str, given: object) -> SimpleNamespace:
+        """Check one table of the file against OPTIONS and fill in the defaults."""
+        known = OPTIONS[kind]
+        section = SimpleNamespace(**{key: default for key, (_, default, _) in known.items()})
+        if not isinstance(given, dict):
+            self._refuse(f"[{where}] must be a table")
+            return section
+        for key, value in given.items():
+            if key not in known:
+                self._refuse_key(f"{where}.{key}", key, known)
+                continue
+            try:
+                setattr(section, key, known[key][0](value))
+            except ValueError as error:
+                self._refuse(f"{where}.{key} = {value!r}: must be {error}")
+        return section
+
+    def _read_tables(self, kind: str, given: object) -> dict[str, Any]:
+        """Check the tables of a kind that users name, such as [group.NAME]; keep the sound ones."""
+        if not isinstance(given, dict):
+            self._refuse(f"[{kind}] must be a table of tables")
+            return {}
+        found = {}
+        for name, table in given.items():
+            count = len(self._faults or ())
+            section = self._read_section(kind, f"{kind}.{name}", table)
+            if kind != "group" and len(self._faults or ()) == count:
+                self._check_named(kind, name, section)
+            if len(self._faults or ()) == count:
+                found[name] = section
+        return found
+
+    def _check_named(self, kind: str, name: str, one: Any) -> None:
+        """Check a process or a trigger beyond its single options."""
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
             hint = "letters, digits, - and _, at most 64, a letter first"
-            raise _broken(path, f"{kind}.{name}: is no name of a {kind}", hint)
+            self._refuse(f"{kind}.{name}: is no name of a {kind}", hint)
         if one.command is None and getattr(one, "url", None) is None:
-            raise _broken(path, f"{kind}.{name}.command is missing", "say what to run")
+            self._refuse(f"{kind}.{name}.command is missing", "say what to run")
         if kind != "process" and (one.group or "default") not in self.groups:
             error = unknown_group(one.group, self)
-            raise _broken(path, f"{kind}.{name}.group: {error.message}", error.hint)
+            self._refuse(f"{kind}.{name}.group: {error.message}", error.hint)
 
-    def _order_processes(self, path: str | None) -> list[str]:
-        """Return the processes, each after all that it needs. Raises CONFIG_INVALID."""
+    def _order_processes(self) -> list[str]:
+        """Return the processes, each after all that it needs."""
         for name, process in self.processes.items():
-            for need in process.needs:
-                if need not in self.processes:
-                    what = f"process.{name}.needs: there is no process {need!r}"
-                    raise _broken(path, what, "processes: " + ", ".join(self.processes))
+            for need in [need for need in process.needs if need not in self.processes]:
+                hint = "processes: " + ", ".join(self.processes)
+                self._refuse(f"process.{name}.needs: there is no process {need!r}", hint)
+                process.needs = [other for other in process.needs if other != need]
         graph = {name: process.needs for name, process in self.processes.items()}
         try:
             return list(graphlib.TopologicalSorter(graph).static_order())
         except ValueError as error:  # its CycleError
             ring = error.args[1][::-1]
-            what = f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}"
-            raise _broken(path, what, "break it") from None
+        self._refuse(f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}", "break it")
+        self.processes[ring[0]].needs = []
+        return self._order_processes()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the effective values: {"daemon.poll_interval": 5.0, ...}."""
@@ -2116,38 +2099,8 @@ class Config:
 
 
 def _broken(path: str | None, message: str, hint: str = "") -> DaemonError:
-    hint = hint or "mend the file; `config` shows the effective values"
+    hint = hint or "fix the file; `config` shows the effective values"
     return DaemonError("CONFIG_INVALID", f"{path or 'configuration'}: {message}", hint)
-
-
-def _unknown(path: str | None, where: str, key: str, known: Iterable[str]) -> DaemonError:
-    if key in FORMER_NAMES:
-        return _broken(path, f"{where} is called {FORMER_NAMES[key]} here", "rename it")
-    near = difflib.get_close_matches(key, list(known), 1, 0.0)
-    return _broken(path, f"{where} is not an option", f"did you mean {near[0]}?")
-
-
-def _read_section(path: str | None, kind: str, where: str, given: object) -> SimpleNamespace:
-    """Check one table of the file against OPTIONS and fill in the defaults."""
-    known = OPTIONS[kind]
-    if not isinstance(given, dict):
-        raise _broken(path, f"[{where}] must be a table")
-    section = SimpleNamespace(**{key: default for key, (_, default, _) in known.items()})
-    for key, value in given.items():
-        if key not in known:
-            raise _unknown(path, f"{where}.{key}", key, known)
-        try:
-            setattr(section, key, known[key][0](value))
-        except ValueError as error:
-            raise _broken(path, f"{where}.{key} = {value!r}: must be {error}") from None
-    return section
-
-
-def _read_tables(path: str | None, kind: str, given: object) -> dict[str, SimpleNamespace]:
-    """Check the tables of a kind that users name, such as [group.NAME]."""
-    if not isinstance(given, dict):
-        raise _broken(path, f"[{kind}] must be a table of tables")
-    return {name: _read_section(path, kind, f"{kind}.{name}", one) for name, one in given.items()}
 
 
 def unknown_group(name: str, config: Config) -> DaemonError:
@@ -2186,21 +2139,26 @@ def read_users_file(path: str) -> bytes:
     """
     try:
         data = read_file(os.path.realpath(path), USER_FILE_BYTES, trusted=Platform.is_root())
-    except DaemonError as error:
-        raise _broken(path, error.message.partition(": ")[2] or error.message, error.hint) from None
-    except ValueError as error:
-        raise _broken(path, str(error)) from None
+    except (DaemonError, ValueError) as error:
+        what, hint = str(error), getattr(error, "hint", "")
+        raise _broken(path, what.partition(": ")[2] or what, hint) from None
     if data is None:
         raise _broken(path, "no such file", "make it, or name another")
     return data
 
 
-def load_config(path: str | None) -> Config:
+def load_config(path: str | None, faults: list[DaemonError] | None = None) -> Config:
     """Read and check a configuration file; None gives the defaults.
 
-    Raises CONFIG_INVALID with file, key and reason; then nothing has changed.
+    faults: see Config. Raises CONFIG_INVALID with file, key and reason.
     """
-    config = Config(_load(path) if path else {}, path)
+    try:
+        data = _load(path) if path else {}
+    except DaemonError as error:
+        if faults is None:
+            raise
+        faults[:], data = [error], {}
+    config = Config(data, path, faults)
     milliseconds = os.environ.get("APEX_POLL_INTERVAL")
     if milliseconds is not None:
         try:
@@ -2208,30 +2166,6 @@ def load_config(path: str | None) -> Config:
         except ValueError as error:
             raise _broken(None, f"APEX_POLL_INTERVAL {milliseconds!r}: must be {error}") from None
     return config
-
-
-def load_good_part(path: str | None) -> tuple[Config, list[DaemonError]]:
-    """Return what of a configuration is sound, and what is wrong with the rest."""
-    try:
-        data = _load(path) if path else {}
-    except DaemonError as error:
-        return Config({}), [error]
-    good: dict[str, Any] = {}
-    tables = {kind: one if isinstance(one, dict) else {"": one} for kind, one in data.items()}
-    left = [(kind, key) for kind, table in tables.items() for key in table]
-    while True:  # again as long as something is found sound: a process may need a later one
-        count, faults = len(left), dict[str, DaemonError]()
-        for kind, key in list(left):
-            trial = {**good.get(kind, {}), key: tables[kind][key]}
-            try:
-                Config({**good, kind: trial}, path)
-            except DaemonError as error:
-                faults[error.message] = error
-            else:
-                good[kind] = trial
-                left.remove((kind, key))
-        if len(left) == count:
-            return Config(good, path), [*faults.values()]
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -2312,21 +2246,12 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
         path, maxBytes=int(options.max_size_mb * 1e6), backupCount=options.max_files,
         encoding="utf-8", errors="replace",
     )  # fmt: skip
-    close_log()
-    logger = logging.getLogger("apexd")
-    for handler in (file, logging.StreamHandler()) if to_stderr else (file,):
+    handlers: list[logging.Handler] = [file]
+    handlers += [logging.StreamHandler()] if to_stderr else []
+    for handler in handlers:
         handler.setFormatter(Formatter())
-        logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel("DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper())
-
-
-def close_log() -> None:
-    """Flush and forget the handlers."""
-    logger = logging.getLogger("apexd")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+    level = "DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper()
+    logging.basicConfig(handlers=handlers, level=level, force=True)  # closes the former ones
 
 
 # ============================================================================
@@ -2554,6 +2479,9 @@ CREATE TRIGGER tasks_removed AFTER DELETE ON tasks BEGIN
 END;
 """
 # Script i brings `PRAGMA user_version` i to i + 1; a new database has SCHEMA at once.
+_KEPT = (
+    "task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome, exit_code, reason"
+)
 MIGRATIONS = (
     "",
     """
@@ -2563,13 +2491,9 @@ MIGRATIONS = (
     ALTER TABLE requests RENAME TO old_requests;
     """
     + "".join(re.findall(r"CREATE TABLE (?:requests|attempts) .*?;\n", SCHEMA, re.S))
-    + """
+    + f"""
     INSERT INTO requests SELECT * FROM old_requests;
-    INSERT INTO attempts (task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome,
-                          exit_code, reason)
-    SELECT task_id, number, run_id, boot_id, started_at, finished_at, wish, outcome, exit_code,
-           reason
-    FROM old_attempts;
+    INSERT INTO attempts ({_KEPT}) SELECT {_KEPT} FROM old_attempts;
     DROP TABLE old_attempts;
     DROP TABLE old_requests;
     """,
@@ -2578,6 +2502,7 @@ MIGRATIONS = (
 PRAGMAS = (
     "busy_timeout = 5000",
     "cache_size = -200",  # KiB; the system caches the rest
+    "temp_store = MEMORY",  # of the table `asked`
     "journal_mode = WAL",
     "synchronous = FULL",  # on disk when a commit returns
     "fullfsync = ON",  # macOS: fsync alone stops at the drive's cache
@@ -2611,6 +2536,7 @@ class Database:
                 for pragma in PRAGMAS:
                     self._db.execute("PRAGMA " + pragma)
                 self._migrate(self._db, version)
+                self._db.execute("CREATE TEMP TABLE asked (at INTEGER PRIMARY KEY, first, last)")
             except BaseException:
                 self._db.close()
                 raise
@@ -2672,9 +2598,15 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
-    def fetch(self, sql: str, values: Any = ()) -> list[sqlite3.Row]:
-        """Return the rows of a statement that changes nothing."""
+    def fetch(
+        self, sql: str, values: Any = (), asked: Iterable[int | range] | None = None
+    ) -> list[sqlite3.Row]:
+        """Return the rows of a statement that changes nothing; asked: the tasks of _ASKED_SQL."""
         with self.lock, self._translated():
+            if asked is not None:
+                self._db.execute("DELETE FROM asked")
+                ranges = ((one[0], one[-1]) for one in as_ranges(asked) if one)
+                self._db.executemany("INSERT INTO asked (first, last) VALUES (?, ?)", ranges)
             return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
@@ -2688,10 +2620,9 @@ class Database:
             try:
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
+            finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
-                raise
 
     def probe(self) -> None:
         """Write a page and wait for the disk; the ballast stays. Raises DATABASE_FAILED."""
@@ -2708,13 +2639,13 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of a store try again once: a full disk has the ballast's room then."""
 
     @functools.wraps(method)
-    def act(self: Any, *args: Any, **options: Any) -> Any:
+    def act(*args: Any, **options: Any) -> Any:
         try:
-            return method(self, *args, **options)
+            return method(*args, **options)
         except DaemonError as error:
             if error.code != "DATABASE_FAILED":
                 raise
-        return method(self, *args, **options)
+        return method(*args, **options)
 
     return act
 
@@ -2728,19 +2659,8 @@ SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.
 FROM tasks t
 LEFT JOIN attempts a ON a.task_id = t.id AND a.number = t.attempts
 """
-# The tasks in :asked, a blob of first and last ids of 19 digits, in that order (asked.at, t.id).
-_ASKED_SQL = """
-(
-  WITH RECURSIVE place(at) AS (
-    SELECT 0 WHERE length(:asked) > 0
-    UNION ALL SELECT at + 38 FROM place WHERE at + 38 < length(:asked)
-  )
-  SELECT at, CAST(substr(:asked, at + 1, 19) AS INTEGER) AS first,
-         CAST(substr(:asked, at + 20, 19) AS INTEGER) AS last
-  FROM place
-) asked
-CROSS JOIN tasks t ON t.id BETWEEN asked.first AND asked.last
-"""
+# The tasks that `fetch` was asked for, in that order (asked.at, t.id).
+_ASKED_SQL = "asked CROSS JOIN tasks t ON t.id BETWEEN asked.first AND asked.last"
 _INSERT_SQL = """
 INSERT INTO tasks (id, command, request_id, state, open_deps, grp, priority, label, key, due_at,
                    retries, timeout, on_lost, max_tokens, max_cost, created_at, finished_at)
@@ -2933,14 +2853,12 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     while work:
         named, old = work.pop()
         open_deps, unmet = _count_open(db, named)
-        if old == State.SKIPPED and unmet and named != task_id:
-            continue  # another of its parents still keeps it skipped
         holder = db.execute(holder_sql, (named,)).fetchone()
         if holder and named == task_id:
             what = f"task {holder[0]} has the key of task {task_id} now"
             raise DaemonError("ILLEGAL_STATE", what, f"wait for task {holder[0]}, or cancel it")
-        if holder and old == State.SKIPPED:
-            continue
+        if old == State.SKIPPED and named != task_id and (unmet or holder):
+            continue  # also another of its parents keeps it skipped, or its key is taken
         db.execute(
             """
             UPDATE tasks SET open_deps = ?, progress = NULL, failures = 0, losses = 0,
@@ -2976,11 +2894,6 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
     """Yield ranges of ids, also for single ones."""
     for one in ids:
         yield one if isinstance(one, range) else range(one, one + 1)
-
-
-def pack_ranges(ids: Iterable[int | range]) -> bytes:
-    """Write ids for _ASKED_SQL."""
-    return b"".join(b"%019d%019d" % (one[0], one[-1]) for one in as_ranges(ids) if one)
 
 
 def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
@@ -3046,8 +2959,7 @@ class TaskStore:
                 ids.existing = answer["existing"] if isinstance(answer, dict) else ()
                 return ids
             context = (token, cwd or here(), env or {}, umask)
-            ids = self.insert(db, commands, options or {}, *context)
-        return ids
+            return self.insert(db, commands, options or {}, *context)
 
     def insert(
         self, db: sqlite3.Connection, commands: Sequence[Any], options: Mapping[str, Any],
@@ -3084,9 +2996,8 @@ class TaskStore:
         }
         sql = _TASK_SQL + "WHERE t.id < :before"
         sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
-        values: dict[str, Any] = {"state": state, "grp": group, "before": before or INTEGER_MAX}
-        values.update(most=limit, asked=pack_ranges(ids or ()))
-        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values)
+        values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
+        rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values, ids)
         return [_row_to_task(row) for row in reversed(rows)]
 
     def get(self, task_id: int) -> Task:
@@ -3103,7 +3014,6 @@ class TaskStore:
 
     def get_progress(self, ids: Sequence[int | range]) -> tuple[dict[str, Any], int | None]:
         """Return what `wait` answers, and the last task not done. Raises UNKNOWN_TASK."""
-        asked = {"asked": pack_ranges(ids)}
         with self.database.lock:
             ((total, pending, percent, running, last),) = self.database.fetch(
                 f"""
@@ -3113,13 +3023,11 @@ class TaskStore:
                        max(CASE WHEN state NOT IN {_DONE} THEN t.id END)
                 FROM {_ASKED_SQL}
                 """,
-                asked,
+                asked=ids,
             )
             if total != sum(map(len, as_ranges(ids))):
-                sql = "SELECT 1 FROM tasks WHERE id = ?"
                 for task_id in (task_id for one in as_ranges(ids) for task_id in one):
-                    if not self.database.fetch(sql, (task_id,)):
-                        raise unknown_task(task_id)
+                    self.get(task_id)
             bad_end = self.database.fetch(
                 f"""
                 SELECT coalesce(a.exit_code, 1)
@@ -3128,8 +3036,7 @@ class TaskStore:
                 WHERE t.state IN ('failed', 'cancelled', 'skipped') AND a.exit_code IS NOT 0
                 ORDER BY asked.at, t.id
                 LIMIT 1
-                """,
-                asked,
+                """
             )
         answer = {"total": total, "pending": pending, "status": bad_end[0][0] if bad_end else 0}
         answer["progress"] = percent / total if total else 0.0
@@ -3144,8 +3051,7 @@ class TaskStore:
     def get_counts(self) -> dict[str, dict[str, int]]:
         """Return {state: {group: number}}, without the zeros."""
         counts: dict[str, dict[str, int]] = {}
-        rows = self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0")
-        for state, group, n in rows:
+        for state, group, n in self.database.fetch("SELECT state, grp, n FROM counts WHERE n > 0"):
             counts.setdefault(state, {})[group] = n
         return counts
 
@@ -3159,7 +3065,7 @@ class TaskStore:
         """
         act = {"cancel": _cancel, "retry": _retry, "remove": _remove}[verb]
         done: list[tuple[int, int]] = []
-        not_done: list[int] = []
+        not_done: list[tuple[int, int]] = []
         taken: DaemonError | None = None
         sql = "SELECT state, attempts FROM tasks WHERE id = ?"
         with self.database.write() as db:
@@ -3168,30 +3074,26 @@ class TaskStore:
                 if row is None:
                     raise unknown_task(task_id)
                 try:
-                    if act(db, task_id, State(row[0])):
-                        done.append((task_id, row[1]))
-                        continue
+                    is_done = act(db, task_id, State(row[0]))
                 except DaemonError as error:
                     if error.code != "ILLEGAL_STATE":
                         raise
-                    taken = error
-                not_done.append(task_id)
+                    is_done, taken = False, error
+                (done if is_done else not_done).append((task_id, row[1]))
         if taken is not None and not done:
             raise taken
         if verb == "remove":
             remove_logs(self.folder, done)
-        return [task_id for task_id, _ in done], not_done
+        return [task_id for task_id, _ in done], [task_id for task_id, _ in not_done]
 
     def pause(self, group: str | None, on: bool) -> list[str]:
         """Stop or go on with claiming from a group, None: from all; return `get_paused`."""
         if group is not None and group not in self.config.groups:
             raise unknown_group(group, self.config)
+        add = "INSERT OR IGNORE INTO paused VALUES (coalesce(:grp, '*'))"
+        remove = "DELETE FROM paused WHERE grp = :grp OR :grp IS NULL"
         with self.database.write() as db:
-            if on:
-                db.execute("INSERT OR IGNORE INTO paused VALUES (?)", (group or "*",))
-            else:
-                sql = "DELETE FROM paused WHERE grp = :grp OR :grp IS NULL"
-                db.execute(sql, {"grp": group})
+            db.execute(add if on else remove, {"grp": group})
         return self.get_paused()
 
     def get_paused(self) -> list[str]:
@@ -3275,7 +3177,16 @@ class AttemptStore:
                 set_state(db, task_id, State.SCHEDULED, State.QUEUED)
             claimed = []
             for task_id, keeper in self._find_ready(db, room, busy, find_keeper) if room else ():
-                claimed.append(self._claim(db, task_id, keeper))
+                set_state(db, task_id, State.QUEUED, State.RUNNING)
+                run_id = f"{task_id}-{os.urandom(8).hex()}"
+                db.execute(
+                    """
+                    INSERT INTO attempts (task_id, number, run_id, keeper, boot_id, started_at)
+                    SELECT id, attempts, ?, ?, ?, ? FROM tasks WHERE id = ?
+                    """,
+                    (run_id, keeper, self._boot_id, Clock.now(), task_id),
+                )
+                claimed.append(self._store.get(task_id))
                 failpoint("claim")
         return claimed
 
@@ -3310,25 +3221,13 @@ class AttemptStore:
                 (group, private is not None, max(most, 0)),
             )
             found += map(tuple, rows)
-        ready = []
-        for _, task_id, is_suspect in sorted(found)[:room]:
-            if not is_suspect:
-                ready.append((task_id, shared))
-            elif private is not None:  # one at a time
-                ready.append((task_id, private))
-                private = None
+        ready: list[tuple[int, str]] = []
+        for _, task_id, is_suspect in sorted(found):
+            keeper = private if is_suspect else shared
+            if keeper is not None and len(ready) < room:
+                ready.append((task_id, keeper))
+            private = None if is_suspect else private  # one at a time
         return ready
-
-    def _claim(self, db: sqlite3.Connection, task_id: int, keeper: str) -> Task:
-        set_state(db, task_id, State.QUEUED, State.RUNNING)
-        db.execute(
-            """
-            INSERT INTO attempts (task_id, number, run_id, keeper, boot_id, started_at)
-            SELECT id, attempts, ?, ?, ?, ? FROM tasks WHERE id = ?
-            """,
-            (f"{task_id}-{os.urandom(8).hex()}", keeper, self._boot_id, Clock.now(), task_id),
-        )
-        return _row_to_task(db.execute(_TASK_SQL + "WHERE t.id = ?", (task_id,)).fetchone())
 
     def _finish(self, db: sqlite3.Connection, task: Task, result: Result) -> None:
         """Record one result; an attempt that is finished already changes nothing."""
@@ -3912,8 +3811,7 @@ class Keeper:
 
 
 def run_keeper(folder: str, name: str) -> int:
-    """Be a keeper, with nothing of its daemon's; return its exit status."""
-    Platform.close_inherited()
+    """Be a keeper; return its exit status."""
     os.umask(0o077)
     os.chdir(folder)
     reset_signals()
@@ -7704,7 +7602,6 @@ class Daemon:
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
-        Platform.close_inherited()
         self._mailbox = Mailbox()
         os.umask(0o077)
         make_state_folder(self._project.folder, self._project.path)
@@ -7727,7 +7624,7 @@ class Daemon:
             raise
         finally:
             self._pid_file.release()
-            close_log()
+            logging.shutdown()
 
     def _take_lock(self) -> None:
         """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
@@ -7968,13 +7865,14 @@ def run_daemon(options: Fields) -> int:
         return error.exit_status
 
 
-def spawn(argv: list[str], env: dict[str, str]) -> Any:
-    """Start a daemon as a child in a session of its own; return its output's pipe."""
+def spawn(argv: list[str], env: dict[str, str], is_forked: bool) -> Any:
+    """Start a daemon in a session of its own, is_forked: by two forks; return its output's pipe."""
     from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
-    how = dict(Platform.DETACHED, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env)
-    process = Popen(argv, **how)
-    process.returncode = 0  # it is meant to outlive us: no ResourceWarning
+    how = {"preexec_fn": Platform.detach} if is_forked else Platform.DETACHED
+    process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env, **how)
+    # A daemon that is our child is meant to outlive us: no ResourceWarning.
+    process.returncode = process.wait() if is_forked else 0
     return process.stdout
 
 
@@ -8008,7 +7906,7 @@ class DaemonManager(Client):
                     raise
             is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
             try:
-                return self._await_ready((Platform.fork if is_forked else spawn)(argv, env)), False
+                return self._await_ready(spawn(argv, env, is_forked)), False
             except DaemonError as error:
                 if error.code != "ALREADY_RUNNING":
                     raise
@@ -8814,14 +8712,7 @@ def cmd_dlq(args: Args) -> int:
 def cmd_config(args: Args) -> int:
     """Check the configuration and print the effective values, of a broken one the good part."""
     path, faults = client_of(args).project.config_path, list[DaemonError]()
-    try:
-        config = load_config(path)
-    except DaemonError as error:
-        if args.json:
-            raise
-        config, faults = load_good_part(path)
-        faults = faults or [error]
-    values = config.to_dict()
+    values = load_config(path, None if args.json else faults).to_dict()
     lines = [f"{key} = {json.dumps(setting)}" for key, setting in values.items()]
     data: dict[str, Any] = {"path": path}
     for key, setting in values.items():

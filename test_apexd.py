@@ -16,6 +16,7 @@ import ast
 import base64
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -1191,18 +1192,6 @@ class TestPlatform:
                 assert lock(mine.fileno(), shared=True) is True
 
     @posix
-    def test_waiting_for_a_lock_ends_when_its_holder_dies(self, tmp_path):
-        path = str(tmp_path / "lock")
-        with open(path, "a") as mine, locked(path) as other:
-            waiter = threading.Thread(
-                target=apexd.Platform.lock, args=(mine.fileno(),), kwargs={"wait": True}
-            )
-            waiter.start()
-            other.kill()
-            waiter.join(10)
-            assert not waiter.is_alive()
-
-    @posix
     def test_a_lock_is_inherited_and_outlives_its_taker(self, tmp_path):
         path = str(tmp_path / "lock")
         with open(path, "a") as again:
@@ -1270,6 +1259,22 @@ class TestPlatform:
             child.kill()
             child.wait()
         assert apexd.Platform.start_time(child.pid) is None, "gone"
+
+    @linux
+    def test_a_run_is_killed_where_the_kernel_has_no_pidfd_open_too(self, monkeypatch):
+        def refuse(pid, flags=0):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(os, "pidfd_open", refuse, raising=False)
+        with subprocess.Popen(["sleep", "60"], env={**os.environ, "APEX_RUN_ID": "r"}) as child:
+            try:
+                eventually(lambda: apexd.Platform.environment_of(child.pid).get("APEX_RUN_ID"))
+                apexd.Platform.kill_run(child.pid, "another")
+                assert child.poll() is None
+                apexd.Platform.kill_run(child.pid, "r")
+                assert child.wait(10) == -signal.SIGKILL
+            finally:
+                child.kill()
 
     @linux
     def test_two_processes_have_two_identities_and_one_keeps_its_own(self):
@@ -1590,7 +1595,7 @@ class TestFiles:
         """P10."""
         most = apexd.LINE_MAX_BYTES
         data = b"a\n" + b"b" * (2 * most + 5) + b"\n\nrest"
-        lines, rest = apexd.cut_lines(data)
+        *lines, rest = apexd.cut_lines(data)
         assert (b"".join(lines), rest) == (data.replace(b"\n", b"")[:-4], b"rest")
         assert [len(line) for line in lines] == [1, most, most, 5, 0]
         logs = iter([{"w.0": (b"x" * 100_000, at)} for at in range(1, 50)])
