@@ -7297,7 +7297,8 @@ async function refresh() {
   table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
     one => [one.name, one.cron, clock(one.next_at)]);
   table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
-    ["what", "t more"]], one => [clock(one.time), one.type, one.source, JSON.stringify(one.payload ?? {})]);
+    ["what", "t more"]], one => [clock(one.time), one.type, one.source,
+    JSON.stringify(one.payload ?? {})]);
 }
 let seen = "never", timer = 0;
 async function turn() {
