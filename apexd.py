@@ -156,9 +156,10 @@ CLIENT_HOLD_S = 5.0  # a client holds the lock for one call; longer means anothe
 
 FRAME_MAX_BYTES = 16 * 1024 * 1024  # a request or a response
 FRAME_ITEMS_MAX = 1_000_000  # values in a request: each costs up to 125 bytes of memory
-FRAME_DIGITS_MAX = 400  # of a number in it
-FRAMES_MAX_BYTES = 4 * FRAME_MAX_BYTES  # large requests being read, all connections together
-FRAME_FREE_BYTES = 64 * 1024  # requests up to this size are not counted
+FRAME_DIGITS_MAX = 400  # of a whole number in it
+LARGE_FRAMES_MAX = 4  # large requests being read at once, all connections together
+LARGE_FRAME_WAIT_S = 1.0  # for one of them to have been read
+LARGE_FRAME_BYTES = 64 * 1024  # requests up to this size are not counted
 FRAME_TIMEOUT_S = 10.0  # from a frame's first byte to its last
 IDLE_TIMEOUT_S = 60.0  # a silent connection gives its place to others
 CONNECTIONS_MAX = 64
@@ -5890,8 +5891,10 @@ if TYPE_CHECKING:
     Fields = dict[str, Any]
 
 
-def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    """Send one message. Raises BAD_REQUEST when it is over FRAME_MAX_BYTES, OSError."""
+def send_frame(connection: socket.socket, message: Mapping[str, Any] | DaemonError) -> None:
+    """Send a message or an error. Raises BAD_REQUEST if it is over FRAME_MAX_BYTES, OSError."""
+    if isinstance(message, DaemonError):
+        message = {"type": "error", **message.to_dict()}
     data = json.dumps(message).encode()
     if len(data) > FRAME_MAX_BYTES:
         hint = "send it in several parts"
@@ -5899,25 +5902,14 @@ def send_frame(connection: socket.socket, message: Mapping[str, Any]) -> None:
     connection.sendall(struct.pack(">I", len(data)) + data)
 
 
-def send_answer(connection: socket.socket, answer: Mapping[str, Any] | DaemonError) -> None:
-    """Send a response within FRAME_TIMEOUT_S; if it is too long, the error that says so."""
-    connection.settimeout(FRAME_TIMEOUT_S)
-    try:
-        if isinstance(answer, DaemonError):
-            answer = {"type": "error", **answer.to_dict()}
-        send_frame(connection, answer)
-    except DaemonError as error:
-        send_frame(connection, {"type": "error", **error.to_dict()})
-
-
 def receive_frame(
     connection: socket.socket, idle_s: float,
-    reserve: Callable[[int], Any] = contextlib.nullcontext, most_items: int = INTEGER_MAX,
+    room: threading.Semaphore | None = None, most_items: int = INTEGER_MAX,
 ) -> Fields | None:  # fmt: skip
     """Receive one message; None when the peer closed between two.
 
     idle_s: how long to wait for the first byte; the rest has FRAME_TIMEOUT_S in all.
-    reserve: makes a context within which so many bytes are held. Raises BAD_REQUEST, OSError.
+    room: held while a large one is read. Raises BAD_REQUEST, BUSY, OSError.
     """
     connection.settimeout(idle_s)
     first = connection.recv(1)
@@ -5927,24 +5919,28 @@ def receive_frame(
     (length,) = struct.unpack(">I", first + bytes(_receive(connection, 3, deadline)))
     if not 0 < length <= FRAME_MAX_BYTES:
         raise bad(f"a frame of {length} bytes: from 1 to {FRAME_MAX_BYTES}")
-    with reserve(length):
+    held = room if length > LARGE_FRAME_BYTES else None
+    if held is not None and not held.acquire(timeout=LARGE_FRAME_WAIT_S):
+        raise DaemonError("BUSY", "too many large requests at once", "try again")
+    try:
         data = _receive(connection, length, deadline)
         if sum(map(data.count, (b",", b"[", b"{"))) > most_items:  # they need not be built
             raise bad(f"a frame of more than {most_items} values", "send it in several parts")
-        whole, real = functools.partial(_number, int), functools.partial(_number, float)
-        try:  # `int` refuses NaN and Infinity
-            message = json.loads(data, parse_constant=int, parse_int=whole, parse_float=real)
-        except (ValueError, RecursionError):
-            raise bad("a frame that is no JSON") from None
+        message = json.loads(data, parse_constant=int, parse_int=_integer)  # refuses NaN, Infinity
+    except (ValueError, RecursionError):
+        raise bad("a frame that is no JSON") from None
+    finally:
+        if held is not None:
+            held.release()
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise bad('a frame must be an object with a "type"')
     return message
 
 
-def _number(kind: Callable[[str], float], text: str) -> float:
+def _integer(text: str) -> int:
     if len(text) > FRAME_DIGITS_MAX:  # quadratic time
         raise ValueError
-    return kind(text)
+    return int(text)
 
 
 def _receive(connection: socket.socket, length: int, deadline: float) -> bytearray:
@@ -5969,25 +5965,19 @@ def has_hung_up() -> bool:
     connection.settimeout(0.0)
     try:
         return not connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
 
 
-def in_base64(data: bytes) -> str:
-    """Write bytes so that they can stand in JSON."""
-    return binascii.b2a_base64(data, newline=False).decode()
+def log_fields(data: bytes, end: int) -> Fields:
+    """Write a part of a log so that it can stand in JSON."""
+    return {"data": binascii.b2a_base64(data, newline=False).decode(), "next": end}
 
 
-def absolute_path(value: object) -> str:
-    """Read the path of a folder, from the root."""
-    with contextlib.suppress(ValueError):
-        if isinstance(value, str) and os.path.isabs(value) and b"\0" not in os.fsencode(value):
-            return value
-    raise ValueError("an absolute path")
-
-
+absolute_path = reader(
+    "an absolute path",
+    lambda path: isinstance(path, str) and os.path.isabs(path) and b"\0" not in os.fsencode(path),
+)
 process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
 
 
@@ -6051,8 +6041,8 @@ class TaskVerbs:
             "cancel": ("ids!", partial(self._change, "cancel")),
             "retry": ("ids!", partial(self._change, "retry")),
             "remove": ("ids!", partial(self._change, "remove")),
-            "pause": ("group", partial(self._set_paused, True)),
-            "resume": ("group", partial(self._set_paused, False)),
+            "pause": ("group", lambda group=None: self._pause(group, True)),
+            "resume": ("group", lambda group=None: self._pause(group, False)),
             "report": ("id! token run_id tokens cost progress note", self._report),
             "why": ("id!", self._why),
             "logs": ("id! attempt offset within", self._logs),
@@ -6065,7 +6055,10 @@ class TaskVerbs:
             self._runner.wake()
         return answer
 
-    def _pause(self, task_id: int, deadline: float, most_s: float) -> bool:
+    def _pause(self, group: str | None, on: bool) -> Fields:
+        return self._wake({"paused": self._store.pause(group, on)})
+
+    def _await(self, task_id: int, deadline: float, most_s: float) -> bool:
         """Wait for a task to move; False when there is nothing, or nobody, to wait for."""
         left_s = deadline - Clock.mono()
         if self._runner is None or left_s <= 0 or self._runner.halted.is_set() or has_hung_up():
@@ -6084,8 +6077,10 @@ class TaskVerbs:
         ids = self._store.add(**request)
         return self._wake({"ids": ids, "existing": ids.existing})
 
-    def _list(self, **where: Any) -> Fields:
-        return {"tasks": [self._describe(task) for task in self._store.find(**where)]}
+    def _list(self, group: str | None = None, **where: Any) -> Fields:
+        if group is not None and group not in self._store.config.groups:
+            raise unknown_group(group, self._store.config)
+        return {"tasks": list(map(self._describe, self._store.find(group=group, **where)))}
 
     def _get(self, id: int) -> Fields:
         task = self._store.get(id)
@@ -6101,7 +6096,7 @@ class TaskVerbs:
         while True:
             answer, last = self._store.get_progress(ids)
             while last is not None and not self._store.is_done(last):
-                if not self._pause(last, deadline, 1.0):
+                if not self._await(last, deadline, 1.0):
                     return self._store.get_progress(ids)[0] if within else answer
             if last is None:
                 return answer
@@ -6118,9 +6113,6 @@ class TaskVerbs:
             answer.update({"left": left} if left else {})
         return self._wake(answer)
 
-    def _set_paused(self, on: bool, group: str | None = None) -> Fields:
-        return self._wake({"paused": self._store.pause(group, on)})
-
     def _report(self, id: int, **usage: Any) -> Fields:
         is_over = self._store.report(id, **usage)
         if is_over and self._runner is not None:
@@ -6129,8 +6121,8 @@ class TaskVerbs:
 
     def _queue(self) -> Fields:
         groups = {name: vars(group) for name, group in self._store.config.groups.items()}
-        paused = self._store.get_paused()
-        return {"counts": self._store.get_counts(), "paused": paused, "groups": groups}
+        counts, paused = self._store.get_counts(), self._store.get_paused()
+        return {"counts": counts, "paused": paused, "groups": groups}
 
     def _logs(
         self, id: int, attempt: int | None = None, offset: int = 0, within: float = 0.0
@@ -6140,28 +6132,28 @@ class TaskVerbs:
         {"attempt", "attempts", "done": no more will come of this attempt, "data": base64,
          "next": offset}. Waits for `within` seconds when there is nothing.
         """
-        deadline, last = Clock.mono() + within, max(self._store.get(id).attempts, 1)
-        number = attempt or last
-        if number > last:
-            what = f"task {id} has no attempt {number}"
-            raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
+        deadline = Clock.mono() + within
         while True:
             task = self._store.get(id)
-            is_over = number < task.attempts or task.state in DONE
-            data, following = read_log(log_path(self._store.folder, id, number), offset)
-            if data or is_over or not self._pause(id, deadline, 0.05):
+            last = max(task.attempts, 1)
+            attempt = attempt or last
+            if attempt > last:
+                what = f"task {id} has no attempt {attempt}"
+                raise DaemonError("UNKNOWN_TASK", what, f"its last is {last}")
+            is_over = attempt < last or task.state in DONE
+            data, end = read_log(log_path(self._store.folder, id, attempt), offset)
+            if data or is_over or not self._await(id, deadline, 0.05):
                 break
         is_over = is_over and len(data) < LOG_CHUNK_BYTES
-        answer = {"attempt": number, "attempts": task.attempts, "done": is_over}
-        return {**answer, "data": in_base64(data), "next": following}
+        answer = {"attempt": attempt, "attempts": task.attempts, "done": is_over}
+        return {**answer, **log_fields(data, end)}
 
     def _process_logs(
         self, name: str, offsets: Mapping[str, int] | None = None, lines: int = 50
     ) -> Fields:
         """Return {"logs": {"web.0": {"data": base64, "next": offset}}}."""
-        found = read_process_logs(self._store, name, offsets or {}, lines).items()
-        logs = {one: {"data": in_base64(data), "next": end} for one, (data, end) in found}
-        return {"logs": logs}
+        found = read_process_logs(self._store, name, offsets or {}, lines)
+        return {"logs": {one: log_fields(*part) for one, part in found.items()}}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -6282,8 +6274,7 @@ class ProcessVerbs:
     def _get(self, name: str) -> Fields:
         policy = get_process(self._store.config, name)
         (details,) = self.look([name])
-        command = policy.command
-        words = [command] if isinstance(command, str) else command
+        words = [policy.command] if isinstance(policy.command, str) else policy.command
         process = {"name": name, "id": name, "command": words[0], "args": words[1:]}
         process["cwd"] = os.path.normpath(os.path.join(self._store.project, policy.cwd))
         process.update(instances=len(details), instance_details=details)
@@ -6432,12 +6423,20 @@ def _frame_lines(found: Iterable[list[tuple[str, bytes]]]) -> Iterator[Fields]:
         yield {"type": "log_lines", "lines": frame}
 
 
+def read_endpoint(folder: str) -> Fields:
+    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
+    with contextlib.suppress(ValueError, TypeError):
+        found = read_json(os.path.join(folder, "endpoint")) or {}
+        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
+            return found
+    return {}
+
+
 def remove_socket(path: str, *others: str) -> None:
     """Remove a control socket, the folder that was made for a short path, and other files."""
     for name in (path, *others):
         with contextlib.suppress(OSError):
-            if not os.path.isdir(name):  # on Windows there is no socket
-                insist(os.unlink, name)
+            insist(os.unlink, name)
     with contextlib.suppress(OSError):
         os.rmdir(os.path.dirname(path))  # the state folder is not empty
 
@@ -6454,14 +6453,13 @@ class ControlServer:
         self._verbs = verbs
         self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
+        self._large = threading.BoundedSemaphore(LARGE_FRAMES_MAX)
         self._lock = threading.Lock()  # guards what follows
-        self._reserved = 0
         self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._is_stopping = False
-        self._path = os.path.join(folder, "endpoint")
         self._endpoint: Fields = {}
         self._listener: socket.socket | None = None
-        self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id`
+        self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id` (Windows: None)
 
     def start(self, told: Fields) -> None:
         """Listen and say where; again: if that is not there any more. Raises CANNOT_CREATE.
@@ -6475,31 +6473,26 @@ class ControlServer:
             if self._listener is None or file_id(self._socket[0]) != self._socket[1]:
                 self._bind()
             self._endpoint.update(told)
-            if self._read_endpoint() != self._endpoint:
-                write_atomically(self._path, json.dumps(self._endpoint))
+            with contextlib.suppress(DaemonError):  # a link, say: it is replaced
+                if read_endpoint(self._folder) == self._endpoint:
+                    return
+            path = os.path.join(self._folder, "endpoint")
+            write_atomically(path, json.dumps(self._endpoint))
 
     def _bind(self) -> None:
         self._hang_up()
+        near = os.path.join(self._folder, "control.sock")
         try:
-            near = os.path.join(self._folder, "control.sock")
             path = Platform.place_socket(self._folder, near)
-            listener, where = Platform.listen(path)
+            self._listener, self._endpoint = Platform.listen(path)
         except OSError as error:
             raise cannot_create(near, error) from None
-        if "socket" not in where:  # Windows has a port
-            path = self._folder
-        elif path != near:
-            where["socket"] = path
-        self._listener, self._socket = listener, (path, file_id(path))
-        about = {"pid": os.getpid(), "folder": file_id(self._folder)}
-        self._endpoint = json.loads(json.dumps({**where, **about}))
-        accept = functools.partial(self._accept_all, listener)
+        if path != near:
+            self._endpoint["socket"] = path
+        self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
+        self._socket = path, file_id(path)
+        accept = functools.partial(self._accept_all, self._listener)
         threading.Thread(target=accept, name="control", daemon=True).start()
-
-    def _read_endpoint(self) -> Fields | None:
-        with contextlib.suppress(ValueError, DaemonError):
-            return read_json(self._path)
-        return None
 
     def _hang_up(self) -> None:
         """Accept nothing more: a listener that is only closed would stay in accept(2)."""
@@ -6515,9 +6508,8 @@ class ControlServer:
             self._is_stopping = True
             self._hang_up()
             path, known = self._socket
-            if known is not None and file_id(path) == known:
-                others = [self._path] if self._read_endpoint() == self._endpoint else []
-                remove_socket(path, *others)
+            if file_id(path) == known:
+                remove_socket(path, os.path.join(self._folder, "endpoint"))
 
     def _accept_all(self, listener: socket.socket) -> None:
         """Give each connection to a thread; if all are taken, the longest idle one's."""
@@ -6539,29 +6531,18 @@ class ControlServer:
                 threading.Event().wait(0.1)
 
     def _serve(self, connection: socket.socket) -> None:
-        """Answer requests until the peer leaves or sends what is none."""
+        """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
             with connection:
-                while True:
-                    try:
-                        if Platform.peer_uid(connection):  # neither ours nor root
-                            raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
-                        self._idle[connection] = None
-                        request = receive_frame(
-                            connection, IDLE_TIMEOUT_S, self._reserve, FRAME_ITEMS_MAX
-                        )
-                        self._idle.pop(connection, None)
-                        if request is None:
-                            return
-                        answer = self._answer(request)
-                    except DaemonError as error:  # the framing is lost: say so and hang up
-                        send_answer(connection, error)
-                        return
-                    if isinstance(answer, (dict, DaemonError)):
-                        send_answer(connection, answer)
-                    else:
-                        self._stream(connection, answer)
+                try:
+                    if Platform.peer_uid(connection):  # neither ours nor root
+                        raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
+                    while self._serve_one(connection):
+                        pass
+                except DaemonError as error:  # the framing may be lost: say so and hang up
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, error)
         except OSError as error:
             log.debug("a connection ended: %s", error)
         except Exception:  # this thread's top frame
@@ -6570,38 +6551,35 @@ class ControlServer:
             self._idle.pop(connection, None)
             self._room.release()
 
+    def _serve_one(self, connection: socket.socket) -> bool:
+        """Answer one request, or send a stream of answers; False: the peer has left."""
+        self._idle[connection] = None
+        request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
+        self._idle.pop(connection, None)
+        if request is not None:
+            answer = self._answer(request)
+            connection.settimeout(FRAME_TIMEOUT_S)
+            if isinstance(answer, (dict, DaemonError)):
+                send_frame(connection, answer)
+            else:
+                self._stream(connection, answer)
+        return request is not None
+
     def _stream(self, connection: socket.socket, answers: Iterable[Fields]) -> None:
         """Send answers as they come until the peer leaves, or sends its next request."""
         if not self._streams.acquire(blocking=False):
-            error = DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
-            send_answer(connection, error)
-            return
+            raise DaemonError("BUSY", f"{STREAMS_MAX} others follow logs already")
         try:
             for answer in answers:
                 if answer["lines"]:
-                    send_answer(connection, answer)
+                    connection.settimeout(FRAME_TIMEOUT_S)
+                    send_frame(connection, answer)
                 connection.settimeout(0.001 if answer["lines"] else STREAM_PAUSE_S)
                 with contextlib.suppress(socket.timeout):
                     connection.recv(1, socket.MSG_PEEK)
                     return
-        except DaemonError as error:  # the process was removed
-            send_answer(connection, error)
         finally:
             self._streams.release()
-
-    @contextlib.contextmanager
-    def _reserve(self, length: int) -> Iterator[None]:
-        """Hold the memory of a large request, all connections together within a limit."""
-        counted = length if length > FRAME_FREE_BYTES else 0
-        with self._lock:
-            if self._reserved + counted > FRAMES_MAX_BYTES:
-                raise DaemonError("BUSY", "too many large requests at once", "try again")
-            self._reserved += counted
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._reserved -= counted
 
     def _answer(self, request: Fields) -> Fields | DaemonError | Iterator[Fields]:
         """Carry out one request; return its answer or several of them.
@@ -6644,17 +6622,12 @@ class Project(Value):
 
     path: str
     folder: str
-    config_path: str | None
+    named_config: str | None  # the configuration that the user named
+    config_path: str | None  # that, else the one in the state folder
 
     def file(self, name: str) -> str:
         """Return the path of a file in the state folder."""
         return os.path.join(self.folder, name)
-
-    @property
-    def named_config(self) -> str | None:
-        """The configuration that was named; None: it was found in the state folder."""
-        path = self.config_path
-        return path if path and os.path.dirname(path) != self.folder else None
 
 
 def find_project(path: str | None, state: str | None, config: str | None) -> Project:
@@ -6675,50 +6648,39 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
     check_state_folder(folder)
     if config is not None and not os.path.isfile(config):
         raise DaemonError("CONFIG_INVALID", f"{config}: no such file", "name the file")
-    found = os.path.realpath(config) if config else find_config(folder)
-    return Project(path=path, folder=folder, config_path=found)
+    named = os.path.realpath(config) if config else None
+    found = named or find_config(folder)
+    return Project(path=path, folder=folder, named_config=named, config_path=found)
 
 
 def _nearest_project() -> str:
-    def has_state(folder: str) -> bool:
-        return os.path.isdir(os.path.join(folder, STATE_FOLDER))
-
     start = folder = here()
-    passed = [start]
+    places = [start]
     while not os.path.exists(os.path.join(folder, ".git")):
-        if folder == os.path.dirname(folder):  # no repository: here, or where apexd.py is
-            passed = [start, os.path.dirname(os.path.abspath(__file__))]
-            break
         folder = os.path.dirname(folder)
-        passed.append(folder)
-    return next(filter(has_state, passed), start)
+        if folder == places[-1]:  # no repository: here, or where apexd.py is
+            places = [start, os.path.dirname(os.path.abspath(__file__))]
+            break
+        places.append(folder)
+    return next((one for one in places if os.path.isdir(os.path.join(one, STATE_FOLDER))), start)
 
 
-def read_endpoint(folder: str) -> Fields:
-    """Return what `endpoint` says; {}: nothing, or it came along from another folder."""
-    with contextlib.suppress(ValueError, TypeError):
-        found = read_json(os.path.join(folder, "endpoint")) or {}
-        if "folder" not in found or tuple(found["folder"]) == file_id(folder):
-            if "socket" in found:
-                found["socket"] = os.path.join(folder, found["socket"])
-            return found
-    return {}
+def held_by(holder: Holder) -> DaemonError:
+    """Make the error of a lock that is not a daemon's."""
+    what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
+    return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
-def connect_to(folder: str) -> tuple[socket.socket, Fields]:
-    """Connect to the daemon of a state folder; return what its `endpoint` says, too.
-
-    Raises OSError (there is none), PERMISSION_DENIED.
-    """
-    check_state_folder(folder)
-    found = read_endpoint(folder)
-    try:
-        return Platform.connect(folder, found, ANSWER_TIMEOUT_S), found
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise ConnectionRefusedError("no endpoint") from None
-    except PermissionError as error:
-        what = f"{error.filename}: {error.strerror}"
-        raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
+def find_daemon(pid_file: PidFile) -> Holder | None:
+    """Return the daemon that holds a lock; wait CLIENT_HOLD_S for a client. Raises BUSY."""
+    deadline = Clock.mono() + CLIENT_HOLD_S
+    while True:
+        holder = pid_file.holder()
+        if holder is None or (holder.role == "daemon" and holder.is_alive()):
+            return holder
+        if Clock.mono() > deadline:
+            raise held_by(holder)
+        threading.Event().wait(0.02)
 
 
 class Client:
@@ -6787,8 +6749,18 @@ class Client:
         return answer
 
     def _connect(self) -> socket.socket:
+        """Be connected to the daemon. Raises OSError (there is none), PERMISSION_DENIED."""
+        folder = self.project.folder
         if self._connection is None:
-            self._connection, self._endpoint = connect_to(self.project.folder)
+            check_state_folder(folder)
+            self._endpoint = read_endpoint(folder)
+            try:
+                self._connection = Platform.connect(folder, self._endpoint, ANSWER_TIMEOUT_S)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                raise ConnectionRefusedError("no endpoint") from None
+            except PermissionError as error:
+                what = f"{error.filename}: {error.strerror}"
+                raise DaemonError("PERMISSION_DENIED", what, f"remove {folder}/endpoint") from None
         return self._connection
 
     def find_settings(self) -> Fields:
@@ -6971,12 +6943,6 @@ class Client:
     def why(self, task_id: int) -> Fields:
         """Return {"id", "state", "reasons": [what it waits for, or how it ended]}."""
         return self.call("why", {"id": task_id})
-
-
-def held_by(holder: Holder) -> DaemonError:
-    """Make the error of a lock that is not a daemon's."""
-    what = f"the project is held by {holder.role} (PID {holder.pid or 'unknown'})"
-    return DaemonError("BUSY", what, "try again when it is done; `fuser` on daemon.lock finds it")
 
 
 def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
@@ -7573,11 +7539,8 @@ class Mailbox:
     def take(self) -> Iterator[str]:
         """Yield messages as they come, SIGHUP or what was posted; of several alike, one."""
         while True:
-            waiting: dict[str, None] = {}
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting[self._messages.get_nowait()] = None
-            yield from waiting
+            waiting = [self._messages.get() for _ in range(self._messages.qsize())]
+            yield from dict.fromkeys(waiting)
             if not waiting:
                 self._wakee.recv(4096)
 
@@ -7628,17 +7591,13 @@ class Daemon:
             logging.shutdown()
 
     def _take_lock(self) -> None:
-        """Become the owner; outwait a client. Raises ALREADY_RUNNING, BUSY."""
-        deadline = Clock.mono() + CLIENT_HOLD_S
+        """Become the owner, after a client. Raises ALREADY_RUNNING, BUSY."""
         path, config = self._project.path, self._project.named_config
         while not self._pid_file.acquire("daemon", path, config=config):
-            holder = self._pid_file.holder()
-            if holder and holder.role == "daemon" and holder.is_alive():
+            holder = find_daemon(self._pid_file)
+            if holder is not None:
                 what = f"already running, PID {holder.pid}"
                 raise DaemonError("ALREADY_RUNNING", what, "`status` tells more")
-            if holder and Clock.mono() > deadline:
-                raise held_by(holder)
-            threading.Event().wait(0.02)
 
     def _serve(self) -> None:
         keepers = self._keepers = Keepers(self._project.folder)
@@ -7717,7 +7676,6 @@ class Daemon:
                 log.error("%s: %s", name, error)
 
     def _act(self, name: str) -> None:
-        """Do what one message asks for."""
         if name == "drained":
             self._supervisor.stop()
         elif name == "failed":
@@ -7746,7 +7704,6 @@ class Daemon:
         self._fail(1, f"process {name} is critical and has failed")
 
     def _fail(self, status: int, why: str) -> None:
-        """Stop, and exit with this status."""
         log.error("%s: stopping", why)
         self._exit_status = self._exit_status or status
         self._mailbox.post("failed")
@@ -7915,32 +7872,31 @@ class DaemonManager(Client):
 
     def _await_ready(self, pipe: Any) -> int:
         """Read what the starting daemon reports. Raises the error it reports, START_FAILED."""
-        events: queue.SimpleQueue[Fields] = queue.SimpleQueue()
+        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
         def read() -> None:
-            last = "it ended without a word"
             with pipe:
                 for line in pipe:
-                    try:
-                        events.put(dict(json.loads(line)))
-                    except (ValueError, TypeError):
-                        last = line.decode("utf-8", "replace").strip() or last
-            error = DaemonError("START_FAILED", last, "see `logs`")
-            events.put({"event": "error", **error.to_dict()})
+                    lines.put(line)
+            lines.put(b"")
 
         threading.Thread(target=read, name="report", daemon=True).start()
-        event: Fields = {}
-        while event.get("event") not in ("ready", "error"):
+        last, line = "it ended without a word", b"-"
+        while line:
             try:
-                event = events.get(timeout=START_TIMEOUT_S)
+                line = lines.get(timeout=START_TIMEOUT_S)
+                event = dict(json.loads(line))
             except queue.Empty:
-                what = f"it did not answer within {START_TIMEOUT_S:.0f} s"
-                raise DaemonError("START_FAILED", what, "see `logs`") from None
-        if event["event"] == "ready":
-            return int(event["pid"])
-        if "pid" in event:  # what follows must not meet it any more
-            self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
-        raise DaemonError.from_dict(event)
+                last, line = f"it did not answer within {START_TIMEOUT_S:.0f} s", b""
+            except (ValueError, TypeError):
+                last = line.decode("utf-8", "replace").strip() or last
+            else:
+                if event["event"] == "ready":
+                    return int(event["pid"])
+                if event["event"] == "error":  # what follows must not meet it any more
+                    self._await_gone(Holder.of_pid(event["pid"], "daemon"), START_TIMEOUT_S)
+                    raise DaemonError.from_dict(event)
+        raise DaemonError("START_FAILED", last, "see `logs`")
 
     def run_foreground(self) -> int:
         """Become the daemon (never returns), or be it where there is no exec."""
@@ -7951,34 +7907,32 @@ class DaemonManager(Client):
 
     def find_holder(self) -> Holder | None:
         """Return the daemon that lives, None when there is none. Raises BUSY."""
-        deadline = Clock.mono() + CLIENT_HOLD_S
-        while True:
-            holder = self._pid_file.holder()
-            if holder is None:  # ask the socket, too: the lock file may be gone
-                with contextlib.suppress(DaemonError):
-                    pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
-                    return Holder.of_pid(pid, "daemon") if pid else None
-                return None
-            if holder.role == "daemon" and holder.is_alive():
-                return holder
-            if Clock.mono() > deadline:
-                raise held_by(holder)
-            threading.Event().wait(0.02)
+        holder = find_daemon(self._pid_file)
+        if holder is None:  # ask the socket, too: the lock file may be gone
+            with contextlib.suppress(DaemonError):
+                pid = (self._ask("ping", {}, ANSWER_TIMEOUT_S) or {}).get("pid")
+                return Holder.of_pid(pid, "daemon") if pid else None
+        return holder
 
     def is_daemon_running(self) -> bool:
         """Tell whether a daemon holds the lock."""
         return self.find_holder() is not None
 
-    def stop_daemon(self, timeout_s: float | None = None, force: bool = False) -> int | None:
+    def stop_daemon(
+        self, timeout_s: float | None = None, force: bool = False, keep: bool = False
+    ) -> int | None:
         """Ask it to end, wait, then KILL it; return its PID, None when there was none.
 
         timeout_s None: what the configuration allows all to take, and a margin. force: more
-        TERMs follow, and what runs is interrupted. Raises STOP_KILLED, STOP_FAILED.
+        TERMs follow, and what runs is interrupted. keep: its children are left running.
+        Raises STOP_KILLED, STOP_FAILED.
         """
         holder = self.find_holder()
         if holder is None:
             return None
-        if timeout_s is None:
+        if keep:
+            timeout_s = 2 * ANSWER_TIMEOUT_S
+        elif timeout_s is None:
             config = Config({})
             with contextlib.suppress(DaemonError):  # a broken one hinders no `stop`
                 config = load_config(holder.config or self.project.config_path)
@@ -7986,11 +7940,11 @@ class DaemonManager(Client):
             timeout_s += config.stop_timeout_s + STOP_MARGIN_S
         deadline = Clock.mono() + timeout_s
         while True:
-            if Platform.is_posix:
+            if Platform.is_posix and not keep:
                 Platform.send(holder.pid, signal.SIGTERM)
             else:
                 with contextlib.suppress(DaemonError):
-                    self.call("shutdown", {})
+                    self.call("shutdown", {"keep": keep})
             left_s = deadline - Clock.mono()
             if self._await_gone(holder, min(left_s, FIRST_TERM_S) if force else left_s):
                 return holder.pid
@@ -8027,7 +7981,7 @@ class DaemonManager(Client):
     def _clear_away(self) -> str:
         """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
         folder, file, tasks = self.project.folder, self.project.file, 0
-        place = read_endpoint(folder).get("socket", file("control.sock"))
+        place = os.path.join(folder, str(read_endpoint(folder).get("socket", "control.sock")))
         remove_socket(place, file("endpoint"), self._pid_file.path)
         if os.path.exists(file("apex.db")):
             store = TaskStore(file("apex.db"), None, self._pid_file, self.project.path)
@@ -8056,29 +8010,20 @@ class DaemonManager(Client):
                 raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
         return holder.pid if holder else None
 
-    def leave_daemon(self) -> None:
-        """End it, if it is there, but leave its children running."""
-        holder = self.find_holder()
-        if holder is not None:
-            with contextlib.suppress(DaemonError):
-                self.call("shutdown", {"keep": True})
-            if not self._await_gone(holder, ANSWER_TIMEOUT_S):
-                self._kill(holder)
-
     def get_status(self) -> DaemonStatus:
         """Return what is known, without starting or changing anything."""
         try:
-            details = self.call("status", {})
-            return DaemonStatus(running=True, exit_status=0, pid=details["pid"], details=details)
+            try:
+                found = self.call("status", {})
+                return DaemonStatus(running=True, exit_status=0, pid=found["pid"], details=found)
+            except DaemonError as error:
+                if error.code != "NOT_RUNNING":
+                    raise
+            pid = self._pid_file.read().get("pid")
+            status, left = (1, f"; PID {pid} left its PID file") if pid else (3, "")
+            reason = "not running" + left
         except DaemonError as error:
             status, reason = 4, error.message
-            if error.code == "NOT_RUNNING":
-                try:
-                    pid = self._pid_file.read().get("pid")
-                    status = 1 if pid else 3
-                    reason = f"not running; PID {pid} left its PID file" if pid else "not running"
-                except DaemonError as corrupted:
-                    reason = corrupted.message
         return DaemonStatus(running=False, exit_status=status, reason=reason, details={})
 
 
@@ -8091,7 +8036,7 @@ if TYPE_CHECKING:
     Args = argparse.Namespace
     Argument = tuple[tuple[str, ...], dict[str, Any]]
     Handler = Callable[[Args], int]
-REGISTRY: dict[str, tuple[Handler, tuple[Argument, ...]]] = {}
+REGISTRY: dict[str, tuple[Handler, str, tuple[Argument, ...]]] = {}
 ALIASES = {"ls": "list", "rm": "remove", "log": "logs"}
 
 
@@ -8100,11 +8045,11 @@ def arg(*names: str, **options: Any) -> Argument:
     return (names, options)
 
 
-def register(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
-    """Register a handler: its docstring is the help, its result the exit status."""
+def register(name: str, *arguments: Argument, text: str = "") -> Callable[[Handler], Handler]:
+    """Register a handler: `text` or its docstring is the help, its result the exit status."""
 
     def keep(handler: Handler) -> Handler:
-        REGISTRY[name] = (handler, arguments)
+        REGISTRY[name] = (handler, text or handler.__doc__ or "", arguments)
         return handler
 
     return keep
@@ -8138,7 +8083,6 @@ PROCESS = arg("name", nargs="?", metavar="PROCESS", help="this process; default:
 ONE = arg("name", metavar="PROCESS", help="a process")
 NAMES = arg("names", nargs="*", metavar="PROCESS", help="default: all")
 MODE = arg("--mode", choices=("fork", "spawn", "auto"), default="auto", help="how to detach")
-EXTRA = arg("extra", nargs="*", help=argparse.SUPPRESS)
 ADD = (
     arg("--group", "-g", help="the group, declared in the configuration"),
     arg("--priority", "-o", metavar="N", help="higher first; default 0"),
@@ -8183,13 +8127,6 @@ def client_of(args: Args) -> DaemonManager:
     return DaemonManager(args.project, args.state, args.config, notice)
 
 
-def refuse_ids(args: Args) -> None:
-    """Keep `kill 12` from killing the daemon."""
-    if args.extra:
-        hint = f"did you mean `cancel {' '.join(args.extra)}`?"
-        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
-
-
 @register("start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"))
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
@@ -8202,20 +8139,38 @@ def cmd_start(args: Args) -> int:
 
 
 @register(
-    "stop", EXTRA, arg("--force", **FLAG, help="interrupt running tasks"),
+    "stop", arg("--force", **FLAG, help="interrupt running tasks"),
     arg("--timeout", type=reads(duration), metavar="TIME", help="before it is KILLed"),
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
-    refuse_ids(args)
     pid = client_of(args).stop_daemon(args.timeout, args.force)
     return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
 
 
-def ask_for(verb: str, args: Args, **fields: object) -> int:
-    """Do something to processes that may take its time; the daemon must answer at once."""
-    client = client_of(args)
-    client.call("ping", {})
+UP = "Start processes, and what they need; returns when they are ready, 1 when they failed."
+DOWN = "Stop processes; they stay down until `up`, also when the daemon starts again."
+SCALE = "Have so many instances of a process, until the configuration says otherwise."
+SIGNAL = "Send a signal to the commands of a process, or of one instance: web.0."
+COUNT = arg("instances", type=reads(integer(0, 1000)), metavar="N", help="instances")
+NO_WAIT = arg("--no-wait", dest="wait", action="store_false", help="do not wait until ready")
+
+
+@register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."), text=SIGNAL)
+@register("scale", ONE, COUNT, text=SCALE)
+@register("down", NAMES, text=DOWN)
+@register("up", NAMES, NO_WAIT, text=UP)
+def cmd_process(args: Args) -> int:
+    """Do something to processes that may take its time; without names to all."""
+    client, known = client_of(args), ("name", "names", "wait", "instances", "signal")
+    found = client.call("list_processes", {})["processes"]  # a daemon that hangs is found out
+    if not found:
+        hint = "write [process.NAME] into it, see README.md"
+        raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
+    fields = {name: value for name, value in vars(args).items() if name in known}
+    if fields.get("names") == []:
+        fields["names"] = [process["name"] for process in found]
+    verb = args.verb if args.verb in ("up", "down") else args.verb + "_process"
     try:
         answer = client.call(verb, fields, PROCESS_ANSWER_S)
     except DaemonError as error:
@@ -8230,16 +8185,13 @@ def ask_for(verb: str, args: Args, **fields: object) -> int:
 def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
-        return ask_for("restart_process", args, name=args.name)
+        return cmd_process(args)
     holder = client_of(args).find_holder()
     args.config = args.config or (holder and holder.config)
     args.foreground, manager = False, client_of(args)
     load_config(manager.project.config_path)
-    if not args.drain:
-        manager.leave_daemon()
-        return cmd_start(args)
     try:
-        manager.stop_daemon()
+        manager.stop_daemon(keep=not args.drain)
     except DaemonError as error:
         if error.code != "STOP_KILLED":
             raise
@@ -8251,7 +8203,7 @@ def cmd_restart(args: Args) -> int:
 def cmd_reload(args: Args) -> int:
     """Read the configuration again; or restart a process, instance by instance."""
     if args.name is not None:
-        return ask_for("reload_process", args, name=args.name)
+        return cmd_process(args)
     plan = client_of(args).call("reload", {})["plan"]
     return emit({"plan": plan}, args, "\n".join(plan) or "nothing changed")
 
@@ -8318,8 +8270,7 @@ def cmd_ps(args: Args) -> int:
             left = [f"{name}.{index}" for name, index, _ in find_notes(client.project.folder)]
             error.message += f"; {', '.join(left)} may still run" if left else ""
         raise
-    head = ("INSTANCE", "STATE", "PID", "UPTIME", "CPU", "MEMORY", "RESTARTS", "COMMAND")
-    found, rows = [], list[tuple[object, ...]]([head])
+    found, rows = [], list[tuple[object, ...]]()
     for name in args.names or known:
         process = client.call("get_process", {"name": name})["process"]
         for one in process["instance_details"]:
@@ -8331,49 +8282,12 @@ def cmd_ps(args: Args) -> int:
             text = fill(" ".join([process["command"], *process["args"]]), one["index"])
             cells = (one["state"], one["pid"], uptime, cpu, memory, one["restart_count"], text)
             rows.append((f"{name}.{one['index']}", *cells))
-    return emit(found, args, columns(rows))
+    return emit(found, args, columns("INSTANCE STATE PID UPTIME CPU MEMORY RESTARTS COMMAND", rows))
 
 
-def find_names(args: Args) -> list[str]:
-    """Return the processes that are named, else all that are configured."""
-    names: list[str] = args.names
-    if not names:
-        found = client_of(args).call("list_processes", {})["processes"]
-        names = [process["name"] for process in found]
-    if not names:
-        hint = "write [process.NAME] into it, see README.md"
-        raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
-    return names
-
-
-@register("up", NAMES, arg("--no-wait", **FLAG, help="do not wait until ready"))
-def cmd_up(args: Args) -> int:
-    """Start processes, and what they need; returns when they are ready, 1 when they failed."""
-    return ask_for("up", args, names=find_names(args), wait=not args.no_wait)
-
-
-@register("down", NAMES)
-def cmd_down(args: Args) -> int:
-    """Stop processes; they stay down until `up`, also when the daemon starts again."""
-    return ask_for("down", args, names=find_names(args))
-
-
-@register("scale", ONE, arg("count", type=reads(integer(0, 1000)), help="instances"))
-def cmd_scale(args: Args) -> int:
-    """Have so many instances of a process, until the configuration says otherwise."""
-    return ask_for("scale_process", args, name=args.name, instances=args.count)
-
-
-@register("signal", ONE, arg("signal", metavar="SIGNAL", help="HUP, USR1, ..."))
-def cmd_signal(args: Args) -> int:
-    """Send a signal to the commands of a process, or of one instance: web.0."""
-    return ask_for("signal_process", args, name=args.name, signal=args.signal)
-
-
-@register("kill", EXTRA, arg("--all", **FLAG, help="its tasks and processes too"))
+@register("kill", arg("--all", **FLAG, help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
-    refuse_ids(args)
     pid = client_of(args).kill_daemon(args.all)
     return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
 
@@ -8405,6 +8319,10 @@ def read_batch() -> list[Any]:
     return commands
 
 
+RUN = "Run a task now and show its output; exits with its status. Ctrl-C cancels it."
+
+
+@register("run", *ADD, text=RUN)
 @register(
     "add", *ADD[:-1],
     arg("--print-id", "-p", **FLAG, help="print the id alone"),
@@ -8413,29 +8331,30 @@ def read_batch() -> list[Any]:
 )  # fmt: skip
 def cmd_add(args: Args) -> int:
     """Put a task into the queue and print its id; it is on disk then."""
-    if args.batch and (args.command or args.shell):
+    is_batch = args.verb == "add" and args.batch
+    if is_batch and (args.command or args.shell):
         raise bad("both --batch and a command", "give one of them")
-    commands = read_batch() if args.batch else [read_command(args)]
-    client = client_of(args)
-    if args.wait:
+    commands = read_batch() if is_batch else [read_command(args)]
+    client, is_shown = client_of(args), args.verb == "run" or args.wait
+    if is_shown:
         client.call("ping", {})
     options = {name: getattr(args, name) for name in TASK_READERS}
     ids = client.add_all(commands, args.token, args.dir, args.env, **options)
-    if args.wait:
+    if is_shown:
         return show_output(client, ids, args)
-    text = "\n".join(map(str, ids))
+    text, known = "\n".join(map(str, ids)), client.existing
     if sys.stdout.isatty() and not args.print_id:
         limit = client.find_settings()["timeout"]
         default = f", timeout {span(limit)}" if limit and args.timeout is None else ""
-        text = f"{len(ids)} tasks added" if args.batch else f"task {text} added{default}"
-        if client.existing and not args.batch:
+        text = f"{len(ids)} tasks added" if is_batch else f"task {text} added{default}"
+        if known and not is_batch:
             text = f"task {ids[0]} has the key {args.key!r} already; nothing was added"
-        elif client.existing:
-            text = f"{len(ids)} tasks, {len(client.existing)} of them had their keys already"
+        elif known:
+            text = f"{len(ids)} tasks, {len(known)} of them had their keys already"
         text += "" if client.is_live else "; no daemon runs: `start` it"
-    data = {"ids": ids} if args.batch else {"id": ids[0], "ids": ids}
-    existing = client.existing if args.batch else bool(client.existing)
-    return emit({**data, "existing": existing}, args, text)
+    if is_batch:
+        return emit({"ids": ids, "existing": known}, args, text)
+    return emit({"id": ids[0], "ids": ids, "existing": bool(known)}, args, text)
 
 
 def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
@@ -8464,13 +8383,6 @@ def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) 
     return status
 
 
-@register("run", *ADD)
-def cmd_run(args: Args) -> int:
-    """Run a task now and show its output; exits with its status. Ctrl-C cancels it."""
-    args.batch, args.wait = False, True
-    return cmd_add(args)
-
-
 @register(
     "list", GROUP,
     arg("--state", dest="in_state", choices=[state.value for state in State]),
@@ -8478,24 +8390,9 @@ def cmd_run(args: Args) -> int:
 )  # fmt: skip
 def cmd_list(args: Args) -> int:
     """List tasks, the newest last."""
-    client = client_of(args)
-    if args.group is not None:
-        known = client.queue()["groups"]
-        if args.group not in known:
-            hint = "groups: " + ", ".join(known)
-            raise DaemonError("UNKNOWN_GROUP", f"there is no group {args.group!r}", hint)
     limit = args.lines or (None if args.json else 100)
-    tasks = client.list(limit, state=args.in_state, group=args.group)
-    emit(tasks, args, task_table(tasks))
-    if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
-        notice(f"these are the newest {limit}; more with -n N")
-    return 0
-
-
-def task_table(tasks: Sequence[Fields]) -> str:
-    """Lay tasks out in columns."""
-    head = ("ID", "STATE", "GROUP", "PRIO", "TRIES", "EXIT", "TIME", "COMMAND")
-    rows: list[tuple[object, ...]] = [head]
+    tasks = client_of(args).list(limit, state=args.in_state, group=args.group)
+    rows: list[tuple[object, ...]] = []
     for task in tasks:
         state, took, words = task["state"], None, task["command"]
         if task["started_at"] and state not in ("queued", "scheduled", "waiting"):
@@ -8505,12 +8402,15 @@ def task_table(tasks: Sequence[Fields]) -> str:
         text = task["label"] or (words if isinstance(words, str) else " ".join(words))
         counts = (task["priority"], task["attempts"], task["exit_code"])
         rows.append((task["id"], state, task["group"], *counts, took, text))
-    return columns(rows)
+    emit(tasks, args, columns("ID STATE GROUP PRIO TRIES EXIT TIME COMMAND", rows))
+    if limit is not None and len(tasks) == limit and not args.json and args.lines is None:
+        notice(f"these are the newest {limit}; more with -n N")
+    return 0
 
 
-def columns(rows: Sequence[Sequence[object]]) -> str:
-    """Lay rows out in columns, None as "-", cut at the terminal's width."""
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+def columns(head: str, rows: Sequence[Sequence[object]]) -> str:
+    """Lay rows out below a head, None as "-", cut at the terminal's width."""
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in [head.split(), *rows]]
     widths = [max(map(len, column)) for column in [*zip(*cells)][:-1]]
     most = width() if sys.stdout.isatty() else 10000
     lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in cells)
@@ -8556,42 +8456,37 @@ def cmd_wait(args: Args) -> int:
     return tell_end(client, ids, status, args)
 
 
-def register_change(verb: str, done: str, problem: str, text: str) -> None:
-    """Register a command that does one verb to tasks; 1 when the state of any forbade it."""
-
-    def change(args: Args) -> int:
-        answer = client_of(args).change(verb, args.ids)
-        emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
-        left = answer.get("left")
-        for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
-            if ids:
-                notice(f"{what}: {', '.join(map(str, ids))}")
-        return 1 if answer["not_done"] or left else 0
-
-    change.__doc__ = text
-    register(verb, IDS)(change)
+RETRY = "Run finished tasks again; what was skipped because of them waits again."
+CHANGES = {  # what it did, what forbade it
+    "cancel": ("cancelled", "finished already"),
+    "retry": ("queued", "not finished, or another task has the key"),
+    "remove": ("removed", "running, cancel first"),
+}
 
 
-ENDS = "Cancel tasks; running ones are ended with all they started."
-AGAIN = "Run finished tasks again; what was skipped because of them waits again."
-register_change("cancel", "cancelled", "finished already", ENDS)
-register_change("retry", "queued", "not finished, or another task has the key", AGAIN)
-register_change("remove", "removed", "running, cancel first", "Forget tasks that do not run.")
+@register("remove", IDS, text="Forget tasks that do not run.")
+@register("retry", IDS, text=RETRY)
+@register("cancel", IDS, text="Cancel tasks; running ones are ended with all they started.")
+def cmd_change(args: Args) -> int:
+    """Do one verb to tasks; 1 when the state of any forbade it."""
+    verb = ALIASES.get(args.verb, args.verb)
+    answer, (done, problem) = client_of(args).change(verb, args.ids), CHANGES[verb]
+    emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
+    left = answer.get("left")
+    for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
+        if ids:
+            notice(f"{what}: {', '.join(map(str, ids))}")
+    return 1 if answer["not_done"] or left else 0
 
 
-@register("pause", GROUP)
+@register("resume", GROUP, text="Start tasks again.")
+@register("pause", GROUP, text="Start nothing more; what runs goes on.")
 def cmd_pause(args: Args) -> int:
-    """Start nothing more; what runs goes on."""
-    answer = client_of(args).pause(args.group)
-    return emit(answer, args, "paused: " + ", ".join(answer["paused"]).replace("*", "everything"))
-
-
-@register("resume", GROUP)
-def cmd_resume(args: Args) -> int:
-    """Start tasks again."""
-    answer = client_of(args).resume(args.group)
-    left = ", ".join(answer["paused"]).replace("*", "everything")
-    return emit(answer, args, f"still paused: {left}" if left else "resumed")
+    """Pause or resume; say what is paused then."""
+    answer = client_of(args).call(args.verb, {"group": args.group})
+    paused = ", ".join(answer["paused"]).replace("*", "everything")
+    still = "still " if args.verb == "resume" else ""
+    return emit(answer, args, f"{still}paused: {paused}" if paused else "resumed")
 
 
 @register("why", arg("id", metavar="ID|PROCESS", help="a task id, or a process"))
@@ -8655,10 +8550,9 @@ def follow_process(client: Client, name: str, lines: int, to_end: bool) -> Itera
         return {one: (binascii.a2b_base64(log["data"]), log["next"]) for one, log in logs.items()}
 
     for found in follow_lines(read, lines, to_end):
-        is_marked = len(instances) > 1
+        mark = "{} | " if len(instances) > 1 else ""
         if found:
-            shown = ((f"{one} | ".encode() if is_marked else b"") + line for one, line in found)
-            yield b"\n".join([*shown, b""])
+            yield b"".join(mark.format(one).encode() + line + b"\n" for one, line in found)
         elif to_end:
             client.outwait()
             threading.Event().wait(STREAM_PAUSE_S)
@@ -8706,7 +8600,8 @@ def cmd_dlq(args: Args) -> int:
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
     if args.action == "show":
         return 0
-    return REGISTRY["retry" if args.action == "retry" else "remove"][0](args)
+    args.verb = "retry" if args.action == "retry" else "remove"
+    return cmd_change(args)
 
 
 @register("config")
@@ -8725,16 +8620,6 @@ def cmd_config(args: Args) -> int:
     if faults:
         raise faults[0]
     return 0
-
-
-@register("doctor")
-def cmd_doctor(args: Args) -> int:
-    """Look for what could go wrong here; 1 when something is."""
-    checks = [*find_faults(client_of(args))]
-    lines = [f"{'ok ' if is_good else 'BAD'} {name}: {text}" for name, is_good, text in checks]
-    data = [{"check": name, "ok": is_good, "text": text} for name, is_good, text in checks]
-    emit(data, args, "\n".join(lines))
-    return 0 if all(is_good for _, is_good, _ in checks) else 1
 
 
 def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
@@ -8760,6 +8645,17 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     yield "daemon", status.exit_status in (0, 3), text
 
 
+@register("doctor")
+def cmd_doctor(args: Args) -> int:
+    """Look for what could go wrong here; 1 when something is."""
+    data, lines = [], []
+    for name, is_good, text in find_faults(client_of(args)):
+        data.append({"check": name, "ok": is_good, "text": text})
+        lines.append(f"{'ok ' if is_good else 'BAD'} {name}: {text}")
+    emit(data, args, "\n".join(lines))
+    return int(not all(one["ok"] for one in data))
+
+
 @register("version")
 def cmd_version(args: Args) -> int:
     """Print the version."""
@@ -8782,9 +8678,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     for names, options in COMMON:
         parser.add_argument(*names, **options)
     commands = parser.add_subparsers(prog="apexd.py", dest="verb", metavar="COMMAND")
-    for name, (handler, arguments) in REGISTRY.items():
+    for name, (handler, text, arguments) in REGISTRY.items():
         if only in (None, name):
-            text = handler.__doc__ or ""
             aliases = [alias for alias, full in ALIASES.items() if full == name]
             sub = commands.add_parser(
                 name, help=text, description=text, aliases=aliases, formatter_class=made_by
@@ -8811,7 +8706,13 @@ def parse(words: list[str]) -> Args:
         near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], 1, 0.5)
         hint = f"did you mean `{near[0]}`?" if near else "see `apexd.py --help`"
         raise DaemonError("UNKNOWN_COMMAND", f"there is no command {name!r}", hint)
-    return build_parser(ALIASES.get(name or "", name)).parse_args(words)
+    args, rest = build_parser(ALIASES.get(name or "", name)).parse_known_args(words)
+    if rest and args.verb in ("stop", "kill") and rest[0].isdigit():
+        hint = f"did you mean `cancel {' '.join(rest)}`?"
+        raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
+    if rest:
+        raise bad(f"unknown arguments: {' '.join(rest)}", f"see `apexd.py {args.verb} --help`")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -8821,34 +8722,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     while null <= 2:  # no file of ours may become standard input, output or error
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
-    told = argparse.Namespace(json=False)
-    if words[:1] == ["_keeper"]:
-        os._exit(_guarded(lambda: run_keeper(*words[1:]), told))
-    if words[:1] == ["_daemon"]:  # what `start` makes
-        os._exit(_guarded(lambda: run_daemon(json.loads(words[1])), told))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by an embedding program
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     own = words[: words.index("--")] if "--" in words else words  # as far as is known yet
-    told = argparse.Namespace(json="--json" in own or "-j" in own)
-
-    def run() -> int:
+    is_json = "--json" in own or "-j" in own
+    try:
+        if words[:1] == ["_keeper"]:
+            return run_keeper(*words[1:])
+        if words[:1] == ["_daemon"]:  # what `start` makes
+            return run_daemon(json.loads(words[1]))
         args = parse(words)
-        told.json = args.json
+        is_json = args.json
         status = int(args.handler(args))
         print(end="", flush=True)
         return status
-
-    return _guarded(run, told)
-
-
-def _guarded(run: Callable[[], int], told: Args) -> int:
-    """Turn whatever a command raises into lines on standard error, JSON or not, and a status."""
-    try:
-        return run()
     except DaemonError as error:
-        if told.json:
+        if is_json:
             print(json.dumps({"error": error.to_dict()}), file=sys.stderr)
         else:
             notice(error.message + (f"\n       {error.hint}" if error.hint else ""))

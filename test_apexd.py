@@ -9196,11 +9196,12 @@ class TestDaemon:
         assert [box.task(task_id)["attempts"] for task_id in ids] == [1, 1]
 
     def test_a_restart_keeps_the_configuration_that_was_named(self, box):
-        """L12"""
+        """L12: also one in the state folder, beside the one that would be found."""
         process = {"command": "exec sleep 1000", "stop_timeout": 0.2}
+        box.config({})
+        places = {"one": box.file("one.json"), "two": os.path.join(box.path, "two.json")}
         names = [
-            write(os.path.join(box.path, f"{name}.json"), json.dumps({"process": {name: process}}))
-            for name in ("one", "two")
+            write(place, json.dumps({"process": {name: process}})) for name, place in places.items()
         ]
         box.start("--config", names[0])
         before = eventually(lambda: box.json("ps")[0]["pid"])
