@@ -3513,17 +3513,67 @@ class Watched:
         self._selector.close()
 
 
-class _Child:
-    """What a keeper knows of a living child."""
+class Wire:
+    """A connection, at times none, that carries frames and never waits for its other end."""
 
-    __slots__ = ("began_mono", "is_swept", "kill_mono", "pid", "run")
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+        self.connection: socket.socket | None = None
+        self._inbox, self.outbox = bytearray(), bytearray()
+
+    def take(self, connection: socket.socket, act: Callable[[], object]) -> None:
+        """Use a connection; `act` is called when something has come."""
+        connection.setblocking(False)
+        self.connection = connection
+        self._watched.add(connection, act)
+
+    def drop(self) -> None:
+        """Close the connection, with all that was on its way."""
+        if self.connection is not None:
+            self._watched.remove(self.connection)
+            self.connection.close()
+        self.connection = None
+        self._inbox, self.outbox = bytearray(), bytearray()
+
+    def send(self, kind: str, **fields: object) -> None:
+        """Put a word into the buffer that `flush` sends."""
+        self.outbox += pack_frame({"type": kind, **fields})
+
+    def flush(self) -> bool:
+        """Send as much as the other end takes now; tell whether something is left."""
+        if self.outbox and self.connection is not None:
+            with contextlib.suppress(OSError):  # `read` gets the end-of-file
+                del self.outbox[: self.connection.send(self.outbox)]
+        return bool(self.outbox)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the words that have come. Raises EOFError, ValueError."""
+        assert self.connection is not None
+        try:
+            data = self.connection.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._inbox += data
+        yield from take_frames(self._inbox)
+        if not data:
+            raise EOFError
+
+
+class _Child:
+    """What a keeper knows of a living child; times are monotonic."""
+
+    __slots__ = ("began_mono", "is_swept", "kill_mono", "pid", "run", "tell_mono")
 
     def __init__(self, run: str, pid: int, is_swept: bool) -> None:
         self.run, self.pid, self.is_swept = run, pid, is_swept
         self.began_mono, self.kill_mono = Clock.mono(), float("inf")
+        self.tell_mono = float("inf")  # when the daemon is told that it runs
 
     def describe(self) -> dict[str, Any]:
         """Return what `hello` and `started` say of it."""
+        self.tell_mono = float("inf")
         age_s = round(Clock.mono() - self.began_mono, 3)
         at = Platform.start_time(self.pid)
         return {"run": self.run, "pid": self.pid, "at": at, "age_s": age_s}
@@ -3539,24 +3589,19 @@ class Keeper:
         self._path = os.path.join(folder, "run", "keeper-" + name)
         self._children: dict[int, _Child] = {}  # by PID
         self._runs: dict[str, _Child] = {}
-        self._fresh: dict[str, float] = {}  # runs that are to be told as started, and when
         self._ended: dict[str, dict[str, Any]] = {}  # results, until they are forgotten
-        self._written: set[str] = set()  # of these, those that the file has
+        self._unwritten: dict[str, dict[str, Any]] = {}  # of these, those not in the file
         self._untold: deque[dict[str, Any]] = deque()  # words for the daemon that is connected
-        self._inbox, self._outbox = bytearray(), bytearray()
-        self._daemon: socket.socket | None = None
         self._is_wanted = True  # until `quit`, or a hang-up, or no daemon came
-        self._is_terminated = self._has_lost = False
+        self._is_terminated = False
+        self._is_broken = False  # the file cannot be written
         self._patience_mono = Clock.mono() + KEEPER_PATIENCE_S
         self._watched = Watched()
+        self._daemon = Wire(self._watched)
         self._listener, self._endpoint = Platform.listen(self._path + ".sock")
         self._listener.setblocking(False)
         self._watched.add(self._listener, self._meet)
         self._fd = self._make_file()
-        self._acts: dict[str, Callable[[dict[str, Any]], None]] = {
-            "start": self._start, "signal": self._signal, "end": self._end,
-            "forget": self._forget, "quit": self._quit,
-        }  # fmt: skip
 
     def _make_file(self) -> int:
         """Make the file, and lock it for life."""
@@ -3567,43 +3612,34 @@ class Keeper:
         os.write(fd, json.dumps({**head, **self._endpoint}).encode() + b"\n")
         return fd
 
-    def run(self) -> int:
-        """Serve until nobody needs it; return the exit status."""
-        self._take_signals()
-        while self._is_needed() or self._find_unwritten():
+    def run(self) -> None:
+        """Serve until nobody needs it."""
+        signal.set_wakeup_fd(self._watched.waker.fileno(), warn_on_full_buffer=False)
+        for name in Platform.SIGNALS:  # none is ignored, or children would ignore it, too
+            signal.signal(getattr(signal, name), self._note_signal)
+        while self._is_needed() or (self._unwritten and not self._is_broken):
             self._watched.wait(self._next_wake_s())
             for pid, how in Platform.reap(self._sweep):
                 self._note_end(pid, how)
-            self._kill_late()
-            self._tell_started()
+            self._act_on_time()
             self._write()
             self._tell()
         self._leave()
-        return 0
 
-    def _take_signals(self) -> None:
-        """Let signals wake the loop; none is ignored, or children would ignore it, too."""
-
-        def note(number: int, _: object) -> None:
-            self._is_terminated |= number == signal.SIGTERM
-
-        signal.set_wakeup_fd(self._watched.waker.fileno(), warn_on_full_buffer=False)
-        for name in Platform.SIGNALS:
-            signal.signal(getattr(signal, name), note)
+    def _note_signal(self, number: int, _: object) -> None:
+        self._is_terminated |= number == signal.SIGTERM
 
     def _next_wake_s(self) -> float:
-        times = [child.kill_mono for child in self._children.values()] + [*self._fresh.values()]
-        if self._daemon is None:
-            times.append(Clock.mono() + 1.0 if self._find_unwritten() else self._patience_mono)
+        children = self._children.values()
+        times = [time for child in children for time in (child.kill_mono, child.tell_mono)]
+        if self._daemon.connection is None:
+            times.append(Clock.mono() + 1.0 if self._unwritten else self._patience_mono)
         return max(min(times, default=float("inf")) - Clock.mono(), 0.0)
 
     def _is_needed(self) -> bool:
-        if self._daemon is None and Clock.mono() >= self._patience_mono:
+        if self._daemon.connection is None and Clock.mono() >= self._patience_mono:
             self._is_wanted = False
         return bool(self._children) or (self._is_wanted and not self._is_terminated)
-
-    def _find_unwritten(self) -> list[dict[str, Any]]:
-        return [word for run, word in self._ended.items() if run not in self._written]
 
     def _meet(self) -> bool:
         """Take the next daemon in the place of the former one, and greet it, if there is one."""
@@ -3619,32 +3655,21 @@ class Keeper:
         with contextlib.suppress(OSError):
             shown = peer.recv(len(token), socket.MSG_WAITALL).decode("ascii", "replace")
             if shown == token and Platform.peer_uid(peer) in (None, 0):
-                self._drop_daemon()
-                peer.setblocking(False)
-                self._daemon, self._is_wanted = peer, True
-                self._patience_mono = float("inf")
-                self._watched.add(peer, self._read)
+                self._daemon.drop()
+                self._daemon.take(peer, self._read)
+                self._is_wanted, self._patience_mono = True, float("inf")
                 info = os.fstat(self._fd)
                 runs = [child.describe() for child in self._children.values()]
                 hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid()}
                 hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
-                self._untold.extend((hello, *self._ended.values()))
+                self._untold = deque((hello, *self._ended.values()))
                 return True
         peer.close()
         return False
 
-    def _drop_daemon(self) -> None:
-        if self._daemon is not None:
-            self._watched.remove(self._daemon)
-            self._daemon.close()
-        self._daemon = None
-        self._inbox, self._outbox = bytearray(), bytearray()
-        self._untold.clear()
-        self._fresh.clear()
-
     def _hang_up(self) -> None:
         """Go on without a daemon: what was not forgotten goes to the file."""
-        self._drop_daemon()
+        self._daemon.drop()
         self._is_wanted = False
         if os.fstat(self._fd).st_nlink == 0:  # the project was removed
             for child in self._children.values():
@@ -3652,26 +3677,32 @@ class Keeper:
             self._is_terminated = True
 
     def _read(self) -> None:
-        if self._daemon is None or self._meet():  # what a former daemon sent is dropped
+        if self._daemon.connection is None or self._meet():  # what the former one sent is dropped
             return
         try:
-            data = self._daemon.recv(1 << 18)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self._inbox += data
-        try:
-            for word in take_frames(self._inbox):
-                if word["type"] in self._acts:
-                    self._acts[word["type"]](word)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            data = b""  # not our protocol
-        if not data:
+            for word in self._daemon.read():
+                self._obey(word)
+        except (EOFError, ValueError, TypeError, KeyError, AttributeError):  # or not our protocol
             self._hang_up()
 
-    def _start(self, word: dict[str, Any]) -> None:
-        run = str(word["run"])
+    def _obey(self, word: dict[str, Any]) -> None:
+        kind, child = word["type"], self._runs.get(word.get("run", ""))
+        if kind == "start":
+            self._start(str(word["run"]), word)
+        elif kind == "signal" and child is not None:
+            Platform.send(child.pid, int(word["number"]))
+        elif kind == "end" and child is not None:
+            child.is_swept = True
+            child.kill_mono = min(child.kill_mono, Clock.mono() + float(word["grace"]))
+            Platform.signal_group(child.pid, int(word["number"]))
+        elif kind == "forget":
+            for run in word["runs"]:
+                self._ended.pop(run, None)
+                self._unwritten.pop(run, None)
+        elif kind == "quit":
+            self._is_wanted = False
+
+    def _start(self, run: str, word: dict[str, Any]) -> None:
         failpoint("read")
         if run in self._ended:
             self._untold.append(self._ended[run])
@@ -3681,10 +3712,13 @@ class Keeper:
                 raise OSError(errno.EAGAIN, "the keeper was told to end", "keeper")
             child = self._runs.get(run) or self._spawn(run, word)
         except (OSError, ValueError) as error:
-            self._note_failure(run, error, str(word["argv"][0]))
+            number = getattr(error, "errno", None) or errno.EINVAL
+            text = getattr(error, "strerror", None) or str(error)
+            what = str(getattr(error, "filename", None) or word["argv"][0])
+            self._note({"type": "failed", "run": run, "errno": number, "what": what, "text": text})
             return
         self._children[child.pid] = self._runs[run] = child
-        self._fresh[run] = Clock.mono() + STARTED_S
+        child.tell_mono = Clock.mono() + STARTED_S
 
     def _spawn(self, run: str, word: dict[str, Any]) -> _Child:
         path = str(word["log"])
@@ -3702,33 +3736,6 @@ class Keeper:
         failpoint("spawn")
         return _Child(run, pid, bool(word.get("sweep")))
 
-    def _note_failure(self, run: str, error: Exception, what: str) -> None:
-        number = getattr(error, "errno", None) or errno.EINVAL
-        text = getattr(error, "strerror", None) or str(error)
-        what = getattr(error, "filename", None) or what
-        word = {"type": "failed", "run": run, "errno": number, "what": str(what), "text": text}
-        self._ended[run] = word
-        self._untold.append(word)
-
-    def _signal(self, word: dict[str, Any]) -> None:
-        if word["run"] in self._runs:
-            Platform.send(self._runs[word["run"]].pid, int(word["number"]))
-
-    def _end(self, word: dict[str, Any]) -> None:
-        child = self._runs.get(word["run"])
-        if child is not None:
-            child.is_swept = True
-            child.kill_mono = min(child.kill_mono, Clock.mono() + float(word["grace"]))
-            Platform.signal_group(child.pid, int(word["number"]))
-
-    def _forget(self, word: dict[str, Any]) -> None:
-        for run in word["runs"]:
-            self._ended.pop(run, None)
-            self._written.discard(run)
-
-    def _quit(self, word: dict[str, Any]) -> None:
-        self._is_wanted = False
-
     def _sweep(self, pid: int) -> None:
         """End a child's group while its dead leader still holds the number."""
         if pid in self._children and self._children[pid].is_swept:
@@ -3744,70 +3751,60 @@ class Keeper:
         word["ran_s"] = round(Clock.mono() - child.began_mono, 6)
         if self._is_terminated and "signal" in how:
             word["interrupted"] = True
-        self._ended[child.run] = word
-        self._untold.append(word)
+        self._note(word)
 
-    def _kill_late(self) -> None:
+    def _note(self, result: dict[str, Any]) -> None:
+        self._ended[result["run"]] = self._unwritten[result["run"]] = result
+        self._untold.append(result)
+
+    def _act_on_time(self) -> None:
+        """KILL what is late; tell of what started a moment ago: of the rest the end is enough."""
         now = Clock.mono()
         for child in self._children.values():
+            if now >= child.tell_mono:
+                self._untold.append({"type": "started", **child.describe()})
             if now >= child.kill_mono:
                 child.kill_mono = now + 1.0
                 Platform.signal_group(child.pid, Platform.kill)
 
-    def _tell_started(self) -> None:
-        """Tell of what was started a moment ago and lives: the end of the rest is enough."""
-        now = Clock.mono()
-        for run, due_mono in list(self._fresh.items()):
-            if run in self._runs and due_mono > now:
-                break
-            del self._fresh[run]
-            if run in self._runs:
-                self._untold.append({"type": "started", **self._runs[run].describe()})
-
     def _write(self) -> None:
-        """Append the results that no daemon hears; a torn line must not swallow the next."""
-        if self._daemon is not None and self._is_needed():
-            return
+        """Append the results that no daemon hears."""
+        if self._daemon.connection is None or not self._is_needed():
+            while self._unwritten and self._append(next(iter(self._unwritten.values()))):
+                del self._unwritten[next(iter(self._unwritten))]
+
+    def _append(self, word: Mapping[str, Any]) -> bool:
+        """Append a line, that a torn one cannot swallow. False: not yet, or (broken) never."""
+        line = f"\n{json.dumps(word)}\n".encode()
         try:
-            for word in self._find_unwritten():
-                line = f"\n{json.dumps(word)}\n".encode()
-                if os.write(self._fd, line) < len(line):
-                    return
-                self._written.add(word["run"])
+            if word["type"] == "left":
+                os.fsync(self._fd)
+            self._is_broken = False
+            return os.write(self._fd, line) == len(line)
         except OSError as error:  # a full disk: tried again each second
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # for good: it is lost
-                self._ended.clear()
-                self._has_lost = True
+            self._is_broken = error.errno not in (errno.ENOSPC, errno.EDQUOT)
+            return False
 
     def _tell(self) -> None:
         """Send what there is to tell, as far as the daemon takes it."""
-        if self._daemon is None:
+        wire = self._daemon
+        if wire.connection is None:
             self._untold.clear()
             return
-        try:
-            while self._untold or self._outbox:
-                while self._untold and len(self._outbox) < KEEPER_BUFFER_BYTES:
-                    self._outbox += pack_frame(self._untold.popleft())
-                del self._outbox[: self._daemon.send(self._outbox)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._hang_up()
-            return
-        self._watched.expect(self._daemon, bool(self._outbox))
+        is_full = wire.flush()
+        while self._untold and not is_full:
+            while self._untold and len(wire.outbox) < KEEPER_BUFFER_BYTES:
+                wire.outbox += pack_frame(self._untold.popleft())
+            is_full = wire.flush()
+        self._watched.expect(wire.connection, is_full)
 
     def _leave(self) -> None:
         """Say that all results are in the file; then let go of it."""
         with contextlib.suppress(OSError):
             os.unlink(self._path + ".sock")
-        while os.fstat(self._fd).st_nlink and not self._has_lost:
-            try:
-                os.fsync(self._fd)
-                os.write(self._fd, b'\n{"type": "left"}\n')
+        while os.fstat(self._fd).st_nlink and not self._is_broken:
+            if self._append({"type": "left"}):
                 return
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    return
             threading.Event().wait(1.0)
 
 
@@ -3817,7 +3814,7 @@ def run_keeper(folder: str, name: str) -> int:
     os.chdir(folder)
     reset_signals()
     try:
-        return Keeper(folder, name).run()
+        Keeper(folder, name).run()
     except Exception:  # this process's top frame
         import traceback
 
@@ -3825,6 +3822,7 @@ def run_keeper(folder: str, name: str) -> int:
         with open(open_file(os.path.join(folder, "daemon.log"), flags), "a") as file:
             file.write(f"keeper {name}: {traceback.format_exc()}")
         return CODES["INTERNAL"][0]
+    return 0
 
 
 def spawn_keeper(folder: str, name: str) -> Any:
@@ -3864,27 +3862,76 @@ class Ward(Value):
     log_path: str
     is_process: bool  # nothing of it may outlive its command
     is_suspect: int  # its keeper is its own
-    tell: Callable[[str, Begun | Result], None]
+    tell: Callable[[Begun | Result], None]
     pid: int | None
     start_time: str | None
     ending: tuple[int, float] | None  # signal, monotonic time of the KILL
     result: Result | None  # told, while what is left of it is ended
     sweep_mono: float  # the next look for what is left of it
     since_mono: float  # the first one
-    pause_s: float | None  # between two
 
 
-class _Link:
+def sweep(wards: dict[str, Ward], folder: str) -> Iterator[Ward]:
+    """KILL what is left of ended runs that are due; remove and yield those nothing is left of.
+
+    One with a status counts, late, though something that is hidden holds its log.
+    """
+    now = Clock.mono()
+    due = [ward for ward in wards.values() if ward.sweep_mono <= now]
+    if not due:
+        return
+    found, is_sure = Platform.find_runs({ward.run_id: ward.user for ward in due}, folder)
+    living = {run_id for run_id, _ in found}
+    for run_id, pid in found:
+        Platform.kill_run(pid, run_id)
+    for ward in due:
+        has_status = ward.result is not None and ward.result.exit_code is not None
+        if not has_status and is_leader_alive(ward, folder):
+            Platform.signal_group(ward.pid or 0, Platform.kill)
+            living.add(ward.run_id)
+        took_s = now - ward.since_mono
+        is_empty = is_sure and ward.run_id not in living and is_unlocked(ward.log_path)
+        if is_empty or (has_status and took_s > SWEEP_MAX_S):
+            del wards[ward.run_id]
+            yield ward
+            continue
+        next_mono = now + min(max(took_s, SWEEP_PAUSE_S), 1.0)  # twice as long after the first
+        if ward.sweep_mono < ward.since_mono + 0.5 <= next_mono:  # once
+            log.warning("waiting for what is left of run %s", ward.run_id)
+        ward.sweep_mono = next_mono
+
+
+def is_leader_alive(ward: Ward, folder: str) -> bool:
+    """Tell whether the command of a lost run lives.
+
+    Its PID was not used again, and it is not that of another project, which this one is a
+    copy of.
+    """
+    pid, is_known = ward.pid or 0, ward.pid and ward.start_time
+    present = Platform.boot_id(), Platform.start_time(pid)
+    if not is_known or (ward.boot_id, ward.start_time) != present:
+        return False
+    theirs = Platform.environment_of(pid).get("APEX_STATE_DIR", folder)
+    return theirs == folder or not os.path.isdir(theirs)
+
+
+class _Link(Wire):
     """The way to one keeper: starting -> reached -> greeted; again, or gone."""
 
-    def __init__(self, name: str, path: str, process: Any = None, is_private: bool = False) -> None:
-        self.name, self.path, self.process, self.is_private = name, path, process, is_private
+    def __init__(self, watched: Watched, path: str, process: Any, is_private: bool) -> None:
+        super().__init__(watched)
+        self.path, self.process, self.is_private = path, process, is_private
+        self.name = path.rpartition("-")[2]
         self.pid, self.file_id = 0, [0, 0]
-        self.connection: socket.socket | None = None
-        self.is_greeted = self.is_foreign = self.is_quitting = False
+        self.is_foreign = self.is_quitting = False
+        self.drop()
+
+    def drop(self) -> None:
+        """Close the connection; the keeper is to be reached anew, or has gone."""
+        super().drop()
+        self.is_greeted = False
         self.asked_mono: float | None = Clock.mono()  # since when it owes an answer
-        self.retry_mono, self.pause_s = 0.0, 0.002
-        self.inbox, self.outbox = bytearray(), bytearray()
+        self.retry_mono = 0.0
 
     def is_silent(self) -> bool:
         """Tell whether it has owed an answer for too long."""
@@ -3894,10 +3941,11 @@ class _Link:
         """Tell whether it is there, for everybody, and answers."""
         return self.is_greeted and not (self.is_private or self.is_quitting or self.is_silent())
 
-    def reach(self) -> bytes | None:
+    def reach(self, act: Callable[[], object]) -> bytes | None:
         """Try to connect; None: perhaps later, else it has gone and this is what its file says."""
-        self.retry_mono = Clock.mono() + self.pause_s
-        self.pause_s = min(self.pause_s * 1.2, 1.0)
+        now = Clock.mono()
+        waited_s = now - (self.asked_mono or now)
+        self.retry_mono = now + min(max(waited_s / 5, 0.002), 1.0)
         is_ended = self.process is None or self.process.poll() is not None
         try:
             fd = os.open(self.path, os.O_RDONLY | _O_SAFE)
@@ -3912,112 +3960,20 @@ class _Link:
                 head = json.loads(file.readline(4096))
                 self.is_foreign |= head["keeper"] != KEEPER_PROTOCOL
                 if self.is_foreign:  # it ends by itself: look for its lock
-                    self.retry_mono, self.asked_mono = Clock.mono() + 1.0, None
+                    self.retry_mono, self.asked_mono = now + 1.0, None
                 else:
-                    folder = os.path.dirname(self.path)
-                    self.connection = Platform.connect(folder, head, 1.0)
-                    self.connection.sendall(head.get("token", "").encode())
-                    self.connection.setblocking(False)
-                    self.asked_mono = self.asked_mono or Clock.mono()
+                    connection = Platform.connect(os.path.dirname(self.path), head, 1.0)
+                    connection.sendall(head.get("token", "").encode())
+                    self.take(connection, act)
+                    self.asked_mono = self.asked_mono or now
         return None
-
-    def send(self, kind: str, **fields: object) -> None:
-        """Put a word into the buffer that `flush` sends."""
-        self.outbox += pack_frame({"type": kind, **fields})
-
-    def flush(self) -> None:
-        """Send what there is to send, as far as the keeper takes it now."""
-        if self.outbox and self.connection is not None:
-            with contextlib.suppress(OSError):  # `read` gets the end-of-file
-                del self.outbox[: self.connection.send(self.outbox)]
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the words that have come. Raises EOFError, ValueError."""
-        assert self.connection is not None
-        try:
-            data = self.connection.recv(1 << 18)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self.asked_mono = None
-        self.inbox += data
-        yield from take_frames(self.inbox)
-        if not data:
-            raise EOFError
-
-    def drop(self) -> None:
-        """Close the connection; the keeper is to be reached anew, or has gone."""
-        if self.connection is not None:
-            self.connection.close()
-        self.connection, self.is_greeted = None, False
-        self.inbox, self.outbox = bytearray(), bytearray()
-        self.retry_mono, self.pause_s, self.asked_mono = 0.0, 0.002, Clock.mono()
-
-
-class _Sweeper:
-    """Ends what is left of runs whose leader has ended; never waits for it."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._wards: dict[str, Ward] = {}
-
-    def add(self, ward: Ward) -> None:
-        """Begin with a run, that is looked at by the next `look`."""
-        ward.sweep_mono = ward.since_mono = Clock.mono()
-        ward.pause_s = SWEEP_PAUSE_S
-        self._wards[ward.run_id] = ward
-
-    def due(self) -> float:
-        """Return when there is something to be done (monotonic)."""
-        return min((ward.sweep_mono for ward in self._wards.values()), default=float("inf"))
-
-    def look(self) -> Iterator[Ward]:
-        """KILL what is found of the runs that are due; yield those of which nothing is left.
-
-        One with a status counts, late, though something that is hidden holds its log.
-        """
-        now = Clock.mono()
-        due = [ward for ward in self._wards.values() if ward.sweep_mono <= now]
-        if not due:
-            return
-        users = {ward.run_id: ward.user for ward in due}
-        found, is_sure = Platform.find_runs(users, self._folder)
-        living = {run_id for run_id, _ in found}
-        for run_id, pid in found:
-            Platform.kill_run(pid, run_id)
-        for ward in due:
-            if self._is_leader_alive(ward):
-                Platform.signal_group(ward.pid or 0, Platform.kill)
-                living.add(ward.run_id)
-            is_late = now - ward.since_mono > SWEEP_MAX_S
-            is_empty = is_sure and ward.run_id not in living and is_unlocked(ward.log_path)
-            has_status = ward.result is not None and ward.result.exit_code is not None
-            if is_empty or (is_late and has_status):
-                del self._wards[ward.run_id]
-                yield ward
-                continue
-            if 0.5 < (ward.pause_s or 0.0) < 1.0:  # once
-                log.warning("waiting for what is left of run %s", ward.run_id)
-            ward.pause_s = min(2 * (ward.pause_s or 0.0), 1.0)
-            ward.sweep_mono = now + ward.pause_s
-
-    def _is_leader_alive(self, ward: Ward) -> bool:
-        """Tell whether the command of a lost run lives.
-
-        Its PID was not used again, and it is not that of another project, which this one is a
-        copy of.
-        """
-        is_lost = ward.result is not None and ward.result.exit_code is None
-        is_known = ward.pid and ward.start_time and ward.boot_id == Platform.boot_id()
-        if not is_lost or not is_known or Platform.start_time(ward.pid or 0) != ward.start_time:
-            return False
-        folder = Platform.environment_of(ward.pid or 0).get("APEX_STATE_DIR", self._folder)
-        return folder == self._folder or not os.path.isdir(folder)
 
 
 class _Roster:
     """The keepers that there are: found, started, connected to, gone. Keepers says what then."""
+
+    _take: Callable[[_Link, dict[str, Any]], None]
+    _conclude: Callable[[str | None, Mapping[str, Result], bool], None]
 
     def __init__(self, folder: str, is_starter: bool) -> None:
         self._folder = os.path.abspath(folder)
@@ -4026,24 +3982,16 @@ class _Roster:
         self._is_open = False
         self._is_starter = is_starter  # else nothing new is to be run
         self._next_spawn = 0.0  # monotonic
+        self._spawned: set[str] = set()  # the names of those started here
         self._obstacle = "it is being started"  # why no keeper stands
         self.watched = Watched()
         self.wake = self.watched.wake  # makes `look` return
 
-    def _take(self, link: _Link, word: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
-        raise NotImplementedError
-
-    def _find(self) -> None:
-        for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
-            match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
-            if match:
-                self._links.setdefault(match[1], _Link(match[1], self._path(match[1])))
-
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, "run", "keeper-" + name)
+
+    def _add(self, name: str, process: Any = None, is_private: bool = False) -> None:
+        self._links[name] = _Link(self.watched, self._path(name), process, is_private)
 
     def standing(self) -> str | None:
         """Return the name of the keeper that takes starts; None: none does now."""
@@ -4069,8 +4017,7 @@ class _Roster:
         """Send what there is to send, as far as the keepers take it now."""
         with self._lock:
             for link in self._links.values():
-                link.flush()
-                if link.outbox:
+                if link.flush():
                     self.wake()  # `look` waits until it can go on
 
     def _tend(self) -> float:
@@ -4097,17 +4044,15 @@ class _Roster:
         """Start a keeper; it is reached when its file is there."""
         self._next_spawn, name = Clock.mono() + 1.0, os.urandom(8).hex()
         try:
-            process = spawn_keeper(self._folder, name)
-            self._links[name] = _Link(name, self._path(name), process, is_private)
+            self._add(name, spawn_keeper(self._folder, name), is_private)
+            self._spawned.add(name)
         except OSError as error:
             self._obstacle = f"no keeper can be started: {error.strerror}"
             log.error("%s", self._obstacle)
 
     def _reach(self, link: _Link) -> None:
         """Connect to a keeper, or find that it has gone and conclude on its runs."""
-        text = link.reach()
-        if link.connection is not None:
-            self.watched.add(link.connection, functools.partial(self._read, link))
+        text = link.reach(functools.partial(self._read, link))
         if text is None:
             return
         del self._links[link.name]
@@ -4119,11 +4064,6 @@ class _Roster:
             log.warning("the keeper (PID %d) was killed: what it had is ended, and lost", link.pid)
         self._conclude(link.name, results, has_left)
 
-    def _hang_up(self, link: _Link) -> None:
-        if link.connection is not None:
-            self.watched.remove(link.connection)
-        link.drop()
-
     def _read(self, link: _Link) -> None:
         """Take what a keeper tells; called by `look`."""
         with self._lock:
@@ -4131,13 +4071,14 @@ class _Roster:
                 return
             try:
                 for word in link.read():
+                    link.asked_mono = None
                     self._take(link, word)
                 link.flush()
             except (EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
                 if not isinstance(error, EOFError):
                     log.error("the keeper %s is not understood: %s", link.name, error)
                     link.is_foreign = True
-                self._hang_up(link)
+                link.drop()
 
 
 class Keepers(_Roster):
@@ -4150,11 +4091,9 @@ class Keepers(_Roster):
     def __init__(self, folder: str, is_starter: bool = True) -> None:
         super().__init__(folder, is_starter)
         self._wards: dict[str, Ward] = {}  # by run id, until it is forgotten
-        self._sweeper = _Sweeper(self._folder)
-        self._told: list[tuple[Ward, Begun | Result]] = []
+        self._swept: dict[str, Ward] = {}  # of these, those whose leader has ended
+        self._calls: list[Callable[[], None]] = []  # that `look` is to make
         self._kinds = {"?"}  # of whom all wards are known: "0" tasks, "a" processes, "?" probes
-        self._ours_alone: set[str] = set()  # keepers that had nothing of other kinds
-        self._has_news = False  # `on_standing` is to be called
         self.on_standing: Callable[[], None] = lambda: None  # called with no lock held
 
     def adopt(self, ward: Ward) -> None:
@@ -4167,10 +4106,13 @@ class Keepers(_Roster):
         with self._lock:
             self._is_open = True
             self._kinds.add(kind)
-            self._find()
+            for entry in sorted(os.listdir(os.path.join(self._folder, "run"))):
+                match = re.fullmatch("keeper-([0-9a-f]{16})", entry)
+                if match and match[1] not in self._links:
+                    self._add(match[1])
             for link in self._links.values():
                 if link.is_greeted:  # it has told of this kind before: once more
-                    self._hang_up(link)
+                    link.drop()
             for ward in self._wards.values():
                 if ward.is_suspect and ward.keeper in self._links:
                     self._links[ward.keeper].is_private = True
@@ -4178,13 +4120,14 @@ class Keepers(_Roster):
                 self._conclude(name, {}, False)  # its file is gone, and so is it
             self._tend()
 
-    def find_private(self) -> str | None:
-        """Return a keeper that has no child and gets one alone; None: not now."""
+    def find_keeper(self, is_suspect: bool) -> str | None:
+        """Return who takes a start now, None: nobody; a suspect's has no child but this."""
+        if not is_suspect:
+            return self.standing()
         with self._lock:
             private = [link for link in self._links.values() if link.is_private]
-            taken = {ward.keeper for ward in self._wards.values()}
             for link in private:
-                if link.is_greeted and not link.is_quitting and link.name not in taken:
+                if link.is_greeted and not link.is_quitting and not self._has_wards(link.name):
                     return link.name
             if len(private) < PRIVATE_KEEPERS_MAX and all(link.is_greeted for link in private):
                 self._spawn(is_private=True)
@@ -4238,17 +4181,13 @@ class Keepers(_Roster):
     def forget(self, run_ids: Iterable[str]) -> None:
         """Let go of runs whose results are on disk."""
         with self._lock:
-            by_keeper: dict[str, list[str]] = {}
-            for run_id in run_ids:
-                ward = self._wards.pop(run_id, None)
-                if ward is not None and ward.keeper is not None:
-                    by_keeper.setdefault(ward.keeper, []).append(run_id)
-            for name, runs in by_keeper.items():
+            gone = [self._wards.pop(run_id) for run_id in run_ids if run_id in self._wards]
+            for name in {ward.keeper or "" for ward in gone}:
                 link = self._links.get(name)
                 if link is None:
                     self._remove(name)
                 elif link.is_greeted:
-                    link.send("forget", runs=runs)
+                    link.send("forget", runs=[x.run_id for x in gone if x.keeper == name])
                     if link.is_private and not self._has_wards(name):
                         link.is_quitting = True
                         link.send("quit")
@@ -4268,7 +4207,7 @@ class Keepers(_Roster):
         with self._lock:
             ward = self._wards.get(run_id)
             link = self._links.get(ward.keeper or "") if ward is not None else None
-            if ward is not None and ward.result is not None and (ward.pause_s or 0.0) > 0.1:
+            if run_id in self._swept and Clock.mono() - self._swept[run_id].since_mono > 0.1:
                 return "something that it started still lives"
             is_silent = link is not None and link.is_silent()
             return f"its keeper (PID {link.pid}) does not answer" if link and is_silent else ""
@@ -4276,40 +4215,42 @@ class Keepers(_Roster):
     def look(self, timeout_s: float) -> None:
         """Read what keepers tell, and do what is due; return when something happened."""
         with self._lock:
-            due_s = min(self._tend(), self._sweeper.due() - Clock.mono(), timeout_s)
-        self.watched.wait(0.0 if self._told else max(due_s, 0.0))
+            sweep_mono = min((ward.sweep_mono for ward in self._swept.values()), default=1e300)
+            due_s = min(self._tend(), sweep_mono - Clock.mono(), timeout_s)
+        self.watched.wait(0.0 if self._calls else max(due_s, 0.0))
         with self._lock:
-            self._told += [(ward, ward.result) for ward in self._sweeper.look() if ward.result]
-            told, self._told = self._told, []
-            has_news, self._has_news = self._has_news, False
-        if has_news:
-            self.on_standing()
-        for ward, what in told:
-            ward.tell(ward.run_id, what)
+            for ward in sweep(self._swept, self._folder):
+                self._tell(ward, ward.result or Result())
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+    def _tell(self, ward: Ward, what: Begun | Result) -> None:
+        self._calls.append(functools.partial(ward.tell, what))
 
     def _conclude(self, name: str | None, results: Mapping[str, Result], has_left: bool) -> None:
         """Settle all runs of a keeper that has gone; its file goes with the last of them."""
         rest = Result(never_ran=True) if has_left else Result()
-        for ward in [ward for ward in self._wards.values() if ward.keeper == name]:
-            if ward.result is None:
+        for ward in self._wards.values():
+            if ward.keeper == name and ward.result is None:
                 self._settle(ward, results.get(ward.run_id, rest))
         if name is not None:
-            if has_left and {self._kind(run_id) for run_id in results} <= self._kinds:
-                self._ours_alone.add(name)
             self._remove(name)
         else:
             log.warning("what an older apexd left running is ended, then run again")
 
     def _remove(self, name: str) -> None:
-        """Remove the file of a keeper that has gone, once it told all to those it concerns."""
-        is_ours = name in self._ours_alone or self._kinds >= {"0", "a"}
+        """Remove the file of a keeper that has gone, once it told all to those it concerns.
+
+        Others' tasks or processes may yet ask whether they ever began.
+        """
+        is_ours = name in self._spawned or self._kinds >= {"0", "a"}
         if is_ours and not self._has_wards(name):
             for path in (self._path(name), self._path(name) + ".sock"):
                 with contextlib.suppress(OSError):
                     insist(os.unlink, path)
 
     def _take(self, link: _Link, word: dict[str, Any]) -> None:
-        """Act on one word of a keeper's."""
         kind, run_id = word["type"], str(word.get("run"))
         ward = self._wards.get(run_id)
         if kind == "hello":
@@ -4341,16 +4282,16 @@ class Keepers(_Roster):
             elif self._kind(run_id) in self._kinds:  # nobody knows it any more
                 link.send("end", run=run_id, number=int(Platform.kill), grace=0.0)
         known = {*runs, *word["ended"]}
-        for ward in [ward for ward in self._wards.values() if ward.keeper == link.name]:
-            if ward.result is None and ward.run_id not in known:
+        for ward in self._wards.values():
+            if ward.keeper == link.name and ward.result is None and ward.run_id not in known:
                 self._settle(ward, Result(never_ran=True))
-        self._has_news = True
+        self._calls.append(self.on_standing)
 
     def _begin(self, ward: Ward, told: Mapping[str, Any], is_adopted: bool) -> None:
         ward.pid, ward.start_time = int(told["pid"]), told["at"]
         age_s = float(told.get("age_s", 0.0))
         begun = Begun(pid=ward.pid, start_time=told["at"], age_s=age_s, is_adopted=is_adopted)
-        self._told.append((ward, begun))
+        self._tell(ward, begun)
 
     def _settle(self, ward: Ward, result: Result) -> None:
         """A run has come to its end: tell it, at once or when nothing of it is left."""
@@ -4358,9 +4299,10 @@ class Keepers(_Roster):
         is_clean = result.exit_code == 0 and not ward.is_process and ward.ending is None
         never_ran = result.never_ran or (result.reason is not None and ward.pid is None)
         if is_clean or never_ran or ward.run_id.startswith("?"):
-            self._told.append((ward, result))
+            self._tell(ward, result)
         else:
-            self._sweeper.add(ward)
+            ward.sweep_mono = ward.since_mono = Clock.mono()
+            self._swept[ward.run_id] = ward
 
     def close(self, is_over: bool) -> None:
         """Hang up; is_over: nothing runs any more, so have the keepers leave, and see them go."""
@@ -4426,15 +4368,12 @@ def log_reason(path: str, reason: str) -> None:
 
 def make_limits(options: Any) -> dict[str, Any]:
     """Return what `start` says of limits: a section with memory_mb, cpu_seconds and the like."""
-    limits = {}
-    if options.memory_mb:
-        limits["RLIMIT_AS"] = [options.memory_mb << 20] * 2
-    if options.cpu_seconds:  # XCPU first, KILL a second later
-        limits["RLIMIT_CPU"] = [options.cpu_seconds, options.cpu_seconds + 1]
-    if options.open_files:
-        limits["RLIMIT_NOFILE"] = [options.open_files] * 2
-    if options.processes:
-        limits["RLIMIT_NPROC"] = [options.processes] * 2
+    asked = {
+        "RLIMIT_AS": (options.memory_mb or 0) << 20, "RLIMIT_CPU": options.cpu_seconds,
+        "RLIMIT_NOFILE": options.open_files, "RLIMIT_NPROC": options.processes,
+    }  # fmt: skip
+    # The processor time: XCPU first, KILL a second later.
+    limits = {name: [n, n + (name == "RLIMIT_CPU")] for name, n in asked.items() if n}
     return {"limits": limits, "nice": options.nice} if limits or options.nice else {}
 
 
@@ -4446,20 +4385,36 @@ def make_limits(options: Any) -> dict[str, Any]:
 # ============================================================================
 
 
-class _Run(Value):
-    """A running attempt as the runner sees it; times are monotonic, never: infinity."""
+class _Run:
+    """A running attempt as the runner sees it."""
 
-    task: Task
-    ward: Ward
-    deadline_mono: float  # its timeout
-    is_ending: bool
-    is_known: bool  # its keeper says that it lives
-    is_told: bool  # its result waits to be recorded
-    log: LogWatch
+    def __init__(
+        self, task: Task, store: TaskStore, tell: Callable[[_Run, Begun | Result], None]
+    ) -> None:
+        self.task = task
+        self.log = LogWatch(log_path(store.folder, task.id, task.attempts))
+        self.ward = Ward(
+            run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
+            log_path=self.log.path, is_process=False, is_suspect=task.suspect,
+            tell=functools.partial(tell, self), pid=task.pid, start_time=task.start_time,
+        )  # fmt: skip
+        self.deadline_mono = float("inf")  # its timeout, monotonic
+        self.is_ending = False
+        self.begun: Begun | None = None  # its keeper says that it lives
+        self.result: Result | None = None  # waits to be recorded
 
     def can_end(self) -> bool:
         """Tell whether it is neither being ended nor has ended, though perhaps not told yet."""
-        return not (self.is_ending or self.is_told or self.ward.result is not None)
+        return not (self.is_ending or self.result or self.ward.result)
+
+    def call(self, execute: Callable[[Task], object]) -> Result:
+        """Carry it out by a function."""
+        try:
+            code = execute(self.task)
+        except Exception:  # the user's callback
+            log.exception("task %d raised", self.task.id)
+            code = 1
+        return Result(exit_code=code if isinstance(code, int) else 0)
 
 
 def prune_all(store: TaskStore, running: Container[int]) -> None:
@@ -4493,56 +4448,6 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             excess -= size
-
-
-def make_run(task: Task, store: TaskStore, tell: Callable[[str, Begun | Result], None]) -> _Run:
-    """Make what the runner knows of an attempt; `tell` hears of it."""
-    path = log_path(store.folder, task.id, task.attempts)
-    ward = Ward(
-        run_id=task.run_id, keeper=task.keeper, boot_id=task.boot_id, user=Platform.user(),
-        log_path=path, is_process=False, tell=tell, pid=task.pid, start_time=task.start_time,
-        is_suspect=task.suspect,
-    )  # fmt: skip
-    return _Run(task=task, ward=ward, deadline_mono=float("inf"), log=LogWatch(path))
-
-
-def call_task(task: Task, execute: Callable[[Task], object]) -> Result:
-    """Carry out a task by a function: an int is the exit status, None 0, an exception 1."""
-    try:
-        code = execute(task)
-    except Exception:  # the user's callback
-        log.exception("task %d raised", task.id)
-        code = 1
-    return Result(exit_code=code if isinstance(code, int) else 0)
-
-
-class Waiters:
-    """Those who wait for tasks to move. Any thread."""
-
-    def __init__(self) -> None:
-        self._moved = threading.Condition()  # guards what follows
-        self._awaited: list[int] = []  # the task of each that waits
-        self.is_over = False
-
-    def tell(self, ids: Iterable[int]) -> None:
-        """Wake those who wait for any of these tasks: they have moved."""
-        with self._moved:
-            if not set(ids).isdisjoint(self._awaited):
-                self._moved.notify_all()
-
-    def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
-        """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
-        with self._moved:
-            self._awaited.append(task_id)
-            if not is_done() and not self.is_over:
-                self._moved.wait(timeout_s)
-            self._awaited.remove(task_id)
-
-    def end(self) -> None:
-        """Let nobody wait any more."""
-        with self._moved:
-            self.is_over = True
-            self._moved.notify_all()
 
 
 class Meters:
@@ -4596,12 +4501,11 @@ class DaemonRunner:
         self._attempts = AttemptStore(store)
         self._execute = execute
         self._on_poll, self._on_drained = on_poll, on_drained
-        self._waiters = Waiters()
-        self.tell, self.wait_for = self._waiters.tell, self._waiters.wait_for
+        self._awaited: dict[threading.Event, int] = {}  # the task of each that waits
         self._lock = threading.RLock()  # guards what follows; taken before the store's
         self._running: dict[int, _Run] = {}
-        self._results: list[tuple[Task, Result]] = []  # not on disk yet
-        self._begun: list[tuple[Task, Begun]] = []  # the same
+        self._begun: list[_Run] = []  # what their keeper told is not on disk yet
+        self._ended: list[_Run] = []  # the same of results
         self.is_draining = False  # nothing more is claimed
         self._drain_at = float("inf")  # monotonic; from then on tasks are interrupted
         self.halted, self._drained = threading.Event(), threading.Event()
@@ -4623,15 +4527,15 @@ class DaemonRunner:
         self._metrics.started_at = Clock.now()
         with self._lock:  # or a wish of this moment would be seen neither here nor by `end`
             for task in self.store.find(state="running", limit=INTEGER_MAX):
-                run = self._running[task.id] = make_run(task, self.store, self._take)
+                run = self._running[task.id] = _Run(task, self.store, self._take)
                 if task.keeper == CALLED:
-                    self._take(task.run_id or "", Result())
+                    self._take(run, Result())
                     continue
                 self.keepers.adopt(run.ward)
                 log.info("Adopting task %d", task.id)
                 if task.wish is not None:
                     self._end(run)
-            if self._execute is None or not all(run.is_told for run in self._running.values()):
+            if self._execute is None or len(self._ended) < len(self._running):
                 self.keepers.open("0")
 
     def finish(self, ids: Iterable[int], deadline_mono: float, force: bool = False) -> list[int]:
@@ -4644,12 +4548,9 @@ class DaemonRunner:
         self.adopt()
         while wanted & self._running.keys() and Clock.mono() < deadline_mono:
             self.keepers.look(0.1)
-            runs = [run for run in self._running.values() if run.task.id in wanted]
-            living = [run for run in runs if run.is_known and run.can_end()]
-            if force and living:
-                self._attempts.set_wishes([run.task.id for run in living], Outcome.INTERRUPTED)
-                for run in living:
-                    self._end(run, 0.0)
+            runs = [run for run in self._running.values() if run.task.id in wanted and run.begun]
+            if force:
+                self._end_all(runs, Outcome.INTERRUPTED, 0.0)
             self._turn()
         return sorted(wanted & self._running.keys())
 
@@ -4670,7 +4571,7 @@ class DaemonRunner:
         """End the polling and leave the children to the next daemon."""
         self.halted.set()
         self.wake()
-        self._waiters.end()
+        self.tell(list(self._awaited.values()))
         if self._thread.is_alive():
             self._thread.join(ANSWER_TIMEOUT_S)
 
@@ -4685,6 +4586,21 @@ class DaemonRunner:
             for task_id in self._running.keys() & set(ids):
                 self._end(self._running[task_id])
         self.wake()
+
+    def tell(self, ids: Iterable[int]) -> None:
+        """Wake those who wait for any of these tasks: they have moved."""
+        moved = set(ids)
+        for event, task_id in list(self._awaited.items()):
+            if task_id in moved:
+                event.set()
+
+    def wait_for(self, task_id: int, timeout_s: float, is_done: Callable[[], bool]) -> None:
+        """Sleep until a task has moved, `timeout_s` at most, unless `is_done` already."""
+        event = threading.Event()
+        self._awaited[event] = task_id
+        if not is_done() and not self.halted.is_set():
+            event.wait(timeout_s)
+        del self._awaited[event]
 
     def get_metrics(self) -> DaemonMetrics:
         """Return a copy of the counters."""
@@ -4702,7 +4618,7 @@ class DaemonRunner:
                 self.due_mono = Clock.mono() + wait_s
                 self.keepers.look(wait_s)
                 self.meters.turns += 1
-                if self._results and len(self._results) < len(self._running):
+                if self._ended and len(self._ended) < len(self._running):
                     self.keepers.look(GATHER_S)
                 now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
                 poll_s, is_polling = self.store.config.daemon.poll_interval, now >= next_poll
@@ -4714,19 +4630,19 @@ class DaemonRunner:
                         self._is_woken = True  # no `|=`: what sets it meanwhile must stay
                 if self._next_wake_s(float("inf")) <= 0.0:
                     self._turn()
-                for run in self._running.values():
-                    if now >= run.log.due_mono:
-                        run.log.look(int(self.store.config.limits.log_mb * 1e6))
-                next_care = now + self._on_poll()
+                logs = [run.log for run in self._running.values()]
+                for watch in logs:
+                    if now >= watch.due_mono:
+                        watch.look(int(self.store.config.limits.log_mb * 1e6))
+                dues = [now + self._on_poll(), next_poll, *(watch.due_mono for watch in logs)]
                 if is_polling and now >= next_upkeep:
                     next_upkeep = now + MAINTENANCE_S
                     prune_all(self.store, self._running)
-                wait_s = self._next_wake_s(min(next_poll, next_care))
+                wait_s = self._next_wake_s(min(dues))
             except DaemonError as error:
                 self._is_woken = True
                 log.error("turn failed: %s", error)
-                is_told = all(run.is_told for run in self._running.values())
-                if is_told and Clock.mono() >= self._drain_at:
+                if len(self._ended) == len(self._running) and Clock.mono() >= self._drain_at:
                     self._note_drained()  # the keepers keep the results
             except Exception:  # this thread's top frame
                 self._is_woken = True
@@ -4734,13 +4650,12 @@ class DaemonRunner:
                 self.halted.wait(1.0)
 
     def _next_wake_s(self, first: float) -> float:
-        """Return how long nothing can be due; first: when something else is."""
+        """Return how long no turn can be due; first: when something else is."""
         now, times = Clock.mono(), [first, self._note_mono]
         with self._lock:
-            if self._is_woken or self._results:
+            if self._is_woken or self._ended:
                 return 0.0
             for run in self._running.values():
-                times.append(run.log.due_mono)
                 if run.can_end():
                     times += (run.deadline_mono, self._drain_at)
         if self._attempts.next_due is not None and not self.is_draining:
@@ -4749,32 +4664,39 @@ class DaemonRunner:
 
     def _turn(self) -> None:
         """Enforce deadlines, record results, claim and start: once round."""
-        self._is_woken = False
+        now, self._is_woken = Clock.mono(), False
         with self._lock:
-            self._enforce()
-            results, begun = self._results[:], self._begun[:]
-            self._note_mono = float("inf")
-            gone = {task.run_id for task, _ in results}
-            active = [run.task for run in self._running.values() if run.task.run_id not in gone]
-            busy = Counter(task.group for task in active)
+            runs = self._running.values()
+            self._end_all([run for run in runs if now >= run.deadline_mono], Outcome.TIMEOUT)
+            if now >= self._drain_at:
+                self._end_all(runs, Outcome.INTERRUPTED)
+            ended = self._ended
+            results = [(run.task, run.result) for run in ended if run.result]
+            begun = [(run.task, run.begun) for run in self._begun if run.begun and not run.result]
+            active = [run.task.group for run in runs if not run.result]
             most = 0 if self.is_draining else self.store.config.daemon.max_concurrent
-            living = [(task, what) for task, what in begun if task.run_id not in gone]
             room = max(most - len(active), 0)
-            claimed = self._attempts.turn(results, living, room, busy, self._find_keeper)
+            self._note_mono = float("inf")
+            find = self.keepers.find_keeper if self._execute is None else lambda is_suspect: CALLED
+            claimed = self._attempts.turn(results, begun, room, Counter(active), find)
             if claimed:
                 failpoint("commit")
-            del self._results[: len(results)], self._begun[: len(begun)]
-            self._running = {i: r for i, r in self._running.items() if r.task.run_id not in gone}
+            self._ended, self._begun = [], []
+            for run in ended:
+                del self._running[run.task.id]
             for task in claimed:
                 self._start(task)
         self.keepers.flush()
         if claimed:
             failpoint("sent")
-        if results:
+        if ended:
             failpoint("result")
-            self.keepers.forget(task.run_id or "" for task, _ in results)
+            self.keepers.forget(run.ward.run_id for run in ended)
         for task, result in results:
-            self._count(task, result)
+            self._metrics.count(task)
+            self.meters.count(task, result)
+            took = span(Clock.now() - task.started_at if result.ran_s is None else result.ran_s)
+            log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
         for task in claimed:
             log.info("Starting task %d", task.id)
         self.tell(task.id for task, _ in results)
@@ -4786,21 +4708,9 @@ class DaemonRunner:
             self._drained.set()
             self._on_drained()
 
-    def _count(self, task: Task, result: Result) -> None:
-        self._metrics.count(task)
-        self.meters.count(task, result)
-        took = span(Clock.now() - task.started_at if result.ran_s is None else result.ran_s)
-        log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
-
-    def _find_keeper(self, is_suspect: bool) -> str | None:
-        """Return who takes a task that is claimed now; None: nobody."""
-        if self._execute is not None:
-            return CALLED
-        return self.keepers.find_private() if is_suspect else self.keepers.standing()
-
     def _start(self, task: Task) -> None:
         """Start an attempt whose claim is on disk; holds the lock."""
-        run = self._running[task.id] = make_run(task, self.store, self._take)
+        run = self._running[task.id] = _Run(task, self.store, self._take)
         if task.timeout is not None:
             run.deadline_mono = Clock.mono() + task.timeout
         try:
@@ -4808,34 +4718,29 @@ class DaemonRunner:
                 env, umask = self._attempts.get_context(task)
                 self.keepers.start(run.ward, make_start(task, env, umask, self.store))
             else:
-                act, name = functools.partial(self._carry_out, task), f"call-{task.id}"
+                act, name = functools.partial(self._call, self._execute, run), f"call-{task.id}"
                 threading.Thread(target=act, name=name, daemon=True).start()
         except (DaemonError, RuntimeError) as error:  # no thread to be had, a disk's moment
-            self._take(task.run_id or "", Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
+            self._take(run, Result(exit_code=126, reason=f"spawn:EAGAIN {error}"))
 
-    def _carry_out(self, task: Task) -> None:
-        assert self._execute is not None
-        self._take(task.run_id or "", call_task(task, self._execute))
+    def _call(self, execute: Callable[[Task], object], run: _Run) -> None:
+        self._take(run, run.call(execute))
         self.keepers.wake()
 
-    def _take(self, run_id: str, what: Begun | Result) -> None:
+    def _take(self, run: _Run, what: Begun | Result) -> None:
         """Hear of an attempt: it lives, or it has ended; recorded by the next turn."""
         with self._lock:
-            run = self._running.get(int(run_id.partition("-")[0]))
-            if run is None or run.task.run_id != run_id:
-                self.keepers.forget([run_id])
-                return
-            if run.is_told:
+            if run.result is not None or self._running.get(run.task.id) is not run:
                 return
             if isinstance(what, Begun):
-                run.task.pid, run.task.start_time, run.is_known = what.pid, what.start_time, True
-                if what.is_adopted and run.task.timeout is not None:
+                run.begun, run.task.pid, run.task.start_time = what, what.pid, what.start_time
+                if run.task.timeout is not None:
                     run.deadline_mono = Clock.mono() + run.task.timeout - what.age_s
-                self._begun.append((run.task, what))
+                self._begun.append(run)
                 self._note_mono = min(self._note_mono, Clock.mono() + NOTE_S)
                 return
-            run.is_told = True
-            self._results.append((run.task, what))
+            run.result = what
+            self._ended.append(run)
         if what.reason is not None:
             log_reason(run.log.path, what.reason)
 
@@ -4843,25 +4748,22 @@ class DaemonRunner:
         run.is_ending = True
         failpoint("wish")
         stop_s = self.store.config.daemon.stop_timeout if stop_s is None else stop_s
-        self.keepers.end(run.task.run_id or "", signal.SIGTERM, stop_s)
+        self.keepers.end(run.ward.run_id, signal.SIGTERM, stop_s)
 
-    def _enforce(self) -> None:
-        """End what is out of time; holds the lock."""
-        now = Clock.mono()
-        runs = [run for run in self._running.values() if run.can_end()]
-        late = [run for run in runs if now >= run.deadline_mono]
-        rest = [run for run in runs if run not in late] if now >= self._drain_at else []
-        for wish, ending in ((Outcome.TIMEOUT, late), (Outcome.INTERRUPTED, rest)):
-            try:
-                if ending:
-                    self._attempts.set_wishes([run.task.id for run in ending], wish)
-            except DaemonError as error:  # a read-only disk: TERM ends what runs all the same
-                if wish != Outcome.INTERRUPTED:
-                    raise
-                log.error("%s", error)
-            for run in ending:
-                log.warning("Ending task %d: %s", run.task.id, wish.value)
-                self._end(run)
+    def _end_all(self, runs: Iterable[_Run], wish: Outcome, stop_s: float | None = None) -> None:
+        """Write down why runs are ended, then end those that can be; holds the lock."""
+        runs = [run for run in runs if run.can_end()]
+        try:
+            if runs:
+                self._attempts.set_wishes([run.task.id for run in runs], wish)
+        except DaemonError as error:  # a read-only disk: TERM ends what runs all the same
+            if wish != Outcome.INTERRUPTED:
+                raise
+            log.error("%s", error)
+        tell = log.warning if wish == Outcome.TIMEOUT else log.info
+        for run in runs:
+            tell("Ending task %d: %s", run.task.id, wish.value)
+            self._end(run, stop_s)
 
 
 # ============================================================================
@@ -5100,16 +5002,16 @@ def find_notes(folder: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (process, index, note) of the runs that a former daemon of this boot began."""
     for entry in sorted(os.listdir(os.path.join(folder, "run"))):
         match = re.fullmatch(r"proc-([A-Za-z][A-Za-z0-9_-]{0,63})\.(0|[1-9][0-9]{0,3})", entry)
-        path, note = os.path.join(folder, "run", entry), {}
-        if match:
-            with contextlib.suppress(OSError, DaemonError, ValueError, RecursionError):
-                with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
-                    found = json.loads(file.read(NOTE_BYTES).decode("utf-8", "surrogateescape"))
-                note = found if isinstance(found, dict) else {}
+        if match is None:
+            continue
+        path = os.path.join(folder, "run", entry)
+        note: dict[str, Any] = {}
+        with contextlib.suppress(DaemonError, ValueError):
+            note = read_json(path) or {}
         is_sound = all(isinstance(note.get(key), kind) for key, kind in _NOTE_TYPES.items())
-        if match and is_sound and note.get("boot") == Platform.boot_id():
+        if is_sound and note.get("boot") == Platform.boot_id():
             yield match[1], int(match[2]), note
-        elif match:
+        else:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
@@ -5122,39 +5024,38 @@ class Watch:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
-        self.word: dict[str, Any] = {}  # how it was started; of an adopted run, what shows
+        self.word: dict[str, Any] = {}  # how it was started; its probes run alike
         self.asking = threading.Event()  # ends the thread
         self.is_unasked = False  # that could not start
         self.hearing: socket.socket | None = None  # its NOTIFY_SOCKET
 
-    def make_word(self) -> dict[str, Any]:
-        """Return what `start` says of a run. Raises OSError, ValueError, DaemonError."""
+    def make_word(self, env: dict[str, str] | None = None) -> dict[str, Any]:
+        """Return what `start` says of a run; env: of an adopted one, if that is known.
+
+        Raises OSError, ValueError, DaemonError.
+        """
         one, policy, store = self.instance, self.instance.view.policy, self.instance.store
-        env = capture_environment(store.config.daemon.env_keep)
-        ids: dict[str, Any] = {}
-        if policy.user or policy.group:
-            ids, who = Platform.identity(policy.user, policy.group)
-            env.update(who)
-        if any(probe.kind == "notify" for probe in one.probes):
-            env["NOTIFY_SOCKET"] = self._listen(ids.get("uid"))
-            if policy.live and policy.live.kind == "notify":
-                env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
-        for path in policy.env_file:
-            env.update(read_environment(os.path.join(store.project, path)))
-        env.update({name: fill(text, one.index) for name, text in policy.env.items()})
-        marks = {"PROCESS": one.name, "INSTANCE": one.index, "RUN_ID": one.note["run"]}
-        env.update(make_marks(store, **marks))
+        is_other = policy.user or policy.group
+        ids, who = Platform.identity(policy.user, policy.group) if is_other else ({}, {})
+        notify = self._listen(ids.get("uid")) if "notify" in one.kinds else None
+        if not env:
+            env = {**capture_environment(store.config.daemon.env_keep), **who}
+            if notify is not None:
+                env["NOTIFY_SOCKET"] = notify
+                if policy.live and policy.live.kind == "notify":
+                    env["WATCHDOG_USEC"] = str(int(policy.live.timeout * 1e6))
+            for path in policy.env_file:
+                env.update(read_environment(os.path.join(store.project, path)))
+            env.update({name: fill(text, one.index) for name, text in policy.env.items()})
+            marks = {"PROCESS": one.name, "INSTANCE": one.index, "RUN_ID": one.note["run"]}
+            env.update(make_marks(store, **marks))
         command = fill(policy.command, one.index)
         self.word = {
             "argv": [*Platform.SHELL, command] if isinstance(command, str) else command,
-            "cwd": os.path.join(store.project, fill(policy.cwd, self.instance.index)),
-            "env": env,
-            "umask": int(policy.umask, 8),
-            "log": one.log.path,
-            "sweep": True,
-            "ids": ids,
+            "cwd": os.path.join(store.project, fill(policy.cwd, one.index)), "env": env,
+            "umask": int(policy.umask, 8), "log": one.log.path, "sweep": True, "ids": ids,
             **make_limits(policy),
-        }
+        }  # fmt: skip
         return self.word
 
     def _listen(self, owner: int | None) -> str:
@@ -5183,31 +5084,15 @@ class Watch:
                 if folder != os.path.dirname(self.instance.path):
                     os.rmdir(folder)  # with the last one's
 
-    def remember(self, pid: int) -> None:
-        """Learn of an adopted run what its probes need. Raises OSError, ValueError, DaemonError."""
-        one, policy, env = self.instance, self.instance.view.policy, Platform.environment_of(pid)
-        if self.word:  # it was only the keeper that was reached anew
-            return
-        if not env:
-            self.make_word()
-            return
-        is_other = policy.user or policy.group
-        if one.note.get("notify"):
-            self._listen(one.note["user"] if is_other else None)
-        ids = Platform.identity(policy.user, policy.group)[0] if is_other else {}
-        cwd = os.path.join(one.store.project, fill(policy.cwd, one.index))
-        self.word = {"env": env, "cwd": cwd, "umask": int(policy.umask, 8), "ids": ids}
-
     def ask_anew(self) -> None:
         """Ask by the probes that are configured now; holds the lock."""
         view = self.instance.view
         self.asking.set()
         view.is_ready |= view.policy.ready is None or bool(self.instance.note.get("ready"))
         view.lapses, view.last_sign, self.is_unasked = 0, Clock.mono(), False
-        if any(one.kind != "notify" for one in self.instance.probes):
+        if self.instance.kinds - {"notify"}:
             self.asking = threading.Event()
-            args = (self.asking, self.instance.ward)
-            name = "probe-" + self.instance.id
+            args, name = (self.asking, self.instance.ward), "probe-" + self.instance.id
             try:
                 threading.Thread(target=self._ask, args=args, name=name, daemon=True).start()
             except RuntimeError:  # no thread to be had: tried again
@@ -5237,10 +5122,7 @@ class Watch:
         run_id, keeper = f"?{one.id}-{os.urandom(8).hex()}", keepers.standing()
         if keeper is None or not self.word:
             return None
-        ward = Ward(
-            run_id=run_id, keeper=keeper, boot_id=Platform.boot_id(), user=Platform.user(),
-            log_path=os.devnull, is_process=False, tell=lambda run, what: told.put(what),
-        )  # fmt: skip
+        ward = Ward(run_id=run_id, keeper=keeper, tell=told.put)
         command = fill(probe.target, one.index)
         argv = [*Platform.SHELL, command] if isinstance(command, str) else command
         word = {key: self.word[key] for key in ("env", "cwd", "umask", "ids")}
@@ -5294,7 +5176,6 @@ class Instance:
         self.view.quick_ends = self.view.jitter = 0
         self.ward: Ward | None = None  # of the run that is there
         self.watch = Watch(self)
-        self.failure: Result | None = None  # it could not be started
         self.note: dict[str, Any] = {}  # of the last run, as in its file
         self.last_end = self.remark = ""  # "exit 137"; what it says of itself (STATUS=)
         self.flaw = ""  # why it is stopping, if nobody asked for it
@@ -5317,9 +5198,9 @@ class Instance:
         return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
     @property
-    def probes(self) -> list[Probe]:
-        """What there is to ask or to hear."""
-        return [one for one in (self.view.policy.ready, self.view.policy.live) if one is not None]
+    def kinds(self) -> set[str]:
+        """How its probes ask or hear."""
+        return {one.kind for one in (self.view.policy.ready, self.view.policy.live) if one}
 
     def want(self) -> None:
         """Have it up from now on, as if for the first time; holds the lock."""
@@ -5360,10 +5241,10 @@ class Instance:
                 self.write_note(ready=True)
         if state == ProcessState.STOPPING:
             self.flaw = why or ""
-        is_given_up = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
-        self.view.state = state
-        if state == ProcessState.STOPPED and is_given_up:
+        is_waiting = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
+        if state == ProcessState.STOPPED and is_waiting:
             self.forget()
+        self.view.state = state
         self.moved.notify_all()
 
     def forget(self) -> None:
@@ -5376,7 +5257,7 @@ class Instance:
         """Write what the next daemon is to know of this run. Raises ValueError, DaemonError."""
         self.note.update(more)
         text = json.dumps(self.note, ensure_ascii=False)  # escapes could make it too long
-        data = text.encode("utf-8", "surrogateescape").ljust(NOTE_BYTES - 1) + b"\n"
+        data = text.encode("utf-8", "surrogatepass").ljust(NOTE_BYTES - 1) + b"\n"
         if len(data) > NOTE_BYTES:
             raise ValueError("the note of the run is too long: use a shorter path")
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
@@ -5392,45 +5273,39 @@ class Instance:
             window = view.policy.restart_window
             view.restarts = [x for x in recent if Clock.mono() - x < window]
         self.note = {
-            "run": f"{self.id}-{os.urandom(8).hex()}",
-            "keeper": keeper,
-            "pid": 0,
-            "boot": Platform.boot_id(),
-            "started": Clock.now(),
-            "restarts": note.get("restarts", 0) + is_again,
-            "quick": view.quick_ends,
-            "recent": len(view.restarts),
-            "given_up": view.has_given_up,
-            "spec": self.spec,
-        }
+            "run": f"{self.id}-{os.urandom(8).hex()}", "keeper": keeper, "pid": 0,
+            "boot": Platform.boot_id(), "started": Clock.now(), "spec": self.spec,
+            "restarts": note.get("restarts", 0) + is_again, "recent": len(view.restarts),
+            "quick": view.quick_ends, "given_up": view.has_given_up,
+        }  # fmt: skip
         self._settle_in(0.0)
         try:
             word = self.watch.make_word()
             self.write_note(user=word["ids"].get("uid", Platform.user()))
-            self.ward = self._make_ward()
         except (OSError, ValueError, DaemonError) as error:
-            self.ward = self._make_ward()
-            self.failure = Result(exit_code=126, reason=f"spawn: {error}")
+            self.take_end(Result(exit_code=126, reason=f"spawn: {error}"))
             return
+        self.ward = self._make_ward()
         failpoint("note")
         self.keepers.start(self.ward, word)
         self.keepers.flush()
 
-    def adopt(self) -> None:
-        """Find out what became of the run that its note tells of; holds the lock."""
-        view, note = self.view, self.note
+    def adopt(self, note: dict[str, Any]) -> None:
+        """Find out what became of the run that a note tells of; holds the lock."""
+        view, self.note = self.view, note
         view.quick_ends, view.has_given_up = note["quick"], note.get("given_up", False)
         view.restarts = [Clock.mono()] * note["recent"]
         view.state = ProcessState.RUNNING if note.get("ready") else ProcessState.STARTING
         self._settle_in(max(Clock.now() - note["started"], 0.0))
-        view.is_ready, self.ward = bool(note.get("ready")), self._make_ward()
+        view.is_ready = bool(note.get("ready"))
         if isinstance(note.get("ended"), dict):  # told, but not acted on
-            self.failure = Result(**note["ended"])
+            self.take_end(Result(**note["ended"]))
         else:
+            self.ward = self._make_ward()
             self.keepers.adopt(self.ward)
 
     def _settle_in(self, age_s: float) -> None:
-        view, self.remark, self.failure = self.view, "", None
+        view, self.remark = self.view, ""
         view.is_ready, view.lapses, view.is_stale = False, 0, False
         view.last_sign = Clock.mono()
         view.started = view.last_sign - age_s
@@ -5440,7 +5315,8 @@ class Instance:
         return Ward(
             run_id=note["run"], keeper=note.get("keeper"), boot_id=note["boot"],
             user=note.get("user", Platform.user()), log_path=self.log.path, is_process=True,
-            tell=self.take, pid=note["pid"] or None, start_time=note.get("at"),
+            tell=functools.partial(self.take, note["run"]), pid=note["pid"] or None,
+            start_time=note.get("at"),
         )  # fmt: skip
 
     def take(self, run_id: str, what: Begun | Result) -> None:
@@ -5463,16 +5339,19 @@ class Instance:
             self.write_note(pid=begun.pid, at=begun.start_time)
             if begun.is_adopted:
                 log.info("Adopted process %s, PID %d", self.id, begun.pid)
-                self.watch.remember(begun.pid)
+                if not self.watch.word:  # else it was only the keeper that was reached anew
+                    self.watch.make_word(Platform.environment_of(begun.pid))
         except (OSError, ValueError, DaemonError) as error:  # it runs all the same
             log.error("process %s is not looked after: %s", self.id, error)
         self.watch.ask_anew()
 
-    def end(self, name: str, grace_s: float) -> None:
-        """Ask all of the run to end by a signal, KILL it after a grace."""
+    def end(self, force: bool) -> None:
+        """Ask all of the run to end by `stop_signal`, KILL it after a grace; force: at once."""
+        policy, number = self.view.policy, int(Platform.kill)
+        if not force:
+            number = int(getattr(signal, "SIG" + policy.stop_signal, number))
         if self.ward is not None:
-            number = int(getattr(signal, "SIG" + name, Platform.kill))
-            self.keepers.end(self.ward.run_id, number, grace_s)
+            self.keepers.end(self.ward.run_id, number, 0.0 if force else policy.stop_timeout)
 
     def take_sign(self, is_well: bool) -> None:
         """Count a sign of life, or a lapse; the first good one is readiness; holds the lock."""
@@ -5487,7 +5366,7 @@ class Instance:
 
     def take_end(self, result: Result) -> None:
         """Note that the run has ended; holds the lock."""
-        view, self.ward, self.failure = self.view, None, None
+        view, self.ward = self.view, None
         self.watch.stop()
         if result.ran_s is not None:
             view.started = Clock.mono() - result.ran_s
@@ -5509,38 +5388,30 @@ class Instance:
     def describe(self, usage: Mapping[int, tuple[float, int]]) -> dict[str, Any]:
         """Return {"index", "pid", "state", "cpu_percent", "memory_bytes", "uptime_secs",
         "restart_count"}; cpu_percent: since the last look; holds the lock."""
-        now = Clock.mono()
-        pid = self.ward.pid if self.ward is not None else None
+        now, pid, percent = Clock.mono(), self.ward.pid if self.ward is not None else None, None
         cpu_s, memory = usage.get(pid or 0, (None, None))
-        percent = None
         if cpu_s is not None:
             (last, last_s), self._sample = self._sample, (now, cpu_s)
             if last < self.view.started:  # the first look: since it began
                 last, last_s = self.view.started, 0.0
             percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+        uptime_s = int(now - self.view.started) if pid else None
         return {
-            "index": self.index,
-            "pid": pid,
-            "state": self.view.state.value,
-            "cpu_percent": percent,
-            "memory_bytes": memory,
-            "uptime_secs": int(now - self.view.started) if pid else None,
+            "index": self.index, "pid": pid, "state": self.view.state.value,
+            "cpu_percent": percent, "memory_bytes": memory, "uptime_secs": uptime_s,
             "restart_count": self.note.get("restarts", 0),
-        }
+        }  # fmt: skip
 
     def explain(self) -> str:
         """Say in a line what it does, and why."""
         view, now, count = self.view, Clock.mono(), self.note.get("restarts", 0)
-        times = "1 time" if count == 1 else f"{count} times"
-        parts = [f"restarted {times}: {self.last_end}"] if self.last_end and count else []
-        if not parts and self.last_end:
-            parts = [self.last_end]
+        parts = [self.last_end] if self.last_end else []
+        if parts and count:
+            parts = [f"restarted {count} time{'s' * (count > 1)}: {self.last_end}"]
         if view.state in (ProcessState.BACKOFF, ProcessState.FAILED):
             parts.append(f"next try in {span(view.due - now)}")
         elif view.state == ProcessState.STARTING and self.ward is None:
-            obstacle = self.keepers.obstacle
-            needs = "waits for " + ", ".join(view.policy.needs)
-            parts = [obstacle or needs]
+            parts = [self.keepers.obstacle or "waits for " + ", ".join(view.policy.needs)]
         elif view.state == ProcessState.STARTING:
             parts.append(f"not ready yet, for {span(now - view.started)}")
         elif view.state == ProcessState.UNHEALTHY:
@@ -5640,9 +5511,8 @@ class Supervisor:
             policy = self.store.config.processes.get(name, gone)
             instance = self._instances[f"{name}.{index}"] = Instance(name, index, policy, self)
             instance.view.is_wanted = decisions.get(name, (None, None))[0] is not False
-            instance.note = note
             log.info("Adopting process %s", instance.id)
-            instance.adopt()
+            instance.adopt(note)
 
     def finish(self, deadline_mono: float) -> list[str]:
         """KILL all that a former daemon left, without a thread; return what still runs then.
@@ -5651,11 +5521,7 @@ class Supervisor:
         """
         with self.moved:
             self._adopt()
-            for instance in self._instances.values():
-                instance.view.is_wanted = False
-                instance.end("KILL", 0.0)
-                if instance.failure is not None:
-                    instance.take_end(instance.failure)
+            self.stop(force=True)
         self.keepers.open("a")
         while Clock.mono() < deadline_mono and any(o.ward for o in self._instances.values()):
             self.keepers.look(0.1)
@@ -5670,7 +5536,7 @@ class Supervisor:
                 if instance.ward is None:
                     instance.forget()
                 elif force:
-                    instance.end("KILL", 0.0)
+                    instance.end(force)
             self.moved.notify_all()
 
     def halt(self) -> None:
@@ -5765,15 +5631,15 @@ class Supervisor:
                 ready[one.name] = ready.get(one.name, True) and is_good_enough(one.view)
             for instance in everyone:
                 view = instance.view
-                if instance.failure is not None:
-                    instance.take_end(instance.failure)
                 if instance.watch.is_unasked and now >= view.last_sign + 1.0:
                     instance.watch.ask_anew()
                 view.is_spawned = instance.ward is not None
                 if not view.is_wanted:  # what needs it, and is to end too, ends first
                     view.is_held = instance.name in holding
-                elif view.is_spawned:
-                    view.is_held = instance.is_rolling and self._is_needed_ready(instance)
+                elif view.is_spawned:  # one that is ready stays while a sibling is not
+                    is_rolling = instance.is_rolling and instance.is_ready()
+                    others = (x for x in everyone if x.name == instance.name and x.view.is_wanted)
+                    view.is_held = is_rolling and not all(one.is_ready() for one in others)
                 else:
                     needs = (ready.get(need, False) for need in view.policy.needs)
                     view.is_held = keeper is None or not all(needs)
@@ -5805,24 +5671,17 @@ class Supervisor:
         for name in ("due", "quick_ends", "has_given_up", "is_wanted"):
             if getattr(action, name) is not None:
                 setattr(view, name, getattr(action, name))
-        if action.act == "start":
-            instance.begin(keeper)
-        elif action.act == "end":
-            instance.end(view.policy.stop_signal, view.policy.stop_timeout)
-        elif action.act == "kill":
-            instance.end("KILL", 0.0)
         is_moving = action.state != view.state
         if is_moving:
             instance.move(action.state, action.why)
-        if view.policy.critical and (is_over or (is_moving and view.state == ProcessState.FAILED)):
+        if action.act == "start":
+            instance.begin(keeper)
+        elif action.act is not None:
+            instance.end(action.act == "kill")
+        is_over = is_over or (is_moving and action.state == ProcessState.FAILED)
+        if view.policy.critical and is_over:
             self._on_failure(instance.id)
         return is_moving or action.act == "start"
-
-    def _is_needed_ready(self, instance: Instance) -> bool:
-        """Tell whether an instance must stay ready, since a sibling of its is not."""
-        siblings = [one for one in self._instances.values() if one.name == instance.name]
-        others = [one.view for one in siblings if one is not instance and one.view.is_wanted]
-        return instance.is_ready() and any(view.state not in _READY for view in others)
 
     def _check(self) -> None:
         """Cap the logs; replace what uses too much memory."""
@@ -5832,17 +5691,20 @@ class Supervisor:
         for instance in running:
             if now >= instance.log.due_mono:
                 instance.log.look(int(instance.view.policy.log_mb * 1e6))
-        limited = [one for one in running if one.view.policy.memory_restart_mb]
+        limited = {
+            one.ward.pid: one
+            for one in running if one.ward and one.ward.pid and one.view.policy.memory_restart_mb
+        }  # fmt: skip
         if not limited or now < self._next_check:
             return
         self._next_check = now + LOG_CHECK_S
-        pids = {one.id: one.ward.pid for one in limited if one.ward is not None and one.ward.pid}
-        usage = Platform.usage(set(pids.values()))
+        usage = Platform.usage(limited)
         with self.moved:
-            for instance in limited:
-                most = instance.view.policy.memory_restart_mb * 1e6
-                _, used = usage.get(pids.get(instance.id, 0), (0.0, 0))
-                if used > most and instance.ward is not None and not instance.view.is_stale:
+            for pid, (_, used) in usage.items():
+                instance = limited[pid]
+                is_there = instance.ward is not None and instance.ward.pid == pid
+                most = (instance.view.policy.memory_restart_mb or float("inf")) * 1e6
+                if is_there and used > most and not instance.view.is_stale:
                     log.warning("process %s uses %d MB", instance.id, used / 1e6)
                     instance.view.is_stale, instance.is_rolling = True, False
                     self.moved.notify_all()

@@ -4018,9 +4018,11 @@ class TestKeeper:
         os.makedirs(tmp_path / "run", mode=0o700)
         keeper = apexd.Keeper(str(tmp_path), "0" * 16)
         path, whole = str(tmp_path / "run" / ("keeper-" + "0" * 16)), keeper._fd
-        keeper._is_wanted, keeper._ended = False, {"1-a": {"type": "exited", "run": "1-a", "code": 7}}
+        keeper._is_wanted = False
+        keeper._note({"type": "exited", "run": "1-a", "code": 7})
         keeper._fd = os.open(path, os.O_RDONLY)  # no write succeeds
         keeper._write()
+        assert keeper._ended, "else the next daemon would hear that it never ran"
         os.close(keeper._fd)
         keeper._fd = whole
         keeper._leave()
@@ -4264,6 +4266,15 @@ class TestCrashWindows:
             expected = [f"{number}a"] + [f"{number}b"] * (not is_lost)
             assert [name for name in lines_of(box, "begun") if name[:-1] == str(number)] == expected
         assert lines_of(box, "overlaps") == []
+
+    def test_what_was_only_claimed_never_ran_though_its_keeper_has_left(self, box):
+        box.start(env={"APEXD_FAILPOINT": "commit"})
+        (task_id,) = box.batch([{"command": "exit 7", "on_lost": "fail"}])
+        eventually(lambda: not lives_in(box.file("daemon.pid")), why="it killed itself")
+        eventually(lambda: not keepers(box), why="it has no child")
+        box.start()
+        settle(box, [task_id])
+        assert history_of(box, task_id) == ["failed"] and box.look(task_id)["exit_code"] == 7
 
     @others
     def test_a_result_on_disk_counts_though_the_keeper_was_not_told(self, box, other):
