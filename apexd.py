@@ -4455,6 +4455,7 @@ class Meters:
 
     def __init__(self) -> None:
         self.turns = 0  # of the runner's loop
+        self.due_mono = Clock.mono()  # when it is to come round at the latest
         self.outcomes = dict.fromkeys(Outcome, 0)
         # How many took so long, by BUCKETS_S (the last but one: longer), and seconds in all.
         self.seconds = {name: [0.0] * (len(BUCKETS_S) + 2) for name in ("wait", "run", "cpu")}
@@ -4515,7 +4516,6 @@ class DaemonRunner:
         names = ("tasks_processed", "tasks_succeeded", "tasks_failed", "poll_count")
         self._metrics = DaemonMetrics(**dict.fromkeys(names, 0))
         self.meters = Meters()
-        self.due_mono = Clock.mono()  # when the loop is to come round at the latest
 
     def start(self) -> None:
         """Take over what a former daemon left, then poll."""
@@ -4615,9 +4615,8 @@ class DaemonRunner:
         next_poll, next_upkeep, wait_s = 0.0, 0.0, 0.0
         while not self.halted.is_set():
             try:
-                self.due_mono = Clock.mono() + wait_s
+                self.meters.turns, self.meters.due_mono = self.meters.turns + 1, Clock.mono() + wait_s
                 self.keepers.look(wait_s)
-                self.meters.turns += 1
                 if self._ended and len(self._ended) < len(self._running):
                     self.keepers.look(GATHER_S)
                 now, wait_s = Clock.mono(), 1.0  # a full disk: what is to be recorded stays
@@ -6303,6 +6302,64 @@ def remove_socket(path: str, *others: str) -> None:
         os.rmdir(os.path.dirname(path))  # the state folder is not empty
 
 
+class Acceptor:
+    """Gives each connection of a listener a thread, so many at once.
+
+    When all are taken, the one that has been idle the longest loses its place. serve: called
+    with (connection, idle); idle: where it stands while it waits for a request.
+    """
+
+    def __init__(
+        self, listener: socket.socket, name: str, most: int,
+        serve: Callable[[socket.socket, dict[socket.socket, None]], object],
+    ) -> None:  # fmt: skip
+        self.listener, self._serve = listener, serve
+        self._room = threading.BoundedSemaphore(most)
+        self._idle: dict[socket.socket, None] = {}  # the longest first
+        self._is_over = False
+        threading.Thread(target=self._accept_all, name=name, daemon=True).start()
+
+    def close(self) -> None:
+        """Accept nothing more: a listener that is only closed would stay in accept(2)."""
+        self._is_over = True
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def _accept_all(self) -> None:
+        while not self._is_over:
+            try:
+                peer, wait_s = self.listener.accept()[0], 0.0
+                while not self._room.acquire(timeout=wait_s):
+                    wait_s = 0.02
+                    for idle in list(self._idle)[:1]:
+                        if self._idle.pop(idle, 0) is None:
+                            with contextlib.suppress(OSError):  # it has just gone
+                                idle.shutdown(socket.SHUT_RDWR)
+                self._idle[peer] = None
+                threading.Thread(target=self._talk, args=(peer,), name="talk", daemon=True).start()
+            except (OSError, RuntimeError) as error:  # no descriptor, no thread
+                if self._is_over:
+                    return
+                log.warning("a connection was refused: %s", error)
+                if isinstance(error, RuntimeError):
+                    self._idle.pop(peer, None)
+                    self._room.release()
+                threading.Event().wait(0.1)
+
+    def _talk(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                self._serve(connection, self._idle)
+        except OSError as error:
+            log.debug("a connection ended: %s", error)
+        except Exception:  # this thread's top frame
+            log.exception("a connection failed")
+        finally:
+            self._idle.pop(connection, None)
+            self._room.release()
+
+
 class ControlServer:
     """Answers requests on the control socket with the verbs it is given.
 
@@ -6313,14 +6370,12 @@ class ControlServer:
     def __init__(self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]]) -> None:
         self._folder = folder
         self._verbs = verbs
-        self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
         self._large = threading.BoundedSemaphore(LARGE_FRAMES_MAX)
         self._lock = threading.Lock()  # guards what follows
-        self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._is_stopping = False
         self._endpoint: Fields = {}
-        self._listener: socket.socket | None = None
+        self._acceptor: Acceptor | None = None
         self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id` (Windows: None)
 
     def start(self, told: Fields) -> None:
@@ -6332,7 +6387,7 @@ class ControlServer:
         with self._lock:
             if self._is_stopping:
                 return
-            if self._listener is None or file_id(self._socket[0]) != self._socket[1]:
+            if self._acceptor is None or file_id(self._socket[0]) != self._socket[1]:
                 self._bind()
             self._endpoint.update(told)
             with contextlib.suppress(DaemonError):  # a link, say: it is replaced
@@ -6342,82 +6397,47 @@ class ControlServer:
             write_atomically(path, json.dumps(self._endpoint))
 
     def _bind(self) -> None:
-        self._hang_up()
+        if self._acceptor is not None:
+            self._acceptor.close()
         near = os.path.join(self._folder, "control.sock")
         try:
             path = Platform.place_socket(self._folder, near)
-            self._listener, self._endpoint = Platform.listen(path)
+            listener, self._endpoint = Platform.listen(path)
         except OSError as error:
             raise cannot_create(near, error) from None
         if path != near:
             self._endpoint["socket"] = path
         self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
         self._socket = path, file_id(path)
-        accept = functools.partial(self._accept_all, self._listener)
-        threading.Thread(target=accept, name="control", daemon=True).start()
-
-    def _hang_up(self) -> None:
-        """Accept nothing more: a listener that is only closed would stay in accept(2)."""
-        if self._listener is not None:
-            listener, self._listener = self._listener, None
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        self._acceptor = Acceptor(listener, "control", CONNECTIONS_MAX, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more, remove what is ours still; requests under way go on."""
         with self._lock:
             self._is_stopping = True
-            self._hang_up()
+            if self._acceptor is not None:
+                self._acceptor.close()
             path, known = self._socket
             if file_id(path) == known:
                 remove_socket(path, os.path.join(self._folder, "endpoint"))
 
-    def _accept_all(self, listener: socket.socket) -> None:
-        """Give each connection to a thread; if all are taken, the longest idle one's."""
-        while listener is self._listener:
-            try:
-                peer = listener.accept()[0]
-                while not self._room.acquire(timeout=0.02):
-                    for idle in list(self._idle)[:1]:
-                        self._idle.pop(idle, None)
-                        with contextlib.suppress(OSError):  # it has just gone
-                            idle.shutdown(socket.SHUT_RDWR)
-                threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
-            except (OSError, RuntimeError) as error:  # no descriptor, no thread
-                if listener is not self._listener:
-                    return
-                log.warning("a connection was refused: %s", error)
-                if isinstance(error, RuntimeError):
-                    self._room.release()
-                threading.Event().wait(0.1)
-
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
         """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
-            with connection:
-                try:
-                    if Platform.peer_uid(connection):  # neither ours nor root
-                        raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
-                    while self._serve_one(connection):
-                        pass
-                except DaemonError as error:  # the framing may be lost: say so and hang up
-                    connection.settimeout(FRAME_TIMEOUT_S)
-                    send_frame(connection, error)
-        except OSError as error:
-            log.debug("a connection ended: %s", error)
-        except Exception:  # this thread's top frame
-            log.exception("a connection failed")
-        finally:
-            self._idle.pop(connection, None)
-            self._room.release()
+            if Platform.peer_uid(connection):  # neither ours nor root
+                raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
+            while self._serve_one(connection, idle):
+                pass
+        except DaemonError as error:  # the framing may be lost: say so and hang up
+            connection.settimeout(FRAME_TIMEOUT_S)
+            send_frame(connection, error)
 
-    def _serve_one(self, connection: socket.socket) -> bool:
+    def _serve_one(self, connection: socket.socket, idle: dict[socket.socket, None]) -> bool:
         """Answer one request, or send a stream of answers; False: the peer has left."""
-        self._idle[connection] = None
+        idle[connection] = None
         request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
-        self._idle.pop(connection, None)
+        idle.pop(connection, None)
         if request is not None:
             answer = self._answer(request)
             connection.settimeout(FRAME_TIMEOUT_S)
@@ -6885,7 +6905,7 @@ class HealthVerbs:
         """Yield (an index of LEVELS, what was seen) for each of CHECKS."""
         back_s = self._clock_s - (Clock.now() - Clock.mono())
         yield (1, f"set back by {span(back_s)}") if back_s > CLOCK_JUMP_S else (0, "goes on")
-        late_s = Clock.mono() - self._runner.due_mono
+        late_s = Clock.mono() - self._runner.meters.due_mono
         yield (2, f"hangs, for {span(late_s)}") if late_s > HUNG_S else (0, "turns")
         free = shutil.disk_usage(self._store.folder).free
         yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
@@ -7196,7 +7216,7 @@ def make_response(status: int, kind: str, text: str, has_body: bool = True) -> b
     import email.utils
     import http
 
-    nonce, date = in_base64(os.urandom(18)), email.utils.formatdate(usegmt=True)
+    nonce, date = os.urandom(16).hex(), email.utils.formatdate(usegmt=True)
     body = (text.replace("NONCE", nonce) if text is PAGE else text).encode()
     head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\nDate: {date}\n"
     head += f"Content-Type: {kind}\nContent-Length: {len(body)}" + HEADERS + "\n"
@@ -7228,9 +7248,7 @@ class HealthServer:
         self._path = os.path.join(folder, "http.json")
         self.url, self.key = "", ""  # of the page, with the key: neither is ever logged
         self._host, self._port = "", 0
-        self._listener: socket.socket | None = None
-        self._room = threading.BoundedSemaphore(HTTP_CONNECTIONS_MAX)
-        self._idle: dict[socket.socket, None] = {}  # have not asked yet, the longest first
+        self._acceptor: Acceptor | None = None
         self._turn = threading.Lock()  # one source at a time: none hangs more than one thread
 
     def start(self, host: str, port: int) -> None:
@@ -7250,72 +7268,37 @@ class HealthServer:
         else:
             hint = "name another in [health], or port 0: any that is free"
             raise DaemonError("CANNOT_CREATE", f"cannot listen on {host} port {port}: {what}", hint)
-        self._host, self._port, self._listener = host, listener.getsockname()[1], listener
+        self._host, self._port = host, listener.getsockname()[1]
         self.key = str(known.get("key") or os.urandom(32).hex())
         with contextlib.suppress(DaemonError):  # a full disk
             if known != {"port": self._port, "key": self.key}:
                 write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
         near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.url = f"http://{at_port(near, self._port)}/#{self.key}"
-        accept = functools.partial(self._accept_all, listener)
-        threading.Thread(target=accept, name="http", daemon=True).start()
+        self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more; requests under way are answered."""
-        if self._listener is not None:
-            listener, self._listener, self.url = self._listener, None, ""
-            with contextlib.suppress(OSError):  # wakes accept(2)
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
+        self.url = ""
 
-    def _accept_all(self, listener: socket.socket) -> None:
-        """Give each connection to a thread; if all are taken, one's that has not asked yet."""
-        while listener is self._listener:
-            try:
-                peer = listener.accept()[0]
-                wait_s = 0.0
-                while not self._room.acquire(timeout=wait_s):
-                    for idle in list(self._idle)[:1]:
-                        if self._idle.pop(idle, 0) is None:
-                            with contextlib.suppress(OSError):  # it has just gone
-                                idle.shutdown(socket.SHUT_RDWR)
-                    wait_s = 0.02
-                self._idle[peer] = None
-                threading.Thread(target=self._serve, args=(peer,), name="get", daemon=True).start()
-            except (OSError, RuntimeError) as error:  # no descriptor, no thread
-                if isinstance(error, RuntimeError):
-                    self._idle.pop(peer, None)
-                    self._room.release()
-                if listener is self._listener:
-                    log.warning("a request was refused: %s", error)
-                    threading.Event().wait(0.1)
-
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
         """Answer one request, in HTTP_TIMEOUT_S altogether."""
         deadline = Clock.mono() + HTTP_TIMEOUT_S
-        try:
-            with connection:
-                head = receive_head(connection, deadline)
-                self._idle.pop(connection, None)
-                status, request = read_request(head)
-                status = status or self._refuse(request, connection.getsockname()[0])
-                answer = (status, "text/plain", f"{status}\n")
-                if not status:
-                    answer = self._answer(request, deadline)
-                connection.settimeout(max(deadline - Clock.mono(), 0.1))
-                has_body = getattr(request, "command", "") != "HEAD"
-                connection.sendall(make_response(*answer, has_body))
-                connection.shutdown(socket.SHUT_WR)
-                self._idle[connection] = None
-                while Clock.mono() < deadline and connection.recv(1 << 16):
-                    pass  # to close before all was read would take the response back
-        except OSError as error:
-            log.debug("a request ended: %s", error)
-        except Exception:  # this thread's top frame
-            log.exception("a request failed")
-        finally:
-            self._idle.pop(connection, None)
-            self._room.release()
+        head = receive_head(connection, deadline)
+        idle.pop(connection, None)
+        status, request = read_request(head)
+        status = status or self._refuse(request, connection.getsockname()[0])
+        answer = (status, "text/plain", f"{status}\n")
+        if not status:
+            answer = self._answer(request, deadline)
+        connection.settimeout(max(deadline - Clock.mono(), 0.1))
+        connection.sendall(make_response(*answer, getattr(request, "command", "") != "HEAD"))
+        connection.shutdown(socket.SHUT_WR)
+        idle[connection] = None
+        while Clock.mono() < deadline and connection.recv(1 << 16):
+            pass  # to close before all was read would take the response back
 
     def _refuse(self, request: Any, place: str) -> int:
         """Return the status that refuses a request, 0 for none; place: the address it came to."""
