@@ -8089,7 +8089,8 @@ def cmd_health(args: Args) -> int:
         found = {"status": "unhealthy", "detail": error.message}
         answer = {"overall": "unhealthy", "checks": {"daemon": found}}
     rows = [(name, one["status"], one["detail"]) for name, one in answer["checks"].items()]
-    emit(answer, args, f"{answer['overall']}\n{columns(rows)}")
+    table = columns(("CHECK", "STATUS", "DETAIL"), rows)
+    emit(answer, args, f"{answer['overall']}\n{table}")
     return LEVELS.index(answer["overall"])
 
 
