@@ -4615,7 +4615,8 @@ class DaemonRunner:
         next_poll, next_upkeep, wait_s = 0.0, 0.0, 0.0
         while not self.halted.is_set():
             try:
-                self.meters.turns, self.meters.due_mono = self.meters.turns + 1, Clock.mono() + wait_s
+                self.meters.turns += 1
+                self.meters.due_mono = Clock.mono() + wait_s
                 self.keepers.look(wait_s)
                 if self._ended and len(self._ended) < len(self._running):
                     self.keepers.look(GATHER_S)
@@ -8089,7 +8090,7 @@ def cmd_health(args: Args) -> int:
         found = {"status": "unhealthy", "detail": error.message}
         answer = {"overall": "unhealthy", "checks": {"daemon": found}}
     rows = [(name, one["status"], one["detail"]) for name, one in answer["checks"].items()]
-    table = columns(("CHECK", "STATUS", "DETAIL"), rows)
+    table = columns("CHECK STATUS DETAIL", rows)
     emit(answer, args, f"{answer['overall']}\n{table}")
     return LEVELS.index(answer["overall"])
 
