@@ -89,8 +89,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
     import difflib
+    import email.utils
     import graphlib
     import grp
+    import hmac
+    import http.server
+    import io
     import logging
     import marshal
     import pwd
@@ -101,6 +105,7 @@ if TYPE_CHECKING:
     import sqlite3
     import subprocess
     import tempfile
+    import urllib.parse
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
 
@@ -123,10 +128,10 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii difflib graphlib grp logging marshal pwd queue random resource shutil sqlite3 "
-        "subprocess tempfile"
+        "binascii difflib email.utils graphlib grp hmac http.server io logging marshal pwd queue "
+        "random resource shutil sqlite3 subprocess tempfile urllib.parse"
     ).split():
-        globals()[_name] = _Lazy(functools.partial(__import__, _name))
+        globals()[_name.partition(".")[0]] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
 
 # Kept so that `start` can store it: to compile this file takes longer than all else it does.
@@ -6472,8 +6477,6 @@ class ControlServer:
         name, shown = request.pop("type"), str(request.pop("auth", ""))
         token = self._endpoint.get("token")
         if token is not None:
-            import hmac
-
             if not hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode()):
                 raise DaemonError("PERMISSION_DENIED", "a wrong token")
         try:
@@ -6949,7 +6952,7 @@ class HealthVerbs:
         return {"ready": not reasons, "why": reasons}
 
     def _metrics(self) -> Fields:
-        """Return {"text": Prometheus's text format, "started_at", "uptime", "processed", ...}."""
+        """Return {"text": Prometheus's text format, and the fields of DaemonMetrics}."""
         about, meters, path = self._runner.get_metrics(), self._runner.meters, self._store.path
         found = Exposition()
         found.add("apexd_info", "What runs.", 1, version=__version__)
@@ -6982,10 +6985,7 @@ class HealthVerbs:
             for name, one in looks:
                 about_one = {"process": name, "instance": one["index"]}
                 found.add(f"apexd_process_{kind}", "Of each instance.", one[field], **about_one)
-        fields = {"started_at": about.started_at, "uptime": about.uptime}
-        fields.update(processed=about.tasks_processed, succeeded=about.tasks_succeeded)
-        fields.update(failed=about.tasks_failed, active=about.active_task_count)
-        return {"text": found.text, **fields, "last_poll": about.last_poll_at}
+        return {"text": found.text, **about.to_dict()}
 
 
 PAGE = """<!DOCTYPE html>
@@ -7144,7 +7144,7 @@ async function refresh() {
   table("failed", failed.tasks.reverse(), HEADS.slice(0, 6), task => cells(task).slice(0, 6));
   table("latest", latest.tasks.reverse(), HEADS, cells);
   table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
-    one => [one.name, one.cron, clock(one.next_at)]);
+    one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000)]);
   table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
     ["what", "t more"]], one => [clock(one.time), one.type, one.source,
     JSON.stringify(one.payload ?? {})]);
@@ -7185,9 +7185,6 @@ def receive_head(connection: socket.socket, deadline: float) -> bytes:
 
 def read_request(head: bytes) -> tuple[int, Any]:
     """Parse a request; return (0 or the status that refuses it, what http.server made of it)."""
-    import http.server  # with all that it needs 7 MB and 30 ms: at the first request
-    import io
-
     if len(head) > HTTP_HEAD_MAX_BYTES:
         return (431 if b"\n" in head else 414), None
     faults: list[int] = []
@@ -7214,9 +7211,6 @@ X-Content-Type-Options: nosniff
 
 def make_response(status: int, kind: str, text: str, has_body: bool = True) -> bytes:
     """Make a response; NONCE in the page becomes what its policy allows to run."""
-    import email.utils
-    import http
-
     nonce, date = os.urandom(16).hex(), email.utils.formatdate(usegmt=True)
     body = (text.replace("NONCE", nonce) if text is PAGE else text).encode()
     head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\nDate: {date}\n"
@@ -7244,7 +7238,9 @@ class HealthServer:
     request has its own. Life: start -> stop -> start.
     """
 
-    def __init__(self, folder: str, sources: Mapping[str, tuple[str, Callable[..., Any]]]) -> None:
+    def __init__(
+        self, folder: str, sources: Mapping[str, tuple[str, Callable[..., Fields]]]
+    ) -> None:
         self._sources = sources
         self._path = os.path.join(folder, "http.json")
         self.url, self.key = "", ""  # of the page, with the key: neither is ever logged
@@ -7328,8 +7324,6 @@ class HealthServer:
         if "text" in answer:
             return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
         shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
-        import hmac
-
         if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
             answer = leave_out_private(answer)
         is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
@@ -7337,21 +7331,16 @@ class HealthServer:
 
     def _ask(self, name: str, query: str, deadline: float) -> Fields:
         """Ask a source; one at a time, but for those that tell whether others hang."""
-        import urllib.parse
-
         form, act = self._sources.get(name, ("", lambda: {name: []}))
         fields = read_fields(form, dict(urllib.parse.parse_qsl(query)))
-        answer: Fields
         if name in ("health", "ready"):
-            answer = act()
-            return answer
+            return act()
         if not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
             raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
         try:
-            answer = act(**fields)
+            return act(**fields)
         finally:
             self._turn.release()
-        return answer
 
 
 # ============================================================================
@@ -7470,6 +7459,7 @@ class Daemon:
             "logs": ("id! attempt offset", verbs["logs"][1]),
             "processes": verbs["list_processes"],
             "why": verbs["why_process"],
+            **{name: verbs[name] for name in ("schedules",) if name in verbs},
         }
         self._http = HealthServer(self._project.folder, sources)
         self._listen(self._config.health)
@@ -8100,9 +8090,11 @@ def cmd_metrics(args: Args) -> int:
     """Print metrics in Prometheus's text format, the most important as comments first."""
     answer = client_of(args).call("metrics", {})
     text, shown = answer.pop("text"), dict(answer, uptime=span(answer["uptime"]))
-    for name in ("started_at", "last_poll"):
+    for name in ("started_at", "last_poll_at"):
         shown[name] = answer[name] and timestamp(answer[name])
-    head = "".join(f"# {name.replace('_', ' ')}: {x}\n" for name, x in shown.items())
+    del shown["active_task_ids"]
+    names = {name: name.replace("tasks_", "").replace("_", " ") for name in shown}
+    head = "".join(f"# {names[name]}: {x}\n" for name, x in shown.items())
     return emit(answer, args, head + text.rstrip())
 
 

@@ -8634,9 +8634,9 @@ class TestHttp:
         assert sample(metrics, "apexd_loop_turns_total") > 3 and sample(metrics, "apexd_database_bytes") > 4096
         text = box.run("metrics").stdout
         read_metrics(text)
-        for word in ("started at: 20", "uptime: ", "processed: 4", "succeeded: 3", "failed: 1", "active: 0", "last poll: 20"):
+        for word in ("started at: 20", "uptime: ", "processed: 4", "succeeded: 3", "failed: 1", "active task count: 0", "last poll at: 20"):
             assert f"# {word}" in text
-        assert box.json("metrics")["succeeded"] == 3
+        assert box.json("metrics")["tasks_succeeded"] == 3
         if shutil.which("promtool"):
             checked = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True)
             assert (checked.returncode, checked.stderr) == (0, b""), checked
