@@ -7673,6 +7673,8 @@ def spawn(argv: list[str], env: dict[str, str], is_forked: bool) -> Any:
 class DaemonManager(Client):
     """A client that starts, stops and watches the daemon, too."""
 
+    left = ""  # what the last stop or kill found that runs on
+
     def _command(self, foreground: bool) -> tuple[list[str], dict[str, str]]:
         """Return (argv, environment) that become the daemon."""
         folder = self.project.folder
@@ -7765,6 +7767,7 @@ class DaemonManager(Client):
         """
         holder = self.find_holder()
         if holder is None:
+            self.left = self._take_stock(self._clear_away)
             return None
         if keep:
             timeout_s = 2 * ANSWER_TIMEOUT_S
@@ -7785,7 +7788,7 @@ class DaemonManager(Client):
             if self._await_gone(holder, min(left_s, FIRST_TERM_S) if force else left_s):
                 return holder.pid
             if Clock.mono() >= deadline:
-                what = f"killed after {span(timeout_s)}; {self._kill(holder)}"
+                what = f"killed after {span(timeout_s)}; {self._kill(holder) or 'nothing is left'}"
                 hint = "`start` goes on with it; see `logs` for why"
                 raise DaemonError("STOP_KILLED", what, hint)
 
@@ -7804,29 +7807,42 @@ class DaemonManager(Client):
         if not self._await_gone(holder, STOP_MARGIN_S):
             what = f"PID {holder.pid} survived SIGKILL"
             raise DaemonError("STOP_FAILED", what, "it hangs in the kernel; see `ps`")
+        self.left = self._take_stock(self._clear_away)
+        return self.left
+
+    def _take_stock(self, first: Callable[[], object] = bool) -> str:
+        """Say what runs without a daemon, "" when nothing does; `first` is done under the lock."""
+        if not os.path.isdir(self.project.file("run")):
+            return ""
         try:
             # A killed daemon's other threads can hold the lock for a moment longer.
             if not self._pid_file.acquire("client stop", wait_s=1.0):
                 return "another program has the project now"
-            return self._clear_away()
+            first()
+            return self._count_left()
         except DaemonError as error:  # a read-only disk
             return f"what it started runs on; {error.message}"
         finally:
             self._pid_file.release()
 
-    def _clear_away(self) -> str:
-        """Remove a dead daemon's PID file and socket; count what runs on. The lock is held."""
-        folder, file, tasks = self.project.folder, self.project.file, 0
+    def _clear_away(self) -> None:
+        """Remove a dead daemon's PID file and socket. The lock is held."""
+        folder, file = self.project.folder, self.project.file
         place = os.path.join(folder, str(read_endpoint(folder).get("socket", "control.sock")))
         remove_socket(place, file("endpoint"), self._pid_file.path)
-        if os.path.exists(file("apex.db")):
-            store = TaskStore(file("apex.db"), None, self._pid_file, self.project.path)
-            with contextlib.closing(store):
-                tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
-        notes = [note for _, _, note in find_notes(folder) if note["pid"] > 0]
+
+    def _count_left(self) -> str:
+        """Say how many tasks and processes run on, "" for none. The lock is held."""
+        path = self.project.file("apex.db")
+        if not os.path.exists(path):
+            return ""
+        with contextlib.closing(TaskStore(path, None, self._pid_file, self.project.path)) as store:
+            tasks = sum(store.get_counts().get(State.RUNNING, {}).values())
+        notes = [note for _, _, note in find_notes(self.project.folder) if note["pid"] > 0]
         processes = sum(Platform.start_time(note["pid"]) == note.get("at") for note in notes)
-        of_tasks = f"{tasks} task{'s' * (tasks != 1)}"
-        return f"{of_tasks} and {processes} process{'es' * (processes != 1)} run on"
+        kinds = ((tasks, "task", "s"), (processes, "process", "es"))
+        found = [f"{n} {one}{ending * (n > 1)}" for n, one, ending in kinds if n]
+        return " and ".join(found) + " still running" if found else ""
 
     def kill_daemon(self, with_children: bool = False) -> int | None:
         """SIGKILL it, its children too if wanted; return its PID, None without one.
@@ -7837,6 +7853,8 @@ class DaemonManager(Client):
         holder = self.find_holder()
         if holder is not None:
             self._kill(holder)
+        else:
+            self.left = self._take_stock(self._clear_away)
         path = self.project.file("apex.db")
         if with_children and os.path.exists(path):
             with contextlib.closing(TaskStore(path, project=self.project.path)) as store:
@@ -7844,6 +7862,7 @@ class DaemonManager(Client):
             if left:
                 hint = "the next daemon adopts it; `kill --all` again, or see `ps`"
                 raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
+            self.left = ""
         return holder.pid if holder else None
 
     def get_status(self) -> DaemonStatus:
@@ -7856,8 +7875,8 @@ class DaemonManager(Client):
                 if error.code != "NOT_RUNNING":
                     raise
             pid = self._pid_file.read().get("pid")
-            status, left = (1, f"; PID {pid} left its PID file") if pid else (3, "")
-            reason = "not running" + left
+            status, reason = (1, f"PID {pid} left its PID file") if pid else (3, "")
+            reason = "; ".join(filter(None, ("not running", reason, self._take_stock())))
         except DaemonError as error:
             status, reason = 4, error.message
         return DaemonStatus(running=False, exit_status=status, reason=reason, details={})
@@ -7980,8 +7999,15 @@ def cmd_start(args: Args) -> int:
 )  # fmt: skip
 def cmd_stop(args: Args) -> int:
     """Let running tasks finish, stop the daemon, wait until it is gone."""
-    pid = client_of(args).stop_daemon(args.timeout, args.force)
-    return emit({"pid": pid}, args, f"stopped, PID {pid}" if pid else "not running")
+    manager = client_of(args)
+    pid = manager.stop_daemon(args.timeout, args.force)
+    return emit_end(args, manager, pid, "stopped")
+
+
+def emit_end(args: Args, manager: DaemonManager, pid: int | None, word: str) -> int:
+    """Print what became of the daemon, and what runs on without it."""
+    text = [f"{word}, PID {pid}" if pid else "not running", manager.left]
+    return emit({"pid": pid, "left": manager.left}, args, "; ".join(filter(None, text)))
 
 
 UP = "Start processes, and what they need; returns when they are ready, 1 when they failed."
@@ -8127,8 +8153,8 @@ def cmd_ps(args: Args) -> int:
 @register("kill", arg("--all", **FLAG, help="its tasks and processes too"))
 def cmd_kill(args: Args) -> int:
     """SIGKILL the daemon; what it started runs on, unless --all."""
-    pid = client_of(args).kill_daemon(args.all)
-    return emit({"pid": pid}, args, f"killed, PID {pid}" if pid else "not running")
+    manager = client_of(args)
+    return emit_end(args, manager, manager.kill_daemon(args.all), "killed")
 
 
 def read_command(args: Args) -> Any:
