@@ -7004,30 +7004,26 @@ PAGE = """<!DOCTYPE html>
 body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--back);
   color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; }
-h1, h2 { font-size: 1.3rem; margin: 0; }
-h2 { font-size: 1rem; margin-bottom: .4rem; }
+h1 { font-size: 1.3rem; margin: 0; }
+h2 { font-size: 1rem; margin: 0 0 .4rem; }
 main { display: grid; gap: .8rem; margin-top: .8rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
 section, #gone { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .8rem; min-width: 0; }
 #gone, .stale section { border: 2px dashed var(--bad); }
-.wide { grid-column: 1 / -1; }
-.scroll { overflow-x: auto; }
+.wide { grid-column: 1 / -1; } .scroll { overflow-x: auto; }
 :focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top; }
-tr { border-top: 1px solid var(--line); }
-thead tr { border: 0; }
+tr { border-top: 1px solid var(--line); } thead tr { border: 0; }
 .n { text-align: right; white-space: nowrap; }
-.t, h1, strong { overflow-wrap: anywhere; }
-.t { min-width: 7rem; }
+.t, h1, strong { overflow-wrap: anywhere; } .t { min-width: 7rem; }
 pre { margin: .2rem 0 0; font: 12px/1.4 ui-monospace, monospace; white-space: pre-wrap; }
 progress { width: 100%; min-width: 4rem; height: .6rem; accent-color: var(--blue); }
 svg { width: 100%; height: 3.5rem; display: block; border-bottom: 1px solid var(--line); }
 th, pre, .dim { color: var(--dim); }
-.good { color: var(--good); fill: var(--good); }
+.good { color: var(--good); fill: var(--good); } .warn { color: var(--warn); }
 .bad, #gone { color: var(--bad); fill: var(--bad); }
-.warn { color: var(--warn); }
 @media (max-width: 40rem) { body { padding: .5rem; } .more { display: none; } }
 </style>
 <header><h1 id="name">apexd</h1><strong id="health" role="status"></strong>
@@ -7078,15 +7074,14 @@ function draw(tag, attributes) {
   Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
   return node;
 }
-function bars(minutes) {
+function bars(minutes) {  // failures stand upon successes
   const most = Math.max(1, ...minutes.map(([ok, ko]) => ok + ko));
-  const [ok, ko] = [0, 1].map(k => minutes.reduce((sum, minute) => sum + minute[k], 0));
-  const text = `${ok} succeeded, ${ko} failed; at most ${most} a minute`;
-  const svg = draw("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "img",
-    "aria-label": text});
-  minutes.forEach(([ok, ko], i) => [["good", ok, 0], ["bad", ko, ok]].forEach(([name, n, on]) =>
-    svg.append(draw("rect", {x: i * 10, width: 8, y: 50 - (on + n) / most * 50,
-      height: n / most * 50, class: name}))));
+  const [good, bad] = [0, 1].map(k => minutes.reduce((sum, minute) => sum + minute[k], 0));
+  const svg = draw("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "none"});
+  const bar = (i, n, on, name) => svg.append(draw("rect", {x: i * 10, width: 8, class: name,
+    y: 50 - (on + n) / most * 50, height: n / most * 50}));
+  minutes.forEach(([ok, ko], i) => { bar(i, ok, 0, "good"); bar(i, ko, ok, "bad"); });
+  const text = `${good} succeeded, ${bad} failed; at most ${most} a minute`;
   return make("div", [svg, make("span", text, "dim")]);
 }
 async function get(path) {
@@ -7096,8 +7091,9 @@ async function get(path) {
   return data;
 }
 async function addOutput(task) {  // the last lines of what runs
-  const answer = key ? await get(`/api/logs?id=${task.id}&offset=-3`).catch(() => ({})) : {};
-  const bytes = Uint8Array.from(atob(answer.data ?? ""), letter => letter.charCodeAt(0));
+  const path = `/api/logs?id=${task.id}&offset=-3`;
+  const text = key ? (await get(path).catch(() => ({}))).data ?? "" : "";
+  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
   task.output = new TextDecoder().decode(bytes).slice(-600);
   task.ran = span(Date.now() / 1000 - task.started_at);
 }
@@ -7131,9 +7127,8 @@ async function refresh() {
     + span(status.uptime_secs) + (status.draining ? ", stopping" : "")
     + (status.paused.length ? ", paused: " + status.paused.join(", ") : "");
   show("hour", status.last_hour, bars);
-  const queue = Object.entries(status.counts).flatMap(([kind, groups]) =>
-    Object.entries(groups).map(([group, n]) => [kind, group, n]));
-  table("queue", queue, [["state"], ["group"], ["tasks", "n"]],
+  table("queue", Object.entries(status.counts).flatMap(([kind, groups]) => Object.entries(groups)
+    .map(of => [kind, ...of])), [["state"], ["group"], ["tasks", "n"]],
     ([kind, group, n]) => [state(kind), group, n]);
   table("running", running.tasks, [["id", "n"], ["task", "t"], ["group", "more"],
     ["for", "n"], ["progress", "t"]], running_cells);
@@ -7251,17 +7246,15 @@ class HealthServer:
     def start(self, host: str, port: int) -> None:
         """Listen; port 0: where it was the last time, else anywhere. Raises CANNOT_CREATE."""
         known: Fields = {}
-        last = 0
         with contextlib.suppress(ValueError, DaemonError):
             known = read_json(self._path) or {}
-            last = integer(0, 65535)(known.get("port", 0))
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        for number in [port] if port else [last, 0]:
+        for number in [port] if port else [known.get("port"), 0]:
             try:
                 listener = socket.create_server((host, number), family=family)
                 break
-            except OSError as error:
-                what = str(error.strerror).partition(" (while")[0]
+            except (OSError, OverflowError, TypeError) as error:  # the file may be damaged
+                what = str(getattr(error, "strerror", error)).partition(" (while")[0]
         else:
             hint = "name another in [health], or port 0: any that is free"
             raise DaemonError("CANNOT_CREATE", f"cannot listen on {host} port {port}: {what}", hint)

@@ -8667,6 +8667,23 @@ class TestHttp:
         write(os.path.join(box.path, "go"), "")
         eventually(lambda: not lives_in(box.file("daemon.pid")))
 
+    @slow
+    @linux
+    def test_a_keeper_that_hangs_is_told(self, box):
+        box.start()
+        (keeper,) = keepers(box)
+        os.kill(keeper, signal.SIGSTOP)
+        try:
+            (task_id,) = enqueue(box, "true")
+            found = lambda: page_json(box, "/health")["checks"]["keeper"]
+            expected = {"status": "degraded", "detail": f"PID {keeper} owes an answer"}
+            eventually(lambda: found() == expected, 30)
+            assert page_json(box, "/ready")["ready"], "another takes what is to start"
+        finally:
+            os.kill(keeper, signal.SIGCONT)
+        assert box.until(task_id)["state"] == "succeeded"
+        eventually(lambda: found()["status"] == "healthy")
+
     @root
     @linux
     def test_a_full_disk_is_told(self, box):
