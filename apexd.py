@@ -3430,8 +3430,10 @@ def describe_end(result: Result) -> str:
     if result.never_ran or result.reason:
         return result.reason or "it never ran"
     if result.signal is not None:
-        return f"signal {result.signal}"
-    return "lost" if result.exit_code is None else f"exit {result.exit_code}"
+        name = next((one.name for one in signal.Signals if one == result.signal), "")
+        return f"signal {result.signal} {name}".rstrip()
+    known = result.exit_code is not None
+    return f"exit {result.exit_code}" if known else "no status: its keeper or the system ended"
 
 
 def read_result(word: Mapping[str, Any]) -> Result:
@@ -5422,7 +5424,7 @@ class Instance:
         elif view.state == ProcessState.UNHEALTHY:
             parts.append(f"no sign of life for {span(now - view.last_sign)}")
         elif view.state == ProcessState.RUNNING:
-            parts.insert(0, f"since {span(now - view.started)}")
+            parts.insert(0, f"for {span(now - view.started)}")
         parts += [f'it says "{self.remark}"'] if self.remark else []
         return ": ".join(filter(None, (f"{self.id} {view.state.value}", "; ".join(parts))))
 
@@ -6032,7 +6034,7 @@ class TaskVerbs:
 
     def _own_reasons(self, task: Task) -> Iterator[str]:
         if task.state == State.RUNNING:
-            yield f"runs since {span(Clock.now() - task.started_at)}"
+            yield f"has run for {span(Clock.now() - task.started_at)}"
             if task.wish is not None:
                 yield f"is being ended: {task.wish.value}"
             if self._runner is not None:
@@ -6041,9 +6043,9 @@ class TaskVerbs:
         if task.state == State.SCHEDULED:
             yield f"due in {span((task.due_at or 0.0) - Clock.now())}"
         if task.outcome is not None:
-            code = "" if task.exit_code is None else f" (exit {task.exit_code})"
-            reason = f": {task.reason}" if task.reason else ""
-            yield f"attempt {task.attempts} ended as {task.outcome.value}{code}{reason}"
+            shown = {"exit_code": task.exit_code, "signal": task.signal, "reason": task.reason}
+            how = describe_end(Result(**shown))
+            yield f"attempt {task.attempts} ended as {task.outcome.value}: {how}"
         elif task.state in DONE:
             yield f"{task.state.value} before it ran"
 
@@ -6150,13 +6152,17 @@ class ProcessVerbs:
     def _up(self, names: list[str], wait: bool = True) -> Fields:
         """Have processes up, and what they need; answer when they are, or will not be."""
         with self._supervisor.acting(names) as mine:
-            if mine and all(one.is_up() and (one.is_ready() or not wait) for one in mine):
-                what = f"{', '.join(names)} runs already"
-                raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
-            todo = list(names)
+            todo, find = list(names), self._supervisor.find
             for name in todo:
                 needs = self._store.config.processes[name].needs
                 todo += [need for need in needs if need not in todo]
+            needed = [one for name in todo[len(names) :] for one in find(name)]
+            are_good = all(one.is_up() or is_good_enough(one.view) for one in needed)
+            is_done = all(one.is_up() and (one.is_ready() or not wait) for one in mine)
+            if mine and is_done and are_good:
+                what = f"{', '.join(names)} runs already"
+                raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
+            for name in todo:
                 self._store.decide_process(name, "is_up", True)
                 for one in self._supervisor.find(name):
                     if not one.is_up():
@@ -7938,7 +7944,7 @@ ADD = (
     arg("--delay", "-d", metavar="TIME", help="start no sooner than in 90s, 5m, 2h"),
     arg("--label", "-l", help="a name for people"),
     arg("--dir", "-w", metavar="DIR", help="run there instead of here"),
-    arg("--retries", metavar="N", help="runs again so often after a failure"),
+    arg("--retries", metavar="N", help="retry up to N times after a failure"),
     arg("--timeout", metavar="TIME", help="ended after this; 0: never"),
     arg("--key", help="at most one unfinished task has it"),
     arg("--on-lost", choices=("retry", "fail"), help="when it vanished without a status"),
@@ -8493,11 +8499,15 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     for place in filter(os.path.exists, dict.fromkeys(places)):
         who = Platform.distrust(os.stat(place))
         yield place, who is None, f"can be written by {who or 'its owner only'}"
-    try:
-        load_config(project.config_path)
-        yield "configuration", True, project.config_path or "defaults"
-    except DaemonError as error:
-        yield "configuration", False, error.message
+    for name, look, text in (
+        ("configuration", lambda: load_config(project.config_path), project.config_path or "none"),
+        ("queue", lambda: manager.call("list", {"limit": 1}), "can be read"),
+    ):
+        try:
+            look()
+            yield name, True, text
+        except DaemonError as error:
+            yield name, False, error.message
     status = manager.get_status()
     text = f"running, PID {status.pid}" if status.running else status.reason or ""
     yield "daemon", status.exit_status in (0, 3), text
