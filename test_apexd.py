@@ -8455,6 +8455,32 @@ class TestPage:
         assert place in {url.partition("#")[0] for url in urls} and len(urls) > 8
         assert [url for url in urls if not url.startswith((place, "data:"))] == []
 
+    def test_schedules_and_events_are_shown_as_text(self, page, tmp_path):
+        box, browser = page
+        name, status = "<b>nightly</b>", ask_json(box, "status")
+        event = {"id": "1", "time": 1.0, "type": "task.failed", "source": "task <i>", "payload": {"a": "<u>"}}
+        server = apexd.HealthServer(str(tmp_path), {
+            "health": ("", lambda: {"overall": "unhealthy", "checks": {"disk": {"status": "unhealthy", "detail": "0 MiB"}}}),
+            "status": ("", lambda: {**status, "last_hour": [[0, 0]] * 60}),
+            "tasks": ("state limit", lambda **of: {"tasks": []}),
+            "processes": ("", lambda: {"processes": []}),
+            "schedules": ("", lambda: {"schedules": [
+                {"name": name, "cron": "@daily", "next": ["2027-03-09T03:00:00-04:00"]},
+                {"name": "off", "cron": "@hourly", "next": []},
+            ]}),
+            "events": ("", lambda: {"events": [event]}),
+        })  # fmt: skip
+        server.start("127.0.0.1", 0)
+        try:
+            browser.call("Page.navigate", url=server.url)
+            eventually(lambda: "task.failed" in browser.run("at('events').innerText"))
+            assert '{"a":"<u>"}' in browser.run("at('events').innerText")
+            text = browser.run("at('schedules').innerText")
+            assert name in text and "@daily" in text and "3/9/2027" in text and "Invalid" not in text
+            assert browser.run("at('health').innerText") == "unhealthy; disk: 0 MiB"
+        finally:
+            server.stop()
+
     def test_without_the_key_it_shows_no_commands(self, page):
         box, browser = page
         browser.call("Page.navigate", url="about:blank")
