@@ -5892,6 +5892,11 @@ def read_fields(form: str, request: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def reading(form: str, act: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a verb's function read the fields that it is given; it raises BAD_REQUEST then."""
+    return lambda **given: act(**read_fields(form, given))
+
+
 class TaskVerbs:
     """What can be done to tasks: `table` maps each verb to its form and its function.
 
@@ -7234,14 +7239,12 @@ def at_port(host: str, port: int) -> str:
 class HealthServer:
     """Answers GET and HEAD on a TCP port from the sources that it is given, and shows the page.
 
-    sources: name -> (form, function), as the verbs of ControlServer; ROUTES names them. Who
-    sends `key` (Authorization: Bearer KEY) sees PRIVATE fields. Threads: "http" accepts, each
-    request has its own. Life: start -> stop -> start.
+    sources: ROUTES names them; each is called with what the query has, all strings. Who sends
+    `key` (Authorization: Bearer KEY) sees PRIVATE fields. Threads: "http" accepts, each request
+    has its own. Life: start -> stop -> start.
     """
 
-    def __init__(
-        self, folder: str, sources: Mapping[str, tuple[str, Callable[..., Fields]]]
-    ) -> None:
+    def __init__(self, folder: str, sources: Mapping[str, Callable[..., Fields]]) -> None:
         self._sources = sources
         self._path = os.path.join(folder, "http.json")
         self.url, self.key = "", ""  # of the page, with the key: neither is ever logged
@@ -7320,6 +7323,9 @@ class HealthServer:
         except DaemonError as error:
             status = 400 if error.exit_status == 2 else 503
             return status, "application/json", json.dumps({"error": error.to_dict()})
+        except Exception:  # a request handler
+            log.exception("GET %s failed", path)
+            return 500, "application/json", '{"error": {"code": "internal", "message": "a bug"}}'
         if "text" in answer:
             return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
         shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
@@ -7330,10 +7336,10 @@ class HealthServer:
 
     def _ask(self, name: str, query: str, deadline: float) -> Fields:
         """Ask a source; one at a time, but for those that tell whether others hang."""
-        form, act = self._sources.get(name, ("", lambda: {name: []}))
-        fields = read_fields(form, dict(urllib.parse.parse_qsl(query)))
+        act = self._sources.get(name, lambda: {name: []})
+        fields = dict(urllib.parse.parse_qsl(query))
         if name in ("health", "ready"):
-            return act()
+            return act(**fields)
         if not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
             raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
         try:
@@ -7451,7 +7457,7 @@ class Daemon:
             "shutdown": ("keep", self._shutdown),
         }
         hour = self._runner.meters.last_hour
-        sources = {
+        shown = {
             **health.table,
             "status": ("", lambda: {**self._status(), "last_hour": hour()}),
             "tasks": verbs["list"],
@@ -7460,6 +7466,7 @@ class Daemon:
             "why": verbs["why_process"],
             **{name: verbs[name] for name in ("schedules",) if name in verbs},
         }
+        sources = {name: reading(*verb) for name, verb in shown.items()}
         self._http = HealthServer(self._project.folder, sources)
         self._listen(self._config.health)
         self._control = ControlServer(self._project.folder, verbs)

@@ -39,6 +39,8 @@ import tempfile
 import textwrap
 import threading
 import time
+import urllib.error
+import urllib.request
 from queue import SimpleQueue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -8460,15 +8462,15 @@ class TestPage:
         name, status = "<b>nightly</b>", ask_json(box, "status")
         event = {"id": "1", "time": 1.0, "type": "task.failed", "source": "task <i>", "payload": {"a": "<u>"}}
         server = apexd.HealthServer(str(tmp_path), {
-            "health": ("", lambda: {"overall": "unhealthy", "checks": {"disk": {"status": "unhealthy", "detail": "0 MiB"}}}),
-            "status": ("", lambda: {**status, "last_hour": [[0, 0]] * 60}),
-            "tasks": ("state limit", lambda **of: {"tasks": []}),
-            "processes": ("", lambda: {"processes": []}),
-            "schedules": ("", lambda: {"schedules": [
+            "health": lambda: {"overall": "unhealthy", "checks": {"disk": {"status": "unhealthy", "detail": "0 MiB"}}},
+            "status": lambda: {**status, "last_hour": [[0, 0]] * 60},
+            "tasks": lambda **of: {"tasks": []},
+            "processes": lambda: {"processes": []},
+            "schedules": lambda: {"schedules": [
                 {"name": name, "cron": "@daily", "next": ["2027-03-09T03:00:00-04:00"]},
                 {"name": "off", "cron": "@hourly", "next": []},
-            ]}),
-            "events": ("", lambda: {"events": [event]}),
+            ]},
+            "events": lambda: {"events": [event]},
         })  # fmt: skip
         server.start("127.0.0.1", 0)
         try:
@@ -8792,6 +8794,19 @@ class TestHttp:
             write(other.file("http.json"), damaged)
             other.start()
             assert http(other, "/health")[0] == 200
+
+    def test_a_source_that_fails_is_answered_and_logged(self, tmp_path, caplog):
+        server = apexd.HealthServer(str(tmp_path), {"status": lambda: 1 / 0, "health": lambda: {"overall": "healthy"}})
+        server.start("127.0.0.1", 0)
+        try:
+            url = server.url.partition("#")[0]
+            with urllib.request.urlopen(url + "health", timeout=10) as answer:
+                assert json.load(answer) == {"overall": "healthy"}
+            with pytest.raises(urllib.error.HTTPError, match="500"):
+                urllib.request.urlopen(url + "api/status", timeout=10)
+            assert "ZeroDivisionError" in caplog.text
+        finally:
+            server.stop()
 
     def flood(self, box, count, seconds):
         """Keep `count` half-open connections and send random bytes; return how slow /health was."""
