@@ -25,6 +25,7 @@ Map (a section uses only sections above it):
      8. PIDFILE     the lock and the PID file
      9. STORE       schema, migrations, all SQL
     10. KEEPER      the process that owns all children, and the daemon's end of it
+    11. CRON        when schedules fire, and the thread that makes them
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
     16. CONTROL     frames, verbs, server, Client
@@ -71,6 +72,7 @@ import bisect
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import re
@@ -88,6 +90,7 @@ from types import SimpleNamespace
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import binascii
+    import datetime
     import difflib
     import email.utils
     import graphlib
@@ -106,13 +109,14 @@ if TYPE_CHECKING:
     import subprocess
     import tempfile
     import urllib.parse
+    import zoneinfo
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
 
 __version__ = "0.4.0"
 __all__ = [
-    "Client", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner", "DaemonStatus",
-    "HealthServer", "PidFile", "Supervisor", "Task", "TaskStore", "main",
+    "Client", "CronSchedule", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner",
+    "DaemonStatus", "HealthServer", "PidFile", "Supervisor", "Task", "TaskStore", "main",
 ]  # fmt: skip
 
 
@@ -128,8 +132,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii difflib email.utils graphlib grp hmac http.server io logging marshal pwd queue "
-        "random resource shutil sqlite3 subprocess tempfile urllib.parse"
+        "binascii datetime difflib email.utils graphlib grp hmac http.server io logging marshal "
+        "pwd queue random resource shutil sqlite3 subprocess tempfile urllib.parse zoneinfo"
     ).split():
         globals()[_name.partition(".")[0]] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -221,6 +225,13 @@ CLOCK_JUMP_S = 60.0  # a round in which the clock moved so far by itself goes by
 PRIORITY_MAX = 1_000_000
 DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
+DAY_S = 24 * 3600
+DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is, as by cronie
+CRON_LATE_S = 300.0  # what is late by less fires in full, as by cronie
+CRON_RESTART_S = 10.0  # a daemon that is back so soon has not missed what fell due
+CRON_SLICE_S = 60.0  # the longest sleep: then a clock that was moved is noticed
+CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
+CATCH_UP_MAX = 1000  # fires of one schedule that are made up for
 OWN_GROUPS = ("default", "hooks")  # there without being declared
 
 ENVIRONMENT_KEPT = (
@@ -2062,6 +2073,8 @@ class Config:
             self._refuse(f"{kind}.{name}: is no name of a {kind}", hint)
         if one.command is None and getattr(one, "url", None) is None:
             self._refuse(f"{kind}.{name}.command is missing", "say what to run")
+        if kind == "schedule" and one.cron is None:
+            self._refuse(f"schedule.{name}.cron is missing", "say when")
         if kind != "process" and (one.group or "default") not in self.groups:
             error = unknown_group(one.group, self)
             self._refuse(f"{kind}.{name}.group: {error.message}", error.hint)
@@ -2469,8 +2482,10 @@ CREATE TABLE processes (               -- what users decided, over the configura
 ) WITHOUT ROWID;
 CREATE TABLE fires (                   -- the last time each trigger made a task
   source   TEXT PRIMARY KEY,           -- schedule.NAME
-  fired_at REAL NOT NULL,              -- the time it was scheduled for
-  task_id  INTEGER                     -- NULL: none was made, one of it was unfinished
+  fired_at REAL,                       -- the time it was scheduled for; NULL: not yet
+  task_id  INTEGER,                    -- NULL: none was made, one of it was unfinished
+  spec     TEXT,                       -- of a schedule: what it fires by
+  spec_at  REAL                        -- since when
 ) WITHOUT ROWID;
 CREATE TABLE counts (state TEXT, grp TEXT, n INTEGER NOT NULL, PRIMARY KEY (state, grp))
   WITHOUT ROWID;
@@ -3350,41 +3365,63 @@ class EventStore:
         self._store = store
 
     def fire(
-        self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None
-    ) -> int | None:
+        self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None,
+        is_behind: bool = False,
+    ) -> int | None:  # fmt: skip
         """Add the task that a trigger stands for; None when `overlap` forbids it.
 
         source: "schedule.NAME"; event: why, in the task's environment, on top of env; its
-        payload's "scheduled_at" is acted on once, also over crashes. Publishes the event, or
-        KIND.skipped. Raises QUEUE_FULL.
+        payload's "scheduled_at" is acted on once, also over crashes. is_behind: it comes after
+        unfinished ones, however many. Publishes the event, or KIND.skipped. Raises QUEUE_FULL.
         """
-        at = event.payload.get("scheduled_at", event.time)
+        at = event.payload.get("scheduled_at")
         with self._store.database.write(is_vital=False) as db:
             last = db.execute("SELECT fired_at FROM fires WHERE source = ?", (source,)).fetchone()
-            if last and "scheduled_at" in event.payload and last[0] >= at:
+            if last and at is not None and last[0] == at:
                 return None
             options = {name: getattr(trigger, name, None) for name in TASK_READERS}
-            sql = "SELECT id, key FROM tasks WHERE key IN (?, ?) AND finished_at IS NULL"
-            keys = {source: None, source + " next": None}
-            unfinished = {key: task_id for task_id, key in db.execute(sql, tuple(keys))}
-            free = [key for key in keys if key not in unfinished]
+            sql = "SELECT id FROM tasks WHERE key >= ? AND key < ? AND finished_at IS NULL"
+            sql += " ORDER BY id"
+            unfinished = [one for (one,) in db.execute(sql, (source, source + "!"))]
             task_id = None
-            if len(free) > (trigger.overlap == "skip"):
-                options["key"] = free[0]
-                options["after"] = [f"{one}:any" for one in unfinished.values()] or None
+            if is_behind or len(unfinished) < {"skip": 1, "queue": 2}[trigger.overlap]:
+                options["key"] = f"{source} {event.id}" if unfinished else source
+                options["after"] = [f"{one}:any" for one in unfinished[-1:]] or None
                 own = {**(env or {}), **trigger.env, "APEX_EVENT": json.dumps(event.to_dict())}
                 context = {**capture_environment(self._store.config.daemon.env_keep), **own}
                 cwd = os.path.join(self._store.project, trigger.cwd)
                 ids = self._store.insert(db, [trigger.command], options, None, cwd, context, None)
                 task_id = ids[0]
-            sql = "INSERT OR REPLACE INTO fires VALUES (?, ?, ?)"
-            db.execute(sql, (source, at, task_id))
+            sql = """
+                INSERT INTO fires (source, fired_at, task_id) VALUES (?, ?, ?)
+                ON CONFLICT (source) DO UPDATE
+                SET fired_at = coalesce(excluded.fired_at, fired_at), task_id = excluded.task_id
+            """
+            db.execute(sql, (source, event.payload.get("scheduled_at", event.time), task_id))
         kind = event.type.partition(".")[0]
         skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
         self._store.on_events([skipped if task_id is None else event])
         return task_id
 
-    def get_fires(self) -> dict[str, tuple[float, int | None]]:
+    def register(self, specs: Mapping[str, str], now: float) -> dict[str, float]:
+        """Note what each schedule fires by, {source: spec}, and forget all others.
+
+        Returns until when each is dealt with: its last fire, or now when its spec is new.
+        """
+        new = """
+            INSERT INTO fires (source, spec, spec_at) VALUES (?, ?, ?)
+            ON CONFLICT (source) DO UPDATE SET spec = excluded.spec, spec_at = excluded.spec_at
+            WHERE spec IS NOT excluded.spec
+        """
+        sql = "SELECT source, max(coalesce(fired_at, 0), spec_at) FROM fires WHERE spec IS NOT NULL"
+        with self._store.database.write(is_vital=False) as db:
+            db.executemany(new, [(*one, now) for one in specs.items()])
+            seen = dict(db.execute(sql).fetchall())
+            gone = [(source,) for source in seen.keys() - specs.keys()]
+            db.executemany("DELETE FROM fires WHERE source = ?", gone)
+        return seen
+
+    def get_fires(self) -> dict[str, tuple[float | None, int | None]]:
         """Return when each trigger acted last, and the task it made: {source: (at, id)}."""
         rows = self._store.database.fetch("SELECT source, fired_at, task_id FROM fires")
         return {source: (at, task_id) for source, at, task_id in rows}
@@ -4384,6 +4421,365 @@ def make_limits(options: Any) -> dict[str, Any]:
     return {"limits": limits, "nice": options.nice} if limits or options.nice else {}
 
 
+# ============================================================================
+# 11. CRON - when a schedule fires (pure), and the thread that makes it do so
+#     Uses 1-9. One thread for all schedules. Started and stopped by: Daemon.
+# ============================================================================
+
+# Daylight saving is treated as cronie's cron(8) does. A fixed-time job, one whose minute and
+# hour do not begin with *, fires once at the end of a gap that swallowed it, and only in the
+# first pass of an hour that comes twice. All others follow the clock on the wall.
+
+CRON_FIELDS = (  # name, lowest, highest, names of the numbers from the lowest on
+    ("minute", 0, 59, ""),
+    ("hour", 0, 23, ""),
+    ("day", 1, 31, ""),
+    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    ("weekday", 0, 7, "sun mon tue wed thu fri sat"),
+)
+CRON_NAMES = {
+    "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
+}  # fmt: skip
+
+
+def read_cron_field(text: str, name: str, low: int, high: int, names: str) -> frozenset[int]:
+    """Read one field, such as "1-3,5", "*/10", "5/10" or "mon-fri"."""
+    numbers = {word: str(low + index) for index, word in enumerate(names.split())}
+    digits = text.replace("-sun", "-7") if high == 7 else text
+    digits = re.sub(r"\b[a-z]{3}\b", lambda match: numbers.get(match[0], match[0]), digits)
+    found = set[int]()
+    for part in digits.split(","):
+        match = re.fullmatch(r"(?:\*|([0-9]{1,2})(?:-([0-9]{1,2}))?)(?:/([0-9]{1,3}))?", part)
+        start, end, step = match.groups() if match else ("99", None, None)
+        first = int(start or low)
+        last = int(end or (high if step or not start else first))
+        if not low <= first <= last <= high or not int(step or 1):
+            form = f"numbers {low}-{high}, 1,2 or 1-5 or *, each with a step as in */5"
+            raise ValueError(f"a cron expression: its {name} {text!r} is not {form}")
+        found.update(range(first, last + 1, int(step or 1)))
+    return frozenset(found)
+
+
+def read_cron(text: object) -> dict[str, Any]:
+    """Read a cron expression, five fields, @daily, @every 90s or @reboot, as a CronSchedule's."""
+    words = line_of_text(text).lower().split()
+    if words == ["@reboot"]:
+        return {}
+    if words[:1] == ["@every"]:
+        period = duration(" ".join(words[1:]))
+        if period < 1 or period % 1:
+            raise ValueError("@every with whole seconds from 1: @every 90s")
+        return {"period": int(period)}
+    words = CRON_NAMES.get(" ".join(words), " ".join(words)).split()
+    if len(words) != len(CRON_FIELDS):
+        raise ValueError("five fields, minute hour day month weekday, or @daily, @every 90s")
+    minutes, hours, days, months, weekdays = map(read_cron_field, words, *zip(*CRON_FIELDS))
+    needs_both = "*" in (words[2][0], words[4][0])
+    longest = max(29 if month == 2 else 30 + (month in (1, 3, 5, 7, 8, 10, 12)) for month in months)
+    if needs_both and min(days) > longest:
+        raise ValueError("a day that exists: this one never fires")
+    return {
+        "times": sorted(60 * hour + minute for hour in hours for minute in minutes),
+        "days": days, "months": months, "weekdays": frozenset(day % 7 for day in weekdays),
+        "needs_both": needs_both, "is_fixed": "*" not in (words[0][0], words[1][0]),
+    }  # fmt: skip
+
+
+def read_zone(name: object) -> Any:
+    """Read the name of a time zone, as a tzinfo; None stands for local time."""
+    if name is None or name == "UTC":  # these need no data
+        return name and datetime.timezone.utc
+    try:
+        return zoneinfo.ZoneInfo(line_of_text(name))
+    except (LookupError, OSError, ValueError):
+        near = difflib.get_close_matches(str(name), zoneinfo.available_timezones(), 1, 0.0)
+        hint = f"did you mean {near[0]}?" if near else "it has no data: pip install tzdata"
+        raise ValueError(f"a time zone that this system knows; {hint}") from None
+
+
+class CronSchedule:
+    """The times at which a cron expression fires. Pure; aware datetimes go in and come out.
+
+    timezone: "Europe/Berlin"; None is local time. Raises CONFIG_INVALID.
+    """
+
+    period = 0  # of @every: seconds, counted from 1970 on, so that restarts shift nothing
+    times: Sequence[int] = ()  # minutes of a day, ascending; @reboot: none
+    days = months = weekdays = frozenset[int]()  # weekday 0: Sunday
+    needs_both = False  # day and weekday; else one of them is enough
+    is_fixed = False  # neither minute nor hour begins with *
+
+    def __init__(self, expression: str, timezone: str | None = None) -> None:
+        self.expression, self.timezone = expression, timezone
+        try:
+            what = f"expression {expression!r}"
+            self.__dict__.update(read_cron(expression))
+            what = f"timezone {timezone!r}"
+            self._zone = read_zone(timezone)
+        except ValueError as error:
+            hint = "see README.md, Cron"
+            raise DaemonError("CONFIG_INVALID", f"{what}: must be {error}", hint) from None
+
+    def matches(self, moment: datetime.datetime) -> bool:
+        """Tell whether it fires in the moment's minute; @every: in its second."""
+        at = int(moment.timestamp() // 1)
+        at -= 0 if self.period else (at + self._offset(at)) % 60
+        return next(self.fires(at - 1), None) == at
+
+    def next(self, after: datetime.datetime) -> datetime.datetime | None:
+        """Return the first fire after a moment, in the schedule's zone; @reboot: None."""
+        return next(map(self.moment, self.fires(after.timestamp())), None)
+
+    def fires(self, after: float) -> Iterator[int]:
+        """Yield the fires after a time, in epoch seconds."""
+        at = int(after // 1)
+        while self.period:
+            at += self.period - at % self.period
+            yield at
+        start, wait = at - (at + self._offset(at)) % 60, 60
+        if self.is_fixed:
+            change, shift = self._find_change(start - DST_MAX_S, start)
+            if -DST_MAX_S <= shift < 0 and start < change - shift:
+                start, wait = change - shift, 0  # the second pass is over
+        while self.times:
+            offset, near = self._offset(start), start + 4 * DAY_S
+            found = self._find_wall(start + offset + wait) - offset
+            change, shift = self._find_change(start, min(found, near))
+            is_bridged = self.is_fixed and abs(shift) <= DST_MAX_S
+            if is_bridged and found < change + shift:
+                found, shift = change, 0  # the end of the gap
+            if shift:
+                start, wait = max(change, change - shift) if is_bridged else change, 0
+            elif found > near:  # nothing fires until then, so what changes does not matter
+                start, wait = found - 2 * DAY_S, 0
+            else:
+                yield found
+                start, wait = found, 60
+
+    def list_next(self, count: int) -> list[str]:
+        """Return the next fires, as "2025-03-09T03:00:00-04:00"."""
+        fires = itertools.islice(self.fires(Clock.now()), count)
+        return [self.moment(at).isoformat() for at in fires]
+
+    def _find_wall(self, wall: int) -> int:
+        """Return the first fire from `wall` on by a clock without zone, both in its seconds."""
+        number, minute = divmod(-(-wall // 60), 24 * 60)
+        epoch = datetime.date(1970, 1, 1).toordinal()
+        day = first = datetime.date.fromordinal(epoch + number)
+        while True:  # 40 years at most, for a 29 February that is a Sunday
+            hits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
+            index = bisect.bisect_left(self.times, minute if day == first else 0)
+            if day.month in self.months and (all if self.needs_both else any)(hits):
+                if index < len(self.times):
+                    return ((day.toordinal() - epoch) * 24 * 60 + self.times[index]) * 60
+            day += datetime.timedelta(1)
+            while day.month not in self.months:
+                day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+
+    def _find_change(self, start: int, end: int) -> tuple[int, int]:
+        """Return the first second in (start, end] with another UTC offset, and the difference."""
+        before, high = self._offset(start), min(start + DAY_S, end)
+        while high < end and self._offset(high) == before:
+            start, high = high, min(high + DAY_S, end)
+        shift = self._offset(high) - before
+        while shift and high - start > 1:
+            middle = (start + high) // 2
+            start, high = (middle, high) if self._offset(middle) == before else (start, middle)
+        return high, shift
+
+    def _offset(self, at: int) -> int:
+        return round(self.moment(at).replace(tzinfo=datetime.timezone.utc).timestamp()) - at
+
+    def moment(self, at: float) -> datetime.datetime:
+        """Return epoch seconds as a datetime in the schedule's zone."""
+        return datetime.datetime.fromtimestamp(at, datetime.timezone.utc).astimezone(self._zone)
+
+
+def _checked(read: Callable[[object], object]) -> Callable[[Any], Any]:
+    return lambda text: (read(text), text)[1]
+
+
+for _key, _read in (("cron", read_cron), ("timezone", read_zone)):  # CONFIG stands above this
+    OPTIONS["schedule"][_key] = (_checked(_read), *OPTIONS["schedule"][_key][1:])
+
+
+class CronJob(Value):
+    """A schedule that is enabled, and how far it has got; times are epoch seconds."""
+
+    name: str
+    trigger: Any  # its options
+    schedule: CronSchedule
+    seen_at: float  # all until then is dealt with
+    due_at: float | None  # the next fire
+    spec: str  # what it fires by
+    is_new: bool  # not looked at yet: what it has missed, it missed without a daemon
+
+
+def find_fires(job: CronJob, now: float) -> Sequence[float]:
+    """Decide which fires to make now, and move `seen_at` when the clock was set back.
+
+    A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
+    """
+    schedule, trigger, gap_s = job.schedule, job.trigger, now - job.seen_at
+    if gap_s < 0:
+        if -gap_s > (DST_MAX_S if schedule.is_fixed else CRON_LATE_S):
+            job.seen_at = now
+        return []
+    if not (schedule.period or schedule.times):  # @reboot
+        return [int(now)] if job.is_new else []
+    since = max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
+    fires = itertools.takewhile(lambda at: at <= now, schedule.fires(since))
+    missed = deque[float](fires, CATCH_UP_MAX)
+    if not missed or (gap_s <= CRON_LATE_S and not job.is_new):
+        return missed
+    kept = [at for at in missed if now - at <= trigger.catch_up_window]
+    kept = {"none": [], "last": kept[-1:], "all": kept}[trigger.catch_up]
+    if job.is_new:  # after a restart
+        is_due = len(missed) == 1 and now - missed[0] <= CRON_RESTART_S
+    else:  # after the clock was set, or the machine slept
+        is_due = now - missed[-1] < 60 or (schedule.is_fixed and gap_s <= DST_MAX_S)
+    kept = kept or ([missed[-1]] if is_due else [])
+    log.info("Schedule %s: %d of %d missed fires are made", job.name, len(kept), len(missed))
+    return kept
+
+
+class Scheduler:
+    """Makes schedules fire: each time is a task, made once.
+
+    Thread: "cron" sleeps until the next fire. Life: start -> stop.
+    """
+
+    def __init__(
+        self, store: TaskStore, on_fire: Callable[[], None] = lambda: None, clock: Any = Clock
+    ) -> None:
+        self._store, self._on_fire, self._clock = store, on_fire, clock
+        self._jobs: dict[str, CronJob] = {}  # by source
+        self._config: Config | None = None  # what _jobs follow
+        self._is_stopped, self._woken = False, threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="cron", daemon=True)
+
+    def start(self) -> None:
+        """Let the schedules of the store's configuration fire from now on."""
+        self._thread.start()
+
+    def reload(self) -> None:
+        """Take on the store's configuration; what has changed in it counts from now on."""
+        self._woken.set()
+
+    def stop(self) -> None:
+        """Let nothing fire any more."""
+        self._is_stopped = True
+        self._woken.set()
+        self._thread.join(STOP_MARGIN_S)
+
+    def status(self) -> dict[str, Any]:
+        """Return {"schedules": how many are enabled, "next_fire_at": epoch seconds or None}."""
+        due = [job.due_at for job in self._jobs.values() if job.due_at]
+        return {"schedules": len(self._jobs), "next_fire_at": min(due, default=None)}
+
+    def _loop(self) -> None:
+        while not self._is_stopped:
+            wait_s: float | None = CRON_RETRY_S
+            try:
+                wait_s = self._look()
+            except DaemonError as error:
+                log.error("schedules: %s (%s)", error, error.hint)
+            except Exception:  # this thread's top frame
+                log.exception("the scheduler failed")
+            self._woken.wait(wait_s)
+            self._woken.clear()
+
+    def _look(self) -> float | None:
+        """Make the fires that are due; return in how many seconds to look again."""
+        if self._config is not self._store.config:
+            self._arrange()
+        has_failed = False
+        for job in self._jobs.values():
+            try:
+                self._fire(job, self._clock.now())
+            except DaemonError as error:
+                log.error("schedule %s: %s (%s)", job.name, error, error.hint)
+                has_failed = True
+        next_at: float | None = self.status()["next_fire_at"]
+        wait_s = next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
+        return CRON_RETRY_S if has_failed else wait_s
+
+    def _fire(self, job: CronJob, now: float) -> None:
+        is_early = not job.is_new and job.seen_at <= now < (job.due_at or now + 1.0)
+        fires = [] if is_early else find_fires(job, now)
+        is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
+        for at in fires:
+            if self._is_stopped:
+                return
+            what = {"name": job.name, "scheduled_at": at}
+            event = Event.make("cron.fired", what, f"schedule {job.name}")
+            source = f"schedule.{job.name}"
+            task = EventStore(self._store).fire(source, job.trigger, event, None, is_behind)
+            result = f"task {task}" if task else "skipped"
+            log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
+            job.seen_at = at
+            self._on_fire()
+        job.seen_at, job.is_new = max(job.seen_at, now), False
+        if not is_early:
+            job.due_at = next(job.schedule.fires(job.seen_at), None)
+
+    def _arrange(self) -> None:
+        """Plan what the configuration says; what fires by the same as before goes on."""
+        config, jobs = self._store.config, dict[str, CronJob]()
+        found = {f"schedule.{name}": one for name, one in config.schedules.items()}
+        specs = {name: f"{one.cron}, {one.timezone}" * one.enabled for name, one in found.items()}
+        seen = EventStore(self._store).register(specs, self._clock.now())
+        for source, one in found.items():
+            job = self._jobs.get(source)
+            if job is None or job.spec != specs[source]:
+                schedule, name = CronSchedule(one.cron, one.timezone), source.partition(".")[2]
+                job = CronJob(name=name, schedule=schedule, seen_at=seen[source], is_new=True)
+            job.trigger, job.spec = one, specs[source]
+            if one.enabled:
+                jobs[source] = job
+        self._jobs, self._config = jobs, config
+
+
+def find_schedules(store: TaskStore, name: str | None = None) -> dict[str, Any]:
+    """Return the options of one schedule, or of all, by name. Raises BAD_REQUEST."""
+    schedules = store.config.schedules
+    if name is not None and name not in schedules:
+        hint = f"schedules: {', '.join(schedules) or 'none'}; quote an expression"
+        raise bad(f"there is no schedule {name!r}", hint)
+    return schedules if name is None else {name: schedules[name]}
+
+
+def list_schedules(
+    store: TaskStore, name: str | None = None, limit: int = 1
+) -> list[dict[str, Any]]:
+    """Return of each: name, cron, timezone, enabled, next, last, task_id, result.
+
+    next: up to `limit` fires, as "2025-03-09T03:00:00-04:00"; last: the one before.
+    result: the state of the last task, or "skipped".
+    """
+    fires, found = EventStore(store).get_fires(), []
+    for each, one in find_schedules(store, name).items():
+        schedule = CronSchedule(one.cron, one.timezone)
+        last_at, task_id = fires.get(f"schedule.{each}", (None, None))
+        task = store.find(ids=[task_id]) if task_id else []
+        state = task[0].state if task else None if task_id or last_at is None else "skipped"
+        about = {"name": each, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
+        about["next"] = schedule.list_next(limit if one.enabled else 0)
+        about["last"] = last_at and schedule.moment(last_at).isoformat()
+        found.append({**about, "task_id": task_id, "result": state})
+    return found
+
+
+def run_schedule(store: TaskStore, name: str) -> int:
+    """Add a schedule's task now, return its id. Raises ILLEGAL_STATE when `overlap` forbids it."""
+    trigger = find_schedules(store, name)[name]
+    event = Event.make("cron.fired", {"name": name, "scheduled_at": None}, f"schedule {name}")
+    task_id = EventStore(store).fire(f"schedule.{name}", trigger, event)
+    if task_id is None:
+        what = f"a task of schedule {name} is unfinished"
+        raise DaemonError("ILLEGAL_STATE", what, 'see `list`, or set overlap = "queue"')
+    return task_id
 
 
 # ============================================================================
@@ -5847,7 +6243,7 @@ absolute_path = reader(
     "an absolute path",
     lambda path: isinstance(path, str) and os.path.isabs(path) and b"\0" not in os.fsencode(path),
 )
-process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a process, or NAME.INDEX")
+process_name = matching(r"[A-Za-z][A-Za-z0-9_-]{0,63}(\.[0-9]{1,4})?", "a name, or NAME.INDEX")
 
 
 def signal_number(value: object) -> int:
@@ -5922,6 +6318,8 @@ class TaskVerbs:
             "logs": ("id! attempt offset within", self._logs),
             "queue": ("", self._queue),
             "process_logs": ("name! offsets lines", self._process_logs),
+            "schedules": ("name limit", lambda **of: {"schedules": list_schedules(store, **of)}),
+            "run_schedule": ("name!", lambda name: self._wake({"id": run_schedule(store, name)})),
         }
 
     def _wake(self, answer: Fields) -> Fields:
@@ -6510,8 +6908,8 @@ def settings_of(config: Config) -> Fields:
     return {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
 
 
-READING_VERBS = frozenset("list get wait why logs queue process_logs".split())
-WRITING_VERBS = frozenset("add cancel retry remove pause resume report".split())
+READING_VERBS = frozenset("list get wait why logs queue process_logs schedules".split())
+WRITING_VERBS = frozenset("add cancel retry remove pause resume report run_schedule".split())
 
 
 class Project(Value):
@@ -7444,6 +7842,7 @@ class Daemon:
         store, post = self._store, self._mailbox.post
         self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
         self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
+        self._scheduler = Scheduler(store, self._runner.wake)
         keepers.on_standing = self._note_standing
         of_processes = ProcessVerbs(self._supervisor, store)
         health = HealthVerbs(self._runner, self._supervisor, of_processes)
@@ -7464,7 +7863,7 @@ class Daemon:
             "logs": ("id! attempt offset", verbs["logs"][1]),
             "processes": verbs["list_processes"],
             "why": verbs["why_process"],
-            **{name: verbs[name] for name in ("schedules",) if name in verbs},
+            "schedules": verbs["schedules"],
         }
         sources = {name: reading(*verb) for name, verb in shown.items()}
         self._http = HealthServer(self._project.folder, sources)
@@ -7473,6 +7872,7 @@ class Daemon:
         self._control.start(settings_of(self._config))
         self._supervisor.start()
         self._runner.start()
+        self._scheduler.start()
         self._standing.wait(STANDING_S)
         health.is_starting = False
         log.info("ready")
@@ -7482,6 +7882,7 @@ class Daemon:
         finally:
             self._control.stop()
             self._http.stop()
+            self._scheduler.stop()
             self._supervisor.halt()
             self._runner.halt()
             self._keepers.close(self._is_over)
@@ -7521,12 +7922,14 @@ class Daemon:
         if name == "drained":
             self._supervisor.stop()
         elif name == "failed":
+            self._scheduler.stop()
             if not self._first_term:
                 self._runner.drain(self._config.daemon.graceful_timeout)
         elif name in ("stop", "SIGTERM", "SIGINT", "SIGBREAK"):
             now, is_first = Clock.mono(), not self._first_term
             if is_first or now - self._first_term >= FIRST_TERM_S:
                 log.info("%s: stopping%s", name, "" if is_first else " at once")
+                self._scheduler.stop()
                 self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
                 if not is_first:
                     self._supervisor.stop(force=True)
@@ -7575,6 +7978,7 @@ class Daemon:
                 open_log(self._project.file("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
             self._supervisor.reload(old)
+            self._scheduler.reload()
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
@@ -7637,6 +8041,7 @@ class Daemon:
         return {
             **self._identity(),
             **self._supervisor.status(),
+            **self._scheduler.status(),
             "project": self._project.path,
             "counts": self._store.get_counts(),
             "paused": self._store.get_paused(),
@@ -8473,6 +8878,43 @@ def cmd_dlq(args: Args) -> int:
         return 0
     args.verb = "retry" if args.action == "retry" else "remove"
     return cmd_change(args)
+
+
+@register(
+    "cron",
+    arg("action", nargs="?", default="list", choices=("list", "next", "run")),
+    arg("what", nargs="*", metavar="NAME", help="a schedule; for next also an expression"),
+    arg("--lines", "-n", type=reads(integer(1, 1000)), default=5, metavar="N", help="fires shown"),
+    arg("--timezone", metavar="ZONE", help="of an expression; default: local time"),
+)
+def cmd_cron(args: Args) -> int:
+    """Show the schedules and when they fire, or add the task of one now."""
+    client, name = client_of(args), " ".join(args.what)
+    if args.action == "run":
+        answer = client.call("run_schedule", {"name": name})
+        return emit(answer, args, f"task {answer['id']}")
+    if args.action == "next":
+        if " " in name or name.startswith("@"):
+            try:
+                fires = CronSchedule(name, args.timezone).list_next(args.lines)
+            except DaemonError as error:
+                raise bad(error.message, error.hint) from None
+        else:
+            asked = {"name": name, "limit": args.lines}
+            fires = client.call("schedules", asked)["schedules"][0]["next"]
+        return emit(fires, args, "\n".join(map(in_words, fires)))
+    found, rows = client.call("schedules", {"limit": args.lines})["schedules"], []
+    for one in found:
+        cells = [one[key] for key in ("name", "cron", "timezone", "last", "result", "task_id")]
+        text = "at the next start" if one["enabled"] else "not enabled"
+        rows.append([*cells, in_words(one["next"][0]) if one["next"] else text])
+    return emit(found, args, columns("NAME CRON ZONE LAST RESULT TASK NEXT", rows))
+
+
+def in_words(fire: str) -> str:
+    """Write a fire for people: Sun 2025-03-09T03:00:00-04:00, in 3h 20m."""
+    at = datetime.datetime.fromisoformat(fire)
+    return f"{at:%a} {fire}, in {span(at.timestamp() - Clock.now())}"
 
 
 @register("config")

@@ -16,6 +16,7 @@ import ast
 import base64
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import functools
 import glob
@@ -41,6 +42,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zoneinfo
 from queue import SimpleQueue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1862,11 +1864,13 @@ class TestConfig:
         config = apexd.Config({"process": {"web": {"command": "serve"}}})
         tables = {"group": config.groups["default"], "process": config.processes["web"]}
         for kind in ("schedule", "watch", "hook"):
-            tables[kind] = getattr(apexd.Config({kind: {"one": {"command": "x"}}}), apexd.TABLES[kind])["one"]
+            given = {"command": "x", **({"cron": "@daily"} if kind == "schedule" else {})}
+            tables[kind] = getattr(apexd.Config({kind: {"one": given}}), apexd.TABLES[kind])["one"]
         for section, options in apexd.OPTIONS.items():
             values = vars(tables.get(section) or getattr(config, section))
             defaults = {key: default for key, (_, default, _) in options.items()}
-            assert {**values, "command": None} == {**defaults, "command": None}
+            needed = {key: None for key in ("command", "cron") if key in defaults}
+            assert {**values, **needed} == {**defaults, **needed}
 
     def test_defaults_are_what_their_own_readers_accept(self):
         for options in apexd.OPTIONS.values():
@@ -4651,6 +4655,866 @@ class TestKeeperLife:
         if daemon == "is killed":
             kill(pid)
         eventually(lambda: not box.processes(), 30, "children, keeper and daemon are gone")
+
+
+# ============================================================================
+# 11. CRON - when schedules fire; what a thread that was late makes of it
+# ============================================================================
+
+HAS_ZONES = bool(zoneinfo.available_timezones())
+zones = pytest.mark.skipif(not HAS_ZONES, reason="no time zone data here")
+UTC = datetime.timezone.utc
+
+# A start, then expressions and their next five fires: what equals the fire before (date, UTC
+# offset) is left out. Checked by hand; the oracle below must agree with them as well.
+CRON_CASES = """
+America/New_York 2025-03-08 23:00
+    30 2 * * *       | 03-09 03:00-04, 03-10 02:30, 03-11 02:30, 03-12 02:30, 03-13 02:30
+    0 2 * * *        | 03-09 03:00-04, 03-10 02:00, 03-11 02:00, 03-12 02:00, 03-13 02:00
+    59 2 * * *       | 03-09 03:00-04, 03-10 02:59, 03-11 02:59, 03-12 02:59, 03-13 02:59
+    0 3 * * *        | 03-09 03:00-04, 03-10 03:00, 03-11 03:00, 03-12 03:00, 03-13 03:00
+    10,50 2 * * *    | 03-09 03:00-04, 03-10 02:10, 02:50, 03-11 02:10, 02:50
+    30 1-3 * * *     | 03-09 01:30-05, 03:00-04, 03:30, 03-10 01:30, 02:30
+    0 2 * * sun      | 03-09 03:00-04, 03-16 02:00, 03-23 02:00, 03-30 02:00, 04-06 02:00
+    0 2 9 3 *        | 03-09 03:00-04, 2026-03-09 02:00, 2027-03-09 02:00-05, 2028-03-09 02:00, 2029-03-09 02:00
+    15 2 9 * mon     | 03-09 03:00-04, 03-10 02:15, 03-17 02:15, 03-24 02:15, 03-31 02:15
+    */30 * * * *     | 03-08 23:30-05, 03-09 00:00, 00:30, 01:00, 01:30
+    */20 2 * * *     | 03-10 02:00-04, 02:20, 02:40, 03-11 02:00, 02:20
+    30 * * * *       | 03-08 23:30-05, 03-09 00:30, 01:30, 03:30-04, 04:30
+    5 */2 * * *      | 03-09 00:05-05, 04:05-04, 06:05, 08:05, 10:05
+    * 2 * * *        | 03-10 02:00-04, 02:01, 02:02, 02:03, 02:04
+    0 0 * * *        | 03-09 00:00-05, 03-10 00:00-04, 03-11 00:00, 03-12 00:00, 03-13 00:00
+    30 1 * * *       | 03-09 01:30-05, 03-10 01:30-04, 03-11 01:30, 03-12 01:30, 03-13 01:30
+    @hourly          | 03-09 00:00-05, 01:00, 03:00-04, 04:00, 05:00
+    @daily           | 03-09 00:00-05, 03-10 00:00-04, 03-11 00:00, 03-12 00:00, 03-13 00:00
+    @weekly          | 03-09 00:00-05, 03-16 00:00-04, 03-23 00:00, 03-30 00:00, 04-06 00:00
+    0,59 2,3 * * *   | 03-09 03:00-04, 03:59, 03-10 02:00, 02:59, 03:00
+America/New_York 2025-11-01 23:00
+    30 1 * * *       | 11-02 01:30-04, 11-03 01:30-05, 11-04 01:30, 11-05 01:30, 11-06 01:30
+    0 1 * * *        | 11-02 01:00-04, 11-03 01:00-05, 11-04 01:00, 11-05 01:00, 11-06 01:00
+    59 1 * * *       | 11-02 01:59-04, 11-03 01:59-05, 11-04 01:59, 11-05 01:59, 11-06 01:59
+    0 2 * * *        | 11-02 02:00-05, 11-03 02:00, 11-04 02:00, 11-05 02:00, 11-06 02:00
+    10,50 1 * * *    | 11-02 01:10-04, 01:50, 11-03 01:10-05, 01:50, 11-04 01:10
+    30 0-2 * * *     | 11-02 00:30-04, 01:30, 02:30-05, 11-03 00:30, 01:30
+    0 1 * * sun      | 11-02 01:00-04, 11-09 01:00-05, 11-16 01:00, 11-23 01:00, 11-30 01:00
+    0 1 2 11 *       | 11-02 01:00-04, 2026-11-02 01:00-05, 2027-11-02 01:00-04, 2028-11-02 01:00, 2029-11-02 01:00
+    */30 * * * *     | 11-01 23:30-04, 11-02 00:00, 00:30, 01:00, 01:30
+    */20 1 * * *     | 11-02 01:00-04, 01:20, 01:40, 01:00-05, 01:20
+    30 * * * *       | 11-01 23:30-04, 11-02 00:30, 01:30, 01:30-05, 02:30
+    5 */2 * * *      | 11-02 00:05-04, 02:05-05, 04:05, 06:05, 08:05
+    * 1 2 11 *       | 11-02 01:00-04, 01:01, 01:02, 01:03, 01:04
+    0 0 * * *        | 11-02 00:00-04, 11-03 00:00-05, 11-04 00:00, 11-05 00:00, 11-06 00:00
+    @hourly          | 11-02 00:00-04, 01:00, 01:00-05, 02:00, 03:00
+    @daily           | 11-02 00:00-04, 11-03 00:00-05, 11-04 00:00, 11-05 00:00, 11-06 00:00
+    0 1 * * *        | 11-02 01:00-04, 11-03 01:00-05, 11-04 01:00, 11-05 01:00, 11-06 01:00
+    59 0 * * *       | 11-02 00:59-04, 11-03 00:59-05, 11-04 00:59, 11-05 00:59, 11-06 00:59
+    0,30 1-2 * * 0   | 11-02 01:00-04, 01:30, 02:00-05, 02:30, 11-09 01:00
+Europe/Berlin 2025-03-29 22:00
+    30 2 * * *       | 03-30 03:00+02, 03-31 02:30, 04-01 02:30, 04-02 02:30, 04-03 02:30
+    0 2 * * *        | 03-30 03:00+02, 03-31 02:00, 04-01 02:00, 04-02 02:00, 04-03 02:00
+    59 2 * * *       | 03-30 03:00+02, 03-31 02:59, 04-01 02:59, 04-02 02:59, 04-03 02:59
+    0 3 * * *        | 03-30 03:00+02, 03-31 03:00, 04-01 03:00, 04-02 03:00, 04-03 03:00
+    15,45 2 30 3 *   | 03-30 03:00+02, 2026-03-30 02:15, 02:45, 2027-03-30 02:15, 02:45
+    0 1-4 * * *      | 03-30 01:00+01, 03:00+02, 04:00, 03-31 01:00, 02:00
+    30 2 * * sun     | 03-30 03:00+02, 04-06 02:30, 04-13 02:30, 04-20 02:30, 04-27 02:30
+    */15 * * * *     | 03-29 22:15+01, 22:30, 22:45, 23:00, 23:15
+    */30 2 * * *     | 03-31 02:00+02, 02:30, 04-01 02:00, 02:30, 04-02 02:00
+    45 * * * *       | 03-29 22:45+01, 23:45, 03-30 00:45, 01:45, 03:45+02
+    30 */2 * * *     | 03-29 22:30+01, 03-30 00:30, 04:30+02, 06:30, 08:30
+    0 0 * * *        | 03-30 00:00+01, 03-31 00:00+02, 04-01 00:00, 04-02 00:00, 04-03 00:00
+    @hourly          | 03-29 23:00+01, 03-30 00:00, 01:00, 03:00+02, 04:00
+    @monthly         | 04-01 00:00+02, 05-01 00:00, 06-01 00:00, 07-01 00:00, 08-01 00:00
+    30 2 31 3 *      | 03-31 02:30+02, 2026-03-31 02:30, 2027-03-31 02:30, 2028-03-31 02:30, 2029-03-31 02:30
+    30 2 30 3 sat    | 03-30 03:00+02, 2026-03-07 02:30+01, 03-14 02:30, 03-21 02:30, 03-28 02:30
+Europe/Berlin 2025-10-25 22:00
+    30 2 * * *       | 10-26 02:30+02, 10-27 02:30+01, 10-28 02:30, 10-29 02:30, 10-30 02:30
+    0 2 * * *        | 10-26 02:00+02, 10-27 02:00+01, 10-28 02:00, 10-29 02:00, 10-30 02:00
+    59 2 * * *       | 10-26 02:59+02, 10-27 02:59+01, 10-28 02:59, 10-29 02:59, 10-30 02:59
+    0 3 * * *        | 10-26 03:00+01, 10-27 03:00, 10-28 03:00, 10-29 03:00, 10-30 03:00
+    15,45 2 26 10 *  | 10-26 02:15+02, 02:45, 2026-10-26 02:15+01, 02:45, 2027-10-26 02:15+02
+    0 1-4 * * *      | 10-26 01:00+02, 02:00, 03:00+01, 04:00, 10-27 01:00
+    30 2 * * sun     | 10-26 02:30+02, 11-02 02:30+01, 11-09 02:30, 11-16 02:30, 11-23 02:30
+    */15 * * * *     | 10-25 22:15+02, 22:30, 22:45, 23:00, 23:15
+    */30 2 * * *     | 10-26 02:00+02, 02:30, 02:00+01, 02:30, 10-27 02:00
+    45 * * * *       | 10-25 22:45+02, 23:45, 10-26 00:45, 01:45, 02:45
+    30 */2 * * *     | 10-25 22:30+02, 10-26 00:30, 02:30, 02:30+01, 04:30
+    0 0 * * *        | 10-26 00:00+02, 10-27 00:00+01, 10-28 00:00, 10-29 00:00, 10-30 00:00
+    @hourly          | 10-25 23:00+02, 10-26 00:00, 01:00, 02:00, 02:00+01
+    0 2 26 10 *      | 10-26 02:00+02, 2026-10-26 02:00+01, 2027-10-26 02:00+02, 2028-10-26 02:00, 2029-10-26 02:00
+    1-59/29 2 * * *  | 10-26 02:01+02, 02:30, 02:59, 10-27 02:01+01, 02:30
+Australia/Lord_Howe 2025-10-04 23:30
+    0 2 * * *        | 10-05 02:30+11, 10-06 02:00, 10-07 02:00, 10-08 02:00, 10-09 02:00
+    15 2 * * *       | 10-05 02:30+11, 10-06 02:15, 10-07 02:15, 10-08 02:15, 10-09 02:15
+    29 2 * * *       | 10-05 02:30+11, 10-06 02:29, 10-07 02:29, 10-08 02:29, 10-09 02:29
+    30 2 * * *       | 10-05 02:30+11, 10-06 02:30, 10-07 02:30, 10-08 02:30, 10-09 02:30
+    45 2 * * *       | 10-05 02:45+11, 10-06 02:45, 10-07 02:45, 10-08 02:45, 10-09 02:45
+    10,40 2 * * *    | 10-05 02:30+11, 02:40, 10-06 02:10, 02:40, 10-07 02:10
+    */10 * * * *     | 10-04 23:40+10:30, 23:50, 10-05 00:00, 00:10, 00:20
+    15 * * * *       | 10-05 00:15+10:30, 01:15, 03:15+11, 04:15, 05:15
+    0 * * * *        | 10-05 00:00+10:30, 01:00, 03:00+11, 04:00, 05:00
+    */15 2 * * *     | 10-05 02:30+11, 02:45, 10-06 02:00, 02:15, 02:30
+    0 3 * * *        | 10-05 03:00+11, 10-06 03:00, 10-07 03:00, 10-08 03:00, 10-09 03:00
+    15 */2 * * *     | 10-05 00:15+10:30, 04:15+11, 06:15, 08:15, 10:15
+Australia/Lord_Howe 2025-04-05 23:30
+    0 1 * * *        | 04-06 01:00+11, 04-07 01:00+10:30, 04-08 01:00, 04-09 01:00, 04-10 01:00
+    15 1 * * *       | 04-06 01:15+11, 04-07 01:15+10:30, 04-08 01:15, 04-09 01:15, 04-10 01:15
+    30 1 * * *       | 04-06 01:30+11, 04-07 01:30+10:30, 04-08 01:30, 04-09 01:30, 04-10 01:30
+    45 1 * * *       | 04-06 01:45+11, 04-07 01:45+10:30, 04-08 01:45, 04-09 01:45, 04-10 01:45
+    59 1 * * *       | 04-06 01:59+11, 04-07 01:59+10:30, 04-08 01:59, 04-09 01:59, 04-10 01:59
+    0 2 * * *        | 04-06 02:00+10:30, 04-07 02:00, 04-08 02:00, 04-09 02:00, 04-10 02:00
+    10,40 1 * * *    | 04-06 01:10+11, 01:40, 04-07 01:10+10:30, 01:40, 04-08 01:10
+    */10 * * * *     | 04-05 23:40+11, 23:50, 04-06 00:00, 00:10, 00:20
+    45 * * * *       | 04-05 23:45+11, 04-06 00:45, 01:45, 01:45+10:30, 02:45
+    0 * * * *        | 04-06 00:00+11, 01:00, 02:00+10:30, 03:00, 04:00
+    */15 1 * * *     | 04-06 01:00+11, 01:15, 01:30, 01:45, 01:30+10:30
+    45 */1 6 4 *     | 04-06 00:45+11, 01:45, 01:45+10:30, 02:45, 03:45
+Asia/Tokyo 2024-02-27 10:07
+    * * * * *        | 02-27 10:08+09, 10:09, 10:10, 10:11, 10:12
+    */5 * * * *      | 02-27 10:10+09, 10:15, 10:20, 10:25, 10:30
+    5/20 * * * *     | 02-27 10:25+09, 10:45, 11:05, 11:25, 11:45
+    0-30/10 * * * *  | 02-27 10:10+09, 10:20, 10:30, 11:00, 11:10
+    1-3,5 * * * *    | 02-27 11:01+09, 11:02, 11:03, 11:05, 12:01
+    0 9-17 * * 1-5   | 02-27 11:00+09, 12:00, 13:00, 14:00, 15:00
+    */5 9-17 * * 1-5 | 02-27 10:10+09, 10:15, 10:20, 10:25, 10:30
+    0 0 29 2 *       | 02-29 00:00+09, 2028-02-29 00:00, 2032-02-29 00:00, 2036-02-29 00:00, 2040-02-29 00:00
+    0 0 28-31 * *    | 02-28 00:00+09, 02-29 00:00, 03-28 00:00, 03-29 00:00, 03-30 00:00
+    0 12 * * sun     | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
+    0 12 * * 0       | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
+    0 12 * * 7       | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
+    0 12 * * sat-sun | 03-02 12:00+09, 03-03 12:00, 03-09 12:00, 03-10 12:00, 03-16 12:00
+    0 12 * * fri-sun | 03-01 12:00+09, 03-02 12:00, 03-03 12:00, 03-08 12:00, 03-09 12:00
+    0 12 * * mon,wed,fri | 02-28 12:00+09, 03-01 12:00, 03-04 12:00, 03-06 12:00, 03-08 12:00
+    0 0 1 jan *      | 2025-01-01 00:00+09, 2026-01-01 00:00, 2027-01-01 00:00, 2028-01-01 00:00, 2029-01-01 00:00
+    0 0 1 JAN,Jul *  | 07-01 00:00+09, 2025-01-01 00:00, 07-01 00:00, 2026-01-01 00:00, 07-01 00:00
+    0 0 1 */3 *      | 04-01 00:00+09, 07-01 00:00, 10-01 00:00, 2025-01-01 00:00, 04-01 00:00
+    0 0 1 2/4 *      | 06-01 00:00+09, 10-01 00:00, 2025-02-01 00:00, 06-01 00:00, 10-01 00:00
+    0 0 13 * fri     | 03-01 00:00+09, 03-08 00:00, 03-13 00:00, 03-15 00:00, 03-22 00:00
+    0 0 13 * */5     | 09-13 00:00+09, 10-13 00:00, 12-13 00:00, 2025-04-13 00:00, 06-13 00:00
+    0 0 */10 * mon   | 03-11 00:00+09, 04-01 00:00, 07-01 00:00, 10-21 00:00, 11-11 00:00
+    0 0 * * mon      | 03-04 00:00+09, 03-11 00:00, 03-18 00:00, 03-25 00:00, 04-01 00:00
+    0 0 1,15 * wed   | 02-28 00:00+09, 03-01 00:00, 03-06 00:00, 03-13 00:00, 03-15 00:00
+    0 0 31 * *       | 03-31 00:00+09, 05-31 00:00, 07-31 00:00, 08-31 00:00, 10-31 00:00
+    0 0 30 * *       | 03-30 00:00+09, 04-30 00:00, 05-30 00:00, 06-30 00:00, 07-30 00:00
+    0 0 31 2,4 1     | 04-01 00:00+09, 04-08 00:00, 04-15 00:00, 04-22 00:00, 04-29 00:00
+    0 22 * * 1-5     | 02-27 22:00+09, 02-28 22:00, 02-29 22:00, 03-01 22:00, 03-04 22:00
+    23 0-20/2 * * *  | 02-27 10:23+09, 12:23, 14:23, 16:23, 18:23
+    0 0,12 1 */2 *   | 03-01 00:00+09, 12:00, 05-01 00:00, 12:00, 07-01 00:00
+    5 4 * * sun      | 03-03 04:05+09, 03-10 04:05, 03-17 04:05, 03-24 04:05, 03-31 04:05
+    0 4 8-14 * *     | 03-08 04:00+09, 03-09 04:00, 03-10 04:00, 03-11 04:00, 03-12 04:00
+    59 23 31 12 *    | 12-31 23:59+09, 2025-12-31 23:59, 2026-12-31 23:59, 2027-12-31 23:59, 2028-12-31 23:59
+    0 0 29 2 mon     | 02-29 00:00+09, 2025-02-03 00:00, 02-10 00:00, 02-17 00:00, 02-24 00:00
+    0 0 29 2 */7     | 2032-02-29 00:00+09, 2060-02-29 00:00, 2088-02-29 00:00, 2128-02-29 00:00, 2156-02-29 00:00
+    @yearly          | 2025-01-01 00:00+09, 2026-01-01 00:00, 2027-01-01 00:00, 2028-01-01 00:00, 2029-01-01 00:00
+    @annually        | 2025-01-01 00:00+09, 2026-01-01 00:00, 2027-01-01 00:00, 2028-01-01 00:00, 2029-01-01 00:00
+    @monthly         | 03-01 00:00+09, 04-01 00:00, 05-01 00:00, 06-01 00:00, 07-01 00:00
+    @weekly          | 03-03 00:00+09, 03-10 00:00, 03-17 00:00, 03-24 00:00, 03-31 00:00
+    @daily           | 02-28 00:00+09, 02-29 00:00, 03-01 00:00, 03-02 00:00, 03-03 00:00
+    @midnight        | 02-28 00:00+09, 02-29 00:00, 03-01 00:00, 03-02 00:00, 03-03 00:00
+    @hourly          | 02-27 11:00+09, 12:00, 13:00, 14:00, 15:00
+    @every 90s       | 02-27 10:07:30+09, 10:09, 10:10:30, 10:12, 10:13:30
+    @every 2h        | 02-27 11:00+09, 13:00, 15:00, 17:00, 19:00
+    @every 1d        | 02-28 09:00+09, 02-29 09:00, 03-01 09:00, 03-02 09:00, 03-03 09:00
+    7 10 27 2 *      | 2025-02-27 10:07+09, 2026-02-27 10:07, 2027-02-27 10:07, 2028-02-27 10:07, 2029-02-27 10:07
+    8 10 27 2 *      | 02-27 10:08+09, 2025-02-27 10:08, 2026-02-27 10:08, 2027-02-27 10:08, 2028-02-27 10:08
+    0 0 1-7 * */2    | 03-02 00:00+09, 03-03 00:00, 03-05 00:00, 03-07 00:00, 04-02 00:00
+    0 0 1-7 * 1-6/2  | 02-28 00:00+09, 03-01 00:00, 03-02 00:00, 03-03 00:00, 03-04 00:00
+    */40 * * * *     | 02-27 10:40+09, 11:00, 11:40, 12:00, 12:40
+    0 */7 * * *      | 02-27 14:00+09, 21:00, 02-28 00:00, 07:00, 14:00
+    7-7 10-10 * * *  | 02-28 10:07+09, 02-29 10:07, 03-01 10:07, 03-02 10:07, 03-03 10:07
+    0 0 * 2 *        | 02-28 00:00+09, 02-29 00:00, 2025-02-01 00:00, 02-02 00:00, 02-03 00:00
+    0 0 1 1 0        | 2025-01-01 00:00+09, 01-05 00:00, 01-12 00:00, 01-19 00:00, 01-26 00:00
+    */59 23 * * *    | 02-27 23:00+09, 23:59, 02-28 23:00, 23:59, 02-29 23:00
+UTC 2025-12-31 23:58
+    * * * * *        | 12-31 23:59+00, 2026-01-01 00:00, 00:01, 00:02, 00:03
+    */2 * * * *      | 2026-01-01 00:00+00, 00:02, 00:04, 00:06, 00:08
+    59 23 * * *      | 12-31 23:59+00, 2026-01-01 23:59, 01-02 23:59, 01-03 23:59, 01-04 23:59
+    0 0 * * *        | 2026-01-01 00:00+00, 01-02 00:00, 01-03 00:00, 01-04 00:00, 01-05 00:00
+    0 0 1 1 *        | 2026-01-01 00:00+00, 2027-01-01 00:00, 2028-01-01 00:00, 2029-01-01 00:00, 2030-01-01 00:00
+    30 6 29 2 *      | 2028-02-29 06:30+00, 2032-02-29 06:30, 2036-02-29 06:30, 2040-02-29 06:30, 2044-02-29 06:30
+    15 10 * * thu    | 2026-01-01 10:15+00, 01-08 10:15, 01-15 10:15, 01-22 10:15, 01-29 10:15
+    0 0 1 * *        | 2026-01-01 00:00+00, 02-01 00:00, 03-01 00:00, 04-01 00:00, 05-01 00:00
+    @every 7m        | 2026-01-01 00:00+00, 00:07, 00:14, 00:21, 00:28
+    0 0 31 12 *      | 2026-12-31 00:00+00, 2027-12-31 00:00, 2028-12-31 00:00, 2029-12-31 00:00, 2030-12-31 00:00
+Pacific/Apia 2011-12-29 22:00
+    0 12 * * *       | 12-31 12:00+14, 2012-01-01 12:00, 01-02 12:00, 01-03 12:00, 01-04 12:00
+    0 0 * * *        | 12-31 00:00+14, 2012-01-01 00:00, 01-02 00:00, 01-03 00:00, 01-04 00:00
+    0 * * * *        | 12-29 23:00-10, 12-31 00:00+14, 01:00, 02:00, 03:00
+    0 12 30 * *      | 2012-01-30 12:00+14, 03-30 12:00, 04-30 12:00+13, 05-30 12:00, 06-30 12:00
+America/Havana 2025-03-08 22:00
+    0 0 * * *        | 03-09 01:00-04, 03-10 00:00, 03-11 00:00, 03-12 00:00, 03-13 00:00
+    30 0 * * *       | 03-09 01:00-04, 03-10 00:30, 03-11 00:30, 03-12 00:30, 03-13 00:30
+    @daily           | 03-09 01:00-04, 03-10 00:00, 03-11 00:00, 03-12 00:00, 03-13 00:00
+    */30 * * * *     | 03-08 22:30-05, 23:00, 23:30, 03-09 01:00-04, 01:30
+    0 0 * * sun      | 03-09 01:00-04, 03-16 00:00, 03-23 00:00, 03-30 00:00, 04-06 00:00
+Antarctica/Troll 2025-03-29 22:00
+    30 1 * * *       | 03-30 03:00+02, 03-31 01:30, 04-01 01:30, 04-02 01:30, 04-03 01:30
+    30 2 * * *       | 03-30 03:00+02, 03-31 02:30, 04-01 02:30, 04-02 02:30, 04-03 02:30
+    0 1,2,3 * * *    | 03-30 03:00+02, 03-31 01:00, 02:00, 03:00, 04-01 01:00
+    30 * * * *       | 03-29 22:30+00, 23:30, 03-30 00:30, 03:30+02, 04:30
+Antarctica/Troll 2025-10-25 22:00
+    30 1 * * *       | 10-26 01:30+02, 10-27 01:30+00, 10-28 01:30, 10-29 01:30, 10-30 01:30
+    30 2 * * *       | 10-26 02:30+02, 10-27 02:30+00, 10-28 02:30, 10-29 02:30, 10-30 02:30
+    0 1,2,3 * * *    | 10-26 01:00+02, 02:00, 03:00+00, 10-27 01:00, 02:00
+    30 * * * *       | 10-25 22:30+02, 23:30, 10-26 00:30, 01:30, 02:30
+Asia/Kathmandu 2025-06-01 12:10
+    0 * * * *        | 06-01 13:00+05:45, 14:00, 15:00, 16:00, 17:00
+    */15 * * * *     | 06-01 12:15+05:45, 12:30, 12:45, 13:00, 13:15
+    0 0 * * *        | 06-02 00:00+05:45, 06-03 00:00, 06-04 00:00, 06-05 00:00, 06-06 00:00
+"""
+
+
+def cron_cases():
+    """Yield (expression, zone, start, [its next five fires])."""
+    for line in CRON_CASES.strip().split("\n"):
+        expression, bar, fires = map(str.strip, line.partition("|"))
+        if not bar:
+            zone, _, text = expression.partition(" ")
+            start = datetime.datetime.fromisoformat(text)
+            continue
+        day, offset, found = start.date(), "", []
+        for fire in fires.split(", "):
+            match = re.fullmatch(r"(?:(\d{4})-)?(?:(\d\d)-(\d\d) )?([\d:]+)([+-][\d:]+)?", fire)
+            year, month, date, clock, new_offset = match.groups()
+            year = int(year or day.year)
+            day = day.replace(year=year, month=int(month), day=int(date)) if month else day
+            offset = new_offset or offset
+            zoned = offset + ("" if ":" in offset else ":00")
+            found.append(datetime.datetime.fromisoformat(f"{day} {clock}{zoned}"))
+        yield expression, zone, start, found
+
+
+class CronOracle:
+    """cron(8) as it would run: minute by minute through some days of one zone.
+
+    Shares nothing with apexd: `ticks` are (epoch seconds, what the clock on the wall shows,
+    whether it shows it again, what it has skipped just now).
+    """
+
+    def __init__(self, zone, first, days):
+        zone = zoneinfo.ZoneInfo(zone)
+        start = int(datetime.datetime.fromisoformat(first).replace(tzinfo=UTC).timestamp())
+        self.ticks, before, until = [], None, None
+        for at in range(start, start + days * 86400, 60):
+            wall = datetime.datetime.fromtimestamp(at, zone).replace(tzinfo=None)
+            step = (wall - before).total_seconds() / 60 if before else 1
+            if -180 <= step < 0:
+                until = before  # the last minute that has been shown
+            skipped = range(1, int(step)) if 1 < step <= 181 else ()
+            skipped = [self.shown(before + datetime.timedelta(minutes=n)) for n in skipped]
+            is_again = until is not None and wall <= until
+            self.ticks.append((at, self.shown(wall), is_again, skipped))
+            before = wall
+
+    @staticmethod
+    def shown(wall):
+        return wall.minute, wall.hour, wall.day, wall.month, (wall.weekday() + 1) % 7
+
+    @staticmethod
+    def read(field, low, high):
+        """Return the numbers of one field; only what `random_cron` writes."""
+        found = set()
+        for part in field.split(","):
+            span, _, step = part.partition("/")
+            first, _, last = span.partition("-")
+            first, last = (low, high) if span == "*" else (int(first), int(last or first))
+            last = high if step and span.isdigit() else last
+            found |= {n for n in range(low, high + 1) if first <= n <= last and not (n - first) % int(step or 1)}
+        return found
+
+    def fires(self, expression):
+        """Return the epoch seconds of all its fires in these days."""
+        words = expression.split()
+        limits = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 7))
+        minutes, hours, days, months, weekdays = (self.read(w, *m) for w, m in zip(words, limits))
+        weekdays |= {0} if 7 in weekdays else set()
+        is_fixed = words[0][0] != "*" and words[1][0] != "*"
+        is_either = words[2][0] != "*" and words[4][0] != "*"
+
+        def is_due(shown):
+            minute, hour, day, month, weekday = shown
+            if minute not in minutes or hour not in hours or month not in months:
+                return False
+            if is_either:
+                return day in days or weekday in weekdays
+            return day in days and weekday in weekdays
+
+        return [
+            at for at, shown, is_again, skipped in self.ticks
+            if (is_due(shown) and not (is_fixed and is_again))
+            or (is_fixed and skipped and any(map(is_due, skipped)))
+        ]
+
+
+def random_cron(rng):
+    """Write an expression that may mean anything; often around the hours of a change."""
+
+    def field(low, high, most):
+        kind = rng.random()
+        if kind < 0.3:
+            return "*"
+        if kind < 0.4:
+            return f"*/{rng.randint(1, 9)}"
+        parts = []
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            first = rng.randint(low, most)
+            last = rng.randint(first, high)
+            step = rng.randint(1, 9)
+            parts.append(rng.choice((f"{first}", f"{first}-{last}", f"{first}/{step}", f"{first}-{last}/{step}")))
+        return ",".join(parts)
+
+    return " ".join([
+        field(0, 59, 59), field(0, 23, rng.choice((3, 23))), field(1, 31, 31),
+        rng.choice(("*", "*", "*", field(1, 12, 12))), field(0, 7, 7),
+    ])
+
+
+class TestCronSchedule:
+    @zones
+    def test_the_next_five_fires(self):
+        cases = list(cron_cases())
+        assert len(cases) >= 150
+        for expression, zone, start, fires in cases:
+            schedule = apexd.CronSchedule(expression, zone)
+            at = start.replace(tzinfo=zoneinfo.ZoneInfo(zone))
+            for fire in fires:
+                at = schedule.next(at)
+                assert at.isoformat() == fire.isoformat(), (expression, zone, start)
+                assert schedule.matches(at), (expression, zone, at)
+
+    # Both changes of each zone, three days around it.
+    DAYS = (
+        ("America/New_York", "2025-03-08"), ("America/New_York", "2025-11-01"),
+        ("Europe/Berlin", "2025-03-29"), ("Europe/Berlin", "2025-10-25"),
+        ("Australia/Lord_Howe", "2025-10-04"), ("Australia/Lord_Howe", "2025-04-05"),
+        ("America/Havana", "2025-03-08"), ("Antarctica/Troll", "2025-10-25"),
+        ("Pacific/Apia", "2011-12-29"), ("Pacific/Kwajalein", "1969-09-29"), ("Asia/Tokyo", "2025-02-27"),
+    )  # fmt: skip
+
+    @zones
+    def test_it_agrees_with_a_cron_that_goes_minute_by_minute(self):
+        rng, fired = random.Random(7), 0
+        for zone, first in self.DAYS:
+            oracle = CronOracle(zone, first, 3)
+            start, end = (datetime.datetime.fromtimestamp(oracle.ticks[i][0], UTC) for i in (0, -1))
+            odd = [at for at, _, is_again, skipped in oracle.ticks if is_again or skipped] or [oracle.ticks[9][0]]
+            for _ in range(2000 if SLOW else 100):
+                expression = random_cron(rng)
+                try:
+                    schedule = apexd.CronSchedule(expression, zone)
+                except apexd.DaemonError as error:
+                    assert "never fires" in error.message and not oracle.fires(expression)
+                    continue
+                fires = oracle.fires(expression)
+                fired, at = fired + len(fires), start - datetime.timedelta(seconds=1)
+                for fire in fires[:10]:
+                    at = schedule.next(at)
+                    assert at.timestamp() == fire, (expression, zone, at)
+                if len(fires) < 10:
+                    at = schedule.next(at)
+                    assert at is None or at > end, (expression, zone, at)
+                for tick in (rng.choice(oracle.ticks)[0], rng.choice(odd), rng.choice(odd) - 60, rng.choice(fires or odd)):
+                    moment = datetime.datetime.fromtimestamp(tick + rng.randint(0, 59), UTC)
+                    assert schedule.matches(moment) == (tick in fires), (expression, zone, moment)
+                    fire, found = next((at for at in fires if at > tick), None), schedule.next(moment)
+                    assert found.timestamp() == fire if fire else found > end, (expression, zone, moment)
+        assert fired > 1000
+
+    def test_it_finds_what_is_years_away(self):
+        rng = random.Random(8)
+        for _ in range(2000 if SLOW else 150):
+            day, month = rng.randint(1, 31), rng.randint(1, 12)
+            weekday, both = rng.randint(0, 6), rng.choice(("", "*/"))
+            start = datetime.datetime(rng.randint(1971, 2200), rng.randint(1, 12), 1, tzinfo=UTC)
+            expression = f"5 4 {day} {month} {'*/7' if both else '*'}"
+            if both:
+                weekday = 0
+            date = start.date()
+            longest = 29 if month == 2 else 30 if month in (4, 6, 9, 11) else 31
+            if day > longest:
+                with pytest.raises(apexd.DaemonError, match="never fires"):
+                    apexd.CronSchedule(expression, "UTC")
+                continue
+            while (date.day, date.month) != (day, month) or (both and date.isoweekday() % 7 != weekday):
+                date += datetime.timedelta(1)
+            found = apexd.CronSchedule(expression, "UTC").next(start)
+            assert found == datetime.datetime(date.year, month, day, 4, 5, tzinfo=UTC), expression
+
+    def test_what_never_fires_is_refused_and_what_fires_rarely_is_found_soon(self):
+        began = time.monotonic()
+        for expression in ("0 0 30 2 *", "0 0 31 4 *", "0 0 31 2,4,6,9,11 */2", "* * 30-31 feb *"):
+            with pytest.raises(apexd.DaemonError, match="never fires") as caught:
+                apexd.CronSchedule(expression)
+            assert caught.value.code == "CONFIG_INVALID"
+        start = datetime.datetime(1897, 1, 1, tzinfo=UTC)
+        assert apexd.CronSchedule("0 0 29 2 *", "UTC").next(start).year == 1904
+        assert apexd.CronSchedule("0 0 30 2 1", "UTC").next(start).month == 2
+        assert time.monotonic() - began < 1
+
+    def test_a_step_costs_little(self):
+        schedule, at = apexd.CronSchedule("0 0 29 2 */7", "UTC"), datetime.datetime(2032, 3, 1, tzinfo=UTC)
+        began = time.process_time()
+        for _ in range(20):
+            assert schedule.next(at).year == 2060
+        assert time.process_time() - began < 0.5
+
+    @pytest.mark.parametrize(
+        "expression",
+        "*/0 * * * *|60 * * * *|5-1 * * * *|* * * * * *|* * * *||* 24 * * *|* * 0 * *|* * 32 * *|"
+        "* * * 0 *|* * * 13 *|* * * * 8|1,,2 * * * *|, * * * *|-1 * * * *|*-5 * * * *|** * * * *|"
+        "1-2-3 * * * *|1/ * * * *|*/-1 * * * *|*/1000 * * * *|jan * * * *|* * * mon *|* * * * jan|"
+        "* * * januar *|1.5 * * * *|0x1 * * * *|١ * * * *|* * * * 5-1|* * * * sat-mon|? * * * *|"
+        "* * L * *|* * * * 5#2|@|@fortnightly|@daily x|@every|@every x|@every 0s|@every -1s|"
+        "@every 1.5s|@every 500ms|@every 1s 2s|@reboot x|@daily\n|\x00 * * * *|100 * * * *".split("|"),
+    )
+    def test_what_is_no_expression_is_refused(self, expression):
+        with pytest.raises(apexd.DaemonError) as caught:
+            apexd.CronSchedule(expression)
+        assert caught.value.code == "CONFIG_INVALID" and caught.value.hint
+        assert repr(expression) in caught.value.message
+
+    @pytest.mark.parametrize("expression", [None, 5, [], b"@daily", True])
+    def test_what_is_no_text_is_refused(self, expression):
+        with pytest.raises(apexd.DaemonError):
+            apexd.CronSchedule(expression)
+
+    @pytest.mark.parametrize("zone", ["Nowhere/City", "", "../UTC", "/etc/passwd", "America", "a\0", 5, "\ud800"])
+    def test_an_unknown_zone_is_named(self, zone):
+        with pytest.raises(apexd.DaemonError) as caught:
+            apexd.CronSchedule("@daily", zone)
+        assert caught.value.code == "CONFIG_INVALID" and repr(zone) in caught.value.message
+
+    def test_reboot_has_no_next(self):
+        schedule = apexd.CronSchedule("@reboot")
+        assert schedule.next(datetime.datetime.now(UTC)) is None
+        assert not schedule.matches(datetime.datetime.now(UTC))
+
+    def test_every_counts_from_1970(self):
+        schedule, at = apexd.CronSchedule("@every 90s"), datetime.datetime(2025, 1, 1, tzinfo=UTC)
+        assert schedule.next(at) == at + datetime.timedelta(seconds=90)
+        assert schedule.next(at + datetime.timedelta(seconds=1.5)) == at + datetime.timedelta(seconds=90)
+        assert schedule.matches(at) and not schedule.matches(at + datetime.timedelta(seconds=1))
+
+    @posix
+    @pytest.mark.parametrize("zone", ["America/New_York", "Australia/Lord_Howe", "EST5EDT,M3.2.0,M11.1.0"])
+    def test_local_time_changes_as_the_zone_does(self, zone, monkeypatch):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        try:
+            named = "America/New_York" if zone[3] == "5" else zone
+            for expression, cases_zone, start, fires in cron_cases():
+                if cases_zone == named:
+                    schedule, at = apexd.CronSchedule(expression), start.astimezone()
+                    for fire in fires:
+                        at = schedule.next(at)
+                        assert at.isoformat() == fire.isoformat(), (expression, start)
+        finally:
+            monkeypatch.undo()
+            time.tzset()
+
+    def test_without_zone_data_local_time_and_utc_still_work(self, tmp_path):
+        """K8"""
+        code = (
+            "import apexd, datetime\n"
+            "now = datetime.datetime.now(datetime.timezone.utc)\n"
+            "assert apexd.CronSchedule('@daily').next(now) and apexd.CronSchedule('@daily', 'UTC').next(now)\n"
+            "try: apexd.CronSchedule('@daily', 'Europe/Berlin')\n"
+            "except apexd.DaemonError as error: print(error.code, error)"
+        )
+        env = {**os.environ, "PYTHONTZPATH": "", "PYTHONPATH": HERE}
+        argv = [sys.executable, "-B", "-S", "-c", code]
+        done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.startswith("CONFIG_INVALID timezone 'Europe/Berlin'") and "tzdata" in done.stdout, done
+
+
+class CronByHand:
+    """A store with schedules in UTC, and a clock that is moved by hand, on 15 January 2025."""
+
+    def __init__(self, folder, **schedules):
+        for one in schedules.values():
+            one.setdefault("timezone", "UTC")
+            one.setdefault("command", "true")
+        self.folder, self.schedules, self.at = str(folder), schedules, 0.0
+        self.queue = Queue(folder, schedule=schedules)
+        self.store, self.told, self.is_done = self.queue.store, [], True
+        self.store.on_events = self.hear
+
+    def now(self):
+        return self.at
+
+    def hear(self, events):
+        for event in events:
+            at = event.payload["scheduled_at"]
+            self.told.append((event.type, event.payload["name"], at))
+
+    def begin(self, at):
+        """Be a new daemon at a time."""
+        self.scheduler = apexd.Scheduler(self.store, clock=self)
+        return self.jump(at)
+
+    def jump(self, at):
+        """Have the clock show a time, HH:MM:SS or seconds; return what fires there."""
+        if isinstance(at, str):
+            day, _, at = at.rpartition(" ")
+            at = datetime.datetime.fromisoformat(f"2025-01-{day or 15} {at}+00:00").timestamp()
+        self.at, before = at, len(self.told)
+        self.wait_s = self.scheduler._look()
+        if self.is_done:  # its tasks have ended at once
+            self.store.change("remove", [task.id for task in self.store.find()])
+        return [self.shown(*one) for one in self.told[before:]]
+
+    @staticmethod
+    def shown(kind, name, at):
+        moment = datetime.datetime.fromtimestamp(at, UTC)
+        mark = {"cron.fired": "", "cron.skipped": "-"}[kind]
+        return f"{mark}{moment:%H:%M}" + (f":{moment:%S}" if moment.second else "")
+
+    def go(self, until):
+        """Let the time pass as the thread would; return what fires on the way."""
+        end = datetime.datetime.fromisoformat(f"2025-01-15 {until}+00:00").timestamp()
+        fires = []
+        while self.at < end:
+            fires += self.jump(min(end, self.at + 60 if self.wait_s is None else self.at + max(self.wait_s, 0.001)))
+        return fires
+
+    def configure(self, **schedules):
+        for one in schedules.values():
+            one.setdefault("timezone", "UTC")
+            one.setdefault("command", "true")
+        self.store.config = apexd.Config({"schedule": schedules})
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """Give a maker of CronByHand."""
+    made = []
+
+    def make(**schedules):
+        made.append(CronByHand(tmp_path, **schedules))
+        return made[0]
+
+    yield make
+    made[0].store.close()
+
+
+class TestScheduler:
+    def test_a_minutes_job_fires_every_minute_and_at_registration_nothing_does(self, by_hand):
+        cron = by_hand(minute={"cron": "* * * * *"}, nightly={"cron": "0 4 * * *"})
+        assert cron.begin("03:58:30") == [] and cron.wait_s == 30
+        wanted = [f"{at // 60:02}:{at % 60:02}" for at in range(239, 301)]
+        wanted.insert(2, "04:00")  # nightly
+        assert cron.go("05:00") == wanted
+        assert cron.store.find() == []
+
+    def test_it_looks_at_the_clock_each_minute(self, by_hand):
+        cron = by_hand(nightly={"cron": "0 4 * * *"})
+        cron.begin("03:00:10")
+        assert cron.wait_s == 60
+        assert cron.scheduler.status()["schedules"] == 1
+        assert cron.scheduler.status()["next_fire_at"] % 86400 == 4 * 3600
+
+    def test_without_schedules_it_sleeps(self, by_hand):
+        cron = by_hand()
+        assert cron.begin("03:00") == [] and cron.wait_s is None
+
+    # The clock, or all of the machine, stands still or is moved, within a daemon's life:
+    # what fires at 10:00 sharp (fixed) and every 10 minutes (not).
+    JUMPS = (
+        ("09:55", "09:59", [], []),
+        ("09:55", "10:00", ["10:00"], ["10:00"]),
+        ("09:59", "10:03", ["10:00"], ["10:00"]),
+        ("09:50:01", "10:45", ["10:00"], []),  # below 3 h, as in the gap of daylight saving
+        ("09:50:01", "12:50:30", [], ["12:50"]),  # above: taken as it is
+        ("09:50:01", "12:50:00", ["10:00"], ["12:50"]),
+        ("09:50:01", "14:05", [], []),
+        ("09:50:01", "16 09:59", [], []),
+        ("09:50:01", "16 10:00:20", ["10:00"], ["10:00"]),
+    )
+
+    @pytest.mark.parametrize("before, after, fixed, other", JUMPS)
+    def test_a_clock_that_is_set_forward(self, by_hand, before, after, fixed, other):
+        """K3, K5"""
+        cron = by_hand(fixed={"cron": "0 10 * * *"})
+        cron.begin(before)
+        assert cron.jump(after) == fixed
+        cron.configure(other={"cron": "*/10 * * * *"})
+        cron.jump(before)
+        cron.scheduler._jobs["schedule.other"].seen_at = cron.at
+        assert cron.jump(after) == other
+
+    @pytest.mark.parametrize("back, fixed, other", [
+        ("10:00:29", [], []), ("09:56", [], []), ("09:00", [], ["09:20", "09:40", "10:00"]),
+        ("07:30", [], ["07:40", "08:00", "08:20", "08:40", "09:00", "09:20", "09:40", "10:00"]),
+    ])  # fmt: skip
+    def test_a_clock_that_is_set_back(self, by_hand, back, fixed, other):
+        cron = by_hand(fixed={"cron": "0 10 * * *"}, other={"cron": "*/20 * * * *"})
+        cron.begin("09:59:30")
+        assert cron.go("10:00:30") == ["10:00", "10:00"]
+        assert cron.jump(back) == []
+        assert cron.go("10:00:30") == fixed + other
+        assert [name for _, name, _ in cron.told[2:]] == ["other"] * len(other)
+
+    def test_a_clock_that_was_a_year_ahead_stops_nothing(self, by_hand):
+        cron = by_hand(fixed={"cron": "0 10 * * *"})
+        cron.begin("09:59:30")
+        cron.jump(cron.at + 366 * 86400)
+        cron.jump("09:30")
+        assert cron.go("10:30") == ["10:00"]
+        cron.jump(cron.at + 366 * 86400)
+        cron.begin("16 09:59:50")
+        assert cron.jump("16 10:00") == ["10:00"]
+
+    @pytest.mark.parametrize("catch_up, window, fires", [
+        ("none", 86400, []), ("last", 86400, ["10:02"]), ("all", 86400, ["10:00", "10:01", "10:02"]),
+        ("all", 80, ["10:01", "10:02"]), ("last", 10, []), ("all", 0, []),
+    ])  # fmt: skip
+    def test_a_daemon_that_was_down_for_three_fires(self, by_hand, catch_up, window, fires):
+        cron = by_hand(job={"cron": "* * * * *", "catch_up": catch_up, "catch_up_window": window})
+        cron.begin("09:58:30")
+        assert cron.go("09:59:30") == ["09:59"]
+        assert cron.begin("10:02:20") == fires
+        assert cron.begin("10:02:21") == []
+        assert cron.go("10:03") == ["10:03"]
+
+    @pytest.mark.parametrize("last, back, fires", [
+        ("09:59:59", "10:00:00", ["10:00"]), ("09:59:59", "10:00:09", ["10:00"]), ("09:59:59", "10:00:11", []),
+        ("09:58:59", "10:00:05", []),
+    ])  # fmt: skip
+    def test_a_restart_at_the_turn_of_the_minute_loses_nothing(self, by_hand, last, back, fires):
+        cron = by_hand(job={"cron": "* * * * *"})
+        cron.begin("09:50:30")
+        cron.go(last)
+        assert cron.begin(back) == fires
+        assert cron.go("10:01") == ["10:01"]
+
+    def test_what_is_caught_up_runs_one_after_the_other(self, by_hand):
+        cron = by_hand(job={"cron": "* * * * *", "catch_up": "all"})
+        cron.is_done = False
+        cron.begin("09:59:30")
+        assert cron.begin("10:02:20") == ["10:00", "10:01", "10:02"]
+        tasks = cron.store.find()
+        assert [task.after for task in tasks] == [[], *([f"{task.id}:any"] for task in tasks[:-1])]
+        assert cron.go("10:03") == ["-10:03"]
+
+    def test_before_its_first_fire_a_schedule_is_known_too(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "last"})
+        cron.begin("09:00")
+        assert cron.begin("10:30") == ["10:00"] and cron.begin("11:00") == []
+
+    def test_what_is_new_or_changed_or_enabled_counts_from_then_on(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "all"})
+        cron.begin("09:00")
+        cron.configure(job={"cron": "30 9 * * *", "catch_up": "all"})
+        assert cron.begin("11:00") == []
+        cron.configure(job={"cron": "30 9 * * *", "catch_up": "all", "timezone": "Etc/GMT+1"} if HAS_ZONES else {"cron": "31 9 * * *"})
+        assert cron.begin("12:00") == []
+        cron.configure(job={"cron": "0 13 * * *", "enabled": False})
+        assert cron.begin("12:30") == [] and cron.jump("13:00") == []
+        cron.configure(job={"cron": "0 13 * * *", "catch_up": "all"})
+        assert cron.jump("13:30") == [] and cron.begin("13:31") == []
+        cron.configure()
+        cron.jump("13:40")
+        cron.configure(job={"cron": "0 13 * * *", "catch_up": "all"})
+        assert cron.begin("16 13:30") == []
+        assert cron.begin("17 13:30") == ["13:00"]
+
+    def test_a_reload_that_leaves_it_alone_loses_nothing(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *"})
+        cron.begin("09:59:30")
+        cron.configure(job={"cron": "0 10 * * *", "priority": 7})
+        cron.is_done = False
+        assert cron.jump("10:00:10") == ["10:00"]
+        assert [task.priority for task in cron.store.find()] == [7]
+
+    @pytest.mark.parametrize("overlap, fires", [
+        ("skip", ["10:00", "-10:01", "-10:02"]), ("queue", ["10:00", "10:01", "-10:02"]),
+    ])  # fmt: skip
+    def test_a_job_that_takes_longer_than_its_period(self, by_hand, overlap, fires):
+        """K6"""
+        cron = by_hand(job={"cron": "* * * * *", "overlap": overlap})
+        cron.is_done = False
+        cron.begin("09:59:30")
+        assert cron.go("10:02:30") == fires
+        tasks = cron.store.find()
+        assert len(tasks) == (2 if overlap == "queue" else 1)
+        cron.is_done = True
+        cron.jump("10:02:40")
+        assert cron.go("10:03:30") == ["10:03"]
+
+    def test_a_time_is_acted_on_once(self, by_hand):
+        """K7"""
+        cron = by_hand(job={"cron": "0 10 * * *"})
+        cron.begin("09:59:30")
+        for _ in range(3):
+            assert cron.jump("10:00:01") in (["10:00"], [])
+            cron.scheduler._jobs["schedule.job"].seen_at -= 60  # what was noted is lost
+        assert len(cron.told) == 1
+
+    def test_a_full_queue_delays_it(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *"}, other={"cron": "1 10 * * *"})
+        cron.is_done = False
+        cron.begin("09:59:30")
+        cron.store.config.retention.max_queue = 0
+        assert cron.jump("10:00") == [] and cron.wait_s == 5
+        cron.store.config.retention.max_queue = 1
+        assert cron.jump("10:00:05") == ["10:00"]
+        assert cron.jump("10:01") == []
+        cron.store.config.retention.max_queue = 2
+        assert cron.jump("10:01:05") == ["10:01"]
+
+    def test_every_fires_by_the_second(self, by_hand):
+        cron = by_hand(job={"cron": "@every 20s"})
+        cron.begin("09:59:30")
+        assert cron.go("10:00:30") == ["09:59:40", "10:00", "10:00:20"]
+
+    def test_reboot_fires_with_each_start(self, by_hand):
+        cron = by_hand(boot={"cron": "@reboot"})
+        assert cron.begin("09:00") == ["09:00"] and cron.jump("09:01") == [] and cron.wait_s is None
+        assert cron.begin("10:00") == ["10:00"]
+        cron.configure(boot={"cron": "@reboot"}, late={"cron": "@reboot", "catch_up": "all"})
+        assert cron.jump("10:05") == ["10:05"]
+
+    def test_the_store_is_as_before_when_it_cannot_be_written(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *"})
+        cron.is_done = False
+        cron.begin("09:59:30")
+        cron.store.database._db.execute("PRAGMA query_only = 1")
+        assert cron.jump("10:00") == []
+        cron.configure(job={"cron": "0 10 * * *"}, more={"cron": "0 11 * * *"})
+        with pytest.raises(apexd.DaemonError):
+            cron.scheduler._look()
+        cron.store.database._db.execute("PRAGMA query_only = 0")
+        assert cron.jump("10:00:05") == ["10:00"] and len(cron.scheduler._jobs) == 2
+
+    def test_real_fires_are_on_time_and_tell_the_task_why(self, box):
+        box.config({"schedule": {"tick": {"cron": "@every 1s", "command": "echo $APEX_EVENT", "label": "t"}}})
+        box.start()
+        eventually(lambda: len(box.request({"type": "list"})["tasks"]) >= 3)
+        box.stop()
+        tasks, late = box.json("list", quick=True)[:3], []
+        for task in tasks:
+            event = json.loads(box.output(task["id"]))
+            assert (event["type"], event["source"], event["hops"]) == ("cron.fired", "schedule tick", 0)
+            assert event["payload"]["name"] == "tick" and task["label"] == "t"
+            late.append(task["created_at"] - event["payload"]["scheduled_at"])
+        assert 0 <= min(late) < 0.05, late
+        assert [int(t["created_at"]) - int(tasks[0]["created_at"]) for t in tasks] == [0, 1, 2]
+
+    def test_kill_9_around_the_fire_neither_loses_nor_doubles_one(self, box):
+        """K7"""
+        box.config({"schedule": {"tick": {"cron": "@every 1s", "command": "true", "catch_up": "all", "overlap": "queue"}}})
+        rounds = ROUNDS if SLOW else 2
+        for _ in range(rounds):
+            box.start()
+            eventually(lambda: time.time() % 1 > 0.7)
+            turn = int(time.time()) + 1 + random.uniform(-0.01, 0.02)
+            while time.time() < turn:
+                pass
+            box.kill9()
+        box.start()
+        eventually(lambda: box.request({"type": "queue"})["counts"].keys() <= {"succeeded"})
+        box.stop()
+        with box.database() as db:
+            rows = db.execute("SELECT env FROM tasks JOIN requests ON requests.id = request_id").fetchall()
+        found = [json.loads(json.loads(env)["APEX_EVENT"])["payload"]["scheduled_at"] for (env,) in rows]
+        assert len(found) == len(set(found)), sorted(found)
+        skipped = re.findall(r"fired for \S+: skipped", box.log())
+        assert len(found) + len(skipped) >= max(found) - min(found) + 1 >= rounds, sorted(found)
+
+    @slow
+    def test_a_daemon_that_drains_fires_nothing_more(self, box):
+        box.config({"schedule": {"tick": {"cron": "@every 1s", "command": "true"}}}, daemon={"graceful_timeout": 3})
+        box.start()
+        eventually(lambda: box.json("list", quick=True))
+        slow_one = box.add("sleep", "2.2")
+        box.until(slow_one, "running")
+        before = len(box.json("list", quick=True))
+        box.stop()
+        assert len(box.json("list", quick=True)) <= before + 1
+
+    def test_a_reload_shows_its_plan_and_refuses_what_is_broken(self, box):
+        tick, night = {"cron": "@every 1s", "command": "true"}, {"cron": "0 4 * * *", "command": "true"}
+        box.config({"schedule": {"tick": tick, "night": night, "gone": night}})
+        box.start()
+        box.config({"schedule": {"tick": tick, "night": {**night, "cron": "0 5 * * *"}}})
+        plan = box.json("reload")["plan"]
+        assert "changed schedule.night.cron: 0 4 * * * -> 0 5 * * *" in plan
+        assert any(line.startswith("removed schedule.gone.") for line in plan)
+        eventually(lambda: box.json("status")["schedules"] == 2)
+        box.config({"schedule": {"tick": tick, "night": {**night, "cron": "*/0 * * * *"}}})
+        error = box.error("reload", rc=78)
+        assert "schedule.night.cron = '*/0 * * * *'" in error["message"] and box.file("config.json") in error["message"]
+        assert [one["cron"] for one in box.json("cron")] == ["@every 1s", "0 5 * * *"]
+        before = len(box.json("list"))
+        eventually(lambda: len(box.json("list", quick=True)) > before)
+
+    @pytest.mark.parametrize("options, key, reason", [
+        ({"cron": "*/0 * * * *"}, "cron", "its minute '*/0'"), ({"cron": "60 * * * *"}, "cron", "0-59"),
+        ({"cron": "5-1 * * * *"}, "cron", "its minute '5-1'"), ({"cron": "* * * * * *"}, "cron", "five fields"),
+        ({"cron": "0 0 30 2 *"}, "cron", "never fires"), ({"cron": ""}, "cron", "five fields"),
+        ({"cron": 5}, "cron", "text"), ({}, "cron", "is missing"),
+        ({"cron": "@daily", "timezone": "Nowhere/City"}, "timezone", "a time zone that this system knows"),
+        ({"cron": "@daily", "timezone": 1}, "timezone", "a time zone"),
+        ({"cron": "@daily", "overlap": "both"}, "overlap", "skip, queue"),
+        ({"cron": "@daily", "catch_up": True}, "catch_up", "none, last, all"),
+        ({"cron": "@daily", "catch_up_window": -1}, "catch_up_window", "a duration"),
+        ({"cron": "@daily", "command": None}, "command", "strings"),
+        ({"cron": "@daily", "group": "nowhere"}, "group", "no group 'nowhere'"),
+        ({"cron": "@daily", "retries": "x"}, "retries", "a whole number"),
+        ({"cron": "@daily", "crom": 1}, "crom", "did you mean cron?"),
+    ])  # fmt: skip
+    def test_a_broken_schedule_is_named(self, tmp_path, options, key, reason):
+        data = {"schedule": {"job": {"command": "true", **options}}}
+        path = write(str(tmp_path / "config.json"), json.dumps(data))
+        with pytest.raises(apexd.DaemonError) as caught:
+            apexd.load_config(path)
+        error = caught.value
+        assert error.code == "CONFIG_INVALID" and error.message.startswith(f"{path}: schedule.job.{key}")
+        assert reason in f"{error.message} {error.hint}", error.message
+
+
+class TestCronCommand:
+    def test_it_lists_schedules_with_and_without_a_daemon(self, box):
+        assert box.json("cron") == [] and box.run("cron", "list").returncode == 0
+        night = {"cron": "30 2 * * *", "command": "false", "timezone": "UTC"}
+        box.config({"schedule": {"night": night, "off": {**night, "enabled": False}, "boot": {"cron": "@reboot", "command": "true"}}})
+        (found, off, boot) = box.json("cron")
+        assert (found["name"], found["cron"], found["timezone"], found["enabled"]) == ("night", "30 2 * * *", "UTC", True)
+        assert len(found["next"]) == 5 and found["last"] is found["task_id"] is found["result"] is None
+        assert off["next"] == boot["next"] == []
+        box.start()
+        box.until(box.json("cron", "run", "night")["id"])
+        (found, _, boot) = eventually(lambda: [one for one in [box.json("cron")] if one[2]["result"] == "succeeded"])[0]
+        assert found["result"] == "failed" and found["last"] is None and boot["last"]
+        lines = box.run("cron").stdout.split("\n")
+        assert re.search(r"night +30 2 .* UTC .* failed +\d+ +\w{3} \S+T02:30:00\+00:00, in \d", lines[1])
+        assert lines[2].endswith("not enabled") and lines[3].endswith("at the next start")
+        box.stop()
+        assert box.json("cron")[0]["result"] == "failed"
+
+    def test_it_shows_the_next_fires_of_a_schedule_or_an_expression(self, box):
+        box.config({"schedule": {"night": {"cron": "30 2 * * *", "command": "x", "timezone": "UTC"}}})
+        fires = box.json("cron", "next", "night", "-n", "3")
+        days = [datetime.datetime.fromisoformat(fire) for fire in fires]
+        assert len(fires) == 3 and days[1] - days[0] == days[2] - days[1] == datetime.timedelta(1)
+        assert box.json("cron", "next", "30 2 * * *", "--timezone", "UTC", "-n", "3") == fires
+        assert len(box.run("cron", "next", "*/5 9-17 * * 1-5").stdout.split("\n")) == 6
+        assert box.json("cron", "next", "@reboot") == []
+        for words in (["cron", "next"], ["cron", "next", "nope"], ["cron", "next", "*/0 * * * *"], ["cron", "next", "@x"],
+                      ["cron", "next", "night", "-n", "0"], ["cron", "next", "@daily", "--timezone", "X"], ["cron", "run", "nope"],
+                      ["cron", "run"], ["cron", "frob"]):  # fmt: skip
+            error = box.error(*words, rc=2)
+            assert error["code"] == "bad_request" and error["hint"], error
+        assert "'*/0'" in box.error("cron", "next", "*/0 * * * *", rc=2)["message"]
+
+    def test_it_adds_the_task_of_a_schedule_now(self, box):
+        box.config({"schedule": {"job": {"cron": "@yearly", "command": "echo $APEX_EVENT", "priority": 3, "enabled": False}}})
+        task_id = box.json("cron", "run", "job")["id"]
+        error = box.error("cron", "run", "job", rc=1)
+        assert error["code"] == "illegal_state" and "overlap" in error["hint"]
+        box.start()
+        assert box.until(task_id)["priority"] == 3
+        assert json.loads(box.output(task_id))["payload"] == {"name": "job", "scheduled_at": None}
+        assert box.json("cron", "run", "job")["id"] == task_id + 1
 
 
 # ============================================================================
@@ -8511,7 +9375,8 @@ class TestHttp:
     @classmethod
     def up(cls):
         """Give a Box whose daemon runs, with a process that is up; it stays unchanged."""
-        with project(process={"web": {"command": ["sleep", "600"]}}) as box:
+        nightly = {"cron": "@daily", "command": "true", "timezone": "UTC"}
+        with project(process={"web": {"command": ["sleep", "600"]}}, schedule={"nightly": nightly}) as box:
             box.start()
             until_all(box, "web", "running")
             yield box
@@ -8610,8 +9475,9 @@ class TestHttp:
             assert page_json(up, f"/api/tasks?{query}", 400)["error"]["hint"]
         assert page_json(up, "/api/logs?id=1&within=9", 400), "nobody may keep others waiting"
         assert page_json(up, "/api/logs?id=999", 400)["error"]["code"] == "unknown_task"
-        for name in ("schedules", "events"):
-            assert isinstance(page_json(up, f"/api/{name}")[name], list)
+        (nightly,) = page_json(up, "/api/schedules")["schedules"]
+        assert nightly["name"] == "nightly" and "T00:00:00+00:00" in nightly["next"][0]
+        assert isinstance(page_json(up, "/api/events")["events"], list)
 
     def test_only_who_has_the_key_sees_commands_and_output(self, box):
         box.start()
@@ -10232,6 +11098,18 @@ class TestWindows:
         assert json.loads(windows.run("ps", "--json", "web"))[0]["pid"] == after[0]["pid"]
         windows.run("down", "web")
         assert not windows.processes("ping")
+
+    def test_schedules_fire_in_local_time_and_a_zone_without_data_is_named(self, windows):
+        """K8"""
+        job = {"cron": "@every 1s", "command": ["cmd.exe", "/c", "echo %APEX_EVENT%"]}
+        write(windows.file("config.json"), json.dumps({"schedule": {"job": {**job, "timezone": "Europe/Berlin"}}}))
+        assert "schedule.job.timezone = 'Europe/Berlin'" in windows.run("start", rc=78)
+        write(windows.file("config.json"), json.dumps({"schedule": {"job": job}}))
+        windows.start()
+        windows.until(2, state="succeeded")
+        assert "cron.fired" in windows.run("logs", 2)
+        assert len(windows.run("cron", "next", "*/5 9-17 * * mon-fri", "-n", 3).split("\n")) == 4
+        assert windows.run("cron", "next", "30 4 * * *", "--timezone", "UTC", "-n", 1).count("T04:30:00+00:00") == 1
 
     def test_only_the_token_opens_the_port(self, windows):
         windows.start()
