@@ -4431,12 +4431,10 @@ def make_limits(options: Any) -> dict[str, Any]:
 # first pass of an hour that comes twice. All others follow the clock on the wall.
 
 CRON_FIELDS = (  # name, lowest, highest, names of the numbers from the lowest on
-    ("minute", 0, 59, ""),
-    ("hour", 0, 23, ""),
-    ("day", 1, 31, ""),
+    ("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day", 1, 31, ""),
     ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
     ("weekday", 0, 7, "sun mon tue wed thu fri sat"),
-)
+)  # fmt: skip
 CRON_NAMES = {
     "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
     "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
@@ -4551,7 +4549,7 @@ class CronSchedule:
                 found, shift = change, 0  # the end of the gap
             if shift:
                 start, wait = max(change, change - shift) if is_bridged else change, 0
-            elif found > near:  # nothing fires until then, so what changes does not matter
+            elif found > near:  # nothing fires until then: only changes near to it matter
                 start, wait = found - 2 * DAY_S, 0
             else:
                 yield found
@@ -4563,7 +4561,7 @@ class CronSchedule:
         return [self.moment(at).isoformat() for at in fires]
 
     def _find_wall(self, wall: int) -> int:
-        """Return the first fire from `wall` on by a clock without zone, both in its seconds."""
+        """Return the first fire from `wall` on, both in seconds of a clock without a zone."""
         number, minute = divmod(-(-wall // 60), 24 * 60)
         epoch = datetime.date(1970, 1, 1).toordinal()
         day = first = datetime.date.fromordinal(epoch + number)
@@ -4644,6 +4642,14 @@ def find_fires(job: CronJob, now: float) -> Sequence[float]:
     return kept
 
 
+def fire_schedule(
+    store: TaskStore, name: str, trigger: Any, at: float | None, is_behind: bool = False
+) -> int | None:
+    """Add the task of a schedule, for a time, or None: now; see EventStore.fire."""
+    event = Event.make("cron.fired", {"name": name, "scheduled_at": at}, f"schedule {name}")
+    return EventStore(store).fire(f"schedule.{name}", trigger, event, None, is_behind)
+
+
 class Scheduler:
     """Makes schedules fire: each time is a task, made once.
 
@@ -4712,11 +4718,8 @@ class Scheduler:
         for at in fires:
             if self._is_stopped:
                 return
-            what = {"name": job.name, "scheduled_at": at}
-            event = Event.make("cron.fired", what, f"schedule {job.name}")
-            source = f"schedule.{job.name}"
-            task = EventStore(self._store).fire(source, job.trigger, event, None, is_behind)
-            result = f"task {task}" if task else "skipped"
+            task_id = fire_schedule(self._store, job.name, job.trigger, at, is_behind)
+            result = f"task {task_id}" if task_id else "skipped"
             log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
             job.seen_at = at
             self._on_fire()
@@ -4741,30 +4744,19 @@ class Scheduler:
         self._jobs, self._config = jobs, config
 
 
-def find_schedules(store: TaskStore, name: str | None = None) -> dict[str, Any]:
-    """Return the options of one schedule, or of all, by name. Raises BAD_REQUEST."""
-    schedules = store.config.schedules
-    if name is not None and name not in schedules:
-        hint = f"schedules: {', '.join(schedules) or 'none'}; quote an expression"
-        raise bad(f"there is no schedule {name!r}", hint)
-    return schedules if name is None else {name: schedules[name]}
-
-
-def list_schedules(
-    store: TaskStore, name: str | None = None, limit: int = 1
-) -> list[dict[str, Any]]:
-    """Return of each: name, cron, timezone, enabled, next, last, task_id, result.
+def list_schedules(store: TaskStore, limit: int = 1) -> list[dict[str, Any]]:
+    """Return each one's name, cron, timezone, enabled, next, last, task_id, result.
 
     next: up to `limit` fires, as "2025-03-09T03:00:00-04:00"; last: the one before.
     result: the state of the last task, or "skipped".
     """
     fires, found = EventStore(store).get_fires(), []
-    for each, one in find_schedules(store, name).items():
+    for name, one in store.config.schedules.items():
         schedule = CronSchedule(one.cron, one.timezone)
-        last_at, task_id = fires.get(f"schedule.{each}", (None, None))
+        last_at, task_id = fires.get(f"schedule.{name}", (None, None))
         task = store.find(ids=[task_id]) if task_id else []
         state = task[0].state if task else None if task_id or last_at is None else "skipped"
-        about = {"name": each, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
+        about = {"name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
         about["next"] = schedule.list_next(limit if one.enabled else 0)
         about["last"] = last_at and schedule.moment(last_at).isoformat()
         found.append({**about, "task_id": task_id, "result": state})
@@ -4773,9 +4765,10 @@ def list_schedules(
 
 def run_schedule(store: TaskStore, name: str) -> int:
     """Add a schedule's task now, return its id. Raises ILLEGAL_STATE when `overlap` forbids it."""
-    trigger = find_schedules(store, name)[name]
-    event = Event.make("cron.fired", {"name": name, "scheduled_at": None}, f"schedule {name}")
-    task_id = EventStore(store).fire(f"schedule.{name}", trigger, event)
+    schedules = store.config.schedules
+    if name not in schedules:
+        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(schedules) or 'none'}")
+    task_id = fire_schedule(store, name, schedules[name], None)
     if task_id is None:
         what = f"a task of schedule {name} is unfinished"
         raise DaemonError("ILLEGAL_STATE", what, 'see `list`, or set overlap = "queue"')
@@ -6318,7 +6311,7 @@ class TaskVerbs:
             "logs": ("id! attempt offset within", self._logs),
             "queue": ("", self._queue),
             "process_logs": ("name! offsets lines", self._process_logs),
-            "schedules": ("name limit", lambda **of: {"schedules": list_schedules(store, **of)}),
+            "schedules": ("limit", lambda limit=1: {"schedules": list_schedules(store, limit)}),
             "run_schedule": ("name!", lambda name: self._wake({"id": run_schedule(store, name)})),
         }
 
@@ -8884,7 +8877,7 @@ def cmd_dlq(args: Args) -> int:
     "cron",
     arg("action", nargs="?", default="list", choices=("list", "next", "run")),
     arg("what", nargs="*", metavar="NAME", help="a schedule; for next also an expression"),
-    arg("--lines", "-n", type=reads(integer(1, 1000)), default=5, metavar="N", help="fires shown"),
+    arg("--lines", "-n", type=reads(integer(1, 100)), default=5, metavar="N", help="fires shown"),
     arg("--timezone", metavar="ZONE", help="of an expression; default: local time"),
 )
 def cmd_cron(args: Args) -> int:
@@ -8893,21 +8886,21 @@ def cmd_cron(args: Args) -> int:
     if args.action == "run":
         answer = client.call("run_schedule", {"name": name})
         return emit(answer, args, f"task {answer['id']}")
-    if args.action == "next":
-        if " " in name or name.startswith("@"):
-            try:
-                fires = CronSchedule(name, args.timezone).list_next(args.lines)
-            except DaemonError as error:
-                raise bad(error.message, error.hint) from None
-        else:
-            asked = {"name": name, "limit": args.lines}
-            fires = client.call("schedules", asked)["schedules"][0]["next"]
+    if args.action == "next" and (" " in name or name.startswith("@")):
+        try:
+            fires = CronSchedule(name, args.timezone).list_next(args.lines)
+        except DaemonError as error:
+            raise bad(error.message, error.hint) from None
         return emit(fires, args, "\n".join(map(in_words, fires)))
     found, rows = client.call("schedules", {"limit": args.lines})["schedules"], []
     for one in found:
+        if args.action == "next" and one["name"] == name:
+            return emit(one["next"], args, "\n".join(map(in_words, one["next"])))
         cells = [one[key] for key in ("name", "cron", "timezone", "last", "result", "task_id")]
         text = "at the next start" if one["enabled"] else "not enabled"
         rows.append([*cells, in_words(one["next"][0]) if one["next"] else text])
+    if args.action == "next":
+        raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
     return emit(found, args, columns("NAME CRON ZONE LAST RESULT TASK NEXT", rows))
 
 
