@@ -31,6 +31,7 @@ Map (a section uses only sections above it):
     14. SUPERVISOR  processes: state table, what happens next, instances
     15. WATCH       what changes in files
     16. CONTROL     frames, verbs, server, Client
+    17. HTTP        health, metrics, the status page: HealthVerbs, HealthServer
     18. DAEMON      wiring, start order, signals; DaemonManager
     19. SERVICE     unit, init script, launchd, Windows texts
     20. CLI         registry and handlers
@@ -45,6 +46,7 @@ Files, all in `.apex/` (mode 0700):
     apex.db        the queue
     control.sock   the control socket; `endpoint` says how to reach the daemon
     heartbeat      rewritten while the loops turn; state.json: a readable snapshot
+    http.json      the port of the status page, and the key to all that it shows
     ballast        given up when the disk is full, so that results can be recorded
     run/           keeper-NAME: a keeper, and results it could not tell; proc-web.0: notes
     logs/          task-12.1.log: task 12, attempt 1; proc-web.0.log: instance 0 of web
@@ -94,9 +96,13 @@ if TYPE_CHECKING:
     import binascii
     import datetime
     import difflib
+    import email.utils
     import fnmatch
     import graphlib
     import grp
+    import hmac
+    import http.server
+    import io
     import logging
     import marshal
     import pwd
@@ -107,6 +113,7 @@ if TYPE_CHECKING:
     import sqlite3
     import subprocess
     import tempfile
+    import urllib.parse
     import zoneinfo
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
@@ -114,8 +121,8 @@ if TYPE_CHECKING:
 __version__ = "0.4.0"
 __all__ = [
     "Client", "CronSchedule", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner",
-    "DaemonStatus", "Event", "EventRouter", "FileWatcher", "PidFile", "Supervisor", "Task",
-    "TaskStore", "main",
+    "DaemonStatus", "Event", "EventRouter", "FileWatcher", "HealthServer", "PidFile", "Supervisor",
+    "Task", "TaskStore", "main",
 ]  # fmt: skip
 
 
@@ -131,10 +138,10 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii datetime difflib fnmatch graphlib grp logging marshal pwd queue random resource "
-        "shutil sqlite3 subprocess tempfile zoneinfo"
+        "binascii datetime difflib email.utils fnmatch graphlib grp hmac http.server io logging marshal "
+        "pwd queue random resource shutil sqlite3 subprocess tempfile urllib.parse zoneinfo"
     ).split():
-        globals()[_name] = _Lazy(functools.partial(__import__, _name))
+        globals()[_name.partition(".")[0]] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
 
 # Kept so that `start` can store it: to compile this file takes longer than all else it does.
@@ -201,6 +208,15 @@ SWEEP_PAUSE_S = 0.001  # between two looks for what a run left; doubles up to a 
 SWEEP_MAX_S = 5.0  # then a status counts though something that is hidden holds the log
 BALLAST_BYTES = 64 * 1024  # what a cancel, a timeout, a result need on a full disk
 FIRST_TERM_S = 1.0  # a second TERM counts only so long after the first
+
+HTTP_CONNECTIONS_MAX = 32  # one more takes the place of one that has not asked yet
+HTTP_TIMEOUT_S = 5.0  # for a request from its first byte to the last of its answer
+HTTP_HEAD_MAX_BYTES = 16 * 1024  # a request's line and headers
+HEALTH_WAIT_S = 2.0  # what gives no answer for so long counts as hung
+HUNG_S = 30.0  # a loop that is so late counts as hung
+DISK_LOW_BYTES = 256 << 20  # `doctor` and `health` complain
+DISK_FULL_BYTES = 16 << 20  # nothing that is put into the queue is sure to fit
+BUCKETS_S = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)  # of histograms
 
 BACKOFF_S = 1.0  # before the first retry; doubles, with full jitter
 BACKOFF_MAX_S = 300.0
@@ -512,11 +528,11 @@ class DaemonMetrics(Value):
     last_poll_at: float | None
     poll_count: int
 
-    def count(self, result: Result) -> None:
-        """Count an attempt that has ended."""
-        self.tasks_processed += 1
-        self.tasks_succeeded += result.exit_code == 0
-        self.tasks_failed += result.exit_code != 0
+    def count(self, task: Task) -> None:
+        """Count a task if it has come to its end: what runs again has not failed."""
+        self.tasks_processed += task.state in DONE
+        self.tasks_succeeded += task.state == State.SUCCEEDED
+        self.tasks_failed += task.state == State.FAILED
 
 
 class DaemonStatus(Value):
@@ -830,6 +846,7 @@ if sys.platform == "win32":
             self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
         usage = staticmethod(lambda sessions: {})
+        own_memory = staticmethod(lambda: None)
         find_runs = staticmethod(lambda runs, folder: ([], True))
         kill_run = staticmethod(lambda pid, run_id: None)
         environment_of = staticmethod(lambda pid: {})
@@ -1047,6 +1064,12 @@ else:
                         "cpu_s": round(used.ru_utime + used.ru_stime, 6),
                         "max_rss": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
                     }
+
+        def own_memory(self) -> int | None:
+            """Return the memory of this process in bytes (Linux; else None)."""
+            with contextlib.suppress(OSError):
+                return int(_read_stat(os.getpid())[21]) * os.sysconf("SC_PAGE_SIZE")
+            return None
 
         def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
             """Return {session: (processor seconds, also of children, bytes)} (Linux; else {})."""
@@ -2073,6 +2096,11 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "max_tokens": (integer(1), None, "reported tokens that end a task"),
         "max_cost": (number, None, "reported cost that ends a task"),
     },
+    "health": {
+        "enabled": (truth, True, "answer HTTP: health, metrics, the status page"),
+        "host": (line_of_text, "127.0.0.1", "the address to listen on"),
+        "port": (integer(0, 65535), 0, "0: that of the last time, else any free one"),
+    },
     "group": {
         "max_concurrent": (integer(1, 1000), None, "tasks of this group at once"),
         "launcher": (text_list, [], 'words put before each command: ["srun", "-n1"]'),
@@ -2166,6 +2194,7 @@ class Config:
     log: Any
     retention: Any
     limits: Any
+    health: Any
     groups: dict[str, Any]
     processes: dict[str, Any]
     schedules: dict[str, Any]
@@ -2923,6 +2952,11 @@ class Database:
             if db.events:  # in the order of the commits
                 self.after_commit([event for event, _ in db.events])
 
+    def probe(self) -> None:
+        """Write a page and wait for the disk; the ballast stays. Raises DATABASE_FAILED."""
+        with self.write(is_vital=False) as db:
+            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
     def close(self) -> None:
         """Checkpoint and close."""
         with self.lock, contextlib.suppress(sqlite3.Error):
@@ -3594,13 +3628,14 @@ class AttemptStore:
                 """,
                 at,
             )
-            task = self._store.get(task.id)
-        state, delay_s = next_state(task, outcome, random.random())
+        known = task if outcome == Outcome.OK else self._store.get(task.id)
+        state, delay_s = next_state(known, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
         ends = ("exit_code", "signal", "reason")
         payload = {**_attempt_payload(task), "outcome": outcome.value}
         payload.update({name: at[name] for name in ends})
         set_state(db, task.id, State.RUNNING, state, due_at, payload)
+        task.outcome, task.state = outcome, state
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
@@ -4418,6 +4453,11 @@ class _Roster:
         """Return the name of the keeper that takes starts; None: none does now."""
         with self._lock:
             return next((link.name for link in self._links.values() if link.takes_starts()), None)
+
+    def silent(self) -> list[int]:
+        """Return the PIDs of keepers that have owed an answer for too long."""
+        with self._lock:
+            return [link.pid for link in self._links.values() if link.is_silent()]
 
     @property
     def obstacle(self) -> str:
@@ -5414,6 +5454,40 @@ def log_end(store: TaskStore, task: Task, result: Result) -> None:
             log.warning("Task %d rate limited, comes back at %s", task.id, when)
 
 
+class Meters:
+    """What is measured of attempts since the daemon's start; the runner's thread counts."""
+
+    def __init__(self) -> None:
+        self.turns = 0  # of the runner's loop
+        self.due_mono = Clock.mono()  # when it is to come round at the latest
+        self.outcomes = dict.fromkeys(Outcome, 0)
+        # How many took so long, by BUCKETS_S (the last but one: longer), and seconds in all.
+        self.seconds = {name: [0.0] * (len(BUCKETS_S) + 2) for name in ("wait", "run", "cpu")}
+        self._minutes: deque[list[int]] = deque(maxlen=60)  # [minute, succeeded, failed]
+
+    def count(self, task: Task, result: Result) -> None:
+        """Count an attempt that has ended and is recorded."""
+        if task.outcome is None:  # it never ran
+            return
+        self.outcomes[task.outcome] += 1
+        wait_s = task.started_at - task.created_at if task.attempts == 1 else None
+        run_s = Clock.now() - task.started_at if result.ran_s is None else result.ran_s
+        for name, value in (("wait", wait_s), ("run", run_s), ("cpu", result.cpu_s)):
+            if value is not None:
+                self.seconds[name][bisect.bisect_left(BUCKETS_S, value)] += 1
+                self.seconds[name][-1] += max(value, 0.0)
+        minute = int(Clock.now() // 60)
+        if not self._minutes or self._minutes[-1][0] != minute:
+            self._minutes.append([minute, 0, 0])
+        self._minutes[-1][1] += task.state == State.SUCCEEDED
+        self._minutes[-1][2] += task.state == State.FAILED
+
+    def last_hour(self) -> list[list[int]]:
+        """Return [[succeeded, failed] for each minute], the present one last."""
+        found, this = {minute: n for minute, *n in [*self._minutes]}, int(Clock.now() // 60)
+        return [found.get(this - ago, [0, 0]) for ago in range(59, -1, -1)]
+
+
 class DaemonRunner:
     """Claims tasks from a TaskStore, runs them, records how they ended.
 
@@ -5445,6 +5519,7 @@ class DaemonRunner:
         self._note_mono = float("inf")  # when `_begun` is recorded at the latest
         names = ("tasks_processed", "tasks_succeeded", "tasks_failed", "poll_count")
         self._metrics = DaemonMetrics(**dict.fromkeys(names, 0))
+        self.meters = Meters()
 
     def start(self) -> None:
         """Take over what a former daemon left, then poll."""
@@ -5544,6 +5619,8 @@ class DaemonRunner:
         next_poll, next_upkeep, wait_s = 0.0, 0.0, 0.0
         while not self.halted.is_set():
             try:
+                self.meters.turns += 1
+                self.meters.due_mono = Clock.mono() + wait_s
                 self.keepers.look(wait_s)
                 if self._ended and len(self._ended) < len(self._running):
                     self.keepers.look(GATHER_S)
@@ -5621,7 +5698,8 @@ class DaemonRunner:
             failpoint("result")
             self.keepers.forget(run.ward.run_id for run in ended)
         for task, result in results:
-            self._metrics.count(result)
+            self._metrics.count(task)
+            self.meters.count(task, result)
             log_end(self.store, task, result)
         for task in claimed:
             log.info("Starting task %d", task.id)
@@ -7310,6 +7388,11 @@ def read_fields(form: str, request: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def reading(form: str, act: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a verb's function read the fields that it is given; it raises BAD_REQUEST then."""
+    return lambda **given: act(**read_fields(form, given))
+
+
 class TaskVerbs:
     """What can be done to tasks: `table` maps each verb to its form and its function.
 
@@ -7572,7 +7655,7 @@ class ProcessVerbs:
             "tail_logs": ("name lines follow", self._tail),
         }
 
-    def _look(self, names: Iterable[str]) -> list[list[Fields]]:
+    def look(self, names: Iterable[str]) -> list[list[Fields]]:
         """Return the details of each instance of each process."""
         with self._supervisor.moved:
             mine = [self._supervisor.find(name) for name in names]
@@ -7582,11 +7665,11 @@ class ProcessVerbs:
 
     def _list(self) -> Fields:
         names = list(self._store.config.processes)
-        return {"type": "process_list", "processes": list(map(sum_up, names, self._look(names)))}
+        return {"type": "process_list", "processes": list(map(sum_up, names, self.look(names)))}
 
     def _get(self, name: str) -> Fields:
         policy = get_process(self._store.config, name)
-        (details,) = self._look([name])
+        (details,) = self.look([name])
         words = [policy.command] if isinstance(policy.command, str) else policy.command
         process = {"name": name, "id": name, "command": words[0], "args": words[1:]}
         process["cwd"] = os.path.normpath(os.path.join(self._store.project, policy.cwd))
@@ -7769,6 +7852,73 @@ def remove_socket(path: str, *others: str) -> None:
             os.rmdir(folder)
 
 
+class Acceptor:
+    """Gives each connection of a listener a thread, so many at once.
+
+    When all are taken, the one that has been idle the longest loses its place. serve: called
+    with (connection, idle); idle: where it stands while it waits for a request.
+    """
+
+    def __init__(
+        self, listener: socket.socket, name: str, most: int,
+        serve: Callable[[socket.socket, dict[socket.socket, None]], object],
+    ) -> None:  # fmt: skip
+        self.listener, self._serve = listener, serve
+        self._room = threading.BoundedSemaphore(most)
+        self._idle: dict[socket.socket, None] = {}  # the longest first
+        self._is_over, self._watched = False, Watched()
+        listener.setblocking(False)
+        self._watched.add(listener, self._accept)
+        threading.Thread(target=self._accept_all, name=name, daemon=True).start()
+
+    def close(self) -> None:
+        """Accept nothing more. What a service manager has open, too, stays so, and what comes waits."""
+        self._is_over = True
+        self._watched.remove(self.listener)
+        self.listener.close()
+        self._watched.wake()
+
+    def _accept_all(self) -> None:
+        while not self._is_over:
+            self._watched.wait(float("inf"))
+
+    def _accept(self) -> None:
+        peer: Any = None
+        try:
+            peer = self.listener.accept()[0]
+            peer.setblocking(True)
+            wait_s = 0.0
+            while not self._room.acquire(timeout=wait_s):
+                wait_s = 0.02
+                for idle in list(self._idle)[:1]:
+                    if self._idle.pop(idle, 0) is None:
+                        with contextlib.suppress(OSError):  # it has just gone
+                            idle.shutdown(socket.SHUT_RDWR)
+            self._idle[peer] = None
+            threading.Thread(target=self._talk, args=(peer,), name="talk", daemon=True).start()
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            if self._is_over or isinstance(error, BlockingIOError):
+                return
+            log.warning("a connection was refused: %s", error)
+            if isinstance(error, RuntimeError):
+                self._idle.pop(peer, None)
+                self._room.release()
+                peer.close()
+            threading.Event().wait(0.1)
+
+    def _talk(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                self._serve(connection, self._idle)
+        except OSError as error:
+            log.debug("a connection ended: %s", error)
+        except Exception:  # this thread's top frame
+            log.exception("a connection failed")
+        finally:
+            self._idle.pop(connection, None)
+            self._room.release()
+
+
 class ControlServer:
     """Answers requests on the control socket with the verbs it is given.
 
@@ -7784,16 +7934,12 @@ class ControlServer:
         self._verbs = verbs
         self._place = place or os.path.join(folder, "control.sock")
         self._inherited = inherited  # a service manager's, who keeps it for our successor
-        self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
         self._large = threading.BoundedSemaphore(LARGE_FRAMES_MAX)
         self._lock = threading.Lock()  # guards what follows
-        self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._is_stopping = False
         self._endpoint: Fields = {}
-        self._listener: socket.socket | None = None
-        self._watched = Watched()
-        self._thread = threading.Thread(target=self._accept_all, name="control", daemon=True)
+        self._acceptor: Acceptor | None = None
         self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id` (Windows: None)
 
     def start(self, told: Fields) -> None:
@@ -7805,7 +7951,7 @@ class ControlServer:
         with self._lock:
             if self._is_stopping:
                 return
-            if self._listener is None or file_id(self._socket[0]) != self._socket[1]:
+            if self._acceptor is None or file_id(self._socket[0]) != self._socket[1]:
                 self._bind()
             self._endpoint.update(told)
             with contextlib.suppress(DaemonError):  # a link, say: it is replaced
@@ -7815,7 +7961,8 @@ class ControlServer:
             write_atomically(path, json.dumps(self._endpoint))
 
     def _bind(self) -> None:
-        self._hang_up()
+        if self._acceptor is not None:
+            self._acceptor.close()
         near = os.path.join(self._folder, "control.sock")
         try:
             if self._inherited is not None:
@@ -7835,80 +7982,36 @@ class ControlServer:
         if path != near:
             self._endpoint["socket"] = path
         self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
-        self._listener, self._socket = listener, (path, file_id(path))
-        listener.setblocking(False)
-        self._watched.add(listener, functools.partial(self._accept, listener))
-        if not self._thread.is_alive():
-            self._thread.start()
-
-    def _hang_up(self) -> None:
-        """Accept nothing more. A service manager's socket stays open, and what comes waits."""
-        if self._listener is not None:
-            listener, self._listener = self._listener, None
-            self._watched.remove(listener)
-            listener.close()
+        self._socket = path, file_id(path)
+        self._acceptor = Acceptor(listener, "control", CONNECTIONS_MAX, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more, remove what is ours still; requests under way go on."""
         with self._lock:
             self._is_stopping = True
-            self._hang_up()
-            self._watched.wake()
+            if self._acceptor is not None:
+                self._acceptor.close()
             path, known = self._socket
             if self._inherited is None and file_id(path) == known:
                 remove_socket(path, os.path.join(self._folder, "endpoint"))
 
-    def _accept_all(self) -> None:
-        while not self._is_stopping:
-            self._watched.wait(float("inf"))
-
-    def _accept(self, listener: socket.socket) -> None:
-        """Give a connection to a thread; if all are taken, the longest idle one's."""
-        if listener is not self._listener:
-            return
-        try:
-            peer = listener.accept()[0]
-            peer.setblocking(True)
-            while not self._room.acquire(timeout=0.02):
-                for idle in list(self._idle)[:1]:
-                    self._idle.pop(idle, None)
-                    with contextlib.suppress(OSError):  # it has just gone
-                        idle.shutdown(socket.SHUT_RDWR)
-            threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
-        except (OSError, RuntimeError) as error:  # no descriptor, no thread
-            if isinstance(error, BlockingIOError) or listener is not self._listener:
-                return
-            log.warning("a connection was refused: %s", error)
-            if isinstance(error, RuntimeError):
-                self._room.release()
-            threading.Event().wait(0.1)
-
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
         """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
-            with connection:
-                try:
-                    if Platform.peer_uid(connection):  # neither ours nor root
-                        raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
-                    while self._serve_one(connection):
-                        pass
-                except DaemonError as error:  # the framing may be lost: say so and hang up
-                    connection.settimeout(FRAME_TIMEOUT_S)
-                    send_frame(connection, error)
-        except OSError as error:
-            log.debug("a connection ended: %s", error)
-        except Exception:  # this thread's top frame
-            log.exception("a connection failed")
-        finally:
-            self._idle.pop(connection, None)
-            self._room.release()
+            if Platform.peer_uid(connection):  # neither ours nor root
+                raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
+            while self._serve_one(connection, idle):
+                pass
+        except DaemonError as error:  # the framing may be lost: say so and hang up
+            connection.settimeout(FRAME_TIMEOUT_S)
+            send_frame(connection, error)
 
-    def _serve_one(self, connection: socket.socket) -> bool:
+    def _serve_one(self, connection: socket.socket, idle: dict[socket.socket, None]) -> bool:
         """Answer one request, or send a stream of answers; False: the peer has left."""
-        self._idle[connection] = None
+        idle[connection] = None
         request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
-        self._idle.pop(connection, None)
+        idle.pop(connection, None)
         if request is not None:
             answer = self._answer(request)
             connection.settimeout(FRAME_TIMEOUT_S)
@@ -7942,8 +8045,6 @@ class ControlServer:
         name, shown = request.pop("type"), str(request.pop("auth", ""))
         token = self._endpoint.get("token")
         if token is not None:
-            import hmac
-
             if not hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode()):
                 raise DaemonError("PERMISSION_DENIED", "a wrong token")
         try:
@@ -8343,8 +8444,493 @@ def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
 
 
 # ============================================================================
+# 17. HTTP - health, metrics, the status page: HealthVerbs, HealthServer
+#     Uses 1-16. Threads: one accepts, one a request, one checks. Closed by: Daemon.
+# ============================================================================
+
+LEVELS = ("healthy", "degraded", "unhealthy")
+CHECKS = ("clock", "runner", "disk", "supervisor", "keeper", "store")  # what may hang comes last
+ROUTES = {"/health": "health", "/ready": "ready", "/metrics": "metrics"}
+ROUTES.update({f"/api/{x}": x for x in "status tasks logs processes why schedules events".split()})
+# Only who has the key sees these: they may hold what other users of the machine must not read.
+PRIVATE = frozenset("command args cwd data note reason reasons payload project folder".split())
+
+
+class Exposition:
+    """Metrics in Prometheus's text format 0.0.4; those of one name are added together."""
+
+    def __init__(self) -> None:
+        self.text = self._name = ""
+
+    def add(
+        self, name: str, help: str, value: float | None, suffix: str = "", **labels: object
+    ) -> None:
+        """Add a sample, unless its value is not known; suffix: of a histogram's parts."""
+        kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
+        head = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+        escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+        shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
+        if value is not None:
+            self.text += "" if name == self._name else head
+            self._name = name
+            self.text += f"{name}{suffix}{{{shown}}} {value}\n"
+
+
+class HealthVerbs:
+    """What can be asked about a daemon's health: `table`, in the form of TaskVerbs.
+
+    The checks run in a thread of their own: what hangs hangs nobody who asks.
+    """
+
+    def __init__(self, runner: DaemonRunner, supervisor: Supervisor, verbs: ProcessVerbs) -> None:
+        self._store, self._runner, self._supervisor = runner.store, runner, supervisor
+        self._processes = verbs
+        self.is_starting = True
+        self._clock_s = Clock.now() - Clock.mono()
+        self._lock = threading.Lock()  # guards what follows
+        self._checking = threading.Thread()
+        self._found: list[tuple[int, str]] = []
+        self.table: dict[str, tuple[str, Callable[..., Fields]]] = {
+            "health": ("", self._health),
+            "ready": ("", self._ready),
+            "metrics": ("", self._metrics),
+        }
+
+    def _check(self) -> Iterator[tuple[int, str]]:
+        """Yield (an index of LEVELS, what was seen) for each of CHECKS."""
+        back_s = self._clock_s - (Clock.now() - Clock.mono())
+        yield (1, f"set back by {span(back_s)}") if back_s > CLOCK_JUMP_S else (0, "goes on")
+        late_s = Clock.mono() - self._runner.meters.due_mono
+        yield (2, f"hangs, for {span(late_s)}") if late_s > HUNG_S else (0, "turns")
+        free = shutil.disk_usage(self._store.folder).free
+        yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
+        status = self._supervisor.status()
+        down = ", ".join(f"{name} ({state})" for name, state in status["down"].items())
+        yield (1, f"down: {down}") if down else (0, f"{status['running_instances']} running")
+        obstacle, silent = self._runner.keepers.obstacle, self._runner.keepers.silent()
+        late = (1, f"PID {silent[0]} owes an answer") if silent else (0, "answers")
+        yield (2, obstacle) if obstacle else late
+        self._store.database.probe()
+        yield 0, "writable"
+
+    def _look(self, found: list[tuple[int, str]]) -> None:
+        try:
+            found.extend(self._check())
+        except (DaemonError, OSError) as error:
+            found.append((2, str(error)))
+
+    def _health(self) -> Fields:
+        """Return {"overall": the worst, "checks": {name: {"status", "detail"}}}."""
+        with self._lock:
+            if not self._checking.is_alive():
+                self._found = []
+                look = functools.partial(self._look, self._found)
+                self._checking = threading.Thread(target=look, name="health", daemon=True)
+                self._checking.start()
+            checking, found = self._checking, self._found
+        checking.join(HEALTH_WAIT_S)
+        missing = [(2, f"no answer within {span(HEALTH_WAIT_S)}")] * len(CHECKS)
+        seen = [*zip(CHECKS, [*found, *missing])]
+        checks = {name: {"status": LEVELS[level], "detail": text} for name, (level, text) in seen}
+        return {"overall": LEVELS[max(level for _, (level, _) in seen)], "checks": checks}
+
+    def _ready(self) -> Fields:
+        """Return {"ready", "why": why not}."""
+        reasons = [f"{name}: {found['detail']}" for name, found in self._health()["checks"].items()
+                   if found["status"] == LEVELS[2]]  # fmt: skip
+        reasons += ["it is starting"] if self.is_starting else []
+        reasons += ["it is stopping"] if self._runner.is_draining else []
+        return {"ready": not reasons, "why": reasons}
+
+    def _metrics(self) -> Fields:
+        """Return {"text": Prometheus's text format, and the fields of DaemonMetrics}."""
+        about, meters, path = self._runner.get_metrics(), self._runner.meters, self._store.path
+        found = Exposition()
+        found.add("apexd_info", "What runs.", 1, version=__version__)
+        found.add("apexd_start_time_seconds", "When the daemon started.", about.started_at)
+        for state, groups in self._store.get_counts().items():
+            for group, n in groups.items():
+                found.add("apexd_tasks", "Tasks there are.", n, state=state, group=group)
+        for end, n in (("succeeded", about.tasks_succeeded), ("failed", about.tasks_failed)):
+            found.add("apexd_tasks_finished_total", "What runs again is not.", n, state=end)
+        for outcome, n in meters.outcomes.items():
+            found.add("apexd_attempts_total", "Attempts that ended.", n, outcome=outcome.value)
+        for kind, (*counts, seconds) in meters.seconds.items():
+            name, text = f"apexd_task_{kind}_seconds", "Of each attempt; waits of the first."
+            for i, bound in enumerate((*BUCKETS_S, "+Inf")):
+                found.add(name, text, int(sum(counts[: i + 1])), "_bucket", le=bound)
+            found.add(name, text, seconds, "_sum")
+            found.add(name, text, int(sum(counts)), "_count")
+        found.add("apexd_loop_turns_total", "Of the runner's loop.", meters.turns)
+        sizes = [os.stat(one).st_size for one in (path, path + "-wal") if os.path.exists(one)]
+        found.add("apexd_database_bytes", "On disk.", sum(sizes))
+        found.add("process_cpu_seconds_total", "The daemon's own.", time.process_time())
+        found.add("process_resident_memory_bytes", "The daemon's own.", Platform.own_memory())
+        names = list(self._store.config.processes)
+        looks = [(name, one) for name, of in zip(names, self._processes.look(names)) for one in of]
+        for _, one in looks:
+            one["up"] = int(one["state"] in ("running", "unhealthy"))
+            one["cpu_ratio"] = one["cpu_percent"] and one["cpu_percent"] / 100
+        for field in ("up", "restart_count", "memory_bytes", "cpu_ratio"):
+            kind = field.replace("restart_count", "restarts_total")
+            for name, one in looks:
+                about_one = {"process": name, "instance": one["index"]}
+                found.add(f"apexd_process_{kind}", "Of each instance.", one[field], **about_one)
+        return {"text": found.text, **about.to_dict()}
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>apexd</title>
+<link rel="icon" href="data:,">
+<style nonce="NONCE">
+:root { color-scheme: light dark; --back: #f5f6f8; --card: #fff; --text: #1a1f26; --dim: #56606d;
+  --line: #d9dee5; --good: #17703a; --bad: #b3261e; --warn: #8a5300; --blue: #1457b0; }
+@media (prefers-color-scheme: dark) { :root { --back: #12161b; --card: #1b2128; --text: #e4e8ed;
+  --dim: #a2adb9; --line: #333c46; --good: #5fd08a; --bad: #ff8f85; --warn: #f0b64e;
+  --blue: #7db4ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--back);
+  color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
+header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; }
+h1 { font-size: 1.3rem; margin: 0; }
+h2 { font-size: 1rem; margin: 0 0 .4rem; }
+main { display: grid; gap: .8rem; margin-top: .8rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
+section, #gone { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  padding: .8rem; min-width: 0; }
+#gone, .stale section { border: 2px dashed var(--bad); }
+.wide { grid-column: 1 / -1; } .scroll { overflow-x: auto; }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top; }
+tr { border-top: 1px solid var(--line); } thead tr { border: 0; }
+.n { text-align: right; white-space: nowrap; }
+.t, h1, strong { overflow-wrap: anywhere; } .t { min-width: 7rem; }
+pre { margin: .2rem 0 0; font: 12px/1.4 ui-monospace, monospace; white-space: pre-wrap; }
+progress { width: 100%; min-width: 4rem; height: .6rem; accent-color: var(--blue); }
+svg { width: 100%; height: 3.5rem; display: block; border-bottom: 1px solid var(--line); }
+th, pre, .dim { color: var(--dim); }
+.good { color: var(--good); fill: var(--good); } .warn { color: var(--warn); }
+.bad, #gone { color: var(--bad); fill: var(--bad); }
+@media (max-width: 40rem) { body { padding: .5rem; } .more { display: none; } }
+</style>
+<header><h1 id="name">apexd</h1><strong id="health" role="status"></strong>
+<span id="about" class="dim"></span></header>
+<p id="gone" role="alert" hidden></p>
+<p id="locked" class="dim" hidden>`apexd.py status` prints the address with commands and output.</p>
+<main id="main"></main>
+<script nonce="NONCE">
+"use strict";
+const key = location.hash.slice(1), shown = {}, at = id => document.getElementById(id);
+const COLORS = {healthy: "good", succeeded: "good", running: "good", degraded: "warn",
+  backoff: "warn", starting: "warn", unhealthy: "bad", failed: "bad", crashed: "bad"};
+function make(tag, content, name = "") {  // what comes from outside becomes text, never markup
+  const node = document.createElement(tag);
+  node.append(...[content].flat().map(part => part ?? "-"));
+  node.className = name;
+  return node;
+}
+for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
+    ["running", "Running", "wide"], ["processes", "Processes", "wide"], ["failed", "Failed tasks"],
+    ["schedules", "Schedules"], ["latest", "Latest tasks", "wide"], ["events", "Events", "wide"]]) {
+  const box = make("div", [], "scroll");
+  Object.assign(box, {id, tabIndex: 0, role: "region", ariaLabel: head});
+  at("main").append(make("section", [make("h2", head), box], name));
+}
+const state = text => make("span", text, COLORS[text]);
+const clock = t => t ? new Date(t * 1000).toLocaleString() : "-";
+const title = task => task.label ?? [task.command ?? "task " + task.id].flat().join(" ");
+const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
+function span(s) {
+  for (const [unit, letter] of [[86400, "d"], [3600, "h"], [60, "m"]])
+    if (s >= unit) return Math.floor(s / unit) + letter + " " + span(s % unit).split(" ")[0];
+  return Math.max(s, 0).toFixed(s < 10 && s % 1 ? 1 : 0) + "s";
+}
+function show(id, data, draw) {  // only what has changed: a selection stays
+  const text = JSON.stringify(data);
+  if (shown[id] !== text) at(id).replaceChildren(draw(data));
+  shown[id] = text;
+}
+function table(id, rows, heads, cells) {  // a head: what it says, and of which class it is
+  const line = (tag, row) => make("tr", row.map((cell, i) => make(tag, cell, heads[i][1])));
+  show(id, rows, () => !rows.length ? make("span", "none", "dim") : make("table", [
+    make("thead", line("th", heads.map(head => head[0]))),
+    make("tbody", rows.map(row => line("td", cells(row))))]));
+}
+function draw(tag, attributes) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
+  return node;
+}
+function bars(minutes) {  // failures stand upon successes
+  const most = Math.max(1, ...minutes.map(([ok, ko]) => ok + ko));
+  const [good, bad] = [0, 1].map(k => minutes.reduce((sum, minute) => sum + minute[k], 0));
+  const svg = draw("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "none"});
+  const bar = (i, n, on, name) => svg.append(draw("rect", {x: i * 10, width: 8, class: name,
+    y: 50 - (on + n) / most * 50, height: n / most * 50}));
+  minutes.forEach(([ok, ko], i) => { bar(i, ok, 0, "good"); bar(i, ko, ok, "bad"); });
+  const text = `${good} succeeded, ${bad} failed; at most ${most} a minute`;
+  return make("div", [svg, make("span", text, "dim")]);
+}
+async function get(path) {
+  const headers = key ? {Authorization: "Bearer " + key} : {};
+  const data = await (await fetch(path, {headers, signal: AbortSignal.timeout(4500)})).json();
+  if (data.error) throw new Error(data.error.message);
+  return data;
+}
+async function addOutput(task) {  // the last lines of what runs
+  const path = `/api/logs?id=${task.id}&offset=-3`;
+  const text = key ? (await get(path).catch(() => ({}))).data ?? "" : "";
+  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  task.output = new TextDecoder().decode(bytes).slice(-600);
+  task.ran = span(Date.now() / 1000 - task.started_at);
+}
+async function addReasons(one) {
+  const answer = one.status === "running" ? {} : await get("/api/why?name=" + one.name);
+  one.why = (answer.reasons ?? []).join("; ");
+}
+const HEADS = [["id", "n"], ["state"], ["task", "t"], ["group", "more"], ["tries", "n more"],
+  ["exit", "n"], ["took", "n"], ["ended", "n more"]];
+const cells = task => [task.id, state(task.state), title(task), task.group, task.attempts,
+  task.exit_code, task.finished_at && task.started_at
+    ? span(task.finished_at - task.started_at) : "-", clock(task.finished_at)];
+function running_cells(task) {
+  const about = {max: 100, value: task.progress, ariaLabel: `progress of task ${task.id}`};
+  const bar = task.progress === null ? [] : [Object.assign(make("progress", []), about)];
+  const told = bar.length ? known(task.progress, "% ") : "";
+  return [task.id, [title(task), make("pre", task.output)], task.group, task.ran,
+    [...bar, told + (task.note ?? "")]];
+}
+async function refresh() {
+  const [health, status, running, failed, latest, processes, schedules, events] =
+    await Promise.all(["/health", "/api/status", "/api/tasks?state=running&limit=20",
+      "/api/tasks?state=failed&limit=10", "/api/tasks?limit=15", "/api/processes",
+      "/api/schedules", "/api/events"].map(get));
+  await Promise.all([...running.tasks.map(addOutput), ...processes.processes.map(addReasons)]);
+  document.title = at("name").textContent = (status.project ?? "apexd").split("/").pop();
+  const faults = Object.entries(health.checks).filter(([, one]) => one.status !== "healthy");
+  show("health", [health.overall, ...faults.map(([name, one]) => `${name}: ${one.detail}`)],
+    parts => make("span", parts.join("; "), COLORS[health.overall]));
+  at("about").textContent = `apexd ${status.version}, PID ${status.pid}, up `
+    + span(status.uptime_secs) + (status.draining ? ", stopping" : "")
+    + (status.paused.length ? ", paused: " + status.paused.join(", ") : "");
+  show("hour", status.last_hour, bars);
+  table("queue", Object.entries(status.counts).flatMap(([kind, groups]) => Object.entries(groups)
+    .map(of => [kind, ...of])), [["state"], ["group"], ["tasks", "n"]],
+    ([kind, group, n]) => [state(kind), group, n]);
+  table("running", running.tasks, [["id", "n"], ["task", "t"], ["group", "more"],
+    ["for", "n"], ["progress", "t"]], running_cells);
+  table("processes", processes.processes, [["process", "t"], ["status"], ["up", "n"], ["CPU", "n"],
+    ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why)],
+    state(one.status), `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
+    known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count]);
+  table("failed", failed.tasks.reverse(), HEADS.slice(0, 6), task => cells(task).slice(0, 6));
+  table("latest", latest.tasks.reverse(), HEADS, cells);
+  table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
+    one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000)]);
+  table("events", events.lines.slice(-15).reverse(), [["time"], ["event"], ["of"],
+    ["what", "t more"]], one => [clock(one.time), one.type, one.source,
+    JSON.stringify(one.payload ?? {})]);
+}
+let seen = "never", timer = 0;
+async function turn() {
+  try {
+    await refresh();
+    seen = "at " + new Date().toLocaleTimeString();
+    at("gone").hidden = true;
+  } catch (error) {
+    at("gone").textContent = `The daemon does not answer: ${error.message}. Last seen ${seen}.`;
+    at("gone").hidden = false;
+  }
+  at("main").className = at("gone").hidden ? "" : "stale";
+  clearTimeout(timer);  // the page may have become visible meanwhile
+  timer = setTimeout(turn, document.hidden ? 15000 : 2000);
+}
+at("locked").hidden = key !== "";
+document.addEventListener("visibilitychange", () => document.hidden || turn());
+turn();
+</script>
+</html>
+"""
+
+
+def receive_head(connection: socket.socket, deadline: float) -> bytes:
+    """Receive a request's line and headers, or more than HTTP_HEAD_MAX_BYTES. Raises OSError."""
+    data = b""
+    while len(data) <= HTTP_HEAD_MAX_BYTES and not re.search(rb"\n\r?\n", data):
+        connection.settimeout(max(deadline - Clock.mono(), 0.001))
+        part = connection.recv(HTTP_HEAD_MAX_BYTES)
+        if not part:
+            raise ConnectionResetError("closed within a request")
+        data += part
+    return data
+
+
+def read_request(head: bytes) -> tuple[int, Any]:
+    """Parse a request; return (0 or the status that refuses it, what http.server made of it)."""
+    if len(head) > HTTP_HEAD_MAX_BYTES:
+        return (431 if b"\n" in head else 414), None
+    faults: list[int] = []
+    request: Any = http.server.BaseHTTPRequestHandler.__new__(http.server.BaseHTTPRequestHandler)
+    request.send_error = lambda status, *about: faults.append(int(status))
+    request.rfile = io.BytesIO(head)
+    request.raw_requestline = request.rfile.readline()
+    is_sound = request.parse_request() and request.request_version != "HTTP/0.9"
+    return (0 if is_sound else faults[0] if faults else 400), request
+
+
+HEADERS = """
+Allow: GET, HEAD
+Cache-Control: no-store
+Connection: close
+Content-Security-Policy: default-src 'none'; connect-src 'self'; img-src data:; \
+script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; base-uri 'none'; form-action 'none'; \
+frame-ancestors 'none'
+Cross-Origin-Resource-Policy: same-origin
+Referrer-Policy: no-referrer
+X-Content-Type-Options: nosniff
+"""
+
+
+def make_response(status: int, kind: str, text: str, has_body: bool = True) -> bytes:
+    """Make a response; NONCE in the page becomes what its policy allows to run."""
+    nonce, date = os.urandom(16).hex(), email.utils.formatdate(usegmt=True)
+    body = (text.replace("NONCE", nonce) if text is PAGE else text).encode()
+    head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\nDate: {date}\n"
+    head += f"Content-Type: {kind}\nContent-Length: {len(body)}" + HEADERS + "\n"
+    return head.replace("NONCE", nonce).replace("\n", "\r\n").encode() + body * has_body
+
+
+def leave_out_private(data: Any) -> Any:
+    """Return JSON without the fields that only those see who have the key."""
+    if isinstance(data, dict):
+        return {name: leave_out_private(x) for name, x in data.items() if name not in PRIVATE}
+    return [*map(leave_out_private, data)] if isinstance(data, list) else data
+
+
+def at_port(host: str, port: int) -> str:
+    """Write an address as it stands in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host.lower()}:{port}"
+
+
+class HealthServer:
+    """Answers GET and HEAD on a TCP port from the sources that it is given, and shows the page.
+
+    sources: ROUTES names them; each is called with what the query has, all strings. Who sends
+    `key` (Authorization: Bearer KEY) sees PRIVATE fields. Threads: "http" accepts, each request
+    has its own. Life: start -> stop -> start.
+    """
+
+    def __init__(self, folder: str, sources: Mapping[str, Callable[..., Fields]]) -> None:
+        self._sources = sources
+        self._path = os.path.join(folder, "http.json")
+        self.url, self.key = "", ""  # of the page, with the key: neither is ever logged
+        self._host, self._port = "", 0
+        self._acceptor: Acceptor | None = None
+        self._turn = threading.Lock()  # one source at a time: none hangs more than one thread
+
+    def start(self, host: str, port: int) -> None:
+        """Listen; port 0: where it was the last time, else anywhere. Raises CANNOT_CREATE."""
+        known: Fields = {}
+        with contextlib.suppress(ValueError, DaemonError):
+            known = read_json(self._path) or {}
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        for number in [port] if port else [known.get("port"), 0]:
+            try:
+                listener = socket.create_server((host, number), family=family)
+                break
+            except (OSError, OverflowError, TypeError) as error:  # the file may be damaged
+                what = str(getattr(error, "strerror", error)).partition(" (while")[0]
+        else:
+            hint = "name another in [health], or port 0: any that is free"
+            raise DaemonError("CANNOT_CREATE", f"cannot listen on {host} port {port}: {what}", hint)
+        self._host, self._port = host, listener.getsockname()[1]
+        self.key = str(known.get("key") or os.urandom(32).hex())
+        with contextlib.suppress(DaemonError):  # a full disk
+            if known != {"port": self._port, "key": self.key}:
+                write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
+        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.url = f"http://{at_port(near, self._port)}/#{self.key}"
+        self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, self._serve)
+
+    def stop(self) -> None:
+        """Accept nothing more; requests under way are answered."""
+        if self._acceptor is not None:
+            self._acceptor.close()
+        self.url = ""
+
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
+        """Answer one request, in HTTP_TIMEOUT_S altogether."""
+        deadline = Clock.mono() + HTTP_TIMEOUT_S
+        head = receive_head(connection, deadline)
+        idle.pop(connection, None)
+        status, request = read_request(head)
+        status = status or self._refuse(request, connection.getsockname()[0])
+        answer = (status, "text/plain", f"{status}\n")
+        if not status:
+            answer = self._answer(request, deadline)
+        connection.settimeout(max(deadline - Clock.mono(), 0.1))
+        connection.sendall(make_response(*answer, getattr(request, "command", "") != "HEAD"))
+        connection.shutdown(socket.SHUT_WR)
+        idle[connection] = None
+        while Clock.mono() < deadline and connection.recv(1 << 16):
+            pass  # to close before all was read would take the response back
+
+    def _refuse(self, request: Any, place: str) -> int:
+        """Return the status that refuses a request, 0 for none; place: the address it came to."""
+        headers, names = request.headers, ("127.0.0.1", "localhost", "::1", self._host, place)
+        hosts = [host.strip().lower() for host in headers.get_all("Host", [])]
+        if len(hosts) != 1 or hosts[0] not in {at_port(name, self._port) for name in names}:
+            return 403  # DNS rebinding
+        if {*headers.get_all("Origin", [])} - {"http://" + hosts[0]}:
+            return 403
+        if request.command not in ("GET", "HEAD"):
+            return 405
+        if {*headers.get_all("Content-Length", [])} - {"0"} or "Transfer-Encoding" in headers:
+            return 413
+        return 0 if request.path.partition("?")[0] in ("/", *ROUTES) else 404
+
+    def _answer(self, request: Any, deadline: float) -> tuple[int, str, str]:
+        """Return (status, type, body) of a request that is in order."""
+        path, _, query = request.path.partition("?")
+        if path == "/":
+            return 200, "text/html; charset=utf-8", PAGE
+        try:
+            answer = self._ask(ROUTES[path], query, deadline)
+        except DaemonError as error:
+            status = 400 if error.exit_status == 2 else 503
+            return status, "application/json", json.dumps({"error": error.to_dict()})
+        except Exception:  # a request handler
+            log.exception("GET %s failed", path)
+            return 500, "application/json", '{"error": {"code": "internal", "message": "a bug"}}'
+        if "text" in answer:
+            return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
+        shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
+            answer = leave_out_private(answer)
+        is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
+        return 200 if is_well else 503, "application/json", json.dumps(answer)
+
+    def _ask(self, name: str, query: str, deadline: float) -> Fields:
+        """Ask a source; one at a time, but for those that tell whether others hang."""
+        act = self._sources.get(name, lambda: {name: []})
+        fields = dict(urllib.parse.parse_qsl(query))
+        if name in ("health", "ready"):
+            return act(**fields)
+        if not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
+            raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
+        try:
+            return act(**fields)
+        finally:
+            self._turn.release()
+
+
+# ============================================================================
 # 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
-#     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
+#     Uses 1-17. Main thread. Lock order: runner or supervisor, then store.
 # ============================================================================
 
 _STOPS = ("stop", "SIGTERM", "SIGINT", "SIGBREAK")
@@ -8537,14 +9123,31 @@ class Daemon:
         keepers.on_standing = self._note_standing
         self.publish = EventStore(store).publish
         store.on_events = self._dispatch
+        of_processes = ProcessVerbs(self._supervisor, store)
+        health = HealthVerbs(self._runner, self._supervisor, of_processes)
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
             **TaskVerbs(store, self._runner).table,
-            **ProcessVerbs(self._supervisor, store).table,
+            **of_processes.table,
+            **{name: health.table[name] for name in ("health", "metrics")},
             "ping": ("", lambda: {"type": "pong", **self._identity()}),
-            "status": ("", lambda: {"type": "status", **self._status()}),
+            "status": ("", lambda: {"type": "status", **self._status(), "url": self._http.url}),
             "reload": ("", lambda: {"plan": self._reload()}),
             "shutdown": ("keep", self._shutdown),
         }
+        hour = self._runner.meters.last_hour
+        shown = {
+            **health.table,
+            "status": ("", lambda: {**self._status(), "last_hour": hour()}),
+            "tasks": verbs["list"],
+            "logs": ("id! attempt offset", verbs["logs"][1]),
+            "processes": verbs["list_processes"],
+            "why": verbs["why_process"],
+            "schedules": verbs["schedules"],
+            "events": ("pattern since lines", verbs["events"][1]),
+        }
+        sources = {name: reading(*verb) for name, verb in shown.items()}
+        self._http = HealthServer(self._project.folder, sources)
+        self._listen(self._config.health)
         near = self._project.file("control.sock", self._config.daemon.socket)
         self._control = ControlServer(self._project.folder, verbs, near, sockets.get("control"))
         self._control.start(settings_of(self._config))
@@ -8553,6 +9156,7 @@ class Daemon:
         self._scheduler.start()
         self._watches.start()
         self._standing.wait(STANDING_S)
+        health.is_starting = False
         log.info("ready")
         self.publish("daemon.started", {"pid": os.getpid(), "version": __version__}, "daemon")
         channel = os.dup(1)
@@ -8565,6 +9169,7 @@ class Daemon:
             self._obey()
         finally:
             self._control.stop()
+            self._http.stop()
             self._scheduler.stop()
             self._watches.stop()
             self._supervisor.halt()
@@ -8579,6 +9184,15 @@ class Daemon:
         self.router.dispatch(events)
         if any(event.type == "task.added" for event in events):
             self._runner.wake()
+
+    def _listen(self, options: Any) -> None:
+        """Answer HTTP where [health] says from now on. Raises CANNOT_CREATE."""
+        self._http.stop()
+        if options.enabled:
+            self._http.start(options.host, options.port)
+            log.info("%s answers", self._http.url.partition("#")[0])
+            if options.host not in ("127.0.0.1", "localhost", "::1"):
+                log.warning("other machines may reach it: names and states are no secret there")
 
     def _note_standing(self) -> None:
         self._standing.set()
@@ -8663,6 +9277,13 @@ class Daemon:
             finally:
                 self._manager.tell("READY=1")
             plan = self._config.plan(new)
+            if new.health != self._config.health:
+                try:
+                    self._listen(new.health)
+                except DaemonError as error:
+                    log.error("reload refused: %s (%s)", error, error.hint)
+                    self._listen(self._config.health)
+                    raise
             old, self._config, self._store.config = self._config, new, new
             if new.log != old.log:
                 self._open_log()
@@ -9337,6 +9958,8 @@ def cmd_status(args: Args) -> int:
             text += f"\nprocesses: {details['running_instances']} running"
             down = ", ".join(f"{name} ({state})" for name, state in details.get("down", {}).items())
             text += f"; degraded, down: {down}; see `why`" if down else ""
+        if details.get("url"):
+            text += f"\npage: {details['url']}"
         if details["paused"]:
             text += "\npaused: " + ", ".join(details["paused"]).replace("*", "everything")
         if details["draining"]:
@@ -9344,6 +9967,35 @@ def cmd_status(args: Args) -> int:
     about = {name: field for name, field in status.to_dict().items() if name != "details"}
     emit({**about, **details}, args, text)
     return int(status.exit_status)
+
+
+@register("health")
+def cmd_health(args: Args) -> int:
+    """Say how the daemon is: 0 healthy, 1 degraded, 2 unhealthy or not there."""
+    try:
+        answer = client_of(args).call("health", {})
+    except DaemonError as error:
+        if error.code not in ("NOT_RUNNING", "NOT_ANSWERING"):
+            raise
+        found = {"status": "unhealthy", "detail": error.message}
+        answer = {"overall": "unhealthy", "checks": {"daemon": found}}
+    rows = [(name, one["status"], one["detail"]) for name, one in answer["checks"].items()]
+    table = columns("CHECK STATUS DETAIL", rows)
+    emit(answer, args, f"{answer['overall']}\n{table}")
+    return LEVELS.index(answer["overall"])
+
+
+@register("metrics")
+def cmd_metrics(args: Args) -> int:
+    """Print metrics in Prometheus's text format, the most important as comments first."""
+    answer = client_of(args).call("metrics", {})
+    text, shown = answer.pop("text"), dict(answer, uptime=span(answer["uptime"]))
+    for name in ("started_at", "last_poll_at"):
+        shown[name] = answer[name] and timestamp(answer[name])
+    del shown["active_task_ids"]
+    names = {name: name.replace("tasks_", "").replace("_", " ") for name in shown}
+    head = "".join(f"# {names[name]}: {x}\n" for name, x in shown.items())
+    return emit(answer, args, head + text.rstrip())
 
 
 @register("ps", NAMES)
@@ -9785,7 +10437,7 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     yield "python", sys.version_info >= (3, 9), sys.version.split()[0]
     yield "sqlite", sqlite3.sqlite_version_info >= (3, 31), sqlite3.sqlite_version
     free = shutil.disk_usage(project.path).free
-    yield "disk", free > 1 << 28, f"{free >> 20} MiB free"
+    yield "disk", free > DISK_LOW_BYTES, f"{free >> 20} MiB free"
     kind = Platform.network_file_system(project.folder)
     yield "file system", kind is None, f"{kind}: use --state DIR" if kind else "local"
     places = [os.path.abspath(__file__), project.folder, project.config_path or project.folder]

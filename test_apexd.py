@@ -13,6 +13,7 @@ failed, its folder is kept and its daemon's log is printed.
 from __future__ import annotations
 
 import ast
+import base64
 import concurrent.futures
 import contextlib
 import datetime
@@ -39,6 +40,8 @@ import tempfile
 import textwrap
 import threading
 import time
+import urllib.error
+import urllib.request
 import zoneinfo
 from queue import SimpleQueue
 
@@ -6284,8 +6287,7 @@ class TestRunner:
         status = ask_json(box, "status")
         assert status["active_task_ids"] == [ids["progress"]]
         assert status["active_task_count"] == 1
-        attempts = sum(task["attempts"] for task in tasks_of(box, list(ids.values())))
-        assert status["tasks_processed"] == attempts - 1
+        assert status["tasks_processed"] == len(ids) - 2, "what is tried again counts once"
         assert status["tasks_succeeded"] == 2
         assert status["tasks_failed"] == status["tasks_processed"] - 2
         assert 0 < status["started_at"] <= status["last_poll_at"] <= time.time()
@@ -9105,13 +9107,12 @@ class TestControl:
         store.close()
         for verb in ("list", "add"):
             ours, theirs = socket.socketpair()
-            server._room.acquire()
-            threading.Thread(target=server._serve, args=(theirs,), daemon=True).start()
-            with ours:
+            with ours, theirs:
                 ours.settimeout(10)
                 fields = {"commands": ["true"]} if verb == "add" else {}
                 ours.sendall(frame({"type": verb, **fields}))
-                assert ours.recv(1) == b"", verb
+                with pytest.raises(ConnectionAbortedError):
+                    server._serve(theirs, {})
 
     def test_ranges_of_unknown_ids_cost_nothing(self, server):
         """P7: ranges are ranges until they are used."""
@@ -10340,6 +10341,682 @@ class TestProcessPromises:
         assert ["Max", "open", "files", "8192", "8192", "files"] in limits
         assert os.getpriority(os.PRIO_PROCESS, pid) == -5
         assert os.stat(f"/proc/{pid}").st_uid == 65534
+
+
+# ============================================================================
+# 17. HTTP - health, metrics, the status page: HealthVerbs, HealthServer
+# ============================================================================
+
+
+def http_json(box):
+    """Return the port that a project's daemon answers HTTP on, and the key."""
+    return json.loads(read(box.file("http.json")))
+
+
+def send_raw(box, data, within_s=10.0):
+    """Send bytes to the HTTP port; return all that comes back until the end."""
+    with socket.create_connection(("127.0.0.1", http_json(box)["port"]), within_s) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+        parts = []
+        with contextlib.suppress(ConnectionError):
+            while not parts or parts[-1]:
+                parts.append(connection.recv(1 << 16))
+        return b"".join(parts)
+
+
+def split_answer(data):
+    """Return (status, headers, body) of a whole response."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    assert re.fullmatch(r"HTTP/1.1 [1-5][0-9][0-9] [A-Z][A-Za-z -]*", first), first
+    assert len(headers) == len(lines), "each header once"
+    return int(first[9:12]), headers, body
+
+
+def http(box, path, method="GET", host="127.0.0.1:PORT", key=None, **headers):
+    """Make one request; return (status, headers, body)."""
+    lines = [f"{method} {path} HTTP/1.1"]
+    if host is not None:
+        lines.append(f"Host: {host}")
+    if key:
+        lines.append(f"Authorization: Bearer {key}")
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    text = "\r\n".join([*lines, "", ""]).replace("PORT", str(http_json(box)["port"]))
+    return split_answer(send_raw(box, text.encode("latin-1")))
+
+
+def page_json(box, path, status=200, **options):
+    """Return what a path answers with, as JSON."""
+    found, headers, body = http(box, path, **options)
+    assert (found, headers["Content-Type"]) == (status, "application/json"), (found, body)
+    return json.loads(body)
+
+
+def read_metrics(text):
+    """Read Prometheus's text format strictly: {name: (type, [(suffix, labels, value)])}."""
+    found, name = {}, ""
+    assert text.endswith("\n") and "\r" not in text
+    for line in text.split("\n")[:-1]:
+        head = re.fullmatch(r"# (HELP|TYPE) ([a-zA-Z_:][a-zA-Z0-9_:]*) (.+)", line)
+        if head and head[1] == "HELP":
+            name = head[2]
+            assert name not in found, f"{name} comes twice"
+            found[name] = (None, [])
+        elif head:
+            assert head[2] == name and head[3] in ("counter", "gauge", "histogram"), line
+            assert (head[3] == "counter") == name.endswith("_total"), line
+            found[name] = (head[3], [])
+        elif not line.startswith("# "):
+            match = re.fullmatch(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)", line)
+            assert match and match[1].startswith(name), line
+            pair = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\\\|\\"|\\n)*)"'
+            assert re.fullmatch(rf"(?:{pair}(?:,(?={'[a-zA-Z_]'})|$))*", match[2] or ""), line
+            labels = dict(re.findall(pair, match[2] or ""))
+            kind, samples = found[name]
+            suffix = match[1][len(name):]
+            assert suffix in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",)), line
+            assert (suffix, labels) not in [sample[:2] for sample in samples], f"twice: {line}"
+            samples.append((suffix, labels, float(match[3])))
+    for name, (kind, samples) in found.items():
+        assert kind and samples, f"{name} has no type or no samples"
+        if kind == "histogram":
+            counts = [value for suffix, _, value in samples if suffix == "_bucket"]
+            bounds = [float(labels["le"]) for suffix, labels, _ in samples if suffix == "_bucket"]
+            (count,) = (value for suffix, _, value in samples if suffix == "_count")
+            assert bounds == sorted(set(bounds)) and bounds[-1] == float("inf"), name
+            assert counts == sorted(counts) and counts[-1] == count, name
+            assert [suffix for suffix, _, _ in samples].count("_sum") == 1
+    return found
+
+
+def sample(metrics, name, suffix="", **labels):
+    """Return one value of what `read_metrics` has read."""
+    (value,) = (v for s, found, v in metrics[name][1] if s == suffix and labels.items() <= found.items())
+    return value
+
+
+class Browser:
+    """A headless Chromium with one page, driven through its pipe (DevTools protocol)."""
+
+    PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+    def __init__(self, folder):
+        words, self._out = os.pipe()
+        self._in, answers = os.pipe()
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                   "--disable-background-networking", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+                   f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
+        start = f'exec "$0" "$@" 3<&{words} 4>&{answers}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", start, self.PROGRAM, *options], pass_fds=(words, answers), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env={"PATH": os.environ["PATH"], "HOME": folder},
+        )  # fmt: skip
+        os.close(words)
+        os.close(answers)
+        self._inbox, self._count, self._session, self.events = b"", 0, None, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(domain + ".enable")
+
+    def call(self, method, **params):
+        """Do one command; keep the events that come meanwhile."""
+        self._count += 1
+        about = {"sessionId": self._session} if self._session else {}
+        message = {"id": self._count, "method": method, "params": params, **about}
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            if b"\0" not in self._inbox:
+                assert select.select([self._in], [], [], 30)[0], f"no answer to {method}"
+                data = os.read(self._in, 1 << 20)
+                assert data, "the browser has ended"
+                self._inbox += data
+                continue
+            line, _, self._inbox = self._inbox.partition(b"\0")
+            answer = json.loads(line)
+            if answer.get("id") == self._count:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def run(self, code):
+        """Return the value of an expression in the page."""
+        options = {"awaitPromise": True, "returnByValue": True}
+        answer = self.call("Runtime.evaluate", expression=code, **options)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def look(self, width, scheme, path=None):
+        """Take on a width and a color scheme; keep a picture if a path is given."""
+        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        wish = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[wish])
+        if path:
+            picture = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+            write(path, base64.b64decode(picture))
+
+    def close(self):
+        """End it with all its processes."""
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._out)
+        os.close(self._in)
+
+
+# The least contrast of text with what is behind it (WCAG 2), and whose it is.
+CONTRAST = """
+(() => {
+  const light = color => { const [r, g, b] = color.match(/[0-9.]+/g).slice(0, 3).map(x => x / 255)
+    .map(x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = node => { const color = getComputedStyle(node).backgroundColor;
+    return /, 0\\)$/.test(color) && node.parentElement ? behind(node.parentElement) : color; };
+  let worst = [99, ""];
+  for (const node of document.body.querySelectorAll("*")) {
+    const own = [...node.childNodes].some(x => x.nodeType === 3 && x.data.trim());
+    if (!own || !node.checkVisibility() || node.tagName === "SCRIPT") continue;
+    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
+    const found = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (found < worst[0]) worst = [found, node.outerHTML.slice(0, 200)];
+  }
+  return worst;
+})()
+"""
+
+
+@posix
+@pytest.mark.skipif(not Browser.PROGRAM, reason="needs chromium")
+class TestPage:
+    @pytest.fixture(scope="class", name="page")
+    @classmethod
+    def page(cls):
+        """Give (Box, Browser) with the page open in it, and something of each kind on it."""
+        with project(process={"web": {"command": "sleep 600"}, "bad": {"command": "exit 3", "backoff": 60}}) as box:
+            box.start()
+            tasks = [{"command": "exit 3", "label": "\u65e5\u672c \u0639\u0631\u0628 \U0001f600"}, "true"]
+            for task_id in enqueue(box, *tasks):
+                box.until(task_id)
+            label = "<script>document.title = 'bad'</script><img src=x onerror=alert(1)>"
+            (task_id,) = enqueue(box, {"command": "echo out-$((6 * 7)); sleep 600", "label": label})
+            box.until(task_id, "running")
+            box.request({"type": "report", "id": task_id, "progress": 30, "note": "<b>n</b>"})
+            browser = Browser(os.path.join(box.root, "profile"))
+            try:
+                browser.call("Page.navigate", url=box.json("status")["url"])
+                eventually(lambda: browser.run("at('running').innerText.includes('out-42')"))
+                yield box, browser
+            finally:
+                browser.close()
+
+    def test_it_shows_what_there_is_as_text(self, page):
+        box, browser = page
+        text = {name: browser.run(f"at('{name}').innerText") for name in
+                ("about", "health", "hour", "queue", "running", "processes", "failed", "latest")}  # fmt: skip
+        assert "<script>document.title" in text["running"] and "<img src=x" in text["latest"]
+        assert "30% <b>n</b>" in text["running"] and "\u65e5\u672c" in text["failed"]
+        assert "bad.0 backoff: exit 3; next try in" in text["processes"]
+        assert text["health"].startswith("degraded; supervisor: down: bad.0")
+        assert "1 succeeded, 1 failed" in text["hour"] and f"PID {box.pid()}" in text["about"]
+        assert browser.run("document.title") == "p"
+        assert browser.run("[document.scripts.length, document.images.length, document.querySelectorAll('b').length]") == [1, 0, 0]
+        red = browser.run("getComputedStyle(document.querySelector('#failed .bad')).color")
+        assert red == "rgb(179, 38, 30)"
+        heights = "[...document.querySelectorAll('#hour .bad')].map(bar => bar.getBBox().height)"
+        assert sorted(browser.run(heights))[-1] == 25, "half of what ended has failed"
+
+    def test_it_moves_by_itself(self, page):
+        box, browser = page
+        running = next(task["id"] for task in ask_json(box, "list") if task["state"] == "running")
+        box.request({"type": "report", "id": running, "progress": 80})
+        enqueue(box, {"command": "exit 1", "label": "fresh"})
+        eventually(lambda: browser.run("document.querySelector('progress').value") == 80)
+        eventually(lambda: "fresh" in browser.run("at('failed').innerText"))
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_it_can_be_read_at_any_width_and_by_keyboard(self, page, scheme):
+        box, browser = page
+        kept = os.environ.get("APEXD_PICTURES")
+        for width in (1280, 390):
+            browser.look(width, scheme, kept and os.path.join(kept, f"{scheme}-{width}.png"))
+            assert browser.run("document.documentElement.scrollWidth") <= width
+            contrast, where = browser.run(CONTRAST)
+            assert contrast >= 4.5, where
+            browser.run("document.activeElement.blur()")
+            seen = []
+            for _ in range(10):
+                for kind in ("keyDown", "keyUp"):
+                    browser.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+                seen.append(browser.run("document.activeElement.id"))
+                line = browser.run("parseFloat(getComputedStyle(document.activeElement).outlineWidth)")
+                assert line >= 3 or not seen[-1], seen
+            assert {"hour", "running", "events"} <= set(seen)
+        browser.look(1280, "light")
+
+    def test_it_says_that_the_daemon_has_gone_and_goes_on_when_it_is_back(self, page):
+        box, browser = page
+        kept = os.environ.get("APEXD_PICTURES")
+        requests = [event["params"] for event in browser.events if event["method"] == "Network.requestWillBeSent"]
+        box.kill9()
+        browser.run("turn()")
+        assert "does not answer" in browser.run("at('gone').innerText")
+        assert "out-42" in browser.run("at('running').innerText"), "what was seen last stays"
+        assert browser.run(CONTRAST)[0] >= 4.5
+        browser.look(1280, "light", kept and os.path.join(kept, "gone.png"))
+        faults = [event for event in browser.events if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled")]
+        refused = "net::ERR_CONNECTION"  # or reset
+        entries = [event["params"]["entry"]["text"] for event in browser.events if event["method"] == "Log.entryAdded"]
+        assert faults == [] and [text for text in entries if refused not in text] == []
+        box.start()
+        eventually(lambda: browser.run("at('gone').hidden"))
+        assert f"PID {box.pid()}" in browser.run("at('about').innerText")
+        place = f"http://127.0.0.1:{http_json(box)['port']}/"
+        urls = {request["request"]["url"] for request in requests}
+        assert place in {url.partition("#")[0] for url in urls} and len(urls) > 8
+        assert [url for url in urls if not url.startswith((place, "data:"))] == []
+
+    def test_schedules_and_events_are_shown_as_text(self, page, tmp_path):
+        box, browser = page
+        name, status = "<b>nightly</b>", ask_json(box, "status")
+        event = {"id": "1", "time": 1.0, "type": "task.failed", "source": "task <i>", "payload": {"a": "<u>"}}
+        server = apexd.HealthServer(str(tmp_path), {
+            "health": lambda: {"overall": "unhealthy", "checks": {"disk": {"status": "unhealthy", "detail": "0 MiB"}}},
+            "status": lambda: {**status, "last_hour": [[0, 0]] * 60},
+            "tasks": lambda **of: {"tasks": []},
+            "processes": lambda: {"processes": []},
+            "schedules": lambda: {"schedules": [
+                {"name": name, "cron": "@daily", "next": ["2027-03-09T03:00:00-04:00"]},
+                {"name": "off", "cron": "@hourly", "next": []},
+            ]},
+            "events": lambda: {"events": [event]},
+        })  # fmt: skip
+        server.start("127.0.0.1", 0)
+        try:
+            browser.call("Page.navigate", url=server.url)
+            eventually(lambda: "task.failed" in browser.run("at('events').innerText"))
+            assert '{"a":"<u>"}' in browser.run("at('events').innerText")
+            text = browser.run("at('schedules').innerText")
+            assert name in text and "@daily" in text and "3/9/2027" in text and "Invalid" not in text
+            assert browser.run("at('health').innerText") == "unhealthy; disk: 0 MiB"
+        finally:
+            server.stop()
+
+    def test_without_the_key_it_shows_no_commands(self, page):
+        box, browser = page
+        browser.call("Page.navigate", url="about:blank")
+        browser.call("Page.navigate", url=f"http://127.0.0.1:{http_json(box)['port']}/")
+        eventually(lambda: browser.run("document.querySelector('#latest tr') !== null"))
+        text = browser.run("document.body.innerText")
+        assert "prints the address" in text and "task 2" in text and "out-42" not in text
+
+    @slow
+    def test_ten_thousand_tasks_change_nothing(self, page):
+        box, browser = page
+        box.batch(["true"] * 10_000)
+        began = time.monotonic()
+        browser.run("turn()")
+        assert time.monotonic() - began < 3
+        eventually(lambda: re.search("queued|succeeded", browser.run("at('queue').innerText")))
+        assert browser.run("document.querySelectorAll('tr').length") < 200
+        cancel_all(box)
+
+
+@posix
+class TestHttp:
+    PATHS = ("/", "/health", "/ready", "/metrics", "/api/status", "/api/tasks", "/api/processes")
+
+    @pytest.fixture(scope="class", name="up")
+    @classmethod
+    def up(cls):
+        """Give a Box whose daemon runs, with a process that is up; it stays unchanged."""
+        nightly = {"cron": "@daily", "command": "true", "timezone": "UTC"}
+        with project(process={"web": {"command": ["sleep", "600"]}}, schedule={"nightly": nightly}) as box:
+            box.start()
+            until_all(box, "web", "running")
+            yield box
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_what_is_asked_for_comes_with_strict_headers_and_without_a_body_by_head(self, up, path):
+        status, headers, body = http(up, path)
+        assert status == 200 and int(headers["Content-Length"]) == len(body) > 10
+        assert headers["Cache-Control"] == "no-store" and headers["Connection"] == "close"
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy and "*" not in policy
+        assert {"Server"} | {n for n in headers if n.startswith("Access-Control")} & set(headers) == {"Server"}
+        assert "Server" not in headers
+        status, of_head, body = http(up, path, "HEAD")
+        assert (status, body) == (200, b"")
+        assert abs(int(of_head["Content-Length"]) - int(headers["Content-Length"])) < 40
+
+    def test_health_names_what_was_looked_at(self, up):
+        answer = page_json(up, "/health")
+        assert answer["overall"] == "healthy", answer
+        assert set(answer["checks"]) == set("store runner keeper supervisor disk clock".split())
+        assert {one["status"] for one in answer["checks"].values()} == {"healthy"}
+        assert page_json(up, "/ready") == {"ready": True, "why": []}
+        assert ask_json(up, "health")["overall"] == "healthy"
+
+    @pytest.mark.parametrize(
+        "host", ["127.0.0.1:PORT", "localhost:PORT", "[::1]:PORT", "LOCALHOST:PORT", " 127.0.0.1:PORT "]
+    )
+    def test_this_machines_names_are_served(self, up, host):
+        assert http(up, "/health", host=host)[0] == 200
+
+    @pytest.mark.parametrize(
+        "host",
+        ["evil.example", "evil.example:PORT", "", ":PORT", None, "127.0.0.1", "localhost", "127.0.0.1:1",
+         "localhost.evil.example:PORT", "127.0.0.1:PORT@evil.example", "127.0.0.1:PORT\r\nHost: evil.example"],
+    )  # fmt: skip
+    def test_another_host_gets_nothing(self, up, host):
+        """I2"""
+        for path in ("/", "/api/status", "/nothing"):
+            status, headers, body = http(up, path, host=host)
+            assert (status, body) == (403, b"403\n"), (host, path)
+
+    def test_only_reading_and_only_from_the_page_itself(self, up):
+        """I3"""
+        for origin in ("http://evil.example", "null", "http://127.0.0.1", "https://127.0.0.1:PORT"):
+            status, headers, _ = http(up, "/api/status", Origin=origin)
+            assert status == 403 and not any(name.startswith("Access-Control") for name in headers)
+        assert http(up, "/api/status", Origin="http://127.0.0.1:PORT")[0] == 200
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "get", "BREW"):
+            status, headers, body = http(up, "/api/status", method)
+            assert (status, headers["Allow"], body) == (405, "GET, HEAD", b"405\n"), method
+        for path in ("/nothing", "/api/", "/api/shutdown", "/../etc/passwd", "*", "/health/"):
+            assert http(up, path)[0] == 404, path
+
+    def test_too_much_of_anything_is_refused(self, up):
+        """I4"""
+        assert http(up, "/" + "a" * 100_000)[0] == 414
+        assert http(up, "/health", X="a" * 100_000)[0] == 431
+        assert http(up, "/health", **{f"X-{n}": "a" for n in range(200)})[0] == 431
+        assert http(up, "/health", Content_Length=5)[0] == 413
+        assert http(up, "/health", Transfer_Encoding="chunked")[0] == 413
+        assert http(up, "/health", Content_Length=5, Transfer_Encoding="chunked")[0] == 413
+        assert http(up, "/health", Content_Length=0)[0] == 200
+        huge = b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n" + b"a" * 3_000_000
+        assert send_raw(up, huge)[:12] in (b"HTTP/1.1 403", b"")
+
+    @pytest.mark.parametrize(
+        "data",
+        [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n", b"GET /health\r\n\r\n", b"\r\n\r\n", b"\n\n",
+         b"GET /health HTTP/0.9\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET  /  HTTP/1.1\r\n\r\n",
+         b"GET / HTTP/1.1\r\nHost\r\n\r\n", b"GET / HTTP/99999999999999.1\r\n\r\n", b"\0" * 100 + b"\n\n",
+         b"GET / HTTP/1.1\r\n: x\r\n\r\n", b"GET \xff\xfe HTTP/1.1\r\nHost: \xff\r\n\r\n"],
+    )  # fmt: skip
+    def test_what_is_no_request_is_refused_without_a_traceback(self, up, data):
+        """I9"""
+        lines = up.log().count("\n")
+        answer = send_raw(up, data)
+        assert split_answer(answer)[0] in (400, 403, 431, 505), answer
+        assert http(up, "/health")[0] == 200
+        assert "Traceback" not in up.log() and up.log().count("\n") == lines
+
+    def test_random_bytes_leave_no_trace(self, up):
+        """I9"""
+        for seed in range(40):
+            data = random.Random(seed).randbytes(300)
+            answer = send_raw(up, data + b"\n\n" if seed % 2 else data[:200] + b"\n\n" + data)
+            assert answer == b"" or split_answer(answer)[0] in (400, 403, 405, 505), answer
+        assert "Traceback" not in up.log() and "failed" not in up.log()
+
+    def test_a_field_that_is_wrong_is_named(self, up):
+        answer = page_json(up, "/api/tasks?state=odd", 400)
+        assert answer["error"]["code"] == "bad_request" and "state" in answer["error"]["message"]
+        for query in ("limit=0", "limit=99999", "nonsense=1", "limit=%00", "state=%ff"):
+            assert page_json(up, f"/api/tasks?{query}", 400)["error"]["hint"]
+        assert page_json(up, "/api/logs?id=1&within=9", 400), "nobody may keep others waiting"
+        assert page_json(up, "/api/logs?id=999", 400)["error"]["code"] == "unknown_task"
+        (nightly,) = page_json(up, "/api/schedules")["schedules"]
+        assert nightly["name"] == "nightly" and "T00:00:00+00:00" in nightly["next"][0]
+        assert isinstance(page_json(up, "/api/events")["events"], list)
+
+    def test_only_who_has_the_key_sees_commands_and_output(self, box):
+        box.start()
+        (task_id,) = enqueue(box, {"command": "echo secret-$((40 + 2)); sleep 60", "label": "<script>x"})
+        box.until(task_id, "running")
+        eventually(lambda: "secret-42" in box.output(task_id))
+        key = http_json(box)["key"]
+        assert len(key) == 64 and os.stat(box.file("http.json")).st_mode & 0o777 == 0o600
+        for given in (None, "wrong", key[:-1], key + "0", "\xe9"):
+            for path in ("/api/tasks", f"/api/logs?id={task_id}", "/api/status", "/", "/metrics"):
+                assert b"secret" not in http(box, path, key=given)[2], (given, path)
+        (task,) = page_json(box, "/api/tasks")["tasks"]
+        assert task["label"] == "<script>x" and task["state"] == "running" and "command" not in task
+        (task,) = page_json(box, "/api/tasks?state=running", key=key)["tasks"]
+        assert task["command"].startswith("echo secret")
+        logs = page_json(box, f"/api/logs?id={task_id}&offset=-1", key=key)
+        assert base64.b64decode(logs["data"]) == b"secret-42\n"
+        assert b"<script>x" not in http(box, "/")[2], "names come as JSON only (I5)"
+        assert key not in box.log() + read(box.file("state.json"))
+        status = box.run("status").stdout
+        assert re.search(rf"page: http://127.0.0.1:{http_json(box)['port']}/#{key}", status)
+
+    def test_metrics_can_be_read_and_add_up(self, box):
+        """I6"""
+        name, odd = 'a"b\\c', apexd.Exposition()
+        odd.add("odd", "Odd.", 1, of='a"b\\c\nd', other="")
+        assert odd.text.split("\n")[2] == 'odd{of="a\\"b\\\\c\\nd",other=""} 1'
+        box.config({"group": {name: {"max_concurrent": 2}}, "process": {"web": {"command": "sleep 600"}}})
+        box.start()
+        until_all(box, "web", "running")
+        flaky = {"command": "[ $APEX_ATTEMPT = 2 ] || exit 5", "retries": 1}
+        ids = enqueue(box, "true", "exit 3", flaky, {"command": "exit 75"}, {"command": "true", "group": name})
+        for task_id in ids:
+            box.until(task_id, *(["scheduled"] if task_id == ids[3] else []))
+        status, headers, body = http(box, "/metrics")
+        assert headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        metrics = read_metrics(body.decode())
+        finished, attempts = "apexd_tasks_finished_total", "apexd_attempts_total"
+        assert sample(metrics, finished, state="succeeded") == 3
+        assert sample(metrics, finished, state="failed") == 1, "what was tried again has not failed"
+        ends = {labels["outcome"]: n for _, labels, n in metrics[attempts][1]}
+        assert {x: n for x, n in ends.items() if n} == {"ok": 3, "failed": 2, "deferred": 1}
+        assert sample(metrics, "apexd_task_run_seconds", "_count") == 6
+        assert sample(metrics, "apexd_task_wait_seconds", "_count") == 5
+        assert sample(metrics, "apexd_tasks", state="succeeded", group='a\\"b\\\\c') == 1
+        assert sample(metrics, "apexd_process_up", process="web", instance="0") == 1
+        assert 1e6 < sample(metrics, "process_resident_memory_bytes") < 1e9 or not IS_LINUX
+        assert sample(metrics, "apexd_loop_turns_total") > 3 and sample(metrics, "apexd_database_bytes") > 4096
+        text = box.run("metrics").stdout
+        read_metrics(text)
+        for word in ("started at: 20", "uptime: ", "processed: 4", "succeeded: 3", "failed: 1", "active task count: 0", "last poll at: 20"):
+            assert f"# {word}" in text
+        assert box.json("metrics")["tasks_succeeded"] == 3
+        if shutil.which("promtool"):
+            checked = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True)
+            assert (checked.returncode, checked.stderr) == (0, b""), checked
+
+    def test_a_process_that_is_down_degrades_and_a_daemon_that_is_gone_is_unhealthy(self, box):
+        box.config({"process": {"bad": {"command": "exit 3", "backoff": 60}}})
+        assert "daemon" in box.run("health", rc=2).stdout
+        box.start()
+        eventually(lambda: page_json(box, "/health")["overall"] == "degraded")
+        assert "down: bad.0 (backoff)" in box.run("health", rc=1).stdout
+        assert page_json(box, "/ready")["ready"] is True
+        if SLOW:
+            os.kill(box.pid(), signal.SIGSTOP)
+            try:
+                assert box.json("health", rc=2)["overall"] == "unhealthy"
+            finally:
+                os.kill(box.pid(), signal.SIGCONT)
+
+    def test_a_daemon_that_stops_is_not_ready(self, box):
+        """I8"""
+        box.start()
+        (task_id,) = enqueue(box, "until [ -e go ]; do sleep 0.05; done")
+        box.until(task_id, "running")
+        os.kill(box.pid(), signal.SIGTERM)
+        answer = eventually(lambda: page_json(box, "/ready", 503))
+        assert answer == {"ready": False, "why": ["it is stopping"]}
+        assert page_json(box, "/health")["overall"] == "healthy"
+        write(os.path.join(box.path, "go"), "")
+        eventually(lambda: not lives_in(box.file("daemon.pid")))
+
+    @slow
+    @linux
+    def test_a_keeper_that_hangs_is_told(self, box):
+        box.start()
+        (keeper,) = keepers(box)
+        os.kill(keeper, signal.SIGSTOP)
+        try:
+            (task_id,) = enqueue(box, "true")
+            found = lambda: page_json(box, "/health")["checks"]["keeper"]
+            expected = {"status": "degraded", "detail": f"PID {keeper} owes an answer"}
+            eventually(lambda: found() == expected, 30)
+            assert page_json(box, "/ready")["ready"], "another takes what is to start"
+        finally:
+            os.kill(keeper, signal.SIGCONT)
+        assert box.until(task_id)["state"] == "succeeded"
+        eventually(lambda: found()["status"] == "healthy")
+
+    @root
+    @linux
+    def test_a_full_disk_is_told(self, box):
+        """I8"""
+        with mounted(box.state, "size=6m,mode=0700"):
+            box.start()
+            answer = eventually(lambda: page_json(box, "/ready", 503))
+            assert "disk: " in answer["why"][0] and "free" in answer["why"][0]
+            with contextlib.suppress(OSError), open(box.file("filler"), "wb") as file:
+                while True:
+                    file.write(b"x" * 65536)
+            checks = eventually(lambda: page_json(box, "/health", 503))["checks"]
+            assert checks["disk"] == {"status": "unhealthy", "detail": "0 MiB free"}
+            os.unlink(box.file("filler"))
+            box.stop("--force")
+
+    def test_what_hangs_is_named_and_hangs_nobody(self, tmp_path, monkeypatch):
+        """I8"""
+        monkeypatch.setattr(apexd, "HUNG_S", 0.3)
+        monkeypatch.setattr(apexd, "HEALTH_WAIT_S", 0.3)
+        go = threading.Event()
+        with contextlib.closing(apexd.TaskStore(str(tmp_path / "state" / "apex.db"))) as store:
+            runner = apexd.DaemonRunner(store, lambda task: 0, lambda: go.wait(60) and 60.0)
+            supervisor = apexd.Supervisor(store, keepers=runner.keepers)
+            verbs = apexd.HealthVerbs(runner, supervisor, apexd.ProcessVerbs(supervisor, store))
+            health, ready = (verbs.table[name][1] for name in ("health", "ready"))
+            assert "it is starting" in ready()["why"] and not ready()["ready"]
+            runner.start()
+            checks = eventually(lambda: [c for c in [health()["checks"]] if c["runner"]["status"] == "unhealthy"])[0]
+            assert "hangs" in checks["runner"]["detail"] and checks["store"]["status"] == "healthy"
+            with store.database.lock:
+                began = time.monotonic()
+                answers = [health() for _ in range(3)]
+                assert time.monotonic() - began < 3
+                assert answers[0]["checks"]["store"]["detail"] == "no answer within 300ms"
+                assert [thread.name for thread in threading.enumerate()].count("health") == 1
+            go.set()
+            eventually(lambda: health()["checks"]["runner"]["status"] == "healthy")
+            monkeypatch.setattr(apexd.Clock, "now", staticmethod(lambda: time.time() - 7200))
+            assert health()["checks"]["clock"] == {"status": "degraded", "detail": "set back by 2h 0m"}
+            runner.stop(0)
+
+    def test_a_busy_port_is_named_and_nothing_starts(self, box):
+        """I7"""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            box.config({"health": {"port": port}})
+            error = box.error("start", rc=73)
+            assert f"port {port}" in error["message"] and "in use" in error["message"], error
+            assert not os.path.exists(box.file("endpoint"))
+            box.config({})
+            box.start()
+            pid, before = box.pid(), http_json(box)["port"]
+            box.config({"health": {"port": port}})
+            assert f"port {port}" in box.error("reload", rc=73)["message"]
+            assert (box.pid(), http(box, "/health")[0]) == (pid, 200)
+        box.run("reload")
+        assert http_json(box)["port"] == port and http(box, "/health")[0] == 200
+        box.config({"health": {"enabled": False}})
+        box.run("reload")
+        with pytest.raises(ConnectionRefusedError):
+            http(box, "/health")
+        assert "page:" not in box.run("status").stdout
+        assert before != port and box.run("health").returncode == 0
+
+    def test_the_address_of_the_page_stays(self, boxes):
+        box, other = boxes(), boxes()
+        box.start()
+        before = http_json(box)
+        box.run("restart")
+        assert http_json(box) == before and http(box, "/health")[0] == 200
+        box.stop()
+        write(other.file("http.json"), json.dumps(before))
+        other.start()
+        assert http_json(other) == before
+        box.start()
+        assert http_json(box)["port"] != before["port"] and http_json(box)["key"] == before["key"]
+        for damaged in ('{"port": "x"}', '{"port": 99999}', "", "[1]", "\0")[: None if SLOW else 1]:
+            other.stop()
+            write(other.file("http.json"), damaged)
+            other.start()
+            assert http(other, "/health")[0] == 200
+
+    def test_a_source_that_fails_is_answered_and_logged(self, tmp_path, caplog):
+        server = apexd.HealthServer(str(tmp_path), {"status": lambda: 1 / 0, "health": lambda: {"overall": "healthy"}})
+        server.start("127.0.0.1", 0)
+        try:
+            url = server.url.partition("#")[0]
+            with urllib.request.urlopen(url + "health", timeout=10) as answer:
+                assert json.load(answer) == {"overall": "healthy"}
+            with pytest.raises(urllib.error.HTTPError, match="500"):
+                urllib.request.urlopen(url + "api/status", timeout=10)
+            assert "ZeroDivisionError" in caplog.text
+        finally:
+            server.stop()
+
+    def flood(self, box, count, seconds):
+        """Keep `count` half-open connections and send random bytes; return how slow /health was."""
+        port, slowest, held = http_json(box)["port"], [], []
+        deadline = time.monotonic() + seconds
+        try:
+            while time.monotonic() < deadline or len(held) < count:
+                for _ in range(50):
+                    held.append(socket.create_connection(("127.0.0.1", port), 5))
+                    with contextlib.suppress(ConnectionError):
+                        held[-1].sendall(random.choice([b"", b"GET /hea", random.randbytes(50)]))
+                for connection in held[:-count]:
+                    connection.close()
+                del held[:-count]
+                began = time.monotonic()
+                assert http(box, "/health")[0] == 200
+                slowest.append(time.monotonic() - began)
+        finally:
+            for connection in held:
+                connection.close()
+        return sorted(slowest)
+
+    @linux
+    def test_half_open_connections_and_noise_hold_up_nobody(self, box):
+        """I1"""
+        box.start()
+        http(box, "/health")
+        threads, memory = status_of(box, "Threads"), status_of(box, "VmRSS")
+        slowest = self.flood(box, 500, 60 if SLOW else 0.5)
+        assert slowest[len(slowest) // 2] < 0.1, slowest
+        assert not SLOW or slowest[-1] < 1.0, slowest
+        eventually(lambda: status_of(box, "Threads") <= threads, why="no thread is left")
+        assert status_of(box, "VmRSS") < memory + 5000
+        assert len(os.listdir(f"/proc/{box.pid()}/fd")) < 40
+
+    @slow
+    def test_a_drip_is_cut_off_after_its_time(self, up):
+        """I1"""
+        with socket.create_connection(("127.0.0.1", http_json(up)["port"]), 10) as connection:
+            began = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                for byte in b"GET /health HTTP/1.1\r\nHost: x" + b"x" * 1000:
+                    connection.sendall(bytes([byte]))
+                    if select.select([connection], [], [], 0.1)[0]:
+                        break
+            assert apexd.HTTP_TIMEOUT_S - 1 < time.monotonic() - began < apexd.HTTP_TIMEOUT_S + 3
 
 
 # ============================================================================
