@@ -8731,7 +8731,7 @@ async function refresh() {
   table("latest", latest.tasks.reverse(), HEADS, cells);
   table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
     one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000)]);
-  table("events", events.lines.slice(-15).reverse(), [["time"], ["event"], ["of"],
+  table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
     ["what", "t more"]], one => [clock(one.time), one.type, one.source,
     JSON.stringify(one.payload ?? {})]);
 }
@@ -8832,15 +8832,33 @@ class HealthServer:
         self._acceptor: Acceptor | None = None
         self._turn = threading.Lock()  # one source at a time: none hangs more than one thread
 
-    def start(self, host: str, port: int) -> None:
-        """Listen; port 0: where it was the last time, else anywhere. Raises CANNOT_CREATE."""
+    def listen(self, options: Any, inherited: socket.socket | None, former: Any = None) -> None:
+        """Answer where [health] says, else where the former one said. Raises CANNOT_CREATE."""
+        self.stop()
+        try:
+            if options.enabled:
+                self.start(options.host, options.port, inherited)
+                log.info("%s answers", self.url.partition("#")[0])
+        except DaemonError:
+            if former is not None:
+                self.listen(former, inherited)
+            raise
+        if options.host not in ("127.0.0.1", "localhost", "::1"):
+            log.warning("other machines may reach it: names and states are no secret there")
+
+    def start(self, host: str, port: int, inherited: socket.socket | None = None) -> None:
+        """Listen; port 0: where it was the last time, else anywhere. Raises CANNOT_CREATE.
+
+        inherited: a service manager's socket, used instead.
+        """
         known: Fields = {}
         with contextlib.suppress(ValueError, DaemonError):
             known = read_json(self._path) or {}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         for number in [port] if port else [known.get("port"), 0]:
             try:
-                listener = socket.create_server((host, number), family=family)
+                new = functools.partial(socket.create_server, (host, number), family=family)
+                listener = inherited.dup() if inherited else new()
                 break
             except (OSError, OverflowError, TypeError) as error:  # the file may be damaged
                 what = str(getattr(error, "strerror", error)).partition(" (while")[0]
@@ -8926,6 +8944,18 @@ class HealthServer:
             return act(**fields)
         finally:
             self._turn.release()
+
+
+def choose_sources(
+    verbs: Mapping[str, tuple[str, Callable[..., Any]]], own: Mapping[str, Any]
+) -> dict[str, Callable[..., Fields]]:
+    """Return the sources of a daemon's HealthServer: what it shows of its verbs, and its own."""
+    names = {"tasks": "list", "processes": "list_processes", "why": "why_process"}
+    shown = {name: verbs[names.get(name, name)] for name in (*names, "schedules")}
+    shown["logs"] = ("id! attempt offset", verbs["logs"][1])
+    find = verbs["events"][1]
+    shown["events"] = ("pattern since lines", lambda **of: {"events": find(**of)["lines"]})
+    return {name: reading(*verb) for name, verb in {**shown, **own}.items()}
 
 
 # ============================================================================
@@ -9077,11 +9107,10 @@ class Daemon:
         self._standing = threading.Event()  # a keeper takes starts
         self._is_over = False  # nothing runs any more
         self._first_term = 0.0  # monotonic
-        self.router = EventRouter()
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
-        sockets = Platform.take_sockets()
+        self._sockets = Platform.take_sockets()
         self._mailbox = Mailbox()
         Platform.change_limits()
         os.umask(0o077)
@@ -9098,14 +9127,13 @@ class Daemon:
             with contextlib.closing(self._store):
                 self._store.database.check()
                 self._files = {name: file_id(name) for name in (path, path + "-wal")}
-                self._serve(outputs, sockets)
+                self._serve(outputs)
             log.info("stopped; metrics %s", json.dumps(self._runner.get_metrics().to_dict()))
             return self._exit_status
         except DaemonError as error:
             log.error("%s (%s)", error, error.hint)
             raise
         finally:
-            self.router.close()
             self._pid_file.release()
             logging.shutdown()
 
@@ -9113,50 +9141,42 @@ class Daemon:
         path = self._project.file("daemon.log", self._config.log.file)
         open_log(path, self._config.log, self._foreground)
 
-    def _serve(self, outputs: Mapping[int, int], sockets: Mapping[str, socket.socket]) -> None:
-        keepers = self._keepers = Keepers(self._project.folder)
+    def _make_parts(self) -> None:
+        folder, keepers = self._project.folder, Keepers(self._project.folder)
         store, post = self._store, self._mailbox.post
-        self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
+        runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
+        self._runner, self._keepers = runner, keepers
         self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
-        self._scheduler = Scheduler(store, self._runner.wake)
-        self._watches = Watches(store, self._runner.wake)
+        self._scheduler = Scheduler(store, runner.wake)
+        self._watches = Watches(store, runner.wake)
         keepers.on_standing = self._note_standing
         self.publish = EventStore(store).publish
-        store.on_events = self._dispatch
+        store.on_events = lambda events: runner.wake()  # for what hooks have added
         of_processes = ProcessVerbs(self._supervisor, store)
-        health = HealthVerbs(self._runner, self._supervisor, of_processes)
+        self._health = HealthVerbs(runner, self._supervisor, of_processes)
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
-            **TaskVerbs(store, self._runner).table,
+            **TaskVerbs(store, runner).table,
             **of_processes.table,
-            **{name: health.table[name] for name in ("health", "metrics")},
+            **{name: self._health.table[name] for name in ("health", "metrics")},
             "ping": ("", lambda: {"type": "pong", **self._identity()}),
             "status": ("", lambda: {"type": "status", **self._status(), "url": self._http.url}),
             "reload": ("", lambda: {"plan": self._reload()}),
             "shutdown": ("keep", self._shutdown),
         }
-        hour = self._runner.meters.last_hour
-        shown = {
-            **health.table,
-            "status": ("", lambda: {**self._status(), "last_hour": hour()}),
-            "tasks": verbs["list"],
-            "logs": ("id! attempt offset", verbs["logs"][1]),
-            "processes": verbs["list_processes"],
-            "why": verbs["why_process"],
-            "schedules": verbs["schedules"],
-            "events": ("pattern since lines", verbs["events"][1]),
-        }
-        sources = {name: reading(*verb) for name, verb in shown.items()}
-        self._http = HealthServer(self._project.folder, sources)
-        self._listen(self._config.health)
+        hour = runner.meters.last_hour
+        show = ("", lambda: {**self._status(), "last_hour": hour()})
+        self._http = HealthServer(folder, choose_sources(verbs, {**self._health.table, "status": show}))
         near = self._project.file("control.sock", self._config.daemon.socket)
-        self._control = ControlServer(self._project.folder, verbs, near, sockets.get("control"))
+        self._control = ControlServer(folder, verbs, near, self._sockets.get("control"))
+
+    def _serve(self, outputs: Mapping[int, int]) -> None:
+        self._make_parts()
+        self._http.listen(self._config.health, self._sockets.get("http"))
         self._control.start(settings_of(self._config))
-        self._supervisor.start()
-        self._runner.start()
-        self._scheduler.start()
-        self._watches.start()
+        for part in (self._supervisor, self._runner, self._scheduler, self._watches):
+            part.start()
         self._standing.wait(STANDING_S)
-        health.is_starting = False
+        self._health.is_starting = False
         log.info("ready")
         self.publish("daemon.started", {"pid": os.getpid(), "version": __version__}, "daemon")
         channel = os.dup(1)
@@ -9168,31 +9188,14 @@ class Daemon:
         try:
             self._obey()
         finally:
-            self._control.stop()
-            self._http.stop()
-            self._scheduler.stop()
-            self._watches.stop()
+            for each in (self._control, self._http, self._scheduler, self._watches):
+                each.stop()
             self._supervisor.halt()
             self._runner.halt()
             self._keepers.close(self._is_over)
             with contextlib.suppress(DaemonError):
                 if self._pid_file.is_held():
                     self._write_state()
-
-    def _dispatch(self, events: Sequence[Event]) -> None:
-        """Pass committed events to the subscribers, and wake the runner for new tasks."""
-        self.router.dispatch(events)
-        if any(event.type == "task.added" for event in events):
-            self._runner.wake()
-
-    def _listen(self, options: Any) -> None:
-        """Answer HTTP where [health] says from now on. Raises CANNOT_CREATE."""
-        self._http.stop()
-        if options.enabled:
-            self._http.start(options.host, options.port)
-            log.info("%s answers", self._http.url.partition("#")[0])
-            if options.host not in ("127.0.0.1", "localhost", "::1"):
-                log.warning("other machines may reach it: names and states are no secret there")
 
     def _note_standing(self) -> None:
         self._standing.set()
@@ -9271,19 +9274,14 @@ class Daemon:
                 self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
                 new = self._project.load_config()
                 check_watches(new, self._project.path, self._project.config_path)
+                if new.health != self._config.health:
+                    self._http.listen(new.health, self._sockets.get("http"), self._config.health)
             except DaemonError as error:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
             finally:
                 self._manager.tell("READY=1")
             plan = self._config.plan(new)
-            if new.health != self._config.health:
-                try:
-                    self._listen(new.health)
-                except DaemonError as error:
-                    log.error("reload refused: %s (%s)", error, error.hint)
-                    self._listen(self._config.health)
-                    raise
             old, self._config, self._store.config = self._config, new, new
             if new.log != old.log:
                 self._open_log()
