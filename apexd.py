@@ -8494,6 +8494,7 @@ class HealthVerbs:
             "health": ("", self._health),
             "ready": ("", self._ready),
             "metrics": ("", self._metrics),
+            "events": ("lines", self._events),
         }
 
     def _check(self) -> Iterator[tuple[int, str]]:
@@ -8541,6 +8542,15 @@ class HealthVerbs:
         reasons += ["it is starting"] if self.is_starting else []
         reasons += ["it is stopping"] if self._runner.is_draining else []
         return {"ready": not reasons, "why": reasons}
+
+    def _events(self, lines: int = 15) -> Fields:
+        """Return {"events": the last ones}; from the logs' ends: the page asks again and again."""
+        path, found = os.path.join(self._store.folder, "events.log"), []
+        data = b"".join(read_log(one, -lines)[0] for one in (path + ".1", path))
+        for line in data.splitlines()[-lines:]:
+            with contextlib.suppress(ValueError):  # of a full disk
+                found.append(json.loads(line))
+        return {"events": found}
 
     def _metrics(self) -> Fields:
         """Return {"text": Prometheus's text format, and the fields of DaemonMetrics}."""
@@ -8953,8 +8963,6 @@ def choose_sources(
     names = {"tasks": "list", "processes": "list_processes", "why": "why_process"}
     shown = {name: verbs[names.get(name, name)] for name in (*names, "schedules")}
     shown["logs"] = ("id! attempt offset", verbs["logs"][1])
-    find = verbs["events"][1]
-    shown["events"] = ("pattern since lines", lambda **of: {"events": find(**of)["lines"]})
     return {name: reading(*verb) for name, verb in {**shown, **own}.items()}
 
 

@@ -10758,6 +10758,21 @@ class TestHttp:
         assert http(up, "/health")[0] == 200
         assert "Traceback" not in up.log() and up.log().count("\n") == lines
 
+    def test_the_last_events_are_found_at_the_logs_ends(self, box):
+        box.start()
+        ids = enqueue(box, "exit 3", "true")
+        for task_id in ids:
+            box.until(task_id)
+        seen = lambda path: [e["type"] for e in page_json(box, path)["events"]]
+        eventually(lambda: {"task.failed", "task.succeeded"} <= set(seen("/api/events")))
+        assert seen("/api/events?lines=1") == seen("/api/events")[-1:]
+        assert "payload" not in page_json(box, "/api/events")["events"][0]
+        whole = page_json(box, "/api/events", key=http_json(box)["key"])["events"]
+        assert all(event["payload"] for event in whole if event["type"].startswith("task."))
+        os.rename(box.file("events.log"), box.file("events.log.1"))
+        write(box.file("events.log"), 'torn\n{"type": "x", "payload": {}}\n')
+        assert seen("/api/events?lines=9")[-1] == "x" and len(seen("/api/events?lines=9")) > 2
+
     def test_random_bytes_leave_no_trace(self, up):
         """I9"""
         for seed in range(40):
