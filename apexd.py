@@ -8651,7 +8651,8 @@ for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
   at("main").append(make("section", [make("h2", head), box], name));
 }
 const state = text => make("span", text, COLORS[text]);
-const clock = t => t ? new Date(t * 1000).toLocaleString() : "-";
+const clock = t => !t ? "-" : new Date(t * 1000).toLocaleString([],
+  {timeStyle: "medium", ...(Math.abs(Date.now() / 1000 - t) > 43200 && {dateStyle: "short"})});
 const title = task => task.label ?? [task.command ?? "task " + task.id].flat().join(" ");
 const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
 function span(s) {
