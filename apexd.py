@@ -9153,7 +9153,7 @@ class Daemon:
         self._watches = Watches(store, runner.wake)
         keepers.on_standing = self._note_standing
         self.publish = EventStore(store).publish
-        store.on_events = lambda events: runner.wake()  # for what hooks have added
+        store.on_events = self._hear
         of_processes = ProcessVerbs(self._supervisor, store)
         self._health = HealthVerbs(runner, self._supervisor, of_processes)
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -9198,6 +9198,11 @@ class Daemon:
             with contextlib.suppress(DaemonError):
                 if self._pid_file.is_held():
                     self._write_state()
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        """Wake the runner for what hooks have added; its own claims need no further turn."""
+        if any(event.type == "task.added" for event in events):
+            self._runner.wake()
 
     def _note_standing(self) -> None:
         self._standing.set()
