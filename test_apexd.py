@@ -2660,7 +2660,7 @@ class TestPidFile:
             assert each.returncode == 75, (each.args, out, err)
             assert out == b"" and (b"hint" in err or b"apexd: " in err)
         assert self.daemons(box) == []
-        left = {"config.json", "daemon.lock", "run", "logs", "cache", ".gitignore", "apex.db", "apexd", "ballast"}
+        left = {"config.json", "daemon.lock", "run", "logs", "cache", ".gitignore", "apex.db", "apexd", "ballast", "events.log"}
         assert set(os.listdir(box.state)) <= left
 
 
@@ -10303,6 +10303,7 @@ class TestProcessPromises:
                 os.unlink(folder)
 
     @root
+    @alone
     @pytest.mark.parametrize("what", ["a long path", "another user"])
     def test_folders_made_elsewhere_do_not_stay(self, box, what):
         """P15"""
@@ -10310,7 +10311,7 @@ class TestProcessPromises:
             os.path.join(base, name) for base in ("/run", "/tmp")
             for name in os.listdir(base) if name.startswith("apexd-")
         }  # fmt: skip
-        before, made = outer(), set()
+        before, made = outer(), set()  # nothing runs beside it
         if what == "a long path":
             box.state = os.path.join(box.root, "s" * 120)
             box.env["APEX_STATE_DIR"] = box.state
@@ -11856,6 +11857,19 @@ class TestSocketActivation:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             child = Systemd(box).start(box, "", listener.fileno(), LISTEN_FDS="1", LISTEN_FDNAMES="control")
             assert child.wait(20) == 73 and b"has no path" in child.stderr.read()
+
+    def test_http_too_is_answered_by_the_next_daemon(self, box):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            for _ in range(2):
+                waiting = socket.create_connection(("127.0.0.1", port), 20)
+                waiting.sendall(f"GET /ready HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+                daemon = self.start(box, listener, names="http")
+                with waiting, waiting.makefile("rb") as file:
+                    assert file.readline().split()[1] in (b"200", b"503")
+                assert f":{port}/" in box.json("status")["url"]
+                daemon.terminate()
+                assert daemon.wait(20) == 0
 
     @pytest.mark.parametrize("fds, names", [("x", "control"), ("-1", "control"), ("9", "a:b:control")])
     def test_nonsense_in_the_variables_is_passed_over(self, box, fds, names):
