@@ -43,6 +43,7 @@ import time
 import urllib.error
 import urllib.request
 import zoneinfo
+from collections import Counter, deque
 from queue import SimpleQueue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -13211,11 +13212,14 @@ class Worker:
 
     def pytest_runtestloop(self, session):
         items = {item.nodeid: item for item in session.items}
-        self.tell(None)
-        for line in self.names:
-            item = items[json.loads(line)]
-            module = item.getparent(pytest.Module)  # what belongs to it is kept for the next one
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=module)
+        for _ in range(2):  # one to run, and the one after it: for it some fixtures are kept
+            self.tell(None)
+        names = (json.loads(line) for line in self.names)
+        item = items.get(next(names, None))
+        while item:
+            following = items.get(next(names, None))
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            item = following
             self.tell(None)
         return True
 
@@ -13243,12 +13247,22 @@ class Crew:
             raise session.Failed(session.shouldfail)
         return True
 
+    def choose(self, worker):
+        """Return the next test for a worker: of its class, else of one that is nobody's yet."""
+        left = {of: names for of, names in self.waiting.items() if names}
+        if self.classes.get(worker) not in left:
+            free = left.keys() - self.classes.values() or left.keys()
+            self.classes[worker] = max(free, key=lambda of: len(left[of]), default=None)
+        return left[self.classes[worker]].pop(0) if left else None
+
     def run_shared(self, session, items):
-        waiting = [item.nodeid for item in reversed(items)]
+        self.waiting, self.classes = {}, {}
+        for item in items:
+            self.waiting.setdefault(item.nodeid.rpartition("::")[0], []).append(item.nodeid)
         command = [sys.executable, os.path.abspath(__file__), "--worker", *self.argv]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         workers = [subprocess.Popen(command, **pipes) for _ in range(self.SIZE)]
-        lines, current = SimpleQueue(), {}
+        lines, names = SimpleQueue(), {worker: deque() for worker in workers}
 
         def read(worker):
             for line in worker.stdout:
@@ -13257,25 +13271,30 @@ class Crew:
 
         for worker in workers:
             threading.Thread(target=read, args=(worker,), daemon=True).start()
-        busy = set(workers)
+        busy, asked = set(workers), Counter()
         while busy:
             worker, told = lines.get()
-            is_over = session.shouldfail or session.shouldstop or not waiting
             if told == "end":
                 busy.discard(worker)
-                if worker.wait() and worker in current:
-                    session.shouldfail = f"a process of the tests ended in {current[worker]}"
+                if worker.wait():
+                    session.shouldfail = f"a process of the tests ended in {[*names[worker]]}"
             elif told is not None:
                 hook = session.config.hook
                 report = hook.pytest_report_from_serializable(config=session.config, data=told)
                 hook.pytest_runtest_logreport(report=report)
-            elif is_over:
-                current.pop(worker, None)
-                worker.stdin.close()
             else:
-                current[worker] = waiting.pop()
-                worker.stdin.write(json.dumps(current[worker]) + "\n")
-                worker.stdin.flush()
+                asked[worker] += 1
+                if asked[worker] > 2:
+                    names[worker].popleft()
+                is_over = session.shouldfail or session.shouldstop
+                name = None if is_over else self.choose(worker)
+                with contextlib.suppress(OSError, ValueError):
+                    if name is None:
+                        worker.stdin.close()
+                    else:
+                        names[worker].append(name)
+                        worker.stdin.write(json.dumps(name) + "\n")
+                        worker.stdin.flush()
 
 
 if __name__ == "__main__":  # without pytest the head of this file has brought it already
