@@ -4426,8 +4426,8 @@ def read_cron(text: object) -> dict[str, Any]:
         return {}
     if words[:1] == ["@every"]:
         period = duration(" ".join(words[1:]))
-        if period < 1 or period % 1:
-            raise ValueError("@every with whole seconds from 1: @every 90s")
+        if period % 1 or not 1 <= period <= 366 * DAY_S:
+            raise ValueError("@every with whole seconds, a year at most: @every 90s")
         return {"period": int(period)}
     words = CRON_NAMES.get(" ".join(words), " ".join(words)).split()
     if len(words) != len(CRON_FIELDS):
@@ -4495,25 +4495,19 @@ class CronSchedule:
         while self.period:
             at += self.period - at % self.period
             yield at
-        start, wait = at - (at + self._offset(at)) % 60, 60
-        if self.is_fixed:
-            change, shift = self._find_change(start - DST_MAX_S, start)
-            if -DST_MAX_S <= shift < 0 and start < change - shift:
-                start, wait = change - shift, 0  # the second pass is over
+        start = at - DST_MAX_S if self.is_fixed else at
+        seen = start + self._offset(start)  # the clock on the wall has been followed until then
         while self.times:
-            offset, near = self._offset(start), start + 4 * DAY_S
-            found = self._find_wall(start + offset + wait) - offset
-            change, shift = self._find_change(start, min(found, near))
-            is_bridged = self.is_fixed and abs(shift) <= DST_MAX_S
-            if is_bridged and found < change + shift:
-                found, shift = change, 0  # the end of the gap
-            if shift:
-                start, wait = max(change, change - shift) if is_bridged else change, 0
-            elif found > near:  # nothing fires until then: only changes near to it matter
-                start, wait = found - 2 * DAY_S, 0
-            else:
-                yield found
-                start, wait = found, 60
+            offset, end = self._offset(start), self._find_change(start)
+            if not self.is_fixed or abs(seen - start - offset) > DST_MAX_S:
+                seen = start + offset
+            wall = self._find_wall(seen)
+            while wall < end + offset:
+                fire = max(wall - offset, start)  # of what a gap swallowed: its end
+                if fire > at:
+                    yield (at := fire)
+                wall = self._find_wall(wall + 60)
+            seen, start = max(seen, end + offset), max(end, wall - offset - 2 * DAY_S)
 
     def list_next(self, count: int) -> list[str]:
         """Return the next fires, as "2025-03-09T03:00:00-04:00"."""
@@ -4535,16 +4529,13 @@ class CronSchedule:
             while day.month not in self.months:
                 day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
 
-    def _find_change(self, start: int, end: int) -> tuple[int, int]:
-        """Return the first second in (start, end] with another UTC offset, and the difference."""
-        before, high = self._offset(start), min(start + DAY_S, end)
-        while high < end and self._offset(high) == before:
-            start, high = high, min(high + DAY_S, end)
-        shift = self._offset(high) - before
-        while shift and high - start > 1:
-            middle = (start + high) // 2
-            start, high = (middle, high) if self._offset(middle) == before else (start, middle)
-        return high, shift
+    def _find_change(self, start: int) -> int:
+        """Return the first second after it with another UTC offset, but at most a day later."""
+        before, end = self._offset(start), start + DAY_S
+        while self._offset(end) != before and end - start > 1:
+            middle = (start + end) // 2
+            start, end = (middle, end) if self._offset(middle) == before else (start, middle)
+        return end
 
     def _offset(self, at: int) -> int:
         return round(self.moment(at).replace(tzinfo=datetime.timezone.utc).timestamp()) - at
@@ -4570,7 +4561,6 @@ class CronJob(Value):
     schedule: CronSchedule
     seen_at: float  # all until then is dealt with
     due_at: float | None  # the next fire
-    spec: str  # what it fires by
     is_new: bool  # not looked at yet: what it has missed, it missed without a daemon
 
 
@@ -4580,24 +4570,23 @@ def find_fires(job: CronJob, now: float) -> Sequence[float]:
     A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
     """
     schedule, trigger, gap_s = job.schedule, job.trigger, now - job.seen_at
+    if not (schedule.period or schedule.times):  # @reboot
+        return [now] if job.is_new else []
     if gap_s < 0:
         if -gap_s > (DST_MAX_S if schedule.is_fixed else CRON_LATE_S):
             job.seen_at = now
         return []
-    if not (schedule.period or schedule.times):  # @reboot
-        return [int(now)] if job.is_new else []
     since = max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
     fires = itertools.takewhile(lambda at: at <= now, schedule.fires(since))
-    missed = deque[float](fires, CATCH_UP_MAX)
+    missed = list(deque(fires, CATCH_UP_MAX))
     if not missed or (gap_s <= CRON_LATE_S and not job.is_new):
         return missed
-    kept = [at for at in missed if now - at <= trigger.catch_up_window]
-    kept = {"none": [], "last": kept[-1:], "all": kept}[trigger.catch_up]
-    if job.is_new:  # after a restart
-        is_due = len(missed) == 1 and now - missed[0] <= CRON_RESTART_S
-    else:  # after the clock was set, or the machine slept
-        is_due = now - missed[-1] < 60 or (schedule.is_fixed and gap_s <= DST_MAX_S)
-    kept = kept or ([missed[-1]] if is_due else [])
+    wanted = {"none": [], "last": missed[-1:], "all": missed}[trigger.catch_up]
+    kept = [at for at in wanted if now - at <= trigger.catch_up_window]
+    # Without a daemon it is missed; a clock that was set, or a sleep, is noticed by the next look.
+    is_due = now - missed[-1] <= (CRON_RESTART_S if job.is_new else 60 + CRON_SLICE_S)
+    is_due |= schedule.is_fixed and gap_s <= DST_MAX_S and not job.is_new
+    kept = kept or (missed[-1:] if is_due else [])
     log.info("Schedule %s: %d of %d missed fires are made", job.name, len(kept), len(missed))
     return kept
 
@@ -4620,7 +4609,7 @@ class Scheduler:
         self, store: TaskStore, on_fire: Callable[[], None] = lambda: None, clock: Any = Clock
     ) -> None:
         self._store, self._on_fire, self._clock = store, on_fire, clock
-        self._jobs: dict[str, CronJob] = {}  # by source
+        self._jobs: dict[tuple[str, str], CronJob] = {}  # by source and spec
         self._config: Config | None = None  # what _jobs follow
         self._is_stopped, self._woken = False, threading.Event()
         self._thread = threading.Thread(target=self._loop, name="cron", daemon=True)
@@ -4672,35 +4661,33 @@ class Scheduler:
         return CRON_RETRY_S if has_failed else wait_s
 
     def _fire(self, job: CronJob, now: float) -> None:
-        is_early = not job.is_new and job.seen_at <= now < (job.due_at or now + 1.0)
-        fires = [] if is_early else find_fires(job, now)
-        is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
-        for at in fires:
-            if self._is_stopped:
-                return
-            task_id = fire_schedule(self._store, job.name, job.trigger, at, is_behind)
-            result = f"task {task_id}" if task_id else "skipped"
-            log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
-            job.seen_at = at
-            self._on_fire()
+        if job.is_new or not job.seen_at <= now < (job.due_at or now + 1.0):
+            fires = find_fires(job, now)
+            is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
+            for at in fires:
+                if self._is_stopped:
+                    return
+                task_id = fire_schedule(self._store, job.name, job.trigger, at, is_behind)
+                result = f"task {task_id}" if task_id else "skipped"
+                log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
+                job.seen_at = at
+                self._on_fire()
+            job.due_at = next(job.schedule.fires(max(job.seen_at, now)), None)
         job.seen_at, job.is_new = max(job.seen_at, now), False
-        if not is_early:
-            job.due_at = next(job.schedule.fires(job.seen_at), None)
 
     def _arrange(self) -> None:
         """Plan what the configuration says; what fires by the same as before goes on."""
-        config, jobs = self._store.config, dict[str, CronJob]()
+        config, jobs = self._store.config, dict[tuple[str, str], CronJob]()
         found = {f"schedule.{name}": one for name, one in config.schedules.items()}
         specs = {name: f"{one.cron}, {one.timezone}" * one.enabled for name, one in found.items()}
         seen = EventStore(self._store).register(specs, self._clock.now())
-        for source, one in found.items():
-            job = self._jobs.get(source)
-            if job is None or job.spec != specs[source]:
-                schedule, name = CronSchedule(one.cron, one.timezone), source.partition(".")[2]
-                job = CronJob(name=name, schedule=schedule, seen_at=seen[source], is_new=True)
-            job.trigger, job.spec = one, specs[source]
+        for source, spec in specs.items():
+            one, name = found[source], source.partition(".")[2]
+            new = CronJob(name=name, seen_at=seen[source], is_new=True)
+            new.schedule = CronSchedule(one.cron, one.timezone)
             if one.enabled:
-                jobs[source] = job
+                jobs[source, spec] = self._jobs.get((source, spec), new)
+                jobs[source, spec].trigger = one
         self._jobs, self._config = jobs, config
 
 
@@ -8239,23 +8226,26 @@ def cmd_cron(args: Args) -> int:
             fires = CronSchedule(name, args.timezone).list_next(args.lines)
         except DaemonError as error:
             raise bad(error.message, error.hint) from None
-        return emit(fires, args, "\n".join(map(in_words, fires)))
-    found, rows = client.call("schedules", {"limit": args.lines})["schedules"], []
-    for one in found:
-        if args.action == "next" and one["name"] == name:
-            return emit(one["next"], args, "\n".join(map(in_words, one["next"])))
-        cells = [one[key] for key in ("name", "cron", "timezone", "last", "result", "task_id")]
-        text = "at the next start" if one["enabled"] else "not enabled"
-        rows.append([*cells, in_words(one["next"][0]) if one["next"] else text])
+        return emit(fires, args, "\n".join(in_words(fires)))
+    found = client.call("schedules", {"limit": args.lines})["schedules"]
+    if name or args.action == "next":
+        found = [one for one in found if one["name"] == name]
+        if not found:
+            raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
+    shown = [in_words(one["next"], one["enabled"]) for one in found]
     if args.action == "next":
-        raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
+        return emit(found[0]["next"], args, "\n".join(shown[0]))
+    keys = ("name", "cron", "timezone", "last", "result", "task_id")
+    rows = [[*(one[key] for key in keys), words[0]] for one, words in zip(found, shown)]
     return emit(found, args, columns("NAME CRON ZONE LAST RESULT TASK NEXT", rows))
 
 
-def in_words(fire: str) -> str:
-    """Write a fire for people: Sun 2025-03-09T03:00:00-04:00, in 3h 20m."""
-    at = datetime.datetime.fromisoformat(fire)
-    return f"{at:%a} {fire}, in {span(at.timestamp() - Clock.now())}"
+def in_words(fires: Sequence[str], is_enabled: bool = True) -> list[str]:
+    """Write a schedule's next fires for people: ["Sun 2025-03-09T03:00:00-04:00, in 3h 20m"]."""
+    found = []
+    for at in map(datetime.datetime.fromisoformat, fires):
+        found.append(f"{at:%a} {at.isoformat()}, in {span(at.timestamp() - Clock.now())}")
+    return found or ["at the next start" if is_enabled else "not enabled"]
 
 
 @register("config")

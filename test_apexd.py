@@ -5225,6 +5225,7 @@ class TestScheduler:
         ("09:50:01", "14:05", [], []),
         ("09:50:01", "16 09:59", [], []),
         ("09:50:01", "16 10:00:20", ["10:00"], ["10:00"]),
+        ("09:50:01", "16 10:01:50", ["10:00"], ["10:00"]),  # awake since 10:00:55: one sleep of the thread
     )
 
     @pytest.mark.parametrize("before, after, fixed, other", JUMPS)
@@ -5235,7 +5236,7 @@ class TestScheduler:
         assert cron.jump(after) == fixed
         cron.configure(other={"cron": "*/10 * * * *"})
         cron.jump(before)
-        cron.scheduler._jobs["schedule.other"].seen_at = cron.at
+        next(iter(cron.scheduler._jobs.values())).seen_at = cron.at
         assert cron.jump(after) == other
 
     @pytest.mark.parametrize("back, fixed, other", [
@@ -5274,7 +5275,7 @@ class TestScheduler:
 
     @pytest.mark.parametrize("last, back, fires", [
         ("09:59:59", "10:00:00", ["10:00"]), ("09:59:59", "10:00:09", ["10:00"]), ("09:59:59", "10:00:11", []),
-        ("09:58:59", "10:00:05", []),
+        ("09:30:00", "10:00:05", ["10:00"]), ("09:30:00", "10:00:11", []),
     ])  # fmt: skip
     def test_a_restart_at_the_turn_of_the_minute_loses_nothing(self, by_hand, last, back, fires):
         cron = by_hand(job={"cron": "* * * * *"})
@@ -5282,6 +5283,12 @@ class TestScheduler:
         cron.go(last)
         assert cron.begin(back) == fires
         assert cron.go("10:01") == ["10:01"]
+
+    def test_also_after_some_that_were_missed_for_good(self, by_hand):
+        cron = by_hand(job={"cron": "0 * * * *"})
+        cron.begin("02:50")
+        assert cron.begin("06:10") == []
+        assert cron.begin("07:00:01") == ["07:00"]
 
     def test_what_is_caught_up_runs_one_after_the_other(self, by_hand):
         cron = by_hand(job={"cron": "* * * * *", "catch_up": "all"})
@@ -5343,7 +5350,7 @@ class TestScheduler:
         cron.begin("09:59:30")
         for _ in range(3):
             assert cron.jump("10:00:01") in (["10:00"], [])
-            cron.scheduler._jobs["schedule.job"].seen_at -= 60  # what was noted is lost
+            next(iter(cron.scheduler._jobs.values())).seen_at -= 60  # what was noted is lost
         assert len(cron.told) == 1
 
     def test_a_full_queue_delays_it(self, by_hand):
@@ -5367,6 +5374,9 @@ class TestScheduler:
         cron = by_hand(boot={"cron": "@reboot"})
         assert cron.begin("09:00") == ["09:00"] and cron.jump("09:01") == [] and cron.wait_s is None
         assert cron.begin("10:00") == ["10:00"]
+        assert cron.begin(cron.at + 0.5) == ["10:00"], "two starts within a second"
+        assert cron.begin("08:00") == ["08:00"], "a machine that boots with a clock that is behind"
+        cron.begin("10:00")
         cron.configure(boot={"cron": "@reboot"}, late={"cron": "@reboot", "catch_up": "all"})
         assert cron.jump("10:05") == ["10:05"]
 
@@ -5496,9 +5506,12 @@ class TestCronCommand:
         assert box.json("cron", "next", "30 2 * * *", "--timezone", "UTC", "-n", "3") == fires
         assert len(box.run("cron", "next", "*/5 9-17 * * 1-5").stdout.split("\n")) == 6
         assert box.json("cron", "next", "@reboot") == []
+        assert box.run("cron", "next", "@reboot").stdout == "at the next start\n"
+        box.config({"schedule": {"night": {"cron": "30 2 * * *", "command": "x", "enabled": False}}})
+        assert box.run("cron", "next", "night").stdout == "not enabled\n"
         for words in (["cron", "next"], ["cron", "next", "nope"], ["cron", "next", "*/0 * * * *"], ["cron", "next", "@x"],
                       ["cron", "next", "night", "-n", "0"], ["cron", "next", "@daily", "--timezone", "X"], ["cron", "run", "nope"],
-                      ["cron", "run"], ["cron", "frob"]):  # fmt: skip
+                      ["cron", "run"], ["cron", "frob"], ["cron", "list", "nope"]):  # fmt: skip
             error = box.error(*words, rc=2)
             assert error["code"] == "bad_request" and error["hint"], error
         assert "'*/0'" in box.error("cron", "next", "*/0 * * * *", rc=2)["message"]
