@@ -4399,6 +4399,7 @@ CRON_NAMES = {
     "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
     "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
 }  # fmt: skip
+EPOCH_DAY = 719163  # datetime.date(1970, 1, 1).toordinal()
 
 
 def read_cron_field(text: str, name: str, low: int, high: int, names: str) -> frozenset[int]:
@@ -4505,9 +4506,11 @@ class CronSchedule:
             while wall < end + offset:
                 fire = max(wall - offset, start)  # of what a gap swallowed: its end
                 if fire > at:
-                    yield (at := fire)
-                wall = self._find_wall(wall + 60)
-            seen, start = max(seen, end + offset), max(end, wall - offset - 2 * DAY_S)
+                    yield fire
+                at, wall = max(at, fire), self._find_wall(wall + 60)
+            if self._offset(end) == offset:  # only changes near to a fire matter
+                end = max(end, wall - offset - 2 * DAY_S)
+            seen, start = max(seen, end + offset), end
 
     def list_next(self, count: int) -> list[str]:
         """Return the next fires, as "2025-03-09T03:00:00-04:00"."""
@@ -4517,17 +4520,14 @@ class CronSchedule:
     def _find_wall(self, wall: int) -> int:
         """Return the first fire from `wall` on, both in seconds of a clock without a zone."""
         number, minute = divmod(-(-wall // 60), 24 * 60)
-        epoch = datetime.date(1970, 1, 1).toordinal()
-        day = first = datetime.date.fromordinal(epoch + number)
         while True:  # 40 years at most, for a 29 February that is a Sunday
+            day = datetime.date.fromordinal(EPOCH_DAY + number)
             hits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
-            index = bisect.bisect_left(self.times, minute if day == first else 0)
+            index = bisect.bisect_left(self.times, minute)
             if day.month in self.months and (all if self.needs_both else any)(hits):
                 if index < len(self.times):
-                    return ((day.toordinal() - epoch) * 24 * 60 + self.times[index]) * 60
-            day += datetime.timedelta(1)
-            while day.month not in self.months:
-                day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+                    return (number * 24 * 60 + self.times[index]) * 60
+            number, minute = number + 1, 0
 
     def _find_change(self, start: int) -> int:
         """Return the first second after it with another UTC offset, but at most a day later."""
@@ -4583,9 +4583,11 @@ def find_fires(job: CronJob, now: float) -> Sequence[float]:
         return missed
     wanted = {"none": [], "last": missed[-1:], "all": missed}[trigger.catch_up]
     kept = [at for at in wanted if now - at <= trigger.catch_up_window]
-    # Without a daemon it is missed; a clock that was set, or a sleep, is noticed by the next look.
-    is_due = now - missed[-1] <= (CRON_RESTART_S if job.is_new else 60 + CRON_SLICE_S)
-    is_due |= schedule.is_fixed and gap_s <= DST_MAX_S and not job.is_new
+    if job.is_new:  # after a restart
+        is_due = now - missed[-1] <= CRON_RESTART_S
+    else:  # after the clock was set, or the machine slept; it takes up to a slice to notice
+        is_due = now - missed[-1] <= 60 + CRON_SLICE_S
+        is_due |= schedule.is_fixed and gap_s <= DST_MAX_S
     kept = kept or (missed[-1:] if is_due else [])
     log.info("Schedule %s: %d of %d missed fires are made", job.name, len(kept), len(missed))
     return kept
@@ -4638,7 +4640,7 @@ class Scheduler:
             wait_s: float | None = CRON_RETRY_S
             try:
                 wait_s = self._look()
-            except DaemonError as error:
+            except DaemonError as error:  # a full disk or queue; so it is for all of them
                 log.error("schedules: %s (%s)", error, error.hint)
             except Exception:  # this thread's top frame
                 log.exception("the scheduler failed")
@@ -4649,16 +4651,10 @@ class Scheduler:
         """Make the fires that are due; return in how many seconds to look again."""
         if self._config is not self._store.config:
             self._arrange()
-        has_failed = False
         for job in self._jobs.values():
-            try:
-                self._fire(job, self._clock.now())
-            except DaemonError as error:
-                log.error("schedule %s: %s (%s)", job.name, error, error.hint)
-                has_failed = True
+            self._fire(job, self._clock.now())
         next_at: float | None = self.status()["next_fire_at"]
-        wait_s = next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
-        return CRON_RETRY_S if has_failed else wait_s
+        return next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
 
     def _fire(self, job: CronJob, now: float) -> None:
         if job.is_new or not job.seen_at <= now < (job.due_at or now + 1.0):
@@ -4702,11 +4698,13 @@ def list_schedules(store: TaskStore, limit: int = 1) -> list[dict[str, Any]]:
         schedule = CronSchedule(one.cron, one.timezone)
         last_at, task_id = fires.get(f"schedule.{name}", (None, None))
         task = store.find(ids=[task_id]) if task_id else []
-        state = task[0].state if task else None if task_id or last_at is None else "skipped"
-        about = {"name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
-        about["next"] = schedule.list_next(limit if one.enabled else 0)
-        about["last"] = last_at and schedule.moment(last_at).isoformat()
-        found.append({**about, "task_id": task_id, "result": state})
+        skipped = "skipped" if last_at and not task_id else None
+        found.append({
+            "name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled,
+            "next": schedule.list_next(limit if one.enabled else 0), "task_id": task_id,
+            "last": last_at and schedule.moment(last_at).isoformat(),
+            "result": task[0].state if task else skipped,
+        })  # fmt: skip
     return found
 
 

@@ -4687,6 +4687,7 @@ America/New_York 2025-03-08 23:00
     @weekly          | 03-09 00:00-05, 03-16 00:00-04, 03-23 00:00, 03-30 00:00, 04-06 00:00
     0,59 2,3 * * *   | 03-09 03:00-04, 03:59, 03-10 02:00, 02:59, 03:00
 America/New_York 2025-11-01 23:00
+    */30 1 2 11 *    | 11-02 01:00-04, 01:30, 01:00-05, 01:30, 2026-11-02 01:00
     30 1 * * *       | 11-02 01:30-04, 11-03 01:30-05, 11-04 01:30, 11-05 01:30, 11-06 01:30
     0 1 * * *        | 11-02 01:00-04, 11-03 01:00-05, 11-04 01:00, 11-05 01:00, 11-06 01:00
     59 1 * * *       | 11-02 01:59-04, 11-03 01:59-05, 11-04 01:59, 11-05 01:59, 11-06 01:59
@@ -5154,7 +5155,10 @@ class CronByHand:
             day, _, at = at.rpartition(" ")
             at = datetime.datetime.fromisoformat(f"2025-01-{day or 15} {at}+00:00").timestamp()
         self.at, before = at, len(self.told)
-        self.wait_s = self.scheduler._look()
+        try:
+            self.wait_s = self.scheduler._look()
+        except apexd.DaemonError as error:
+            self.error = error.code
         if self.is_done:  # its tasks have ended at once
             self.store.change("remove", [task.id for task in self.store.find()])
         return [self.shown(*one) for one in self.told[before:]]
@@ -5358,7 +5362,7 @@ class TestScheduler:
         cron.is_done = False
         cron.begin("09:59:30")
         cron.store.config.retention.max_queue = 0
-        assert cron.jump("10:00") == [] and cron.wait_s == 5
+        assert cron.jump("10:00") == [] and cron.error == "QUEUE_FULL"
         cron.store.config.retention.max_queue = 1
         assert cron.jump("10:00:05") == ["10:00"]
         assert cron.jump("10:01") == []
@@ -5385,7 +5389,7 @@ class TestScheduler:
         cron.is_done = False
         cron.begin("09:59:30")
         cron.store.database._db.execute("PRAGMA query_only = 1")
-        assert cron.jump("10:00") == []
+        assert cron.jump("10:00") == [] and cron.error == "DATABASE_FAILED"
         cron.configure(job={"cron": "0 10 * * *"}, more={"cron": "0 11 * * *"})
         with pytest.raises(apexd.DaemonError):
             cron.scheduler._look()
