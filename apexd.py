@@ -214,6 +214,7 @@ DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is, as by c
 CRON_LATE_S = 300.0  # what is late by less fires in full, as by cronie
 CRON_RESTART_S = 10.0  # a daemon that is back so soon has not missed what fell due
 CRON_SLICE_S = 60.0  # the longest sleep: then a clock that was moved is noticed
+CRON_WAKE_S = 60 + CRON_SLICE_S  # what fell due in the minute before a wake-up still fires
 CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
 CATCH_UP_MAX = 1000  # fires of one schedule that are made up for
 OWN_GROUPS = ("default", "hooks")  # there without being declared
@@ -4452,9 +4453,8 @@ def read_zone(name: object) -> Any:
     try:
         return zoneinfo.ZoneInfo(line_of_text(name))
     except (LookupError, OSError, ValueError):
-        near = difflib.get_close_matches(str(name), zoneinfo.available_timezones(), 1, 0.0)
-        hint = f"did you mean {near[0]}?" if near else "it has no data: pip install tzdata"
-        raise ValueError(f"a time zone that this system knows; {hint}") from None
+        form = 'a time zone that this system knows, such as "Europe/Berlin"'
+        raise ValueError(f"{form} (Windows: pip install tzdata)") from None
 
 
 class CronSchedule:
@@ -4470,7 +4470,6 @@ class CronSchedule:
     is_fixed = False  # neither minute nor hour begins with *
 
     def __init__(self, expression: str, timezone: str | None = None) -> None:
-        self.expression, self.timezone = expression, timezone
         try:
             what = f"expression {expression!r}"
             self.__dict__.update(read_cron(expression))
@@ -4506,8 +4505,9 @@ class CronSchedule:
             while wall < end + offset:
                 fire = max(wall - offset, start)  # of what a gap swallowed: its end
                 if fire > at:
-                    yield fire
-                at, wall = max(at, fire), self._find_wall(wall + 60)
+                    at = fire
+                    yield at
+                wall = self._find_wall(wall + 60)
             if self._offset(end) == offset:  # only changes near to a fire matter
                 end = max(end, wall - offset - 2 * DAY_S)
             seen, start = max(seen, end + offset), end
@@ -4553,44 +4553,40 @@ for _key, _read in (("cron", read_cron), ("timezone", read_zone)):  # CONFIG sta
     OPTIONS["schedule"][_key] = (_checked(_read), *OPTIONS["schedule"][_key][1:])
 
 
-class CronJob(Value):
+class CronJob(CronSchedule):
     """A schedule that is enabled, and how far it has got; times are epoch seconds."""
 
-    name: str
-    trigger: Any  # its options
-    schedule: CronSchedule
-    seen_at: float  # all until then is dealt with
-    due_at: float | None  # the next fire
-    is_new: bool  # not looked at yet: what it has missed, it missed without a daemon
+    def __init__(self, name: str, trigger: Any, seen_at: float) -> None:
+        super().__init__(trigger.cron, trigger.timezone)
+        self.name, self.trigger = name, trigger
+        self.seen_at = seen_at  # all until then is dealt with
+        self.due_at: float | None = None  # the next fire
+        self.is_new = True  # not looked at yet: what it has missed, it missed without a daemon
 
+    def find_fires(self, now: float) -> Sequence[float]:
+        """Decide which fires to make now, and move `seen_at` when the clock was set back.
 
-def find_fires(job: CronJob, now: float) -> Sequence[float]:
-    """Decide which fires to make now, and move `seen_at` when the clock was set back.
-
-    A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
-    """
-    schedule, trigger, gap_s = job.schedule, job.trigger, now - job.seen_at
-    if not (schedule.period or schedule.times):  # @reboot
-        return [now] if job.is_new else []
-    if gap_s < 0:
-        if -gap_s > (DST_MAX_S if schedule.is_fixed else CRON_LATE_S):
-            job.seen_at = now
-        return []
-    since = max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
-    fires = itertools.takewhile(lambda at: at <= now, schedule.fires(since))
-    missed = list(deque(fires, CATCH_UP_MAX))
-    if not missed or (gap_s <= CRON_LATE_S and not job.is_new):
-        return missed
-    wanted = {"none": [], "last": missed[-1:], "all": missed}[trigger.catch_up]
-    kept = [at for at in wanted if now - at <= trigger.catch_up_window]
-    if job.is_new:  # after a restart
-        is_due = now - missed[-1] <= CRON_RESTART_S
-    else:  # after the clock was set, or the machine slept; it takes up to a slice to notice
-        is_due = now - missed[-1] <= 60 + CRON_SLICE_S
-        is_due |= schedule.is_fixed and gap_s <= DST_MAX_S
-    kept = kept or (missed[-1:] if is_due else [])
-    log.info("Schedule %s: %d of %d missed fires are made", job.name, len(kept), len(missed))
-    return kept
+        A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
+        """
+        trigger, gap_s = self.trigger, now - self.seen_at
+        if not (self.period or self.times):  # @reboot
+            return [now] if self.is_new else []
+        if gap_s < 0:
+            if -gap_s > (DST_MAX_S if self.is_fixed else CRON_LATE_S):
+                self.seen_at = now
+            return []
+        since = max(self.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
+        fires = itertools.takewhile(lambda at: at <= now, self.fires(since))
+        missed = list(deque(fires, CATCH_UP_MAX))
+        if not missed or (gap_s <= CRON_LATE_S and not self.is_new):
+            return missed
+        wanted = {"none": [], "last": missed[-1:], "all": missed}[trigger.catch_up]
+        kept = [at for at in wanted if now - at <= trigger.catch_up_window]
+        is_bridged = self.is_fixed and gap_s <= DST_MAX_S
+        late_s = CRON_RESTART_S if self.is_new else DST_MAX_S if is_bridged else CRON_WAKE_S
+        kept = kept or [at for at in missed[-1:] if now - at <= late_s]
+        log.info("Schedule %s: %d of %d missed fires are made", self.name, len(kept), len(missed))
+        return kept
 
 
 def fire_schedule(
@@ -4658,7 +4654,7 @@ class Scheduler:
 
     def _fire(self, job: CronJob, now: float) -> None:
         if job.is_new or not job.seen_at <= now < (job.due_at or now + 1.0):
-            fires = find_fires(job, now)
+            fires = job.find_fires(now)
             is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
             for at in fires:
                 if self._is_stopped:
@@ -4668,7 +4664,7 @@ class Scheduler:
                 log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
                 job.seen_at = at
                 self._on_fire()
-            job.due_at = next(job.schedule.fires(max(job.seen_at, now)), None)
+            job.due_at = next(job.fires(max(job.seen_at, now)), None)
         job.seen_at, job.is_new = max(job.seen_at, now), False
 
     def _arrange(self) -> None:
@@ -4677,13 +4673,10 @@ class Scheduler:
         found = {f"schedule.{name}": one for name, one in config.schedules.items()}
         specs = {name: f"{one.cron}, {one.timezone}" * one.enabled for name, one in found.items()}
         seen = EventStore(self._store).register(specs, self._clock.now())
-        for source, spec in specs.items():
-            one, name = found[source], source.partition(".")[2]
-            new = CronJob(name=name, seen_at=seen[source], is_new=True)
-            new.schedule = CronSchedule(one.cron, one.timezone)
+        for (source, spec), (name, one) in zip(specs.items(), config.schedules.items()):
             if one.enabled:
-                jobs[source, spec] = self._jobs.get((source, spec), new)
-                jobs[source, spec].trigger = one
+                job = self._jobs.get((source, spec)) or CronJob(name, one, seen[source])
+                job.trigger, jobs[source, spec] = one, job
         self._jobs, self._config = jobs, config
 
 
@@ -4702,7 +4695,7 @@ def list_schedules(store: TaskStore, limit: int = 1) -> list[dict[str, Any]]:
         found.append({
             "name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled,
             "next": schedule.list_next(limit if one.enabled else 0), "task_id": task_id,
-            "last": last_at and schedule.moment(last_at).isoformat(),
+            "last": last_at and schedule.moment(last_at).isoformat(timespec="seconds"),
             "result": task[0].state if task else skipped,
         })  # fmt: skip
     return found
@@ -7215,6 +7208,9 @@ class Daemon:
         except DaemonError as error:
             log.error("%s (%s)", error, error.hint)
             raise
+        except RuntimeError as error:  # no thread to be had, say
+            log.exception("ended by a failure")
+            raise DaemonError("START_FAILED", str(error), "see `logs`; `ulimit -u`") from None
         finally:
             self._pid_file.release()
             logging.shutdown()

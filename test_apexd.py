@@ -5442,6 +5442,17 @@ class TestScheduler:
         box.stop()
         assert len(box.json("list", quick=True)) <= before + 1
 
+    def test_a_thread_that_will_not_start_is_named_by_start(self, box):
+        path = os.path.join(box.path, "apexd.py")
+        text, failure = read(path), """raise RuntimeError("can't start new thread")"""
+        assert text.count("self._scheduler.start()") == 1
+        write(path, text.replace("self._scheduler.start()", failure))
+        error = box.error("start", rc=1)
+        assert error["code"] == "start_failed" and error["message"] == "can't start new thread"
+        assert "Traceback" in box.log() and box.run("status", rc=3)
+        for pid in keepers(box):
+            kill(pid)
+
     def test_a_reload_shows_its_plan_and_refuses_what_is_broken(self, box):
         tick, night = {"cron": "@every 1s", "command": "true"}, {"cron": "0 4 * * *", "command": "true"}
         box.config({"schedule": {"tick": tick, "night": night, "gone": night}})
