@@ -3377,7 +3377,7 @@ class EventStore:
         new = """
             INSERT INTO fires (source, spec, spec_at) VALUES (?, ?, ?)
             ON CONFLICT (source) DO UPDATE SET spec = excluded.spec, spec_at = excluded.spec_at
-            WHERE spec IS NOT excluded.spec
+            WHERE spec IS NOT excluded.spec OR spec_at > excluded.spec_at  -- the clock was ahead
         """
         sql = "SELECT source, max(coalesce(fired_at, 0), spec_at) FROM fires WHERE spec IS NOT NULL"
         with self._store.database.write(is_vital=False) as db:
@@ -4502,14 +4502,14 @@ class CronSchedule:
             if not self.is_fixed or abs(seen - start - offset) > DST_MAX_S:
                 seen = start + offset
             wall = self._find_wall(seen)
+            if wall >= end + offset and self._offset(end) == offset:  # nothing for a day:
+                end = max(end, wall - offset - 2 * DAY_S)  # only changes near to a fire matter
             while wall < end + offset:
                 fire = max(wall - offset, start)  # of what a gap swallowed: its end
                 if fire > at:
                     at = fire
                     yield at
                 wall = self._find_wall(wall + 60)
-            if self._offset(end) == offset:  # only changes near to a fire matter
-                end = max(end, wall - offset - 2 * DAY_S)
             seen, start = max(seen, end + offset), end
 
     def list_next(self, count: int) -> list[str]:

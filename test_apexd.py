@@ -4838,6 +4838,8 @@ Pacific/Apia 2011-12-29 22:00
     0 0 * * *        | 12-31 00:00+14, 2012-01-01 00:00, 01-02 00:00, 01-03 00:00, 01-04 00:00
     0 * * * *        | 12-29 23:00-10, 12-31 00:00+14, 01:00, 02:00, 03:00
     0 12 30 * *      | 2012-01-30 12:00+14, 03-30 12:00, 04-30 12:00+13, 05-30 12:00, 06-30 12:00
+Pacific/Kwajalein 1969-09-29 20:00
+    38 1 30 9 *      | 09-30 01:38+11, 01:38-12, 1970-09-30 01:38, 1971-09-30 01:38, 1972-09-30 01:38
 America/Havana 2025-03-08 22:00
     0 0 * * *        | 03-09 01:00-04, 03-10 00:00, 03-11 00:00, 03-12 00:00, 03-13 00:00
     30 0 * * *       | 03-09 01:00-04, 03-10 00:30, 03-11 00:30, 03-12 00:30, 03-13 00:30
@@ -5307,6 +5309,12 @@ class TestScheduler:
         cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "last"})
         cron.begin("09:00")
         assert cron.begin("10:30") == ["10:00"] and cron.begin("11:00") == []
+
+    def test_one_that_a_clock_ahead_has_met_first_is_caught_up_all_the_same(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "last"})
+        cron.begin("20 09:00")
+        assert cron.begin("15 09:00") == []
+        assert cron.begin("15 10:30") == ["10:00"] and cron.begin("16 10:30") == ["10:00"]
 
     def test_what_is_new_or_changed_or_enabled_counts_from_then_on(self, by_hand):
         cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "all"})
