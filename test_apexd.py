@@ -5452,9 +5452,9 @@ class TestScheduler:
 
     def test_a_thread_that_will_not_start_is_named_by_start(self, box):
         path = os.path.join(box.path, "apexd.py")
-        text, failure = read(path), """raise RuntimeError("can't start new thread")"""
-        assert text.count("self._scheduler.start()") == 1
-        write(path, text.replace("self._scheduler.start()", failure))
+        head, name, tail = read(path).partition("\nclass Scheduler:")
+        failure = """raise RuntimeError("can't start new thread")"""
+        write(path, head + name + tail.replace("self._thread.start()", failure, 1))
         error = box.error("start", rc=1)
         assert error["code"] == "start_failed" and error["message"] == "can't start new thread"
         assert "Traceback" in box.log() and box.run("status", rc=3)
