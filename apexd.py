@@ -21,15 +21,19 @@ Map (a section uses only sections above it):
      4. PLATFORM    the only place that asks which system this is
      5. FILES       safe reading and replacing, the state folder, logs that lose their head
      6. CONFIG      load, check, compare for reload
-     7. LOG         the daemon's own log
+     7. LOG         the daemon's own log; the file of events
      8. PIDFILE     the lock and the PID file
      9. STORE       schema, migrations, all SQL
     10. KEEPER      the process that owns all children, and the daemon's end of it
     11. CRON        when schedules fire, and the thread that makes them
+    12. EVENTS      reading what happened; subscribers; what hooks send to a URL
     13. RUNNER      the polling loop over the store
     14. SUPERVISOR  processes: state table, what happens next, instances
+    15. WATCH       what changes in files
     16. CONTROL     frames, verbs, server, Client
+    17. HTTP        health, metrics, the status page: HealthVerbs, HealthServer
     18. DAEMON      wiring, start order, signals; DaemonManager
+    19. SERVICE     unit, init script, launchd, Windows texts
     20. CLI         registry and handlers
 
 Files, all in `.apex/` (mode 0700):
@@ -38,9 +42,11 @@ Files, all in `.apex/` (mode 0700):
     daemon.lock    locked while a daemon lives; says who holds it; never deleted
     daemon.pid     {"pid", "startedAt", "version", "projectPath"}
     daemon.log     the daemon's own log, .1 .2 ... older
+    events.log     what happened, a line of JSON each; .1 is older
     apex.db        the queue
     control.sock   the control socket; `endpoint` says how to reach the daemon
     heartbeat      rewritten while the loops turn; state.json: a readable snapshot
+    http.json      the port of the status page, and the key to all that it shows
     ballast        given up when the disk is full, so that results can be recorded
     run/           keeper-NAME: a keeper, and results it could not tell; proc-web.0: notes
     logs/          task-12.1.log: task 12, attempt 1; proc-web.0.log: instance 0 of web
@@ -90,8 +96,13 @@ if TYPE_CHECKING:
     import binascii
     import datetime
     import difflib
+    import email.utils
+    import fnmatch
     import graphlib
     import grp
+    import hmac
+    import http.server
+    import io
     import logging
     import marshal
     import pwd
@@ -102,6 +113,7 @@ if TYPE_CHECKING:
     import sqlite3
     import subprocess
     import tempfile
+    import urllib.parse
     import zoneinfo
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, BinaryIO, Callable, NoReturn
@@ -109,7 +121,8 @@ if TYPE_CHECKING:
 __version__ = "0.4.0"
 __all__ = [
     "Client", "CronSchedule", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner",
-    "DaemonStatus", "PidFile", "Supervisor", "Task", "TaskStore", "main",
+    "DaemonStatus", "Event", "EventRouter", "FileWatcher", "HealthServer", "PidFile", "Supervisor",
+    "Task", "TaskStore", "main",
 ]  # fmt: skip
 
 
@@ -125,10 +138,10 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii datetime difflib graphlib grp logging marshal pwd queue random resource shutil "
-        "sqlite3 subprocess tempfile zoneinfo"
+        "binascii datetime difflib email.utils fnmatch graphlib grp hmac http.server io logging marshal "
+        "pwd queue random resource shutil sqlite3 subprocess tempfile urllib.parse zoneinfo"
     ).split():
-        globals()[_name] = _Lazy(functools.partial(__import__, _name))
+        globals()[_name.partition(".")[0]] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
 
 # Kept so that `start` can store it: to compile this file takes longer than all else it does.
@@ -171,6 +184,7 @@ KEEPER_PROTOCOL = 1
 KEEPER_PATIENCE_S = 10.0  # a new keeper waits so long for its daemon
 KEEPER_ANSWER_S = 10.0  # one that owes an answer for longer takes no more starts
 STANDING_S = 2.0  # `start` waits so long for a keeper, then answers without
+RECOVERY_S = 3600.0  # a watchdog lets the database be checked and all be adopted for so long
 KEEPER_QUIT_S = 5.0  # for keepers without children to leave
 STARTED_S = 0.003  # what ends sooner is not told as started
 KEEPER_BUFFER_BYTES = 64 * 1024  # of words on their way to the daemon
@@ -194,6 +208,15 @@ SWEEP_PAUSE_S = 0.001  # between two looks for what a run left; doubles up to a 
 SWEEP_MAX_S = 5.0  # then a status counts though something that is hidden holds the log
 BALLAST_BYTES = 64 * 1024  # what a cancel, a timeout, a result need on a full disk
 FIRST_TERM_S = 1.0  # a second TERM counts only so long after the first
+
+HTTP_CONNECTIONS_MAX = 32  # one more takes the place of one that has not asked yet
+HTTP_TIMEOUT_S = 5.0  # for a request from its first byte to the last of its answer
+HTTP_HEAD_MAX_BYTES = 16 * 1024  # a request's line and headers
+HEALTH_WAIT_S = 2.0  # what gives no answer for so long counts as hung
+HUNG_S = 30.0  # a loop that is so late counts as hung
+DISK_LOW_BYTES = 256 << 20  # `doctor` and `health` complain
+DISK_FULL_BYTES = 16 << 20  # nothing that is put into the queue is sure to fit
+BUCKETS_S = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)  # of histograms
 
 BACKOFF_S = 1.0  # before the first retry; doubles, with full jitter
 BACKOFF_MAX_S = 300.0
@@ -219,13 +242,44 @@ CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
 CATCH_UP_MAX = 1000  # fires of one schedule that are made up for
 OWN_GROUPS = ("default", "hooks")  # there without being declared
 
+EVENTS_MAX_BYTES = 10_000_000  # of events.log, before it becomes events.log.1
+EVENT_MAX_BYTES = 30_000  # of one that a user emits: a variable of Windows takes 32,767
+HISTORY_MAX = 1000  # events that a router keeps
+DEAD_LETTERS_MAX = 100  # events that a handler failed for, kept by a router
+HANDLER_PAUSES_S = (1.0, 2.0, 4.0)  # before a failed handler's further tries
+HANDLER_BEHIND_MAX = 10_000  # events that wait for a slow handler; more are dead letters
+HOPS_MAX = 4  # hooks that start one another
+HOOKS_AT_ONCE = 2  # unless [group.hooks] says otherwise: those that hang leave room for tasks
+DELIVER = ["apexd", "_deliver"]  # the command of a hook's task that POSTs its event
+HOOK_ANSWER_S = 10.0  # for the server of a hook's URL
+
 ENVIRONMENT_KEPT = (
     "PATH HOME USER LOGNAME LANG TZ TMPDIR SHELL VIRTUAL_ENV CONDA_PREFIX PYTHONPATH "
     "SSH_AUTH_SOCK XDG_RUNTIME_DIR HTTP_PROXY HTTPS_PROXY FTP_PROXY ALL_PROXY NO_PROXY "
-    "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA"
+    "SYSTEMROOT TEMP TMP PATHEXT COMSPEC USERPROFILE APPDATA APEX_HOOKS"
 ).split()
-ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_|APEXD_")
+# APEX_HOOKS stays: what the command of a hook adds must not start that hook again.
+ENVIRONMENT_DROPPED = re.compile(r"NOTIFY_SOCKET|WATCHDOG_|LISTEN_|APEX_(?!HOOKS$)|APEXD_")
+TASK_MARKS = ("APEX_RUN_ID", "APEX_TASK_ID", "APEX_HOOKS")  # no daemon keeps a task's own
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # they say nothing of what was looked for
+DEBOUNCE_S = 0.5  # after the last change of a burst
+DEBOUNCE_MAX_S = 10.0  # after its first, though changes go on
+WATCH_LOOK_S = 1.0  # between two looks for a folder that is missing; at files, at the least
+WATCH_GATHER_S = 0.01  # notifications that come together are read together
+POLL_SHARE = 0.004  # of a processor, for looking through a tree that nobody tells of
+POLL_BUSY_FACTOR, POLL_BUSY_S = 10, 30.0  # more of it for so long after a change
+POLL_MAX_S = 60.0
+FILE_CHANGES = {"create": "created", "modify": "modified", "delete": "deleted", "move": "moved"}
+WATCH_IGNORED = (
+    ".git .apex .svn .hg node_modules __pycache__ .venv venv .tox .mypy_cache .DS_Store "
+    "*~ .*.sw? .#* #*# 4913 *.tmp"  # of editors: backups, swap files, locks
+).split()
+WATCH_OWN_S = 0.05  # what changes so soon after a watch's own task was perhaps changed by it
+WATCH_BUSY_S = 0.1  # between two looks whether that task has ended, while something waits for it
+LOOP_ROUNDS = 5  # tasks in a row that each changed what is watched: a loop
+LOOP_PAUSE_S, LOOP_PAUSE_MAX_S = 30.0, 3600.0  # it goes on so much later; doubles
+EVENT_VARIABLE_CHARS = 30_000  # of APEX_EVENT: Windows takes 32,767, Linux 131,071
+MOUNT_POINT = 0xA0000003  # st_reparse_tag of a junction of Windows, a kind of link
 NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb3 smbfs 9p afs ceph glusterfs lustre fuse.sshfs fuse.s3fs".split()
 )
@@ -456,8 +510,10 @@ class Event(Value):
     @classmethod
     def make(cls, type: str, payload: Mapping[str, Any], source: str, hops: int = 0) -> Event:
         """Make one that happens now."""
-        about = {"id": os.urandom(12).hex(), "time": Clock.now(), "type": type}
-        return cls(**about, source=source, payload=dict(payload), hops=hops)
+        event = cls.__new__(cls)  # three of them a task: the common way takes twice as long
+        event.id, event.time, event.type = os.urandom(12).hex(), Clock.now(), type
+        event.source, event.payload, event.hops = source, dict(payload), hops
+        return event
 
 
 class DaemonMetrics(Value):
@@ -473,11 +529,11 @@ class DaemonMetrics(Value):
     last_poll_at: float | None
     poll_count: int
 
-    def count(self, result: Result) -> None:
-        """Count an attempt that has ended."""
-        self.tasks_processed += 1
-        self.tasks_succeeded += result.exit_code == 0
-        self.tasks_failed += result.exit_code != 0
+    def count(self, task: Task) -> None:
+        """Count a task if it has come to its end: what runs again has not failed."""
+        self.tasks_processed += task.state in DONE
+        self.tasks_succeeded += task.state == State.SUCCEEDED
+        self.tasks_failed += task.state == State.FAILED
 
 
 class DaemonStatus(Value):
@@ -486,6 +542,8 @@ class DaemonStatus(Value):
     running: bool
     exit_status: int  # 0 running, 1 dead with a PID file, 3 not running, 4 unknown
     pid: int | None
+    started_at: float | None  # epoch seconds
+    uptime: float | None  # seconds
     reason: str | None
     details: dict[str, Any]  # the daemon's own `status` answer, {} without one
 
@@ -789,6 +847,7 @@ if sys.platform == "win32":
             self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
         usage = staticmethod(lambda sessions: {})
+        own_memory = staticmethod(lambda: None)
         find_runs = staticmethod(lambda runs, folder: ([], True))
         kill_run = staticmethod(lambda pid, run_id: None)
         environment_of = staticmethod(lambda pid: {})
@@ -874,6 +933,9 @@ if sys.platform == "win32":
         peer_uid = staticmethod(lambda connection: None)  # the token decides
         distrust = staticmethod(lambda info, root_too=True: None)
         is_root = staticmethod(lambda: False)
+        notify = change_limits = become = staticmethod(lambda *args: None)
+        blocked_signals = contextlib.nullcontext
+        take_sockets = dict[str, socket.socket]
         can_fork = staticmethod(lambda: False)
         collapse = staticmethod(lambda fd, size: False)
         reap_orphans = staticmethod(lambda known: None)
@@ -892,10 +954,14 @@ if sys.platform == "win32":
         def network_file_system(self, path: str) -> str | None:
             return "a network share" if path.startswith("\\\\") else None
 
+        def open_notifier(self) -> Any:
+            raise OSError(errno.ENOSYS, "this system cannot")
+
 else:
     import fcntl
 
     _HAS_PROC = os.path.exists("/proc/self/stat")
+    _FORMER_LIMITS: dict[int, tuple[int, int]] = {}  # those that this process has changed
 
     class _Children:
         """What a keeper does with its children, and what is known of them."""
@@ -1000,6 +1066,12 @@ else:
                         "max_rss": used.ru_maxrss * (1024 if sys.platform == "linux" else 1),
                     }
 
+        def own_memory(self) -> int | None:
+            """Return the memory of this process in bytes (Linux; else None)."""
+            with contextlib.suppress(OSError):
+                return int(_read_stat(os.getpid())[21]) * os.sysconf("SC_PAGE_SIZE")
+            return None
+
         def usage(self, sessions: Container[int]) -> dict[int, tuple[float, int]]:
             """Return {session: (processor seconds, also of children, bytes)} (Linux; else {})."""
             found: dict[int, tuple[float, int]] = {}
@@ -1013,6 +1085,66 @@ else:
                         cpu_s += sum(map(int, fields[11:15])) / tick
                         found[session] = (cpu_s, memory + int(fields[21]) * page)
             return found
+
+    class _Notifier:
+        """Tells what changes in folders (inotify(7)). Each method may raise OSError."""
+
+        def __init__(self) -> None:
+            import ctypes
+
+            self._libc, self._errno = ctypes.CDLL(None, use_errno=True), ctypes.get_errno
+            self.numbers: dict[str, int] = {}  # of folders by name
+            self._folders: dict[int, str | None] = {}
+            init = getattr(self._libc, "inotify_init1", None)
+            if init is None:
+                raise OSError(errno.ENOSYS, "this system cannot")
+            self._fd = self._check(init(os.O_NONBLOCK | os.O_CLOEXEC))
+
+        def fileno(self) -> int:
+            return self._fd
+
+        def _check(self, result: int) -> int:
+            if result < 0:
+                raise OSError(self._errno(), os.strerror(self._errno()))
+            return result
+
+        def add(self, path: str, folder: str | None) -> None:
+            """Tell of a folder by this name, "" for the root; None: only whether it is moved."""
+            # IN_ONLYDIR | IN_EXCL_UNLINK | IN_DONT_FOLLOW | all but ACCESS, OPEN, CLOSE_NOWRITE
+            mask = 0x01000800 if folder is None else 0x05000FCE | (0x02000000 if folder else 0)
+            number = self._check(self._libc.inotify_add_watch(self._fd, os.fsencode(path), mask))
+            self._folders[number] = folder
+            if folder is not None:
+                self.numbers[folder] = number
+
+        def remove(self, folder: str) -> None:
+            """Tell of this folder no more, unless it has another name by now."""
+            number = self.numbers.pop(folder, -1)
+            if self._folders.get(number) == folder:
+                del self._folders[number]
+                self._libc.inotify_rm_watch(self._fd, number)
+
+        def read(self) -> Iterator[tuple[str, str, str]]:
+            """Yield (folder, name in it, "folder", "written" or ""); ("", "", "gap"): any."""
+            data, at = b"", 0
+            with contextlib.suppress(BlockingIOError):
+                data = os.read(self._fd, 1 << 16)  # the rest the next time
+            while at < len(data):
+                number, mask, _, length = struct.unpack_from("iIII", data, at)
+                name = os.fsdecode(data[at + 16 : at + 16 + length].rstrip(b"\0"))
+                at += 16 + length
+                is_known, folder = number in self._folders, self._folders.get(number) or ""
+                if mask & 0x8000 and is_known:  # IN_IGNORED: the folder is gone
+                    del self._folders[number]
+                    if self.numbers.get(folder) == number:
+                        del self.numbers[folder]
+                if mask & 0x6000 or (mask & 0x8800 and is_known and not folder):
+                    yield "", "", "gap"  # IN_Q_OVERFLOW, IN_UNMOUNT; IN_MOVE_SELF of the root
+                elif name and is_known:  # IN_ISDIR, IN_MODIFY
+                    yield folder, name, "folder" if mask >> 30 else "written" if mask & 2 else ""
+
+        def close(self) -> None:
+            os.close(self._fd)
 
     class _Platform(_Children):
         """POSIX: Unix sockets, flock, sessions and process groups, /bin/sh."""
@@ -1079,9 +1211,19 @@ else:
                 names = dict.fromkeys(("USER", "LOGNAME"), account.pw_name)
                 env = {**names, "HOME": account.pw_dir, "SHELL": account.pw_shell}
                 return {"uid": account.pw_uid, "gid": gid, "groups": groups}, env
-            if (account.pw_uid, gid) != (os.geteuid(), os.getegid()):
+            if account.pw_uid != os.geteuid() or (group and gid != os.getegid()):
                 raise ValueError("our own: only root can become another")
             return {}, {}
+
+        def become(self, ids: Mapping[str, Any]) -> None:
+            """Become another user, with its groups alone, for good. Raises OSError."""
+            os.setgroups(ids["groups"])
+            os.setgid(ids["gid"])
+            os.setuid(ids["uid"])
+            with contextlib.suppress(PermissionError):
+                if ids["uid"]:
+                    os.setuid(0)
+                    raise OSError(errno.EINVAL, "there is a way back to root")
 
         def can_fork(self) -> bool:
             """Tell whether forking is safe here: Linux, one thread."""
@@ -1092,6 +1234,48 @@ else:
             os.setsid()
             if os.fork():
                 os._exit(0)
+
+        def notify(self, address: str, text: str) -> None:
+            """Tell a service manager something, if it listens (sd_notify(3)); never waits."""
+            if address[:1] == "@":  # an abstract one
+                address = "\0" + address[1:]
+            mouth = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with mouth, contextlib.suppress(OSError):
+                mouth.setblocking(False)
+                mouth.sendto(text.encode(), address)
+
+        @contextlib.contextmanager
+        def blocked_signals(self) -> Iterator[None]:
+            """Keep signals pending; a program that is started meanwhile begins so, too."""
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                yield
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+        def change_limits(self, pid: int = 0) -> None:
+            """Take all descriptors there are, and dump no core: it would hold secrets (Linux).
+
+            pid: give that keeper, and so all that it starts, what we were started with.
+            """
+            if sys.platform == "linux":
+                for which in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE):
+                    former = _FORMER_LIMITS.setdefault(which, resource.getrlimit(which))
+                    most = former[1] if which == resource.RLIMIT_NOFILE else 0
+                    with contextlib.suppress(OSError):  # it has gone
+                        resource.prlimit(pid, which, former if pid else (most, former[1]))
+
+        def take_sockets(self) -> dict[str, socket.socket]:
+            """Return the sockets that a service manager hands us, by name (sd_listen_fds(3))."""
+            told, taken = os.environ.get("LISTEN_PID"), dict[str, socket.socket]()
+            with contextlib.suppress(OSError, ValueError):
+                count = int(os.environ.get("LISTEN_FDS", "")) if told == str(os.getpid()) else 0
+                names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+                for fd, name in zip(range(3, 3 + count), names):
+                    taken[name] = socket.socket(fileno=fd)
+                    os.set_inheritable(fd, False)
+            return taken
+
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
@@ -1132,11 +1316,12 @@ else:
                 connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 connection.settimeout(timeout_s)
                 connection.connect(name)
-                if self.peer_uid(connection) is not None:
+                if self.peer_uid(connection):  # root's may be a service manager's socket
                     raise PermissionError(errno.EPERM, "another user answers", path)
                 stack.pop_all()
             return connection
 
+        open_notifier = _Notifier
         user = staticmethod(os.geteuid)  # whom our children are started as
 
         def highest_limit(self, name: str) -> int:
@@ -1269,9 +1454,7 @@ else:
             ids = word.get("ids")
             if ids:
                 step = "user"
-                os.setgroups(ids["groups"])
-                os.setgid(ids["gid"])
-                os.setuid(ids["uid"])
+                Platform.become(ids)
             failpoint("fork", os.getppid())
             step = word["cwd"]
             os.chdir(step)
@@ -1322,11 +1505,14 @@ _PASSED: list[str] = []
 
 
 def failpoint(name: str, pid: int = 0) -> None:
-    """Kill this process (or `pid`) when APEXD_FAILPOINT says "NAME" or "NAME:N", the Nth time."""
-    wanted, _, count = os.environ.get("APEXD_FAILPOINT", "").partition(":")
+    """Kill this process (or `pid`) when APEXD_FAILPOINT says "NAME" or "NAME:N", the Nth time;
+    with "NAME:N:hang" this thread goes no further."""
+    wanted, count, what = (os.environ.get("APEXD_FAILPOINT", "") + "::").split(":")[:3]
     if wanted == name:
         _PASSED.append(name)
         if len(_PASSED) >= int(count or 1):
+            if what:
+                threading.Event().wait()
             Platform.send(pid or os.getpid(), Platform.kill)
 
 
@@ -1614,9 +1800,16 @@ def log_path(folder: str, task_id: int, number: int) -> str:
     return os.path.join(folder, "logs", f"task-{task_id}.{number}.log")
 
 
+def event_path(folder: str, task_id: int) -> str:
+    """Return where the paths stand that a watch's task was made for."""
+    return os.path.join(folder, "logs", f"task-{task_id}.event")
+
+
 def remove_logs(folder: str, tasks: Iterable[tuple[int, int]]) -> None:
     """Remove the logs of tasks, given as (id, number of attempts)."""
     for task_id, attempts in tasks:
+        with contextlib.suppress(OSError):
+            os.unlink(event_path(folder, task_id))
         for number in range(1, attempts + 2):  # an attempt that never ran is not counted
             for ending in ("", ".1", ".base"):
                 with contextlib.suppress(OSError):
@@ -1766,8 +1959,10 @@ def follow_lines(
 def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
     """Yield a file's last lines, then, with to_end, what comes, through its rotations.
 
-    A file is known by its inode. Rotation only ever makes a file older, so the ages are read
-    from the newest on, and what was read from a name counts if the name is the same file then.
+    lines 0: from the oldest file's first byte on. With to_end b"" comes whenever there is
+    nothing more, after a pause. A file is known by its inode. Rotation only ever makes a file
+    older, so the ages are read from the newest on, and what was read from a name counts if the
+    name is the same file then.
     """
     names = [path, *(f"{path}.{number}" for number in range(1, LOG_FILES_MAX + 1))]
     known, offset = None, -lines  # the file that is being read
@@ -1775,7 +1970,7 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
         ages = [age for age in zip(names, map(file_id, names)) if age[1]] or [(path, None)]
         at = max((n for n, (_, one) in enumerate(ages) if one == known), default=-1)
         if at < 0:  # the first look; or it is gone, and what followed it may be
-            at, offset = (len(ages) - 1, 0) if known else (0, offset)
+            at, offset = (len(ages) - 1, 0) if known or not lines else (0, offset)
         name, known = ages[at]
         data, following = read_log(name, offset)
         if file_id(name) != known:
@@ -1787,8 +1982,9 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
             known, offset = ages[at - 1][1], 0
             continue
         elif to_end:
+            yield b""
             threading.Event().wait(STREAM_PAUSE_S)
-        if not to_end:
+        if not to_end and (lines or not data):
             return
 
 
@@ -1816,6 +2012,11 @@ def paths(value: object) -> list[str]:
     return [line_of_text(path) for path in text_list([value] if isinstance(value, str) else value)]
 
 
+change_list = reader(
+    "a list of " + ", ".join(FILE_CHANGES),
+    lambda value: isinstance(value, list) and {*map(str, value)} <= FILE_CHANGES.keys(),
+)
+
 # What [limits] gives to tasks, and [process.NAME] to that process.
 _CHILD_LIMITS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "memory_mb": (limit("RLIMIT_AS", 1 << 20), None, "address space of each process"),
@@ -1824,6 +2025,7 @@ _CHILD_LIMITS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "processes": (limit("RLIMIT_NPROC"), None, "processes of the user it runs as (not for root)"),
     "nice": (lambda n: integer(-20 * Platform.is_root(), 19)(n), 0, "added to the niceness"),
 }
+
 # What a task can be given, wherever it comes from.
 TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "group": line_of_text,
@@ -1838,6 +2040,8 @@ TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "max_tokens": integer(1),
     "max_cost": number,
 }
+hook_url = matching(r"https?://[^\s/@?#]+([/?]\S*)?", '"https://...", without a password')
+variable_name = matching("[A-Za-z_][A-Za-z0-9_]{0,99}", "the name of a variable, not its value")
 TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "command": (command_line, None, "a string for sh, or a list of arguments"),
     "enabled": (truth, True, "false: it is checked, but starts nothing"),
@@ -1862,9 +2066,20 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "stop_timeout": (duration, 10.0, "from a task's TERM to its KILL"),
         "heartbeat_interval": (interval, 30.0, "seconds between two heartbeats"),
         "env_keep": (text_list, [], 'variables of the caller that tasks get; ["*"]: all'),
+        "user": (user_name, None, "that root becomes, for good; the state folder is to be its own"),
+        "group": (group_name, None, "the same, with user; null: the user's"),
+        "umask": (octal, "077", "of the daemon, a string of octal digits"),
+        "work_dir": (line_of_text, None, "of the daemon, seen from the project; null: .apex"),
+        "stdout": (line_of_text, None, "a file for what the daemon prints; null: nowhere"),
+        "stderr": (line_of_text, None, "the same, for standard error"),
+        "socket": (line_of_text, None, "the control socket; null: .apex/control.sock"),
+        "pid_file": (line_of_text, None, "a file for the PID alone, besides .apex/daemon.pid"),
+        "on_usr2": (command_line, None, "a task that SIGUSR2 adds"),
     },
     "log": {
         "level": (choice("debug", "info", "warning", "error"), "info", "of daemon.log"),
+        "format": (choice("text", "json"), "text", "of daemon.log"),
+        "file": (line_of_text, None, "instead of .apex/daemon.log"),
         "max_size_mb": (number, 50.0, "of daemon.log before it is rotated"),
         "max_files": (integer(1, LOG_FILES_MAX), 5, "rotated daemon logs kept"),
         "total_mb": (number, 500.0, "all task logs together; the oldest go first"),
@@ -1881,6 +2096,11 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         **_CHILD_LIMITS,
         "max_tokens": (integer(1), None, "reported tokens that end a task"),
         "max_cost": (number, None, "reported cost that ends a task"),
+    },
+    "health": {
+        "enabled": (truth, True, "answer HTTP: health, metrics, the status page"),
+        "host": (line_of_text, "127.0.0.1", "the address to listen on"),
+        "port": (integer(0, 65535), 0, "0: that of the last time, else any free one"),
     },
     "group": {
         "max_concurrent": (integer(1, 1000), None, "tasks of this group at once"),
@@ -1923,17 +2143,22 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     "watch": {
         **TRIGGER_OPTIONS,
         "paths": (paths, [], "folders, seen from the project, with all that is in them"),
-        "events": (text_list, ["create", "modify", "delete", "move"], "changes that count"),
+        "overlap": (choice("skip", "queue"), "queue", "what changes meanwhile: lost, or one more"),
+        "events": (change_list, [*FILE_CHANGES], "changes that count"),
         "ignore": (text_list, [], "globs of paths that do not count, besides the usual ones"),
         "extensions": (text_list, [], 'suffixes that count, such as ".py"; none: all'),
-        "debounce_ms": (number, 500.0, "quiet time before a burst of changes becomes a task"),
-        "debounce_max": (interval, 10.0, "the longest that a burst is collected"),
+        "debounce_ms": (integer(0, 600_000), 500, "quiet time after a burst, before its task"),
+        "debounce_max": (interval, DEBOUNCE_MAX_S, "the longest that a burst is collected"),
+        "poll": (truth, False, "look for changes instead of being told (folders of a host, say)"),
     },
     "hook": {
-        **TRIGGER_OPTIONS,
+        **{name: row for name, row in TRIGGER_OPTIONS.items() if name != "overlap"},
+        "group": (line_of_text, "hooks", "of its tasks; that of hooks is not in `list`"),
+        "retries": (integer(0, 1000), 3, "of its tasks, as with add --retries"),
+        "timeout": (duration, 30.0, "of its tasks, as with add --timeout"),
         "on": (text_list, [], 'types of events: ["task.failed", "process.*"]'),
-        "url": (line_of_text, None, "the event is sent there by POST, instead of a command"),
-        "secret_env": (line_of_text, None, "variable with the secret that signs what is sent"),
+        "url": (hook_url, None, "the event is sent there by POST, instead of a command"),
+        "secret_env": (variable_name, None, "variable with the secret that signs what is sent"),
     },
 }
 TABLES = {  # kinds of which users name each one, and where a Config has them
@@ -1950,6 +2175,11 @@ FORMER_NAMES = {
     "maxTokensPerTask": "limits.max_tokens",
     "maxCostPerTask": "limits.max_cost",
     "logLevel": "log.level",
+    "action_timeout_minutes": "limits.timeout (in seconds, or as 5m)",
+    "gracefulShutdownTimeoutMs": "daemon.graceful_timeout (in seconds)",
+    "heartbeat_interval_seconds": "daemon.heartbeat_interval",
+    "processes": "process.NAME (a table for each, [process.web])",
+    "args": "process.command (a list: the program and its arguments)",
 }
 
 
@@ -1965,6 +2195,7 @@ class Config:
     log: Any
     retention: Any
     limits: Any
+    health: Any
     groups: dict[str, Any]
     processes: dict[str, Any]
     schedules: dict[str, Any]
@@ -1982,6 +2213,7 @@ class Config:
         for name in OPTIONS.keys() - TABLES.keys():
             setattr(self, name, self._read_section(name, name, data.get(name, {})))
         own = {name: self._read_section("group", f"group.{name}", {}) for name in OWN_GROUPS}
+        own["hooks"].max_concurrent = HOOKS_AT_ONCE
         for kind, attribute in TABLES.items():  # groups first: the triggers name them
             found = self._read_tables(kind, data.get(kind, {}))
             setattr(self, attribute, {**own, **found} if kind == "group" else found)
@@ -2020,7 +2252,8 @@ class Config:
             try:
                 setattr(section, key, known[key][0](value))
             except ValueError as error:
-                self._refuse(f"{where}.{key} = {value!r}: must be {error}")
+                shown = "" if key in ("url", "secret_env") else f" = {value!r}"
+                self._refuse(f"{where}.{key}{shown}: must be {error}")
         return section
 
     def _read_tables(self, kind: str, given: object) -> dict[str, Any]:
@@ -2043,8 +2276,15 @@ class Config:
         if not re.fullmatch("[A-Za-z][A-Za-z0-9_-]{0,63}", name):
             hint = "letters, digits, - and _, at most 64, a letter first"
             self._refuse(f"{kind}.{name}: is no name of a {kind}", hint)
-        if one.command is None and getattr(one, "url", None) is None:
-            self._refuse(f"{kind}.{name}.command is missing", "say what to run")
+        url = getattr(one, "url", None)
+        if (one.command is None) == (url is None):
+            what = "command is missing" if url is None else "command and url: only one can be"
+            hint = "say what to run" if kind != "hook" else "write either a command or a url"
+            self._refuse(f"{kind}.{name}.{what}", hint)
+        if kind == "hook" and not one.on:
+            self._refuse(f"hook.{name}.on is missing", 'write on = ["task.failed"], say')
+        if kind == "hook" and one.secret_env and url is None:
+            self._refuse(f"hook.{name}.secret_env is for a url", "drop it")
         if kind == "schedule" and one.cron is None:
             self._refuse(f"schedule.{name}.cron is missing", "say when")
         if kind != "process" and (one.group or "default") not in self.groups:
@@ -2117,6 +2357,19 @@ def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[
     return env
 
 
+def write_default_config(folder: str) -> str:
+    """Write a configuration that sets nothing: every option is a comment. Returns its path."""
+    is_toml, text = sys.version_info >= (3, 11), "# apexd's options, all at their defaults\n"
+    for section, options in OPTIONS.items():
+        text += f"\n# [{section}.NAME]\n" if section in TABLES else f"\n[{section}]\n"
+        for key, (_, default, meaning) in options.items():
+            shown = "" if default in (None, {}) else json.dumps(default)
+            text += f"# {key} = {shown}".ljust(32) + f"  # {meaning}\n"
+    path = os.path.join(folder, "config.toml" if is_toml else "config.json")
+    write_atomically(path, text if is_toml else "{}\n")
+    return path
+
+
 def find_config(folder: str) -> str | None:
     """Return the configuration file of a state folder, None when it has none."""
     paths = [os.path.join(folder, "config." + kind) for kind in ("toml", "json", "yaml")]
@@ -2138,10 +2391,14 @@ def read_users_file(path: str) -> bytes:
     return data
 
 
-def load_config(path: str | None, faults: list[DaemonError] | None = None) -> Config:
+def load_config(
+    path: str | None, faults: list[DaemonError] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:  # fmt: skip
     """Read and check a configuration file; None gives the defaults.
 
-    faults: see Config. Raises CONFIG_INVALID with file, key and reason.
+    faults: see Config; overrides: {"log.level": "debug"}, what the command line says instead.
+    Raises CONFIG_INVALID with file, key and reason.
     """
     try:
         data = _load(path) if path else {}
@@ -2149,6 +2406,10 @@ def load_config(path: str | None, faults: list[DaemonError] | None = None) -> Co
         if faults is None:
             raise
         faults[:], data = [error], {}
+    for name, value in (overrides or {}).items():
+        section, _, key = name.partition(".")
+        if isinstance(data.setdefault(section, {}), dict):
+            data[section][key] = value
     config = Config(data, path, faults)
     milliseconds = os.environ.get("APEX_POLL_INTERVAL")
     if milliseconds is not None:
@@ -2177,6 +2438,8 @@ def _load(path: str) -> dict[str, Any]:
 def _parse(path: str, text: str) -> object:
     """Turn a file's text into data by its ending. Raises ValueError, ImportError."""
     if path.endswith(".toml"):
+        if not re.sub(r"(?m)^(#.*|\[[a-z]+\])$", "", text).strip():
+            return {}  # as `write_default_config` left it: any Python can read that
         import tomllib  # Python 3.11
 
         return tomllib.loads(text)
@@ -2198,24 +2461,14 @@ def _parse(path: str, text: str) -> object:
 
 
 # ============================================================================
-# 7. LOG - the daemon's own log
-#    Uses 1-6. Any thread. Opened and closed by: Daemon.
+# 7. LOG - the daemon's own log; the file of events
+#    Uses 1-6. Any thread. Opened and closed by: Daemon; of events: TaskStore.
 # ============================================================================
 
 
-def open_log(path: str, options: Any, to_stderr: bool) -> None:
-    """Send the log to a rotating file, and to standard error in the foreground.
-
-    A line: [2025-01-15T10:30:05.456Z] [INFO] Starting task 12
-    """
-    import logging
+def open_rotating(path: str, most_bytes: int, count: int) -> Any:
+    """Return a handler that rotates its file and keeps `count` older ones."""
     import logging.handlers
-
-    class Formatter(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            head, *rest = super().format(record).split("\n")
-            line = f"[{timestamp(record.created)}] [{record.levelname}] {printable(head)}"
-            return "\n".join([line, *("    " + printable(more) for more in rest)])
 
     class Handler(logging.handlers.RotatingFileHandler):
         next_mono = 0.0  # while somebody has the file open, Windows cannot rename it: write on
@@ -2231,18 +2484,76 @@ def open_log(path: str, options: Any, to_stderr: bool) -> None:
             except OSError:
                 self.next_mono = Clock.mono() + 60.0
 
-    logging.raiseExceptions = False  # a full disk costs lines, never the daemon
+        def handleError(self, record: logging.LogRecord) -> None:
+            pass  # a full disk costs lines, never the daemon
+
     os.close(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
-    file = Handler(
-        path, maxBytes=int(options.max_size_mb * 1e6), backupCount=options.max_files,
-        encoding="utf-8", errors="replace",
-    )  # fmt: skip
-    handlers: list[logging.Handler] = [file]
+    return Handler(
+        path, maxBytes=most_bytes, backupCount=count, encoding="utf-8", errors="replace"
+    )
+
+
+def open_log(path: str, options: Any, to_stderr: bool) -> None:
+    """Send the log to a rotating file, and to standard error in the foreground.
+
+    A line: [2025-01-15T10:30:05.456Z] [INFO] Starting task 12
+    With log.format json: {"time": "2025-...Z", "level": "info", "message": "Starting task 12"}
+    """
+    import logging
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            moment, text = timestamp(record.created), super().format(record)
+            level = "WARN" if record.levelname == "WARNING" else record.levelname
+            if options.format == "json":
+                return json.dumps({"time": moment, "level": level.lower(), "message": text})
+            head, *rest = text.split("\n")
+            line = f"[{moment}] [{level}] {printable(head)}"
+            return "\n".join([line, *("    " + printable(more) for more in rest)])
+
+    logging.raiseExceptions = False  # nor does a standard error that is closed
+    handlers: list[logging.Handler]
+    handlers = [open_rotating(path, int(options.max_size_mb * 1e6), options.max_files)]
     handlers += [logging.StreamHandler()] if to_stderr else []
     for handler in handlers:
         handler.setFormatter(Formatter())
     level = "DEBUG" if os.environ.get("APEX_DAEMON_DEBUG") else options.level.upper()
     logging.basicConfig(handlers=handlers, level=level, force=True)  # closes the former ones
+
+
+class EventLog:
+    """Writes `events.log`, a line of JSON an event. Any thread; a full disk costs events."""
+
+    def __init__(self, folder: str) -> None:
+        self._path = os.path.join(folder, "events.log")
+        self._lock = threading.RLock()  # guards what follows
+        self._fd: int | None = None
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Append events; never raises."""
+        with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
+            for at in range(0, len(events), 1000):
+                lines = [json.dumps(event.to_dict()) + "\n" for event in events[at : at + 1000]]
+                self._append("".join(lines).encode())
+
+    def _append(self, data: bytes) -> None:
+        """Append lines, without `logging`: it takes 7 ms to import, a record as long as this."""
+        if self._fd is not None and os.fstat(self._fd).st_size + len(data) > EVENTS_MAX_BYTES:
+            self.close()
+            with contextlib.closing(open_rotating(self._path, EVENTS_MAX_BYTES, 1)) as handler:
+                handler.doRollover()
+        if self._fd is None:
+            self._fd = open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        written = os.write(self._fd, data)
+        if written < len(data):  # the disk is full: no part of a line stays
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+
+    def close(self) -> None:
+        """Close the file; the next event opens it again."""
+        with self._lock:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
 
 
 # ============================================================================
@@ -2264,6 +2575,7 @@ class Holder(Value):
     boot_id: str | None
     role: str  # "daemon" or "client VERB"
     config: str | None  # the configuration that the daemon was told to use
+    overrides: dict[str, Any] | None  # what its command line said besides
 
     def is_alive(self) -> bool:
         """Tell whether exactly this process lives: PID, start time and boot must agree."""
@@ -2271,30 +2583,31 @@ class Holder(Value):
         return bool(is_known) and Platform.start_time(self.pid) == self.start_time
 
     @classmethod
-    def of_pid(cls, pid: int, role: str, config: str | None = None) -> Holder:
+    def of_pid(cls, pid: int, role: str, **told: Any) -> Holder:
         """Describe a process that lives."""
         start_time, boot_id = Platform.start_time(pid), Platform.boot_id()
-        return cls(pid=pid, start_time=start_time, boot_id=boot_id, role=role, config=config)
+        return cls(pid=pid, start_time=start_time, boot_id=boot_id, role=role, **told)
 
 
 class PidFile:
     """A PID file in JSON and the lock beside it (NAME.lock) that makes it true.
 
+    plain_path: a second one that holds the number alone, for other programs.
     Life: acquire -> release; a process that dies releases it too. The lock file stays.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, plain_path: str | None = None) -> None:
+        self.path, self._plain_path = path, plain_path
         self.lock_path = os.path.splitext(path)[0] + ".lock"
         self._fd: int | None = None
 
     def acquire(
         self, role: str = "daemon", project: str = "", wait_s: float = 0.0,
-        config: str | None = None,
+        told: Mapping[str, Any] | None = None,
     ) -> bool:  # fmt: skip
         """Take the lock, waiting `wait_s` at most; False when somebody else has it.
 
-        A daemon's PID file is written too:
+        told: what a Holder says besides. A daemon's PID file is written too:
         {"pid": 1, "startedAt": "2025-01-15T10:30:00.000Z", "version": ..., "projectPath": ...}
         Raises CANNOT_CREATE, PERMISSION_DENIED.
         """
@@ -2304,12 +2617,14 @@ class PidFile:
                 os.close(fd)
                 return False
             threading.Event().wait(0.01)
-        me = Holder.of_pid(os.getpid(), role, config).to_dict()
+        me = Holder.of_pid(os.getpid(), role, **(told or {})).to_dict()
         fields = {"pid": os.getpid(), "startedAt": timestamp(Clock.now()), "version": __version__}
         try:
             os.ftruncate(fd, 0)
             os.write(fd, json.dumps(me).encode())
             if role == "daemon":
+                if self._plain_path:
+                    write_atomically(self._plain_path, f"{os.getpid()}\n", 0o644)
                 write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
         except BaseException as error:
             os.close(fd)
@@ -2334,6 +2649,8 @@ class PidFile:
             with contextlib.suppress(DaemonError, OSError):
                 if self.is_held() and self.read().get("pid") == os.getpid():
                     insist(os.unlink, self.path)
+                    if self._plain_path:
+                        insist(os.unlink, self._plain_path)
             os.close(self._fd)
             self._fd = None
 
@@ -2504,6 +2821,20 @@ PRAGMAS = (
 )
 
 
+class Transaction:
+    """A transaction that is open: its statements, and the events to publish on commit."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.execute, self.executemany = db.execute, db.executemany
+        # With the hooks that led to each, separated by commas; None: those of its task.
+        self.events: list[tuple[Event, str | None]] = []
+
+    def add_task_event(self, task_id: int, type: str, payload: Mapping[str, Any]) -> None:
+        """Add an event of one task."""
+        event = Event.make("task." + type, {"id": task_id, **payload}, f"task {task_id}")
+        self.events.append((event, None))
+
+
 class Database:
     """The one connection to the one file, and the lock that guards it.
 
@@ -2515,6 +2846,8 @@ class Database:
         """Open and migrate. Raises DATABASE_CORRUPT, _NEWER, _FAILED, CANNOT_CREATE."""
         self.path = path
         self.lock = threading.RLock()
+        self.before_commit: Callable[[Transaction], None] = lambda db: None
+        self.after_commit: Callable[[list[Event]], None] = lambda events: None
         with self._translated():
             if path != ":memory:":
                 self._find_or_make()
@@ -2603,19 +2936,29 @@ class Database:
             return self._db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
-    def write(self, is_vital: bool = True) -> Iterator[sqlite3.Connection]:
-        """Give the connection within one transaction; on disk when it returns.
+    def write(self, is_vital: bool = True) -> Iterator[Transaction]:
+        """Give one transaction; on disk when it returns, and its events are handed on.
 
         is_vital: on a full disk the ballast is given up for it.
         """
-        with self.lock, self._translated(is_vital):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        db = Transaction(self._db)
+        with self.lock:
+            with self._translated(is_vital):
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    self.before_commit(db)
+                    db.execute("COMMIT")
+                finally:
+                    if self._db.in_transaction:
+                        db.execute("ROLLBACK")
+            if db.events:  # in the order of the commits
+                self.after_commit([event for event, _ in db.events])
+
+    def probe(self) -> None:
+        """Write a page and wait for the disk; the ballast stays. Raises DATABASE_FAILED."""
+        with self.write(is_vital=False) as db:
+            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     def close(self) -> None:
         """Checkpoint and close."""
@@ -2638,6 +2981,8 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
     return act
 
 
+# The event of each state that a task can enter; leaving one for the queue is "retrying".
+EVENT_TYPES = {State.RUNNING: "started", **{state: state.value for state in DONE}}
 _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
 SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
@@ -2664,6 +3009,7 @@ class Added(list[int]):
     """The ids of one `add`, in order; `existing`: those whose tasks had the key already."""
 
     existing: Sequence[int] = ()
+    made = range(0)  # those of new tasks
 
 
 def unknown_task(task_id: int) -> DaemonError:
@@ -2711,14 +3057,19 @@ def _row_to_task(row: sqlite3.Row) -> Task:
     return Task(**fields)
 
 
+def _attempt_payload(task: Task) -> dict[str, Any]:
+    """Return the payload of an attempt's events; no command: it may contain a secret."""
+    return {"group": task.group, "label": task.label, "attempt": task.attempts}
+
+
 def _insert_tasks(
-    db: sqlite3.Connection, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
+    db: Transaction, commands: Sequence[Any], given: Mapping[str, Any], config: Config,
     request: int,
 ) -> Added:  # fmt: skip
     """Insert the tasks of one request; the plain ones of a large batch in few statements."""
     common = read_options(given, config)
     seq = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'tasks'").fetchone()
-    next_id = (seq[0] if seq else 0) + 1
+    first = next_id = (seq[0] if seq else 0) + 1
     ids, existing = Added(), dict[int, None]()
     rows: list[tuple[Any, ...]] = []
 
@@ -2754,17 +3105,19 @@ def _insert_tasks(
                 raise bad(f"{place}must be {error}") from None
             raise DaemonError(error.code, place + error.message, error.hint) from None
         finished_at = Clock.now() if state == State.SKIPPED else None
+        if state == State.SKIPPED:
+            db.add_task_event(next_id, "skipped", {"state": state.value})
         head = (next_id, command, request, state.value, open_deps)
         rows.append((*head, *options.row, finished_at))
         ids.append(next_id)
         next_id += 1
     flush()
-    ids.existing = list(existing)
+    ids.existing, ids.made = list(existing), range(first, next_id)
     return ids
 
 
 def _insert_deps(
-    db: sqlite3.Connection, task_id: int, options: SimpleNamespace
+    db: Transaction, task_id: int, options: SimpleNamespace
 ) -> tuple[State, int]:
     """Insert what a new task comes after; return (its state, its open dependencies)."""
     for parent, need in options.after or ():
@@ -2777,12 +3130,13 @@ def _insert_deps(
 
 
 def set_state(
-    db: sqlite3.Connection, task_id: int, old: State, new: State, due_at: float | None = None
-) -> None:
+    db: Transaction, task_id: int, old: State, new: State, due_at: float | None = None,
+    payload: Mapping[str, Any] = {},
+) -> None:  # fmt: skip
     """Move a task: the only writer of `state`, but for its insertion.
 
     A task that reaches a final state releases, or skips, what comes after it. One that runs
-    begins an attempt.
+    begins an attempt. payload: of its event, besides id and state.
     """
     work = [(task_id, old, new, due_at)]
     while work:
@@ -2793,6 +3147,11 @@ def set_state(
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
+        what = EVENT_TYPES.get(new) or (EVENT_TYPES.get(old) and "retrying")
+        if what is not None:
+            what = "lost" if (what, payload.get("outcome")) == ("retrying", "lost") else what
+            db.add_task_event(task_id, what, {"state": new.value, **payload})
+        payload = {}  # the tasks that follow have none
         if new not in DONE:
             continue
         for child, due_at, open_deps, need in db.execute(
@@ -2813,14 +3172,14 @@ def set_state(
                 work.append((child, State.WAITING, state, due_at))
 
 
-def _count_open(db: sqlite3.Connection, task_id: int) -> tuple[int, int]:
+def _count_open(db: Transaction, task_id: int) -> tuple[int, int]:
     """Return how many of a task's dependencies are open, and how many can never be met."""
     sql = "SELECT t.state, d.need FROM deps d JOIN tasks t ON t.id = d.parent WHERE d.child = ?"
     rows = [(State(row[0]), row[1]) for row in db.execute(sql, (task_id,))]
     return sum(s not in DONE for s, _ in rows), sum(s in DONE - NEEDS[need] for s, need in rows)
 
 
-def _cancel(db: sqlite3.Connection, task_id: int, state: State) -> bool:
+def _cancel(db: Transaction, task_id: int, state: State) -> bool:
     if state == State.RUNNING:
         set_wish(db, task_id, Outcome.CANCELLED)
     elif state not in DONE:
@@ -2828,7 +3187,7 @@ def _cancel(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     return state not in DONE
 
 
-def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
+def _retry(db: Transaction, task_id: int, state: State) -> bool:
     """Put a finished task back as if new; count again what comes after it, reopen the skipped.
 
     Of those with one key the newest is reopened. Raises ILLEGAL_STATE when the key is taken.
@@ -2864,14 +3223,14 @@ def _retry(db: sqlite3.Connection, task_id: int, state: State) -> bool:
     return state in DONE
 
 
-def _remove(db: sqlite3.Connection, task_id: int, state: State) -> bool:
+def _remove(db: Transaction, task_id: int, state: State) -> bool:
     if state != State.RUNNING:
         _cancel(db, task_id, state)
         delete_tasks(db, [task_id])
     return state != State.RUNNING
 
 
-def set_wish(db: sqlite3.Connection, task_id: int, wish: Outcome) -> None:
+def set_wish(db: Transaction, task_id: int, wish: Outcome) -> None:
     """Write down why a running attempt is to end; the first wish stays, but a cancel wins."""
     kept = "?" if wish == Outcome.CANCELLED else "coalesce(wish, ?)"
     sql = f"UPDATE attempts SET wish = {kept} WHERE task_id = ? AND outcome IS NULL"
@@ -2884,7 +3243,7 @@ def as_ranges(ids: Iterable[int | range]) -> Iterator[range]:
         yield one if isinstance(one, range) else range(one, one + 1)
 
 
-def delete_tasks(db: sqlite3.Connection, ids: Sequence[int]) -> None:
+def delete_tasks(db: Transaction, ids: Sequence[int]) -> None:
     """Forget tasks and all that belongs to them."""
     places = ("tasks WHERE id", "attempts WHERE task_id", "deps WHERE parent", "deps WHERE child")
     for place in places:
@@ -2907,6 +3266,7 @@ class TaskStore:
         self.project = project or os.path.dirname(self.folder)
         self.config = config or Config({})
         self.on_events: Callable[[Sequence[Event]], None] = lambda events: None  # after the commit
+        self.event_log = EventLog(self.folder if path != ":memory:" else os.devnull)
         self.last_upkeep: Any = None  # what `prune_all` saw the last time
         self._own_lock = PidFile(os.path.join(self.folder, "daemon.pid"))
         if lock is None:
@@ -2919,10 +3279,21 @@ class TaskStore:
         except BaseException:
             self._own_lock.release()
             raise
+        self.database.before_commit = EventStore(self).start_hooks
+        self.database.after_commit = self.dispatch
+
+    def dispatch(self, events: Sequence[Event]) -> None:
+        """Write events to the file and pass them to `on_events`: they are committed."""
+        self.event_log.write(events)
+        try:
+            self.on_events(events)
+        except Exception:  # the user's callback
+            log.exception("on_events failed")
 
     def close(self) -> None:
         """Close the database and let go of the lock if it was taken here."""
         self.database.close()
+        self.event_log.close()
         self._own_lock.release()
 
     def add(
@@ -2950,13 +3321,14 @@ class TaskStore:
             return self.insert(db, commands, options or {}, *context)
 
     def insert(
-        self, db: sqlite3.Connection, commands: Sequence[Any], options: Mapping[str, Any],
+        self, db: Transaction, commands: Sequence[Any], options: Mapping[str, Any],
         token: str | None, cwd: str, env: Mapping[str, str], umask: int | None,
+        is_limited: bool = True,
     ) -> Added:  # fmt: skip
         """Insert a request and its tasks, within the transaction of a caller."""
         sql = f"SELECT coalesce(sum(n), 0) FROM counts WHERE state NOT IN {_DONE}"
         (unfinished,) = db.execute(sql).fetchone()
-        if unfinished + len(commands) > self.config.retention.max_queue:
+        if is_limited and unfinished + len(commands) > self.config.retention.max_queue:
             hint = "wait, remove some, or raise retention.max_queue"
             raise DaemonError("QUEUE_FULL", f"{unfinished} unfinished tasks are queued", hint)
         context = (json.dumps(cwd), json.dumps(dict(env)), umask)
@@ -2965,7 +3337,12 @@ class TaskStore:
             VALUES (?, ?, ?, ?, ?, '')
         """
         request = db.execute(sql, (token, *context, Clock.now())).lastrowid or 0
+        count = len(db.events)
         ids = _insert_tasks(db, commands, options, self.config, request)
+        if ids.made:
+            payload = {"count": len(ids.made), "first": ids.made[0], "last": ids.made[-1]}
+            event = Event.make("task.added", payload, f"task {ids.made[0]}")
+            db.events.insert(count, (event, env.get("APEX_HOOKS", "")))
         answer = {"ids": ids, "existing": ids.existing} if ids.existing else ids
         bounds = (min(ids, default=0), max(ids, default=0))
         sql = "UPDATE requests SET first_task = ?, last_task = ?, answer = ? WHERE id = ?"
@@ -2974,17 +3351,19 @@ class TaskStore:
 
     def find(
         self, state: str | None = None, group: str | None = None, before: int | None = None,
-        limit: int = 100, ids: Iterable[int | range] | None = None,
+        limit: int = 100, ids: Iterable[int | range] | None = None, hidden: str | None = None,
     ) -> list[Task]:  # fmt: skip
-        """Return the newest tasks with ids below `before`, ascending; at most `limit`."""
+        """Return the newest tasks below `before`, ascending, at most `limit`; none of `hidden`."""
         filters = {
             "t.state = :state": state,
             "t.grp = :grp": group,
+            "t.grp <> :hidden": hidden,
             f"t.id IN (SELECT t.id FROM {_ASKED_SQL})": ids,
         }
         sql = _TASK_SQL + "WHERE t.id < :before"
         sql += "".join(f" AND {one}" for one, value in filters.items() if value is not None)
         values = {"state": state, "grp": group, "before": before or INTEGER_MAX, "most": limit}
+        values["hidden"] = hidden
         rows = self.database.fetch(sql + " ORDER BY t.id DESC LIMIT :most", values, ids)
         return [_row_to_task(row) for row in reversed(rows)]
 
@@ -3175,11 +3554,12 @@ class AttemptStore:
                     (run_id, keeper, self._boot_id, Clock.now(), task_id),
                 )
                 claimed.append(self._store.get(task_id))
+                db.events[-1][0].payload.update(_attempt_payload(claimed[-1]))
                 failpoint("claim")
         return claimed
 
     def _find_ready(
-        self, db: sqlite3.Connection, room: int, busy: Mapping[str, int],
+        self, db: Transaction, room: int, busy: Mapping[str, int],
         find_keeper: Callable[[bool], str | None],
     ) -> list[tuple[int, str]]:  # fmt: skip
         """Return (id, keeper) to claim: one probe a group, then the best over the groups."""
@@ -3217,7 +3597,7 @@ class AttemptStore:
             private = None if is_suspect else private  # one at a time
         return ready
 
-    def _finish(self, db: sqlite3.Connection, task: Task, result: Result) -> None:
+    def _finish(self, db: Transaction, task: Task, result: Result) -> None:
         """Record one result; an attempt that is finished already changes nothing."""
         at: dict[str, Any] = {"id": task.id, "run": task.run_id, "number": task.attempts}
         at.update(result.to_dict(), now=result.finished_at or Clock.now())
@@ -3229,7 +3609,7 @@ class AttemptStore:
         if outcome is None:
             db.execute(f"DELETE FROM attempts {where}", at)
             db.execute("UPDATE tasks SET attempts = attempts - 1 WHERE id = :id", at)
-            set_state(db, task.id, State.RUNNING, State.QUEUED)
+            set_state(db, task.id, State.RUNNING, State.QUEUED, None, _attempt_payload(task))
             return
         sql = """
             UPDATE attempts SET outcome = :how, exit_code = :exit_code, signal = :signal,
@@ -3251,10 +3631,14 @@ class AttemptStore:
                 """,
                 at,
             )
-            task = self._store.get(task.id)
-        state, delay_s = next_state(task, outcome, random.random())
+        known = task if outcome == Outcome.OK else self._store.get(task.id)
+        state, delay_s = next_state(known, outcome, random.random())
         due_at = at["now"] + delay_s if state == State.SCHEDULED else None
-        set_state(db, task.id, State.RUNNING, state, due_at)
+        ends = ("exit_code", "signal", "reason")
+        payload = {**_attempt_payload(task), "outcome": outcome.value}
+        payload.update({name: at[name] for name in ends})
+        set_state(db, task.id, State.RUNNING, state, due_at, payload)
+        task.outcome, task.state = outcome, state
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
         """Return (environment, umask) of the request that added a task."""
@@ -3332,42 +3716,87 @@ class EventStore:
 
     def fire(
         self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None,
-        is_behind: bool = False,
+        is_behind: bool = False, told: Sequence[Event] = (), lines: bytes = b"",
     ) -> int | None:  # fmt: skip
         """Add the task that a trigger stands for; None when `overlap` forbids it.
 
         source: "schedule.NAME"; event: why, in the task's environment, on top of env; its
         payload's "scheduled_at" is acted on once, also over crashes. is_behind: it comes after
-        unfinished ones, however many. Publishes the event, or KIND.skipped. Raises QUEUE_FULL.
+        unfinished ones, however many. Publishes the event (or `told` in its stead), or
+        KIND.skipped. lines: for APEX_EVENT_FILE. Raises QUEUE_FULL.
         """
         at = event.payload.get("scheduled_at")
         with self._store.database.write(is_vital=False) as db:
             last = db.execute("SELECT fired_at FROM fires WHERE source = ?", (source,)).fetchone()
             if last and at is not None and last[0] == at:
                 return None
-            options = {name: getattr(trigger, name, None) for name in TASK_READERS}
             sql = "SELECT id FROM tasks WHERE key >= ? AND key < ? AND finished_at IS NULL"
             sql += " ORDER BY id"
             unfinished = [one for (one,) in db.execute(sql, (source, source + "!"))]
             task_id = None
             if is_behind or len(unfinished) < {"skip": 1, "queue": 2}[trigger.overlap]:
-                options["key"] = f"{source} {event.id}" if unfinished else source
-                options["after"] = [f"{one}:any" for one in unfinished[-1:]] or None
-                own = {**(env or {}), **trigger.env, "APEX_EVENT": json.dumps(event.to_dict())}
-                context = {**capture_environment(self._store.config.daemon.env_keep), **own}
-                cwd = os.path.join(self._store.project, trigger.cwd)
-                ids = self._store.insert(db, [trigger.command], options, None, cwd, context, None)
-                task_id = ids[0]
+                key = f"{source} {event.id}" if unfinished else source
+                given = {"key": key, "after": [f"{one}:any" for one in unfinished[-1:]] or None}
+                task_id = self._insert(db, trigger, trigger.command, event, env or {}, given)
+                if lines:
+                    write_atomically(event_path(self._store.folder, task_id), lines)
             sql = """
                 INSERT INTO fires (source, fired_at, task_id) VALUES (?, ?, ?)
                 ON CONFLICT (source) DO UPDATE
                 SET fired_at = coalesce(excluded.fired_at, fired_at), task_id = excluded.task_id
             """
             db.execute(sql, (source, event.payload.get("scheduled_at", event.time), task_id))
-        kind = event.type.partition(".")[0]
-        skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
-        self._store.on_events([skipped if task_id is None else event])
+            kind = event.type.partition(".")[0]
+            skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
+            told = [skipped] if task_id is None else told or [event]
+            db.events += [(one, "") for one in told]
         return task_id
+
+    def _insert(
+        self, db: Transaction, trigger: Any, command: Any, event: Event, env: Mapping[str, str],
+        given: Mapping[str, Any], token: str | None = None,
+    ) -> int:  # fmt: skip
+        """Insert a trigger's task, with its options, `given` over them; return its id."""
+        store, options = self._store, {name: getattr(trigger, name, None) for name in TASK_READERS}
+        own = {**trigger.env, "APEX_EVENT": json.dumps(event.to_dict()), **env}
+        inherited = capture_environment(store.config.daemon.env_keep)
+        for hook in store.config.hooks.values():
+            inherited.pop(hook.secret_env, None)  # whatever env_keep says: it goes to no disk
+        context = {**inherited, **own}
+        cwd = os.path.join(store.project, trigger.cwd)
+        options.update(given)  # and a full queue must not keep a result from its record
+        is_limited = token is None
+        return store.insert(db, [command], options, token, cwd, context, None, is_limited)[0]
+
+    def start_hooks(self, db: Transaction) -> None:
+        """Insert the tasks of all hooks that match events of a transaction.
+
+        These tasks' own events included. A hook is not started by what it led to itself, nor
+        any after HOPS_MAX others.
+        """
+        for event, chain in db.events if self._store.config.hooks else ():  # it grows meanwhile
+            for name, hook in self._find_hooks(event):
+                if chain is None:
+                    sql = "SELECT env FROM requests JOIN tasks ON request_id = requests.id"
+                    row = db.execute(sql + " WHERE tasks.id = ?", (event.payload["id"],)).fetchone()
+                    chain = json.loads(row[0]).get("APEX_HOOKS", "") if row else ""
+                before = chain.split(",") if chain else []
+                event.hops, token = len(before), f"{event.id} {name}"
+                if name in before or len(before) >= HOPS_MAX:
+                    continue
+                sql = "SELECT 1 FROM requests WHERE token = ?"
+                if not db.execute(sql, (token,)).fetchone():
+                    env = {"APEX_HOOKS": ",".join([*before, name])}
+                    command = hook.command or DELIVER
+                    given = {"label": hook.label or f"{name}: {event.type}"}
+                    self._insert(db, hook, command, event, env, given, token)
+
+    def _find_hooks(self, event: Event) -> list[tuple[str, Any]]:
+        return [
+            (name, hook)
+            for name, hook in self._store.config.hooks.items()
+            if hook.enabled and any(fnmatch.fnmatchcase(event.type, one) for one in hook.on)
+        ]
 
     def register(self, specs: Mapping[str, str], now: float) -> dict[str, float]:
         """Note what each schedule fires by, {source: spec}, and forget all others.
@@ -3393,8 +3822,22 @@ class EventStore:
         return {source: (at, task_id) for source, at, task_id in rows}
 
     def publish(self, type: str, payload: Mapping[str, Any], source: str) -> None:
-        """Tell of something that is no change of a task; its hooks' tasks are on disk then."""
-        self._store.on_events([Event.make(type, payload, source)])
+        """Publish an event that is not a change of a task; errors are only logged."""
+        try:
+            self.emit(Event.make(type, payload, source))
+        except DaemonError as error:
+            log.error("event %s is lost: %s", type, error)
+
+    def emit(self, event: Event, hooks: str = "") -> None:
+        """Publish an event, once for its id; the tasks of its hooks are on disk on return.
+
+        hooks: those that led to it, separated by commas. Raises DATABASE_FAILED.
+        """
+        if not self._find_hooks(event):
+            self._store.dispatch([event])
+            return
+        with self._store.database.write(is_vital=False) as db:
+            db.events.append((event, hooks))
 
 
 # ============================================================================
@@ -3409,11 +3852,11 @@ class EventStore:
 # connects and asks. The words, each a frame of JSON (fields are only ever added):
 #
 #   keeper  hello {keeper: 1, pid, file: [device, inode], runs: [{run, pid, at, age_s}],
-#                  ended: [run]}
+#                  ended: [run], pings}
 #           started {run, pid, at} | failed {run, errno, what, text}
 #           exited {run, code | signal, at, ran_s, cpu_s, max_rss}
 #   daemon  start {run, argv, cwd, env, umask, log, sweep, limits, nice, ids}
-#           signal {run, number}; end {run, number, grace}; forget {runs}; quit
+#           signal {run, number}; end {run, number, grace}; forget {runs}; ping -> pong; quit
 #
 #   - An attempt is on disk, with the name of its keeper, before `start` is sent; its result is
 #     on disk before `forget` is sent. What was not forgotten is told again to each daemon.
@@ -3670,7 +4113,7 @@ class Keeper:
                 self._is_wanted, self._patience_mono = True, float("inf")
                 info = os.fstat(self._fd)
                 runs = [child.describe() for child in self._children.values()]
-                hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid()}
+                hello = {"type": "hello", "keeper": KEEPER_PROTOCOL, "pid": os.getpid(), "pings": 1}
                 hello.update(file=[info.st_dev, info.st_ino], runs=runs, ended=list(self._ended))
                 self._untold = deque((hello, *self._ended.values()))
                 return True
@@ -3711,6 +4154,8 @@ class Keeper:
                 self._unwritten.pop(run, None)
         elif kind == "quit":
             self._is_wanted = False
+        elif kind == "ping":
+            self._untold.append({"type": "pong"})
 
     def _start(self, run: str, word: dict[str, Any]) -> None:
         failpoint("read")
@@ -3837,12 +4282,15 @@ def run_keeper(folder: str, name: str) -> int:
 
 def spawn_keeper(folder: str, name: str) -> Any:
     """Start a keeper, return its Popen. Raises OSError."""
-    env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
+    env = {k: v for k, v in os.environ.items() if k not in TASK_MARKS}
     argv = [sys.executable, "-I", "-S", launcher_path(folder), "_keeper", folder, name]
     null = subprocess.DEVNULL
     for options in Platform.KEEPER:  # the first that the system permits
         with contextlib.suppress(PermissionError):
-            return subprocess.Popen(argv, stdin=null, stdout=null, stderr=null, env=env, **options)
+            files: Any = dict.fromkeys(("stdin", "stdout", "stderr"), null)
+            process = subprocess.Popen(argv, env=env, **files, **options)
+            Platform.change_limits(process.pid)
+            return process
     raise PermissionError(errno.EPERM, "not permitted", argv[0])
 
 
@@ -3933,7 +4381,7 @@ class _Link(Wire):
         self.path, self.process, self.is_private = path, process, is_private
         self.name = path.rpartition("-")[2]
         self.pid, self.file_id = 0, [0, 0]
-        self.is_foreign = self.is_quitting = False
+        self.is_foreign = self.is_quitting = self.has_pings = False
         self.drop()
 
     def drop(self) -> None:
@@ -3994,6 +4442,7 @@ class _Roster:
         self._next_spawn = 0.0  # monotonic
         self._spawned: set[str] = set()  # the names of those started here
         self._obstacle = "it is being started"  # why no keeper stands
+        self._looked_mono = Clock.mono()  # when `look` was called last
         self.watched = Watched()
         self.wake = self.watched.wake  # makes `look` return
 
@@ -4008,6 +4457,11 @@ class _Roster:
         with self._lock:
             return next((link.name for link in self._links.values() if link.takes_starts()), None)
 
+    def silent(self) -> list[int]:
+        """Return the PIDs of keepers that have owed an answer for too long."""
+        with self._lock:
+            return [link.pid for link in self._links.values() if link.is_silent()]
+
     @property
     def obstacle(self) -> str:
         """Why nothing can be started, "" when it can."""
@@ -4017,6 +4471,18 @@ class _Roster:
         """Tell whether a PID is that of a keeper that was started here."""
         with self._lock:
             return any(x.process is not None and x.process.pid == pid for x in self._links.values())
+
+    def is_turning(self, within_s: float) -> bool:
+        """Ask for a sign of life; tell whether a keeper gave the last one in time, and `look`."""
+        with self._lock:
+            links, now = [x for x in self._links.values() if x.is_greeted], Clock.mono()
+            ages = [now - (link.asked_mono or now) for link in links]
+            for link in links:
+                if link.has_pings and link.asked_mono is None:
+                    link.asked_mono = now
+                    link.send("ping")
+            self.flush()
+        return min(ages, default=0.0) < within_s and now - self._looked_mono < within_s
 
     def flush(self) -> None:
         """Send what there is to send, as far as the keepers take it now."""
@@ -4219,6 +4685,8 @@ class Keepers(_Roster):
 
     def look(self, timeout_s: float) -> None:
         """Read what keepers tell, and do what is due; return when something happened."""
+        failpoint("look")
+        self._looked_mono = Clock.mono()
         with self._lock:
             sweep_mono = min((ward.sweep_mono for ward in self._swept.values()), default=1e300)
             due_s = min(self._tend(), sweep_mono - Clock.mono(), timeout_s)
@@ -4278,6 +4746,7 @@ class Keepers(_Roster):
         if word["keeper"] != KEEPER_PROTOCOL or word["file"] != link.file_id:
             raise ValueError("another project's, or of another protocol")
         link.is_greeted, link.pid, self._obstacle = True, int(word["pid"]), ""
+        link.has_pings = bool(word.get("pings"))  # older ones have none
         runs = {str(run["run"]): run for run in word["runs"]}
         for run_id, told in runs.items():
             ward = self._wards.get(run_id)
@@ -4346,6 +4815,14 @@ def make_start(task: Task, env: Mapping[str, str], umask: int | None, store: Tas
     group = store.config.groups.get(task.group)
     words = [*Platform.SHELL, task.command] if isinstance(task.command, str) else task.command
     marks = {"TASK_ID": task.id, "ATTEMPT": task.attempts, "RUN_ID": task.run_id}
+    if '"type": "file.changed"' in env.get("APEX_EVENT", ""):
+        marks["EVENT_FILE"] = event_path(store.folder, task.id)
+    if task.command == DELIVER:
+        words = [sys.executable, "-I", "-S", launcher_path(store.folder), "_deliver"]
+        hook = store.config.hooks.get(env.get("APEX_HOOKS", "").rpartition(",")[2])
+        marks["HOOK_URL"] = getattr(hook, "url", None) or ""
+        if hook is not None and hook.secret_env:  # it goes to the child alone, to no disk
+            marks["HOOK_SECRET"] = os.environ.get(hook.secret_env, "")
     return {
         "argv": [*(group.launcher if group else ()), *words],
         "cwd": task.cwd,
@@ -4714,6 +5191,168 @@ def run_schedule(store: TaskStore, name: str) -> int:
 
 
 # ============================================================================
+# 12. EVENTS - reading what happened; subscribers; what hooks send to a URL
+#     Uses 1-9. Any thread; a router has one a subscription. Closed by: its maker.
+# ============================================================================
+
+# The task of a hook is inserted by the transaction that changes a task: see EventStore. What is
+# here receives events after the commit: a crash in between costs a line of the log, no hook.
+
+
+def read_events(
+    folder: str, lines: int, to_end: bool, pattern: str = "*", since: float = 0.0
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the last `lines` events, then, with to_end, what comes; [] when nothing does.
+
+    pattern: of types, "task.*"; since: epoch seconds.
+    """
+    recent: deque[dict[str, Any]] = deque(maxlen=lines)
+    is_catching_up, rest = True, b""
+    for data in follow_file(os.path.join(folder, "events.log"), 0, to_end):
+        *whole, rest = (rest + data).split(b"\n")
+        found = []
+        for line in whole:
+            with contextlib.suppress(ValueError, TypeError, AttributeError):  # of a full disk
+                event = json.loads(line)
+                is_whole = event.keys() >= Event.__annotations__.keys() and event["time"] >= since
+                if is_whole and fnmatch.fnmatchcase(event["type"], pattern):
+                    found.append(event)
+        if is_catching_up:
+            recent.extend(found)
+        if not is_catching_up or not data:
+            yield [*recent] if is_catching_up else found
+            is_catching_up = is_catching_up and bool(data)
+    if is_catching_up:
+        yield [*recent]
+
+
+class EventRouter:
+    """Dispatches events to subscribers and keeps a history of them.
+
+    A handler has a thread of its own. One that raises is tried 3 times more, after 1, 2 and
+    4 s; then the event is a dead letter. Any thread; handlers may publish. Life: made -> close.
+    """
+
+    def __init__(self) -> None:
+        self._closing = threading.Event()
+        self._history: deque[Event] = deque(maxlen=HISTORY_MAX)
+        self._dead_letters: deque[dict[str, Any]] = deque(maxlen=DEAD_LETTERS_MAX)
+        self._lock = threading.Lock()  # guards what follows
+        self._readers: dict[threading.Thread, tuple[str, Any]] = {}  # with pattern and queue
+
+    def subscribe(self, pattern: str, handler: Callable[[Event], object]) -> None:
+        """Call `handler` with each event, from now on, whose type matches: "task.*", "*"."""
+        waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        args, name = (handler, waiting), f"events-{pattern}"
+        thread = threading.Thread(target=self._serve, args=args, name=name, daemon=True)
+        thread.start()
+        with self._lock:
+            self._readers[thread] = pattern, waiting
+
+    def publish(
+        self, type: str, payload: Mapping[str, Any] | None = None, source: str = ""
+    ) -> Event:
+        """Create an event and dispatch it; return it."""
+        event = Event.make(type, payload or {}, source)
+        self.dispatch([event])
+        return event
+
+    def dispatch(self, events: Iterable[Event]) -> None:
+        """Add events to the history and to the queues of their subscribers."""
+        with self._lock:
+            for event in events:
+                self._history.append(event)
+                for pattern, waiting in self._readers.values():
+                    if not fnmatch.fnmatchcase(event.type, pattern):
+                        continue
+                    if waiting.qsize() < HANDLER_BEHIND_MAX:
+                        waiting.put(event)
+                    else:
+                        self._add_dead_letter(event, "its handler is too slow", 0)
+
+    def _add_dead_letter(self, event: Event, error: str, attempts: int) -> None:
+        self._dead_letters.append({"event": event, "error": error, "attempts": attempts})
+
+    def _serve(self, handler: Callable[[Event], object], waiting: Any) -> None:
+        for event in iter(waiting.get, None):
+            for attempt, pause_s in enumerate((0.0, *HANDLER_PAUSES_S), 1):
+                self._closing.wait(pause_s)
+                try:
+                    handler(event)
+                    break
+                except Exception as error:  # the user's callback
+                    log.exception("a handler of %s failed", event.type)
+                    if attempt > len(HANDLER_PAUSES_S):
+                        self._add_dead_letter(event, f"{type(error).__name__}: {error}", attempt)
+
+    def history(
+        self, type: str | None = None, source: str | None = None, limit: int = 50
+    ) -> list[Event]:
+        """Return the last events, the newest last; type is a pattern."""
+        events = [e for e in self._history.copy() if source in (None, e.source)]
+        events = [e for e in events if fnmatch.fnmatchcase(e.type, type or "*")]
+        return events[-limit:] if limit > 0 else []
+
+    def clear_history(self) -> None:
+        """Forget the events."""
+        self._history.clear()
+
+    def dead_letters(self) -> list[dict[str, Any]]:
+        """Return the last {"event", "error", "attempts"}, the newest last."""
+        return [*self._dead_letters.copy()]
+
+    def clear_dead_letters(self) -> None:
+        """Forget the dead letters."""
+        self._dead_letters.clear()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Let the handlers finish what is queued, without pauses between tries, then end them."""
+        deadline = Clock.mono() + timeout_s
+        self._closing.set()
+        with self._lock:
+            readers, self._readers = self._readers, {}
+        for _, waiting in readers.values():
+            waiting.put(None)
+        for thread in readers.keys() - {threading.current_thread()}:
+            thread.join(max(deadline - Clock.mono(), 0.0))
+
+
+def deliver() -> int:
+    """POST the event of the task that this runs in to its hook's URL; 0: a 2xx answered.
+
+    A redirect is refused: the POST would become a GET of somebody else's page.
+    """
+    import hashlib
+    import hmac
+    import http.client
+    import urllib.request
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *args: Any) -> None:
+            return None
+
+    env = os.environ
+    body, name = env.get("APEX_EVENT", "{}").encode(), env.get("APEX_HOOKS", "").split(",")[-1]
+    url, secret = env.get("APEX_HOOK_URL"), env.get("APEX_HOOK_SECRET")
+    if not url or secret == "":
+        what = "secret_env names a variable that the daemon does not have" if url else "no url"
+        print(f"not delivered: hook.{name}: {what}", flush=True)
+        return 1
+    headers = {"Content-Type": "application/json", "User-Agent": f"apexd/{__version__}"}
+    headers["Idempotency-Key"] = f"{json.loads(body)['id']}-{name}"
+    if secret is not None:
+        digest = hmac.new(os.fsencode(secret), body, hashlib.sha256).hexdigest()
+        headers["X-Apexd-Signature"] = "sha256=" + digest
+    request = urllib.request.Request(url, body, headers, method="POST")
+    try:
+        urllib.request.build_opener(NoRedirect).open(request, timeout=HOOK_ANSWER_S).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        print(f"not delivered: {error or type(error).__name__}", flush=True)
+        return 1
+    return 0
+
+
+# ============================================================================
 # 13. RUNNER - the polling loop over the store
 #     Uses 1-10. Threads: one polls; one a call of `execute`. Closed by: Daemon.
 # ============================================================================
@@ -4772,7 +5411,7 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
     files = []
     with os.scandir(os.path.join(store.folder, "logs")) as entries:
         for entry in entries:
-            match = re.match(r"task-(\d+)\.", entry.name)
+            match = re.match(r"task-(\d+)\.\d", entry.name)
             if match and int(match[1]) not in running:
                 with contextlib.suppress(FileNotFoundError):
                     files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
@@ -4782,6 +5421,51 @@ def prune_all(store: TaskStore, running: Container[int]) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             excess -= size
+
+
+def log_end(store: TaskStore, task: Task, result: Result) -> None:
+    """Log how an attempt ended, and when it comes back if it asked for that."""
+    took_s = Clock.now() - task.started_at if result.ran_s is None else result.ran_s
+    how = "completed" if result.exit_code == 0 else f"ended, {describe_end(result)}"
+    log.info("Task %d %s (%.1fs)", task.id, how, took_s)
+    for after in store.find(ids=[task.id]) if result.exit_code == 75 else ():
+        if after.state == State.SCHEDULED:
+            when = timestamp(after.due_at or 0.0)
+            log.warning("Task %d rate limited, comes back at %s", task.id, when)
+
+
+class Meters:
+    """What is measured of attempts since the daemon's start; the runner's thread counts."""
+
+    def __init__(self) -> None:
+        self.turns = 0  # of the runner's loop
+        self.due_mono = Clock.mono()  # when it is to come round at the latest
+        self.outcomes = dict.fromkeys(Outcome, 0)
+        # How many took so long, by BUCKETS_S (the last but one: longer), and seconds in all.
+        self.seconds = {name: [0.0] * (len(BUCKETS_S) + 2) for name in ("wait", "run", "cpu")}
+        self._minutes: deque[list[int]] = deque(maxlen=60)  # [minute, succeeded, failed]
+
+    def count(self, task: Task, result: Result) -> None:
+        """Count an attempt that has ended and is recorded."""
+        if task.outcome is None:  # it never ran
+            return
+        self.outcomes[task.outcome] += 1
+        wait_s = task.started_at - task.created_at if task.attempts == 1 else None
+        run_s = Clock.now() - task.started_at if result.ran_s is None else result.ran_s
+        for name, value in (("wait", wait_s), ("run", run_s), ("cpu", result.cpu_s)):
+            if value is not None:
+                self.seconds[name][bisect.bisect_left(BUCKETS_S, value)] += 1
+                self.seconds[name][-1] += max(value, 0.0)
+        minute = int(Clock.now() // 60)
+        if not self._minutes or self._minutes[-1][0] != minute:
+            self._minutes.append([minute, 0, 0])
+        self._minutes[-1][1] += task.state == State.SUCCEEDED
+        self._minutes[-1][2] += task.state == State.FAILED
+
+    def last_hour(self) -> list[list[int]]:
+        """Return [[succeeded, failed] for each minute], the present one last."""
+        found, this = {minute: n for minute, *n in [*self._minutes]}, int(Clock.now() // 60)
+        return [found.get(this - ago, [0, 0]) for ago in range(59, -1, -1)]
 
 
 class DaemonRunner:
@@ -4815,6 +5499,7 @@ class DaemonRunner:
         self._note_mono = float("inf")  # when `_begun` is recorded at the latest
         names = ("tasks_processed", "tasks_succeeded", "tasks_failed", "poll_count")
         self._metrics = DaemonMetrics(**dict.fromkeys(names, 0))
+        self.meters = Meters()
 
     def start(self) -> None:
         """Take over what a former daemon left, then poll."""
@@ -4914,6 +5599,8 @@ class DaemonRunner:
         next_poll, next_upkeep, wait_s = 0.0, 0.0, 0.0
         while not self.halted.is_set():
             try:
+                self.meters.turns += 1
+                self.meters.due_mono = Clock.mono() + wait_s
                 self.keepers.look(wait_s)
                 if self._ended and len(self._ended) < len(self._running):
                     self.keepers.look(GATHER_S)
@@ -4921,6 +5608,7 @@ class DaemonRunner:
                 poll_s, is_polling = self.store.config.daemon.poll_interval, now >= next_poll
                 next_poll = now + poll_s if is_polling else min(next_poll, now + poll_s)
                 if is_polling:
+                    log.debug("Polling for tasks")
                     self._metrics.last_poll_at = Clock.now()
                     self._metrics.poll_count += 1
                     if "queued" in self.store.get_counts():
@@ -4990,9 +5678,9 @@ class DaemonRunner:
             failpoint("result")
             self.keepers.forget(run.ward.run_id for run in ended)
         for task, result in results:
-            self._metrics.count(result)
-            took = span(Clock.now() - task.started_at if result.ran_s is None else result.ran_s)
-            log.info("Finished task %d: %s, %s", task.id, describe_end(result), took)
+            self._metrics.count(task)
+            self.meters.count(task, result)
+            log_end(self.store, task, result)
         for task in claimed:
             log.info("Starting task %d", task.id)
         self.tell(task.id for task, _ in results)
@@ -5056,9 +5744,9 @@ class DaemonRunner:
             if wish != Outcome.INTERRUPTED:
                 raise
             log.error("%s", error)
-        tell = log.warning if wish == Outcome.TIMEOUT else log.info
+        how = "Timed out waiting: ending" if wish == Outcome.INTERRUPTED else "Ending"
         for run in runs:
-            tell("Ending task %d: %s", run.task.id, wish.value)
+            log.warning("%s task %d: %s", how, run.task.id, wish.value)
             self._end(run, stop_s)
 
 
@@ -5097,6 +5785,7 @@ class ProcessState(str, Enum):
 _UP = {ProcessState.STARTING, ProcessState.RUNNING, ProcessState.UNHEALTHY}
 _DOWN = {ProcessState.BACKOFF, ProcessState.CRASHED, ProcessState.FAILED}
 _READY = {ProcessState.RUNNING, ProcessState.UNHEALTHY}
+_EVENT_STATES = {ProcessState.RUNNING, ProcessState.STOPPED, *_DOWN} - {ProcessState.BACKOFF}
 _ENDS = {ProcessState.STOPPING, ProcessState.CRASHED}
 PROCESS_MOVES: dict[ProcessState, set[ProcessState]] = {
     ProcessState.STOPPED: {ProcessState.STARTING},
@@ -5457,6 +6146,12 @@ class Watch:
                     one.remark = word[len("STATUS=") :][:1000]
 
 
+def publish(instance: Instance, type: str, why: str | None = None) -> None:
+    """Publish an event of an instance; holds the lock."""
+    payload = {"name": instance.name, "instance": instance.index, "why": why}
+    EventStore(instance.store).publish("process." + type, payload, f"process {instance.id}")
+
+
 class Instance:
     """One copy of a process: what `decide` sees of it, its run, what it has been through.
 
@@ -5537,6 +6232,11 @@ class Instance:
                 self.write_note(ready=True)
         if state == ProcessState.STOPPING:
             self.flaw = why or ""
+        was_ready, is_kept = self.is_ready(), self.view.is_wanted and not self.view.is_stale
+        if state == ProcessState.STOPPING and was_ready and is_kept:
+            publish(self, "hung", why)
+        elif state in _EVENT_STATES and not (was_ready and state in _READY):
+            publish(self, "ready" if state in _READY else state.value, why)
         is_waiting = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
         if state == ProcessState.STOPPED and is_waiting:
             self.forget()
@@ -5585,6 +6285,7 @@ class Instance:
         failpoint("note")
         self.keepers.start(self.ward, word)
         self.keepers.flush()
+        publish(self, "started")
 
     def adopt(self, note: dict[str, Any]) -> None:
         """Find out what became of the run that a note tells of; holds the lock."""
@@ -6036,6 +6737,490 @@ class Supervisor:
 
 
 # ============================================================================
+# 15. WATCH - what changes in the files below some folders, and the tasks made of it
+#     Uses 1-9. Threads: one a FileWatcher. Closed by: Daemon.
+# ============================================================================
+
+# A snapshot says what is in each folder. Notifications only say where to compare it with the
+# disk, so a lost one, a folder that is new and a tree that is polled are the same comparison of
+# more. What differs is kept as it was; when the burst is over, that is compared with what is
+# there then, and what cancels itself out is no change. A stamp is (time of modification in ns,
+# size, inode) of a file, (0, -1, inode) of a folder.
+
+
+class Change(Value):
+    """What a burst of changes did to one file."""
+
+    kind: str  # created, modified, deleted, moved
+    path: str
+    source: str | None  # where it was moved from
+
+
+def glob_expression(patterns: Iterable[str]) -> re.Pattern[str]:
+    """Compile globs: `*` and `?` stay within a folder, `**` does not.
+
+    One without a slash is for a name in any folder, others for a path from the root.
+    """
+    marks = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    found = ["(?!)"]  # no path
+    for pattern in (pattern.rstrip("/") for pattern in patterns):
+        pattern = pattern.lstrip("/") if "/" in pattern else "**/" + pattern
+        words = re.findall(r"\*\*/|\*\*|.", pattern, re.DOTALL)
+        found.append("".join(marks.get(word) or re.escape(word) for word in words))
+    return re.compile("|".join(found), re.DOTALL)
+
+
+def check_folders(paths: Iterable[str]) -> None:
+    """Check what is to be watched: folders, which may be missing. Raises ValueError."""
+    for path in paths:
+        try:
+            os.scandir(path).close()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(f"folders that can be read: {path}: {error.strerror}") from None
+
+
+class _Tree:
+    """The files below one root: a snapshot, and what differed from it before. One thread."""
+
+    def __init__(self, root: str, ignore: Any, endings: tuple[str, ...], is_polled: bool) -> None:
+        self.root, self.is_polled = root, is_polled
+        self._ignore, self._endings = ignore, endings
+        self.known: dict[str, dict[str, Any]] = {}  # folder -> name -> stamp
+        self._before: dict[str, Any] = {}  # what this burst changed -> its stamp before
+        self._touched: set[str] = set()  # was written to, whatever its stamp says
+        self.is_news, self.has_gaps = False, True  # something was noted; all is to be looked at
+        self.is_lost = False  # the root is missing, or cannot be read
+        self.notifier: Any = None
+        self._left_out: set[str] = set()  # folders that could not be read once
+        self.due_mono, self.looked_mono = float("inf"), Clock.mono()  # when to look untold; when
+        self._busy_until = 0.0  # it is polled more often, monotonic
+
+    def close(self) -> None:
+        """Give up the notifications."""
+        if self.notifier is not None:
+            self.notifier.close()
+        self.notifier = None
+
+    def _poll(self, why: str | None) -> None:
+        text = "watching %s: nobody tells of changes, so it is looked through now and then: %s"
+        log.warning(text, self.root, why)
+        self.close()
+        self.is_polled = True
+
+    def _path(self, relative: str) -> str:
+        return os.path.join(self.root, relative.replace("/", os.sep)) if relative else self.root
+
+    def _is_wanted(self, path: str, is_folder: bool) -> bool:
+        is_ending = is_folder or not self._endings or path.endswith(self._endings)
+        return is_ending and not self._ignore.fullmatch(path)
+
+    def _note(self, path: str, stamp: Any) -> None:
+        """Remember how a file was before the burst."""
+        self._before.setdefault(path, stamp)
+        self.is_news = True
+
+    def hear(self) -> None:
+        """Look at what the notifications are about."""
+        for folder, name, what in self.notifier.read() if self.notifier is not None else ():
+            path = f"{folder}/{name}" if folder else name
+            if what == "gap":
+                self.has_gaps = self.is_news = True
+            elif self._is_wanted(path, what == "folder"):
+                if what == "written" and self._find(path):
+                    self._touched.add(path)
+                    self._note(path, self._find(path))
+                try:
+                    info = os.lstat(self._path(path))
+                except PermissionError:  # what is known of it stands
+                    continue
+                except OSError:
+                    info = None
+                for inner in self._look(folder, name, info, False):
+                    self._scan(inner)
+
+    def look(self, now: float) -> None:
+        """Look for what nobody tells of, when that is due."""
+        if now < self.due_mono:
+            return
+        self.due_mono, self.looked_mono = now + WATCH_LOOK_S, now
+        if not self.is_polled:  # the root was missing
+            if os.path.isdir(self.root):
+                self.begin()
+            return
+        self._scan("", True)
+        self._busy_until = now + POLL_BUSY_S if self.is_news else self._busy_until
+        share = POLL_SHARE * (POLL_BUSY_FACTOR if now < self._busy_until else 1)
+        self.due_mono = now + min(max(WATCH_LOOK_S, (Clock.mono() - now) / share), POLL_MAX_S)
+
+    def begin(self) -> None:
+        """Look at everything, and ask to be told from now on."""
+        self.close()
+        above, self.due_mono = os.path.realpath(self.root), float("inf")
+        try:
+            kind = Platform.network_file_system(above)
+            if kind is not None and not self.is_polled:
+                self._poll(f"it is on {kind}")
+            elif not self.is_polled:
+                self.notifier = Platform.open_notifier()
+        except (OSError, ImportError) as error:
+            self._poll(getattr(error, "strerror", str(error)))
+        while self.notifier is not None and above != os.path.dirname(above):
+            above = os.path.dirname(above)  # when it is moved, the root is
+            with contextlib.suppress(OSError):
+                self.notifier.add(above, None)
+        self.has_gaps = False
+        self._scan("", True)
+        if self.is_polled:
+            self.due_mono = Clock.mono() + WATCH_LOOK_S
+
+    def _scan(self, folder: str, is_deep: bool = False) -> None:
+        """Compare a folder, and those in it that are new (deep: all), with what is known."""
+        todo = [folder]
+        while todo:
+            folder = todo.pop()
+            found = self._read(folder)
+            if found is not None:
+                known = self.known.setdefault(folder, {})
+                for name in [*(known.keys() - found.keys()), *found]:
+                    todo += self._look(folder, name, found.get(name), is_deep)
+
+    def _read(self, folder: str) -> dict[str, os.stat_result] | None:
+        """Return what is in a folder, {} when it is gone, None when it cannot be read."""
+        path, found = self._path(folder), dict[str, os.stat_result]()
+        try:
+            if self.notifier is not None:  # first: what is made meanwhile is found, or told of
+                self.notifier.add(path, folder)
+                if folder and self.notifier.numbers[folder] == self.notifier.numbers.get(""):
+                    self.has_gaps = self.is_news = True  # another root took the place of this
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):
+                        found[entry.name] = entry.stat(follow_symlinks=False)
+        except OSError as error:
+            if self.notifier is not None and error.errno in (errno.ENOSPC, errno.ENOMEM):
+                self._poll(f"{error.strerror} (fs.inotify.max_user_watches)")
+                return self._read(folder)
+            if error.errno in SHORTAGES:
+                raise
+            is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            if folder != "" and not is_gone and folder not in self._left_out:
+                self._left_out.add(folder)
+                log.warning("watching %s: %s is left out: %s", self.root, path, error.strerror)
+            elif folder == "":
+                self.close()
+                self.due_mono = Clock.mono() + WATCH_LOOK_S
+                if not self.is_lost:
+                    log.warning("watching %s: waiting for it: %s", path, error.strerror)
+                self.is_lost = True
+            return {} if is_gone else None
+        if folder == "" and self.is_lost:
+            self.is_lost = False
+            log.warning("watching %s: it is there", path)
+        return found
+
+    def _look(self, folder: str, name: str, info: Any, is_deep: bool) -> list[str]:
+        """Compare what is at a path with what is known; return the folder to look into."""
+        known, stamp = self.known.get(folder), None
+        if info is not None and stat.S_ISREG(info.st_mode):
+            stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
+        elif info is not None and stat.S_ISDIR(info.st_mode):
+            if getattr(info, "st_reparse_tag", 0) != MOUNT_POINT:
+                stamp = (0, -1, info.st_ino)
+        old = None if known is None else known.get(name)
+        if known is None or (stamp == old and (stamp is None or stamp[1] >= 0)):
+            return []
+        path = f"{folder}/{name}" if folder else name
+        is_folder, was_folder = (one is not None and one[1] < 0 for one in (stamp, old))
+        if (old is None or is_folder != was_folder) and not self._is_wanted(path, is_folder):
+            stamp, is_folder = None, False
+        known[name] = stamp
+        if stamp is None:
+            del known[name]
+        before = None if was_folder else old
+        if before != (None if is_folder else stamp):
+            self._note(path, before)
+        if was_folder and not is_folder:
+            self._drop(path)
+        is_new = stamp != old or (self.notifier and path not in self.notifier.numbers)
+        return [path] if is_folder and (is_deep or is_new) else []
+
+    def _drop(self, folder: str) -> None:
+        """Forget a folder that has gone, and all in it."""
+        todo = [folder]
+        while todo:
+            folder = todo.pop()
+            if self.notifier is not None:
+                self.notifier.remove(folder)
+            for name, stamp in self.known.pop(folder, {}).items():
+                path = f"{folder}/{name}"
+                if stamp[1] < 0:
+                    todo.append(path)
+                else:
+                    self._note(path, stamp)
+
+    def _find(self, path: str) -> Any:
+        """Return the stamp of a file, None when it is not there."""
+        folder, _, name = path.rpartition("/")
+        stamp = self.known.get(folder, {}).get(name)
+        return None if stamp is None or stamp[1] < 0 else stamp
+
+    def forget(self) -> None:
+        """Take what is known now for how it was before the next burst."""
+        self._before.clear()
+        self._touched.clear()
+        self.is_news = False
+
+    def sum_up(self, kinds: Container[str]) -> Iterator[Change]:
+        """Yield what the burst has changed, all in all."""
+        after = {path: self._find(path) for path in self._before}
+        gone = {old: path for path, old in self._before.items() if old and not after[path]}
+        moved = {
+            path: gone.pop(now) for path, now in after.items()
+            if "moved" in kinds and not self._before[path] and now in gone and now[2]
+        }  # fmt: skip
+        sources = set(moved.values())
+        for path, old in self._before.items():
+            kind = "modified" if after[path] != old or path in self._touched else ""
+            if old is None or after[path] is None:
+                kind = "moved" if path in moved else "created" if after[path] else "deleted"
+            if kind in kinds and path not in sources and (old or after[path]):
+                source = self._path(moved[path]) if path in moved else None
+                yield Change(kind=kind, path=self._path(path), source=source)
+
+
+class FileWatcher:
+    """Calls `on_change` with what has changed in the files below some folders.
+
+    Once a burst: `debounce_s` after its last change, `debounce_max_s` after its first at the
+    latest; again, a second later, when it raises. A missing folder is waited for; links are
+    not followed. on_change: is given [Change, ...], sorted by path, in the watcher's thread.
+    poll: do not ask the system to tell. hold: is given when the first and the last change of a
+    burst was seen (monotonic), returns how long it has to wait.
+    Thread: "watch". Life: start -> stop. Raises BAD_REQUEST.
+    """
+
+    def __init__(
+        self, paths: Iterable[str], on_change: Callable[[list[Change]], object], *,
+        events: Iterable[str] = FILE_CHANGES, ignore: Iterable[str] = (),
+        extensions: Iterable[str] = (), debounce_s: float = DEBOUNCE_S,
+        debounce_max_s: float = DEBOUNCE_MAX_S, poll: bool = False,
+        hold: Callable[[float, float], float] = lambda first, last: 0.0,
+    ) -> None:  # fmt: skip
+        self._on_change, self._hold = on_change, hold
+        self._kinds = {FILE_CHANGES[event] for event in events}
+        self._debounce_s, self._debounce_max_s = debounce_s, max(debounce_s, debounce_max_s)
+        endings = tuple("." + word.lstrip(".") for word in extensions)
+        ignored = glob_expression([*WATCH_IGNORED, *ignore])
+        roots = [os.path.abspath(path) for path in paths]
+        try:
+            check_folders(roots)
+        except ValueError as error:
+            raise bad(f"paths: must be {error}") from None
+        self._trees = [_Tree(root, ignored, endings, poll) for root in dict.fromkeys(roots)]
+        self._first = self._since = self._last = float("inf")  # of a burst, monotonic
+        self._due = self._held = 0.0  # when it is over; it waits so long; monotonic
+        self._failure = ""  # what was said of it
+        self._waker, self._wakee = socket.socketpair()
+        self._is_over, self._is_standing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
+
+    def start(self, within_s: float = STANDING_S) -> None:
+        """Begin; what changes from now on is seen; in a tree that takes longer: soon."""
+        self._thread.start()
+        self._is_standing.wait(within_s)
+
+    def stop(self) -> None:
+        """Tell what was changed until now, then nothing more."""
+        self._is_over.set()
+        if self._thread.is_alive():
+            with contextlib.suppress(OSError):  # it has just ended
+                self._waker.send(b"x")
+            self._thread.join(ANSWER_TIMEOUT_S)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return [{"path", "how": "inotify", "polling" or "missing", "folders"}]."""
+        found = []
+        for tree in self._trees:
+            how = "missing" if tree.is_lost else "polling" if tree.is_polled else "inotify"
+            found.append({"path": tree.root, "how": how, "folders": len(tree.known)})
+        return found
+
+    def _loop(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._is_over.is_set()
+            try:
+                self._turn(is_last)
+            except Exception as error:  # this thread's top frame, and the user's callback
+                if str(error) != self._failure:
+                    self._failure = str(error)
+                    log.error("watching: %s", error, exc_info=not isinstance(error, DaemonError))
+                for tree in self._trees:
+                    tree.has_gaps = True
+                self._first = self._since = self._last = self._due = Clock.mono()
+                self._is_over.wait(WATCH_LOOK_S)
+        for one in (*self._trees, self._waker, self._wakee):
+            one.close()  # type: ignore[attr-defined]
+
+    def _turn(self, is_last: bool) -> None:
+        """Wait until something may have changed or a burst is over, and see to it."""
+        wake = min([self._due, *(tree.due_mono for tree in self._trees)])
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wakee, selectors.EVENT_READ)
+            for tree in self._trees:
+                if tree.notifier is not None:
+                    selector.register(tree.notifier, selectors.EVENT_READ)
+            is_told = selector.select(None if wake == float("inf") else wake - Clock.mono())
+        now = Clock.mono()
+        if is_told:
+            self._is_over.wait(min(WATCH_GATHER_S, self._debounce_s))
+        for tree in self._trees:
+            if tree.is_polled and (is_last or (0.0 < self._due <= now and not self._held)):
+                tree.due_mono = now  # does it still go on?
+            seen = tree.looked_mono if tree.is_polled else now
+            tree.hear()
+            tree.look(now)
+            if tree.is_news:
+                tree.is_news = False
+                self._first, self._since = min(self._first, now), min(self._since, seen)
+                self._last, end = now, self._first + self._debounce_max_s
+                self._due = max(min(now + self._debounce_s, end), self._held)
+        if self._due > now and not (is_last and self._first <= now):
+            return
+        is_first = not self._is_standing.is_set()  # no burst, but the snapshot
+        wait_s = 0.0 if is_first or is_last else self._hold(self._since, self._last)
+        if wait_s > 0.0:
+            self._due = self._held = now + wait_s
+            return
+        for tree in self._trees:
+            if tree.has_gaps:
+                tree.begin()
+        found = {one.path: one for tree in self._trees for one in tree.sum_up(self._kinds)}
+        if found and not is_first:
+            self._on_change([found[path] for path in sorted(found)])
+        self._first = self._since = self._last = self._due = float("inf")
+        self._held, self._failure = 0.0, ""
+        for tree in self._trees:
+            tree.forget()
+        self._is_standing.set()
+
+
+class WatchTrigger:
+    """One [watch.NAME]: makes a task of each burst. Thread: its FileWatcher's."""
+
+    def __init__(self, name: str, options: Any, store: TaskStore, wake: Callable[[], None]) -> None:
+        self.name, self.options = name, options
+        self._store, self._wake = store, wake
+        self._task = EventStore(store).get_fires().get(f"watch.{name}", (0, None))[1]
+        self._ended: float | None = None  # that task, monotonic
+        self._is_own, self._rounds = False, 0  # changed by its own task; so often in a row
+        roots = [os.path.join(store.project, path) for path in options.paths]
+        own, folder = [], os.path.realpath(store.folder)  # what the daemon writes is no change
+        for above in (os.path.join(os.path.realpath(root), "") for root in roots):
+            if folder.startswith(above):
+                own.append("/" + folder[len(above) :].replace(os.sep, "/"))
+        self.watcher = FileWatcher(
+            roots, self._make_task, events=options.events, ignore=[*options.ignore, *own],
+            extensions=options.extensions, debounce_s=options.debounce_ms / 1000,
+            debounce_max_s=options.debounce_max, poll=options.poll, hold=self._hold,
+        )  # fmt: skip
+
+    def _hold(self, first: float, last: float) -> float:
+        """Let changes wait for the end of the task before, and longer when they are a loop."""
+        if self._ended is None:
+            tasks = self._store.find(ids=[self._task]) if self._task else []
+            finished_at = tasks[0].finished_at if tasks else 0.0
+            if finished_at is None:
+                self._is_own = False
+                return WATCH_BUSY_S if self.options.overlap == "queue" else 0.0
+            self._ended = Clock.mono() - max(Clock.now() - finished_at, 0.0) + WATCH_OWN_S
+        self._is_own = first <= last <= self._ended  # else somebody else changes things
+        if not self._is_own or self._rounds < LOOP_ROUNDS:
+            return 0.0
+        pause_s = backoff(self._rounds - LOOP_ROUNDS + 1, LOOP_PAUSE_S, LOOP_PAUSE_MAX_S)
+        return float(min(self._ended + pause_s - Clock.mono(), WATCH_LOOK_S))
+
+    def _make_task(self, changes: list[Change]) -> None:
+        self._rounds = self._rounds + 1 if self._is_own else 0
+        if self._rounds >= LOOP_ROUNDS:
+            what = ", ".join(sorted(change.path for change in changes)[:3])
+            text = "watch %s: a loop, slowed down: its task changes what it watches: %s"
+            log.error(text, self.name, what)
+        source, told = f"watch {self.name}", []
+        for kind in FILE_CHANGES.values():
+            payload = self._describe([change for change in changes if change.kind == kind])
+            if payload["count"]:
+                told.append(Event.make(f"file.{kind}", payload, source))
+        event = Event.make("file.changed", self._describe(changes), source)
+        paths = (json.dumps(one.path) if "\n" in one.path else one.path for one in changes)
+        lines = os.fsencode("".join(path + "\n" for path in paths))
+        store = EventStore(self._store)
+        trigger, is_behind = self.options, self.options.overlap == "queue"
+        made = store.fire(f"watch.{self.name}", trigger, event, None, is_behind, told, lines)
+        self._task, self._ended = made or self._task, None
+        self._wake()
+
+    def _describe(self, changes: list[Change]) -> dict[str, Any]:
+        """Return the payload of an event: too many changes for a variable are left out."""
+        found = [{k: v for k, v in one.to_dict().items() if v is not None} for one in changes]
+        payload = {"watch": self.name, "count": len(changes), "truncated": False, "changes": found}
+        if len(json.dumps(found)) > EVENT_VARIABLE_CHARS:
+            payload.update(truncated=True, changes=[])
+        return payload
+
+
+def check_watches(config: Config, project: str, path: str | None) -> None:
+    """Refuse to watch nothing, files, and what cannot be read. Raises CONFIG_INVALID."""
+    for name, watch in config.watches.items():
+        try:
+            if not watch.paths:
+                raise ValueError("one folder or more")
+            check_folders(os.path.join(project, folder) for folder in watch.paths)
+        except ValueError as error:
+            what = f"{path}: watch.{name}.paths = {watch.paths!r}: must be {error}"
+            hint = "name folders; missing ones are waited for"
+            raise DaemonError("CONFIG_INVALID", what, hint) from None
+
+
+class Watches:
+    """The watches of the configuration. Threads: one a watch. Life: start -> stop."""
+
+    def __init__(self, store: TaskStore, wake: Callable[[], None]) -> None:
+        self._store, self._wake = store, wake
+        self._watches: dict[str, WatchTrigger] = {}
+
+    def start(self) -> None:
+        """Have the watches that the configuration asks for, also after a reload."""
+        wanted = {n: one for n, one in self._store.config.watches.items() if one.enabled}
+        for name, watch in list(self._watches.items()):
+            if wanted.get(name) != watch.options:
+                watch.watcher.stop()
+                del self._watches[name]
+        deadline = Clock.mono() + STANDING_S
+        for name in wanted.keys() - self._watches.keys():
+            try:
+                watch = WatchTrigger(name, wanted[name], self._store, self._wake)
+                watch.watcher.start(max(deadline - Clock.mono(), 0.0))
+            except (DaemonError, OSError, RuntimeError) as error:  # no descriptor, no thread
+                log.error("watch %s does not work: %s", name, error)
+            else:
+                self._watches[name] = watch
+
+    reload = start
+
+    def stop(self) -> None:
+        """End them; what was changed until now becomes tasks."""
+        for watch in self._watches.values():
+            watch.watcher.stop()
+
+    def status(self) -> dict[str, Any]:
+        """Return {"watches": {name: what FileWatcher says}}."""
+        return {"watches": {name: one.watcher.status() for name, one in self._watches.items()}}
+
+
+# ============================================================================
 # 16. CONTROL - frames, verbs, server, Client
 #     Uses 1-14. Threads: one accepts, one a connection. Closed by: Daemon.
 # ============================================================================
@@ -6159,7 +7344,9 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "name": process_name, "names": lambda value: [process_name(one) for one in text_list(value)],
     "instances": integer(0, 1000), "signal": signal_number, "follow": truth, "wait": truth,
     "offsets": lambda value: {name: integer(0)(at) for name, at in mapping(value).items()},
-    "lines": integer(1, LINES_MAX),
+    "lines": integer(1, LINES_MAX), "pattern": line_of_text, "since": number, "hooks": line_of_text,
+    "event": matching(r"(?!.{100})[\w-]+(\.[\w-]+)*", "a name such as deploy.done"),
+    "payload": mapping,
 }  # fmt: skip
 
 
@@ -6181,6 +7368,11 @@ def read_fields(form: str, request: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def reading(form: str, act: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a verb's function read the fields that it is given; it raises BAD_REQUEST then."""
+    return lambda **given: act(**read_fields(form, given))
+
+
 class TaskVerbs:
     """What can be done to tasks: `table` maps each verb to its form and its function.
 
@@ -6191,7 +7383,7 @@ class TaskVerbs:
         self._store = store
         self._runner = runner
         partial = functools.partial
-        self.table: dict[str, tuple[str, Callable[..., Fields]]] = {
+        self.table: dict[str, tuple[str, Callable[..., Any]]] = {
             "add": ("commands! options token cwd env umask", self._add),
             "list": ("state group before limit ids", self._list),
             "get": ("id!", self._get),
@@ -6206,6 +7398,8 @@ class TaskVerbs:
             "logs": ("id! attempt offset within", self._logs),
             "queue": ("", self._queue),
             "process_logs": ("name! offsets lines", self._process_logs),
+            "events": ("pattern since lines follow", self._events),
+            "emit": ("event! payload hooks token", self._emit),
             "schedules": ("limit", lambda limit=1: {"schedules": list_schedules(store, limit)}),
             "run_schedule": ("name!", lambda name: self._wake({"id": run_schedule(store, name)})),
         }
@@ -6238,9 +7432,12 @@ class TaskVerbs:
         return self._wake({"ids": ids, "existing": ids.existing})
 
     def _list(self, group: str | None = None, **where: Any) -> Fields:
-        if group is not None and group not in self._store.config.groups:
-            raise unknown_group(group, self._store.config)
-        return {"tasks": list(map(self._describe, self._store.find(group=group, **where)))}
+        """Return tasks; those of hooks only by their group, by "*", which is all, or by ids."""
+        if group not in (None, "*", *self._store.config.groups):
+            raise unknown_group(group or "", self._store.config)
+        where["hidden"] = "hooks" if group is None and "ids" not in where else None
+        found = self._store.find(group=None if group == "*" else group, **where)
+        return {"tasks": list(map(self._describe, found))}
 
     def _get(self, id: int) -> Fields:
         task = self._store.get(id)
@@ -6314,6 +7511,25 @@ class TaskVerbs:
         """Return {"logs": {"web.0": {"data": base64, "next": offset}}}."""
         found = read_process_logs(self._store, name, offsets or {}, lines)
         return {"logs": {one: log_fields(*part) for one, part in found.items()}}
+
+    def _events(
+        self, pattern: str = "*", since: float = 0.0, lines: int = 50, follow: bool = False
+    ) -> Fields | Iterator[Fields]:
+        """Return {"lines": [the last events]}; with follow one such frame after the other."""
+        found = read_events(self._store.folder, lines, follow, pattern, since)
+        frames = ({"type": "events", "lines": events} for events in found)
+        return frames if follow else next(frames)
+
+    def _emit(
+        self, event: str, payload: Fields | None = None, hooks: str = "", token: str | None = None
+    ) -> Fields:
+        """Publish custom.EVENT; the same token again starts nothing more."""
+        made = Event.make("custom." + event.removeprefix("custom."), payload or {}, "emit")
+        made.id = token or made.id
+        if len(json.dumps(made.to_dict())) > EVENT_MAX_BYTES:
+            raise bad(f"the event has more than {EVENT_MAX_BYTES} bytes", "name a file in it")
+        EventStore(self._store).emit(made, hooks)
+        return {"id": made.id}
 
     def _why(self, id: int) -> Fields:
         task, parents = self._store.get(id), self._parent_reasons
@@ -6416,10 +7632,10 @@ class ProcessVerbs:
             "scale_process": ("name! instances!", self._scale),
             "signal_process": ("name! signal!", self._signal),
             "why_process": ("name!", self._why),
-            "tail_logs": ("name! lines follow", self._tail),
+            "tail_logs": ("name lines follow", self._tail),
         }
 
-    def _look(self, names: Iterable[str]) -> list[list[Fields]]:
+    def look(self, names: Iterable[str]) -> list[list[Fields]]:
         """Return the details of each instance of each process."""
         with self._supervisor.moved:
             mine = [self._supervisor.find(name) for name in names]
@@ -6429,11 +7645,11 @@ class ProcessVerbs:
 
     def _list(self) -> Fields:
         names = list(self._store.config.processes)
-        return {"type": "process_list", "processes": list(map(sum_up, names, self._look(names)))}
+        return {"type": "process_list", "processes": list(map(sum_up, names, self.look(names)))}
 
     def _get(self, name: str) -> Fields:
         policy = get_process(self._store.config, name)
-        (details,) = self._look([name])
+        (details,) = self.look([name])
         words = [policy.command] if isinstance(policy.command, str) else policy.command
         process = {"name": name, "id": name, "command": words[0], "args": words[1:]}
         process["cwd"] = os.path.normpath(os.path.join(self._store.project, policy.cwd))
@@ -6444,6 +7660,7 @@ class ProcessVerbs:
         """Have processes up, and what they need; answer when they are, or will not be."""
         with self._supervisor.acting(names) as mine:
             todo, find = list(names), self._supervisor.find
+            ran = sum(one.is_up() for one in mine)
             for name in todo:
                 needs = self._store.config.processes[name].needs
                 todo += [need for need in needs if need not in todo]
@@ -6461,7 +7678,8 @@ class ProcessVerbs:
             if wait:
                 self._await_up(mine)
             self._supervisor.moved.notify_all()
-        return {"message": f"started: {', '.join(names)}"}
+        rest = f" ({ran} of {len(mine)} instances ran already)" if ran else ""
+        return {"message": f"started: {', '.join(names)}{rest}"}
 
     def _has_come_up(self, one: Instance) -> bool:
         """Tell whether an instance is ready; without `ready`, whether it stays."""
@@ -6560,8 +7778,15 @@ class ProcessVerbs:
                 reasons += [one.explain() for one in self._supervisor.find(need)]
         return {"name": name, "reasons": reasons or [f"{name} has no instances: `scale {name} 1`"]}
 
-    def _tail(self, name: str, lines: int = 50, follow: bool = False) -> Fields | Iterator[Fields]:
-        read = functools.partial(read_process_logs, self._store, name)
+    def _tail(
+        self, name: str | None = None, lines: int = 50, follow: bool = False
+    ) -> Fields | Iterator[Fields]:
+        def read(offsets: Mapping[str, int], lines: int) -> dict[str, tuple[bytes, int]]:
+            found = {}
+            for one in [name] if name else [*self._store.config.processes]:
+                found.update(read_process_logs(self._store, one, offsets, lines))
+            return found
+
         if follow:
             read({}, 1)  # raises PROCESS_NOT_FOUND
             return _frame_lines(follow_lines(read, lines, True))
@@ -6601,8 +7826,77 @@ def remove_socket(path: str, *others: str) -> None:
     for name in (path, *others):
         with contextlib.suppress(OSError):
             insist(os.unlink, name)
-    with contextlib.suppress(OSError):
-        os.rmdir(os.path.dirname(path))  # the state folder is not empty
+    folder = os.path.dirname(path)
+    if re.search("apexd-[0-9a-f]+-[0-9a-f]+$", folder):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
+class Acceptor:
+    """Gives each connection of a listener a thread, so many at once.
+
+    When all are taken, the one that has been idle the longest loses its place. serve: called
+    with (connection, idle); idle: where it stands while it waits for a request.
+    """
+
+    def __init__(
+        self, listener: socket.socket, name: str, most: int,
+        serve: Callable[[socket.socket, dict[socket.socket, None]], object],
+    ) -> None:  # fmt: skip
+        self.listener, self._serve = listener, serve
+        self._room = threading.BoundedSemaphore(most)
+        self._idle: dict[socket.socket, None] = {}  # the longest first
+        self._is_over, self._watched = False, Watched()
+        listener.setblocking(False)
+        self._watched.add(listener, self._accept)
+        threading.Thread(target=self._accept_all, name=name, daemon=True).start()
+
+    def close(self) -> None:
+        """Accept nothing more. What a service manager has open, too, stays so, and what comes waits."""
+        self._is_over = True
+        self._watched.remove(self.listener)
+        self.listener.close()
+        self._watched.wake()
+
+    def _accept_all(self) -> None:
+        while not self._is_over:
+            self._watched.wait(float("inf"))
+
+    def _accept(self) -> None:
+        peer: Any = None
+        try:
+            peer = self.listener.accept()[0]
+            peer.setblocking(True)
+            wait_s = 0.0
+            while not self._room.acquire(timeout=wait_s):
+                wait_s = 0.02
+                for idle in list(self._idle)[:1]:
+                    if self._idle.pop(idle, 0) is None:
+                        with contextlib.suppress(OSError):  # it has just gone
+                            idle.shutdown(socket.SHUT_RDWR)
+            self._idle[peer] = None
+            threading.Thread(target=self._talk, args=(peer,), name="talk", daemon=True).start()
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread
+            if self._is_over or isinstance(error, BlockingIOError):
+                return
+            log.warning("a connection was refused: %s", error)
+            if isinstance(error, RuntimeError):
+                self._idle.pop(peer, None)
+                self._room.release()
+                peer.close()
+            threading.Event().wait(0.1)
+
+    def _talk(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                self._serve(connection, self._idle)
+        except OSError as error:
+            log.debug("a connection ended: %s", error)
+        except Exception:  # this thread's top frame
+            log.exception("a connection failed")
+        finally:
+            self._idle.pop(connection, None)
+            self._room.release()
 
 
 class ControlServer:
@@ -6612,17 +7906,20 @@ class ControlServer:
     Life: start -> stop.
     """
 
-    def __init__(self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]]) -> None:
+    def __init__(
+        self, folder: str, verbs: Mapping[str, tuple[str, Callable[..., Fields]]],
+        place: str | None = None, inherited: socket.socket | None = None,
+    ) -> None:  # fmt: skip
         self._folder = folder
         self._verbs = verbs
-        self._room = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        self._place = place or os.path.join(folder, "control.sock")
+        self._inherited = inherited  # a service manager's, who keeps it for our successor
         self._streams = threading.BoundedSemaphore(STREAMS_MAX)
         self._large = threading.BoundedSemaphore(LARGE_FRAMES_MAX)
         self._lock = threading.Lock()  # guards what follows
-        self._idle: dict[socket.socket, None] = {}  # wait for a request, the longest first
         self._is_stopping = False
         self._endpoint: Fields = {}
-        self._listener: socket.socket | None = None
+        self._acceptor: Acceptor | None = None
         self._socket: tuple[str, Any] = ("", None)  # its path, and its `file_id` (Windows: None)
 
     def start(self, told: Fields) -> None:
@@ -6634,7 +7931,7 @@ class ControlServer:
         with self._lock:
             if self._is_stopping:
                 return
-            if self._listener is None or file_id(self._socket[0]) != self._socket[1]:
+            if self._acceptor is None or file_id(self._socket[0]) != self._socket[1]:
                 self._bind()
             self._endpoint.update(told)
             with contextlib.suppress(DaemonError):  # a link, say: it is replaced
@@ -6644,82 +7941,57 @@ class ControlServer:
             write_atomically(path, json.dumps(self._endpoint))
 
     def _bind(self) -> None:
-        self._hang_up()
+        if self._acceptor is not None:
+            self._acceptor.close()
         near = os.path.join(self._folder, "control.sock")
         try:
-            path = Platform.place_socket(self._folder, near)
-            self._listener, self._endpoint = Platform.listen(path)
+            if self._inherited is not None:
+                listener, path = self._inherited.dup(), self._inherited.getsockname()
+                if not isinstance(path, str):
+                    raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
+                self._endpoint = {"socket": path}
+            else:
+                path = self._place
+                if path == near:
+                    path = Platform.place_socket(self._folder, path)
+                elif os.path.isfile(path):
+                    raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
+                listener, self._endpoint = Platform.listen(path)
         except OSError as error:
-            raise cannot_create(near, error) from None
+            raise cannot_create(self._place, error) from None
         if path != near:
             self._endpoint["socket"] = path
         self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
         self._socket = path, file_id(path)
-        accept = functools.partial(self._accept_all, self._listener)
-        threading.Thread(target=accept, name="control", daemon=True).start()
-
-    def _hang_up(self) -> None:
-        """Accept nothing more: a listener that is only closed would stay in accept(2)."""
-        if self._listener is not None:
-            listener, self._listener = self._listener, None
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
+        self._acceptor = Acceptor(listener, "control", CONNECTIONS_MAX, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more, remove what is ours still; requests under way go on."""
         with self._lock:
             self._is_stopping = True
-            self._hang_up()
+            if self._acceptor is not None:
+                self._acceptor.close()
             path, known = self._socket
-            if file_id(path) == known:
+            if self._inherited is None and file_id(path) == known:
                 remove_socket(path, os.path.join(self._folder, "endpoint"))
 
-    def _accept_all(self, listener: socket.socket) -> None:
-        """Give each connection to a thread; if all are taken, the longest idle one's."""
-        while listener is self._listener:
-            try:
-                peer = listener.accept()[0]
-                while not self._room.acquire(timeout=0.02):
-                    for idle in list(self._idle)[:1]:
-                        self._idle.pop(idle, None)
-                        with contextlib.suppress(OSError):  # it has just gone
-                            idle.shutdown(socket.SHUT_RDWR)
-                threading.Thread(target=self._serve, args=(peer,), name="talk", daemon=True).start()
-            except (OSError, RuntimeError) as error:  # no descriptor, no thread
-                if listener is not self._listener:
-                    return
-                log.warning("a connection was refused: %s", error)
-                if isinstance(error, RuntimeError):
-                    self._room.release()
-                threading.Event().wait(0.1)
-
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
         """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
-            with connection:
-                try:
-                    if Platform.peer_uid(connection):  # neither ours nor root
-                        raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
-                    while self._serve_one(connection):
-                        pass
-                except DaemonError as error:  # the framing may be lost: say so and hang up
-                    connection.settimeout(FRAME_TIMEOUT_S)
-                    send_frame(connection, error)
-        except OSError as error:
-            log.debug("a connection ended: %s", error)
-        except Exception:  # this thread's top frame
-            log.exception("a connection failed")
-        finally:
-            self._idle.pop(connection, None)
-            self._room.release()
+            if Platform.peer_uid(connection):  # neither ours nor root
+                raise DaemonError("PERMISSION_DENIED", "only the owner and root may")
+            while self._serve_one(connection, idle):
+                pass
+        except DaemonError as error:  # the framing may be lost: say so and hang up
+            connection.settimeout(FRAME_TIMEOUT_S)
+            send_frame(connection, error)
 
-    def _serve_one(self, connection: socket.socket) -> bool:
+    def _serve_one(self, connection: socket.socket, idle: dict[socket.socket, None]) -> bool:
         """Answer one request, or send a stream of answers; False: the peer has left."""
-        self._idle[connection] = None
+        idle[connection] = None
         request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
-        self._idle.pop(connection, None)
+        idle.pop(connection, None)
         if request is not None:
             answer = self._answer(request)
             connection.settimeout(FRAME_TIMEOUT_S)
@@ -6753,8 +8025,6 @@ class ControlServer:
         name, shown = request.pop("type"), str(request.pop("auth", ""))
         token = self._endpoint.get("token")
         if token is not None:
-            import hmac
-
             if not hmac.compare_digest(shown.encode("utf-8", "replace"), token.encode()):
                 raise DaemonError("PERMISSION_DENIED", "a wrong token")
         try:
@@ -6773,12 +8043,13 @@ class ControlServer:
 
 
 def settings_of(config: Config) -> Fields:
-    """Return what clients need of a configuration: {"env_keep": [...], "timeout": seconds}."""
-    return {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
+    """Return what clients need of a configuration: {"env_keep", "timeout", "log_file"}."""
+    settings = {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
+    return {**settings, "log_file": config.log.file}
 
 
-READING_VERBS = frozenset("list get wait why logs queue process_logs schedules".split())
-WRITING_VERBS = frozenset("add cancel retry remove pause resume report run_schedule".split())
+READING_VERBS = frozenset("list get wait why logs queue process_logs schedules events".split())
+WRITING_VERBS = frozenset("add cancel retry remove pause resume report run_schedule emit".split())
 
 
 class Project(Value):
@@ -6788,18 +8059,29 @@ class Project(Value):
     folder: str
     named_config: str | None  # the configuration that the user named
     config_path: str | None  # that, else the one in the state folder
+    overrides: dict[str, Any] | None  # what the command line says instead
 
-    def file(self, name: str) -> str:
-        """Return the path of a file in the state folder."""
-        return os.path.join(self.folder, name)
+    def file(self, name: str, other: str | None = None) -> str:
+        """Return the path of a file in the state folder, or `other`, seen from the project."""
+        return os.path.join(self.path, other) if other else os.path.join(self.folder, name)
+
+    def load_config(self) -> Config:
+        """Read the configuration; one that was not there before counts too."""
+        path = self.config_path or find_config(self.folder)
+        return load_config(path, overrides=self.overrides)
+
+    @property
+    def told(self) -> Fields:
+        """What was named, not found, as a Holder says it."""
+        return {"config": self.named_config, "overrides": self.overrides}
 
 
-def find_project(path: str | None, state: str | None, config: str | None) -> Project:
+def find_folders(path: str | None, state: str | None) -> tuple[str, str]:
     """Decide which project is meant: named, from the environment, or by the current folder.
 
     That is the launcher's own; or the nearest folder with `.apex` from here up to the
     repository's root (`.git`), else, if it has one, the folder of this file; else this one.
-    The state is in `state`, APEX_STATE_DIR, or PROJECT/.apex. Raises PERMISSION_DENIED.
+    The state is in `state`, APEX_STATE_DIR, or PROJECT/.apex. Returns both folders.
     """
     if path is None:
         given = (os.environ.get("APEX_PROJECT_PATH"), os.environ.get("APEX_STATE_DIR"))
@@ -6808,13 +8090,19 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
     path = os.path.realpath(path)
     if not os.path.isdir(path):
         raise bad(f"{path} is no folder", "name the project's folder")
-    folder = os.path.realpath(state) if state else os.path.join(path, STATE_FOLDER)
+    return path, os.path.realpath(state) if state else os.path.join(path, STATE_FOLDER)
+
+
+def find_project(path: str | None, state: str | None, config: str | None) -> Project:
+    """Find a project, see `find_folders`, and its configuration. Raises PERMISSION_DENIED."""
+    path, folder = find_folders(path, state)
     check_state_folder(folder)
     if config is not None and not os.path.isfile(config):
         raise DaemonError("CONFIG_INVALID", f"{config}: no such file", "name the file")
     named = os.path.realpath(config) if config else None
     found = named or find_config(folder)
     return Project(path=path, folder=folder, named_config=named, config_path=found)
+
 
 
 def _nearest_project() -> str:
@@ -6933,7 +8221,7 @@ class Client:
             self._connect()
             if "env_keep" in self._endpoint:
                 return self._endpoint
-        return settings_of(load_config(self.project.config_path))
+        return settings_of(self.project.load_config())
 
     def _explain_silence(self, fields: Fields) -> DaemonError:
         if "token" in fields:
@@ -7100,6 +8388,11 @@ class Client:
         """Report tokens, cost, progress (percent), note; return {"over_budget": bool}."""
         return self.call("report", {"id": task_id, "token": os.urandom(12).hex(), **usage})
 
+    def emit(self, event: str, payload: Fields | None = None) -> str:
+        """Publish the event custom.EVENT; return its id. The tasks of its hooks are on disk."""
+        fields = {"event": event, "payload": payload, "hooks": os.environ.get("APEX_HOOKS", "")}
+        return str(self.call("emit", {**fields, "token": os.urandom(12).hex()})["id"])
+
     def queue(self) -> Fields:
         """Return {"counts": {state: {group: n}}, "paused": [...], "groups": {...}}."""
         return self.call("queue", {})
@@ -7131,9 +8424,536 @@ def end_orphans(store: TaskStore, is_all: bool = False) -> list[str]:
 
 
 # ============================================================================
-# 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
-#     Uses 1-16. Main thread. Lock order: runner or supervisor, then store.
+# 17. HTTP - health, metrics, the status page: HealthVerbs, HealthServer
+#     Uses 1-16. Threads: one accepts, one a request, one checks. Closed by: Daemon.
 # ============================================================================
+
+LEVELS = ("healthy", "degraded", "unhealthy")
+CHECKS = ("clock", "runner", "disk", "supervisor", "keeper", "store")  # what may hang comes last
+ROUTES = {"/health": "health", "/ready": "ready", "/metrics": "metrics"}
+ROUTES.update({f"/api/{x}": x for x in "status tasks logs processes why schedules events".split()})
+# Only who has the key sees these: they may hold what other users of the machine must not read.
+PRIVATE = frozenset("command args cwd data note reason reasons payload project folder".split())
+
+
+class Exposition:
+    """Metrics in Prometheus's text format 0.0.4; those of one name are added together."""
+
+    def __init__(self) -> None:
+        self.text = self._name = ""
+
+    def add(
+        self, name: str, help: str, value: float | None, suffix: str = "", **labels: object
+    ) -> None:
+        """Add a sample, unless its value is not known; suffix: of a histogram's parts."""
+        kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
+        head = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+        escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+        shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
+        if value is not None:
+            self.text += "" if name == self._name else head
+            self._name = name
+            self.text += f"{name}{suffix}{{{shown}}} {value}\n"
+
+
+class HealthVerbs:
+    """What can be asked about a daemon's health: `table`, in the form of TaskVerbs.
+
+    The checks run in a thread of their own: what hangs hangs nobody who asks.
+    """
+
+    def __init__(self, runner: DaemonRunner, supervisor: Supervisor, verbs: ProcessVerbs) -> None:
+        self._store, self._runner, self._supervisor = runner.store, runner, supervisor
+        self._processes = verbs
+        self.is_starting = True
+        self._clock_s = Clock.now() - Clock.mono()
+        self._lock = threading.Lock()  # guards what follows
+        self._checking = threading.Thread()
+        self._found: list[tuple[int, str]] = []
+        self.table: dict[str, tuple[str, Callable[..., Fields]]] = {
+            "health": ("", self._health),
+            "ready": ("", self._ready),
+            "metrics": ("", self._metrics),
+            "events": ("lines", self._events),
+        }
+
+    def _check(self) -> Iterator[tuple[int, str]]:
+        """Yield (an index of LEVELS, what was seen) for each of CHECKS."""
+        back_s = self._clock_s - (Clock.now() - Clock.mono())
+        yield (1, f"set back by {span(back_s)}") if back_s > CLOCK_JUMP_S else (0, "goes on")
+        late_s = Clock.mono() - self._runner.meters.due_mono
+        yield (2, f"hangs, for {span(late_s)}") if late_s > HUNG_S else (0, "turns")
+        free = shutil.disk_usage(self._store.folder).free
+        yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
+        status = self._supervisor.status()
+        down = ", ".join(f"{name} ({state})" for name, state in status["down"].items())
+        yield (1, f"down: {down}") if down else (0, f"{status['running_instances']} running")
+        obstacle, silent = self._runner.keepers.obstacle, self._runner.keepers.silent()
+        late = (1, f"PID {silent[0]} owes an answer") if silent else (0, "answers")
+        yield (2, obstacle) if obstacle else late
+        self._store.database.probe()
+        yield 0, "writable"
+
+    def _look(self, found: list[tuple[int, str]]) -> None:
+        try:
+            found.extend(self._check())
+        except (DaemonError, OSError) as error:
+            found.append((2, str(error)))
+
+    def _health(self) -> Fields:
+        """Return {"overall": the worst, "checks": {name: {"status", "detail"}}}."""
+        with self._lock:
+            if not self._checking.is_alive():
+                self._found = []
+                look = functools.partial(self._look, self._found)
+                self._checking = threading.Thread(target=look, name="health", daemon=True)
+                self._checking.start()
+            checking, found = self._checking, self._found
+        checking.join(HEALTH_WAIT_S)
+        missing = [(2, f"no answer within {span(HEALTH_WAIT_S)}")] * len(CHECKS)
+        seen = [*zip(CHECKS, [*found, *missing])]
+        checks = {name: {"status": LEVELS[level], "detail": text} for name, (level, text) in seen}
+        return {"overall": LEVELS[max(level for _, (level, _) in seen)], "checks": checks}
+
+    def _ready(self) -> Fields:
+        """Return {"ready", "why": why not}."""
+        reasons = [f"{name}: {found['detail']}" for name, found in self._health()["checks"].items()
+                   if found["status"] == LEVELS[2]]  # fmt: skip
+        reasons += ["it is starting"] if self.is_starting else []
+        reasons += ["it is stopping"] if self._runner.is_draining else []
+        return {"ready": not reasons, "why": reasons}
+
+    def _events(self, lines: int = 15) -> Fields:
+        """Return {"events": the last ones}; from the logs' ends: the page asks again and again."""
+        path, found = os.path.join(self._store.folder, "events.log"), []
+        data = b"".join(read_log(one, -lines)[0] for one in (path + ".1", path))
+        for line in data.splitlines()[-lines:]:
+            with contextlib.suppress(ValueError):  # of a full disk
+                found.append(json.loads(line))
+        return {"events": found}
+
+    def _metrics(self) -> Fields:
+        """Return {"text": Prometheus's text format, and the fields of DaemonMetrics}."""
+        about, meters, path = self._runner.get_metrics(), self._runner.meters, self._store.path
+        found = Exposition()
+        found.add("apexd_info", "What runs.", 1, version=__version__)
+        found.add("apexd_start_time_seconds", "When the daemon started.", about.started_at)
+        for state, groups in self._store.get_counts().items():
+            for group, n in groups.items():
+                found.add("apexd_tasks", "Tasks there are.", n, state=state, group=group)
+        for end, n in (("succeeded", about.tasks_succeeded), ("failed", about.tasks_failed)):
+            found.add("apexd_tasks_finished_total", "What runs again is not.", n, state=end)
+        for outcome, n in meters.outcomes.items():
+            found.add("apexd_attempts_total", "Attempts that ended.", n, outcome=outcome.value)
+        for kind, (*counts, seconds) in meters.seconds.items():
+            name, text = f"apexd_task_{kind}_seconds", "Of each attempt; waits of the first."
+            for i, bound in enumerate((*BUCKETS_S, "+Inf")):
+                found.add(name, text, int(sum(counts[: i + 1])), "_bucket", le=bound)
+            found.add(name, text, seconds, "_sum")
+            found.add(name, text, int(sum(counts)), "_count")
+        found.add("apexd_loop_turns_total", "Of the runner's loop.", meters.turns)
+        sizes = [os.stat(one).st_size for one in (path, path + "-wal") if os.path.exists(one)]
+        found.add("apexd_database_bytes", "On disk.", sum(sizes))
+        found.add("process_cpu_seconds_total", "The daemon's own.", time.process_time())
+        found.add("process_resident_memory_bytes", "The daemon's own.", Platform.own_memory())
+        names = list(self._store.config.processes)
+        looks = [(name, one) for name, of in zip(names, self._processes.look(names)) for one in of]
+        for _, one in looks:
+            one["up"] = int(one["state"] in ("running", "unhealthy"))
+            one["cpu_ratio"] = one["cpu_percent"] and one["cpu_percent"] / 100
+        for field in ("up", "restart_count", "memory_bytes", "cpu_ratio"):
+            kind = field.replace("restart_count", "restarts_total")
+            for name, one in looks:
+                about_one = {"process": name, "instance": one["index"]}
+                found.add(f"apexd_process_{kind}", "Of each instance.", one[field], **about_one)
+        return {"text": found.text, **about.to_dict()}
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>apexd</title>
+<link rel="icon" href="data:,">
+<style nonce="NONCE">
+:root { color-scheme: light dark; --back: #f5f6f8; --card: #fff; --text: #1a1f26; --dim: #56606d;
+  --line: #d9dee5; --good: #17703a; --bad: #b3261e; --warn: #8a5300; --blue: #1457b0; }
+@media (prefers-color-scheme: dark) { :root { --back: #12161b; --card: #1b2128; --text: #e4e8ed;
+  --dim: #a2adb9; --line: #333c46; --good: #5fd08a; --bad: #ff8f85; --warn: #f0b64e;
+  --blue: #7db4ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--back);
+  color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
+header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; }
+h1 { font-size: 1.3rem; margin: 0; }
+h2 { font-size: 1rem; margin: 0 0 .4rem; }
+main { display: grid; gap: .8rem; margin-top: .8rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
+section, #gone { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  padding: .8rem; min-width: 0; }
+#gone, .stale section { border: 2px dashed var(--bad); }
+.wide { grid-column: 1 / -1; } .scroll { overflow-x: auto; }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top; }
+tr { border-top: 1px solid var(--line); } thead tr { border: 0; }
+.n { text-align: right; white-space: nowrap; }
+.t, h1, strong { overflow-wrap: anywhere; } .t { min-width: 7rem; }
+pre { margin: .2rem 0 0; font: 12px/1.4 ui-monospace, monospace; white-space: pre-wrap; }
+progress { width: 100%; min-width: 4rem; height: .6rem; accent-color: var(--blue); }
+svg { width: 100%; height: 3.5rem; display: block; border-bottom: 1px solid var(--line); }
+th, pre, .dim { color: var(--dim); }
+.good { color: var(--good); fill: var(--good); } .warn { color: var(--warn); }
+.bad, #gone { color: var(--bad); fill: var(--bad); }
+@media (max-width: 40rem) { body { padding: .5rem; } .more { display: none; } }
+</style>
+<header><h1 id="name">apexd</h1><strong id="health" role="status"></strong>
+<span id="about" class="dim"></span></header>
+<p id="gone" role="alert" hidden></p>
+<p id="locked" class="dim" hidden>`apexd.py status` prints the address with commands and output.</p>
+<main id="main"></main>
+<script nonce="NONCE">
+"use strict";
+const key = location.hash.slice(1), shown = {}, at = id => document.getElementById(id);
+const COLORS = {healthy: "good", succeeded: "good", running: "good", degraded: "warn",
+  backoff: "warn", starting: "warn", unhealthy: "bad", failed: "bad", crashed: "bad"};
+function make(tag, content, name = "") {  // what comes from outside becomes text, never markup
+  const node = document.createElement(tag);
+  node.append(...[content].flat().map(part => part ?? "-"));
+  node.className = name;
+  return node;
+}
+for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
+    ["running", "Running", "wide"], ["processes", "Processes", "wide"], ["failed", "Failed tasks"],
+    ["schedules", "Schedules"], ["latest", "Latest tasks", "wide"], ["events", "Events", "wide"]]) {
+  const box = make("div", [], "scroll");
+  Object.assign(box, {id, tabIndex: 0, role: "region", ariaLabel: head});
+  at("main").append(make("section", [make("h2", head), box], name));
+}
+const state = text => make("span", text, COLORS[text]);
+const clock = t => !t ? "-" : new Date(t * 1000).toLocaleString([],
+  {timeStyle: "medium", ...(Math.abs(Date.now() / 1000 - t) > 43200 && {dateStyle: "short"})});
+const title = task => task.label ?? [task.command ?? "task " + task.id].flat().join(" ");
+const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
+function span(s) {
+  for (const [unit, letter] of [[86400, "d"], [3600, "h"], [60, "m"]])
+    if (s >= unit) return Math.floor(s / unit) + letter + " " + span(s % unit).split(" ")[0];
+  return Math.max(s, 0).toFixed(s < 10 && s % 1 ? 1 : 0) + "s";
+}
+function show(id, data, draw) {  // only what has changed: a selection stays
+  const text = JSON.stringify(data);
+  if (shown[id] !== text) at(id).replaceChildren(draw(data));
+  shown[id] = text;
+}
+function table(id, rows, heads, cells) {  // a head: what it says, and of which class it is
+  const line = (tag, row) => make("tr", row.map((cell, i) => make(tag, cell, heads[i][1])));
+  show(id, rows, () => !rows.length ? make("span", "none", "dim") : make("table", [
+    make("thead", line("th", heads.map(head => head[0]))),
+    make("tbody", rows.map(row => line("td", cells(row))))]));
+}
+function draw(tag, attributes) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
+  return node;
+}
+function bars(minutes) {  // failures stand upon successes
+  const most = Math.max(1, ...minutes.map(([ok, ko]) => ok + ko));
+  const [good, bad] = [0, 1].map(k => minutes.reduce((sum, minute) => sum + minute[k], 0));
+  const svg = draw("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "none"});
+  const bar = (i, n, on, name) => svg.append(draw("rect", {x: i * 10, width: 8, class: name,
+    y: 50 - (on + n) / most * 50, height: n / most * 50}));
+  minutes.forEach(([ok, ko], i) => { bar(i, ok, 0, "good"); bar(i, ko, ok, "bad"); });
+  const text = `${good} succeeded, ${bad} failed; at most ${most} a minute`;
+  return make("div", [svg, make("span", text, "dim")]);
+}
+async function get(path) {
+  const headers = key ? {Authorization: "Bearer " + key} : {};
+  const data = await (await fetch(path, {headers, signal: AbortSignal.timeout(4500)})).json();
+  if (data.error) throw new Error(data.error.message);
+  return data;
+}
+async function addOutput(task) {  // the last lines of what runs
+  const path = `/api/logs?id=${task.id}&offset=-3`;
+  const text = key ? (await get(path).catch(() => ({}))).data ?? "" : "";
+  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  task.output = new TextDecoder().decode(bytes).slice(-600);
+  task.ran = span(Date.now() / 1000 - task.started_at);
+}
+async function addReasons(one) {
+  const answer = one.status === "running" ? {} : await get("/api/why?name=" + one.name);
+  one.why = (answer.reasons ?? []).join("; ");
+}
+const HEADS = [["id", "n"], ["state"], ["task", "t"], ["group", "more"], ["tries", "n more"],
+  ["exit", "n"], ["took", "n"], ["ended", "n more"]];
+const cells = task => [task.id, state(task.state), title(task), task.group, task.attempts,
+  task.exit_code, task.finished_at && task.started_at
+    ? span(task.finished_at - task.started_at) : "-", clock(task.finished_at)];
+function running_cells(task) {
+  const about = {max: 100, value: task.progress, ariaLabel: `progress of task ${task.id}`};
+  const bar = task.progress === null ? [] : [Object.assign(make("progress", []), about)];
+  const told = bar.length ? known(task.progress, "% ") : "";
+  return [task.id, [title(task), make("pre", task.output)], task.group, task.ran,
+    [...bar, told + (task.note ?? "")]];
+}
+async function refresh() {
+  const [health, status, running, failed, latest, processes, schedules, events] =
+    await Promise.all(["/health", "/api/status", "/api/tasks?state=running&limit=20",
+      "/api/tasks?state=failed&limit=10", "/api/tasks?limit=15", "/api/processes",
+      "/api/schedules", "/api/events"].map(get));
+  await Promise.all([...running.tasks.map(addOutput), ...processes.processes.map(addReasons)]);
+  document.title = at("name").textContent = (status.project ?? "apexd").split("/").pop();
+  const faults = Object.entries(health.checks).filter(([, one]) => one.status !== "healthy");
+  show("health", [health.overall, ...faults.map(([name, one]) => `${name}: ${one.detail}`)],
+    parts => make("span", parts.join("; "), COLORS[health.overall]));
+  at("about").textContent = `apexd ${status.version}, PID ${status.pid}, up `
+    + span(status.uptime_secs) + (status.draining ? ", stopping" : "")
+    + (status.paused.length ? ", paused: " + status.paused.join(", ") : "");
+  show("hour", status.last_hour, bars);
+  table("queue", Object.entries(status.counts).flatMap(([kind, groups]) => Object.entries(groups)
+    .map(of => [kind, ...of])), [["state"], ["group"], ["tasks", "n"]],
+    ([kind, group, n]) => [state(kind), group, n]);
+  table("running", running.tasks, [["id", "n"], ["task", "t"], ["group", "more"],
+    ["for", "n"], ["progress", "t"]], running_cells);
+  table("processes", processes.processes, [["process", "t"], ["status"], ["up", "n"], ["CPU", "n"],
+    ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why)],
+    state(one.status), `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
+    known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count]);
+  table("failed", failed.tasks.reverse(), HEADS.slice(0, 6), task => cells(task).slice(0, 6));
+  table("latest", latest.tasks.reverse(), HEADS, cells);
+  table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
+    one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000)]);
+  table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
+    ["what", "t more"]], one => [clock(one.time), one.type, one.source,
+    JSON.stringify(one.payload ?? {})]);
+}
+let seen = "never", timer = 0;
+async function turn() {
+  try {
+    await refresh();
+    seen = "at " + new Date().toLocaleTimeString();
+    at("gone").hidden = true;
+  } catch (error) {
+    at("gone").textContent = `The daemon does not answer: ${error.message}. Last seen ${seen}.`;
+    at("gone").hidden = false;
+  }
+  at("main").className = at("gone").hidden ? "" : "stale";
+  clearTimeout(timer);  // the page may have become visible meanwhile
+  timer = setTimeout(turn, document.hidden ? 15000 : 2000);
+}
+at("locked").hidden = key !== "";
+document.addEventListener("visibilitychange", () => document.hidden || turn());
+turn();
+</script>
+</html>
+"""
+
+
+def receive_head(connection: socket.socket, deadline: float) -> bytes:
+    """Receive a request's line and headers, or more than HTTP_HEAD_MAX_BYTES. Raises OSError."""
+    data = b""
+    while len(data) <= HTTP_HEAD_MAX_BYTES and not re.search(rb"\n\r?\n", data):
+        connection.settimeout(max(deadline - Clock.mono(), 0.001))
+        part = connection.recv(HTTP_HEAD_MAX_BYTES)
+        if not part:
+            raise ConnectionResetError("closed within a request")
+        data += part
+    return data
+
+
+def read_request(head: bytes) -> tuple[int, Any]:
+    """Parse a request; return (0 or the status that refuses it, what http.server made of it)."""
+    if len(head) > HTTP_HEAD_MAX_BYTES:
+        return (431 if b"\n" in head else 414), None
+    faults: list[int] = []
+    request: Any = http.server.BaseHTTPRequestHandler.__new__(http.server.BaseHTTPRequestHandler)
+    request.send_error = lambda status, *about: faults.append(int(status))
+    request.rfile = io.BytesIO(head)
+    request.raw_requestline = request.rfile.readline()
+    is_sound = request.parse_request() and request.request_version != "HTTP/0.9"
+    return (0 if is_sound else faults[0] if faults else 400), request
+
+
+HEADERS = """
+Allow: GET, HEAD
+Cache-Control: no-store
+Connection: close
+Content-Security-Policy: default-src 'none'; connect-src 'self'; img-src data:; \
+script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; base-uri 'none'; form-action 'none'; \
+frame-ancestors 'none'
+Cross-Origin-Resource-Policy: same-origin
+Referrer-Policy: no-referrer
+X-Content-Type-Options: nosniff
+"""
+
+
+def make_response(status: int, kind: str, text: str, has_body: bool = True) -> bytes:
+    """Make a response; NONCE in the page becomes what its policy allows to run."""
+    nonce, date = os.urandom(16).hex(), email.utils.formatdate(usegmt=True)
+    body = (text.replace("NONCE", nonce) if text is PAGE else text).encode()
+    head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\nDate: {date}\n"
+    head += f"Content-Type: {kind}\nContent-Length: {len(body)}" + HEADERS + "\n"
+    return head.replace("NONCE", nonce).replace("\n", "\r\n").encode() + body * has_body
+
+
+def leave_out_private(data: Any) -> Any:
+    """Return JSON without the fields that only those see who have the key."""
+    if isinstance(data, dict):
+        return {name: leave_out_private(x) for name, x in data.items() if name not in PRIVATE}
+    return [*map(leave_out_private, data)] if isinstance(data, list) else data
+
+
+def at_port(host: str, port: int) -> str:
+    """Write an address as it stands in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host.lower()}:{port}"
+
+
+class HealthServer:
+    """Answers GET and HEAD on a TCP port from the sources that it is given, and shows the page.
+
+    sources: ROUTES names them; each is called with what the query has, all strings. Who sends
+    `key` (Authorization: Bearer KEY) sees PRIVATE fields. Threads: "http" accepts, each request
+    has its own. Life: start -> stop -> start.
+    """
+
+    def __init__(self, folder: str, sources: Mapping[str, Callable[..., Fields]]) -> None:
+        self._sources = sources
+        self._path = os.path.join(folder, "http.json")
+        self.url, self.key = "", ""  # of the page, with the key: neither is ever logged
+        self._host, self._port = "", 0
+        self._acceptor: Acceptor | None = None
+        self._turn = threading.Lock()  # one source at a time: none hangs more than one thread
+
+    def listen(self, options: Any, inherited: socket.socket | None, former: Any = None) -> None:
+        """Answer where [health] says, else where the former one said. Raises CANNOT_CREATE."""
+        self.stop()
+        try:
+            if options.enabled:
+                self.start(options.host, options.port, inherited)
+                log.info("%s answers", self.url.partition("#")[0])
+        except DaemonError:
+            if former is not None:
+                self.listen(former, inherited)
+            raise
+        if options.host not in ("127.0.0.1", "localhost", "::1"):
+            log.warning("other machines may reach it: names and states are no secret there")
+
+    def start(self, host: str, port: int, inherited: socket.socket | None = None) -> None:
+        """Listen; port 0: where it was the last time, else anywhere. Raises CANNOT_CREATE.
+
+        inherited: a service manager's socket, used instead.
+        """
+        known: Fields = {}
+        with contextlib.suppress(ValueError, DaemonError):
+            known = read_json(self._path) or {}
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        for number in [port] if port else [known.get("port"), 0]:
+            try:
+                new = functools.partial(socket.create_server, (host, number), family=family)
+                listener = inherited.dup() if inherited else new()
+                break
+            except (OSError, OverflowError, TypeError) as error:  # the file may be damaged
+                what = str(getattr(error, "strerror", error)).partition(" (while")[0]
+        else:
+            hint = "name another in [health], or port 0: any that is free"
+            raise DaemonError("CANNOT_CREATE", f"cannot listen on {host} port {port}: {what}", hint)
+        self._host, self._port = host, listener.getsockname()[1]
+        self.key = str(known.get("key") or os.urandom(32).hex())
+        with contextlib.suppress(DaemonError):  # a full disk
+            if known != {"port": self._port, "key": self.key}:
+                write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
+        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self.url = f"http://{at_port(near, self._port)}/#{self.key}"
+        self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, self._serve)
+
+    def stop(self) -> None:
+        """Accept nothing more; requests under way are answered."""
+        if self._acceptor is not None:
+            self._acceptor.close()
+        self.url = ""
+
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
+        """Answer one request, in HTTP_TIMEOUT_S altogether."""
+        deadline = Clock.mono() + HTTP_TIMEOUT_S
+        head = receive_head(connection, deadline)
+        idle.pop(connection, None)
+        status, request = read_request(head)
+        status = status or self._refuse(request, connection.getsockname()[0])
+        answer = (status, "text/plain", f"{status}\n")
+        if not status:
+            answer = self._answer(request, deadline)
+        connection.settimeout(max(deadline - Clock.mono(), 0.1))
+        connection.sendall(make_response(*answer, getattr(request, "command", "") != "HEAD"))
+        connection.shutdown(socket.SHUT_WR)
+        idle[connection] = None
+        while Clock.mono() < deadline and connection.recv(1 << 16):
+            pass  # to close before all was read would take the response back
+
+    def _refuse(self, request: Any, place: str) -> int:
+        """Return the status that refuses a request, 0 for none; place: the address it came to."""
+        headers, names = request.headers, ("127.0.0.1", "localhost", "::1", self._host, place)
+        hosts = [host.strip().lower() for host in headers.get_all("Host", [])]
+        if len(hosts) != 1 or hosts[0] not in {at_port(name, self._port) for name in names}:
+            return 403  # DNS rebinding
+        if {*headers.get_all("Origin", [])} - {"http://" + hosts[0]}:
+            return 403
+        if request.command not in ("GET", "HEAD"):
+            return 405
+        if {*headers.get_all("Content-Length", [])} - {"0"} or "Transfer-Encoding" in headers:
+            return 413
+        return 0 if request.path.partition("?")[0] in ("/", *ROUTES) else 404
+
+    def _answer(self, request: Any, deadline: float) -> tuple[int, str, str]:
+        """Return (status, type, body) of a request that is in order."""
+        path, _, query = request.path.partition("?")
+        if path == "/":
+            return 200, "text/html; charset=utf-8", PAGE
+        try:
+            answer = self._ask(ROUTES[path], query, deadline)
+        except DaemonError as error:
+            status = 400 if error.exit_status == 2 else 503
+            return status, "application/json", json.dumps({"error": error.to_dict()})
+        except Exception:  # a request handler
+            log.exception("GET %s failed", path)
+            return 500, "application/json", '{"error": {"code": "internal", "message": "a bug"}}'
+        if "text" in answer:
+            return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
+        shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
+            answer = leave_out_private(answer)
+        is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
+        return 200 if is_well else 503, "application/json", json.dumps(answer)
+
+    def _ask(self, name: str, query: str, deadline: float) -> Fields:
+        """Ask a source; one at a time, but for those that tell whether others hang."""
+        act = self._sources.get(name, lambda: {name: []})
+        fields = dict(urllib.parse.parse_qsl(query))
+        if name in ("health", "ready"):
+            return act(**fields)
+        if not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
+            raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
+        try:
+            return act(**fields)
+        finally:
+            self._turn.release()
+
+
+def choose_sources(
+    verbs: Mapping[str, tuple[str, Callable[..., Any]]], own: Mapping[str, Any]
+) -> dict[str, Callable[..., Fields]]:
+    """Return the sources of a daemon's HealthServer: what it shows of its verbs, and its own."""
+    names = {"tasks": "list", "processes": "list_processes", "why": "why_process"}
+    shown = {name: verbs[names.get(name, name)] for name in (*names, "schedules")}
+    shown["logs"] = ("id! attempt offset", verbs["logs"][1])
+    return {name: reading(*verb) for name, verb in {**shown, **own}.items()}
+
+
+# ============================================================================
+# 18. DAEMON - wiring, start order, signals, reload, stop; DaemonManager
+#     Uses 1-17. Main thread. Lock order: runner or supervisor, then store.
+# ============================================================================
+
+_STOPS = ("stop", "SIGTERM", "SIGINT", "SIGBREAK")
+
 
 class Mailbox:
     """What signal handlers and other threads tell the main thread, which sleeps until then."""
@@ -7158,13 +8978,101 @@ class Mailbox:
         with contextlib.suppress(BlockingIOError):  # full: it is awake
             self._waker.send(b"x")
 
-    def take(self) -> Iterator[str]:
-        """Yield messages as they come, SIGHUP or what was posted; of several alike, one."""
+    def take(self, tick_s: float | None) -> Iterator[str]:
+        """Yield messages as they come, SIGHUP or what was posted; of several alike, one.
+
+        "tick" when none has come for so long.
+        """
+        self._wakee.settimeout(tick_s)
         while True:
             waiting = [self._messages.get() for _ in range(self._messages.qsize())]
             yield from dict.fromkeys(waiting)
             if not waiting:
-                self._wakee.recv(4096)
+                try:
+                    self._wakee.recv(4096)
+                except socket.timeout:
+                    yield "tick"
+
+
+class ServiceManager:
+    """Tells systemd, or what else set NOTIFY_SOCKET, how the daemon is (sd_notify(3))."""
+
+    def __init__(self, is_ours: bool) -> None:
+        self._address = os.environ.get("NOTIFY_SOCKET", "") if is_ours else ""
+        is_watched = os.environ.get("WATCHDOG_PID") == str(os.getpid()) and self._address
+        within_us = os.environ.get("WATCHDOG_USEC", "") if is_watched else ""
+        is_number = re.fullmatch("[1-9][0-9]{0,15}", within_us)
+        self.tick_s = int(within_us) / 2e6 if is_number else None  # half of it; None: no watchdog
+
+    def tell(self, *lines: str, watchdog_s: float = 0.0) -> None:
+        """Send lines such as READY=1; watchdog_s: what a watchdog allows from now on."""
+        if watchdog_s and self.tick_s:
+            lines = (*lines, f"WATCHDOG_USEC={watchdog_s * 1e6:.0f}")
+        if self._address:
+            Platform.notify(self._address, "\n".join(lines))
+
+    def ping(self, keepers: Keepers) -> None:
+        """Keep the watchdog quiet, unless the runner or the keepers hang. In the main thread."""
+        if self.tick_s and keepers.is_turning(self.tick_s * 0.9):
+            self.tell("WATCHDOG=1")
+
+
+def log_stacks() -> None:
+    """Log where each thread is."""
+    import traceback
+
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        stack = "".join(traceback.format_stack(frame)).rstrip()
+        log.info("thread %s\n%s", names.get(ident, ident), stack)
+
+
+def take_lock(pid_file: PidFile, project: Project) -> None:
+    """Become the owner of a project, after a client. Raises ALREADY_RUNNING, BUSY."""
+    while not pid_file.acquire("daemon", project.path, told=project.told):
+        holder = find_daemon(pid_file)
+        if holder is not None:
+            what = f"already running, PID {holder.pid}"
+            raise DaemonError("ALREADY_RUNNING", what, "`status` tells more")
+
+
+def settle_in(options: Any, project: Project, foreground: bool) -> dict[int, int]:
+    """Take on umask and folder; return {descriptor: what it is to be}, once it is ready.
+
+    options: config.daemon. Raises CANNOT_CREATE, PERMISSION_DENIED (of another user).
+    """
+    user, folder = options.user, project.folder
+    if Platform.is_root() and user not in (None, "root"):
+        hint = f"`chown -R {user} {folder}`; then the command line becomes that user"
+        raise DaemonError("PERMISSION_DENIED", f"{folder} is not {user}'s (daemon.user)", hint)
+    os.umask(int(options.umask, 8))
+    folder, null = project.file("", options.work_dir), os.open(os.devnull, os.O_RDWR)
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise cannot_create(folder, error) from None
+    outputs = {} if foreground else dict.fromkeys((0, 1, 2), null)
+    for fd, name in ((1, options.stdout), (2, options.stderr)):
+        if name:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            outputs[fd] = open_file(project.file("", name), flags)
+    return outputs
+
+
+def describe_work(supervisor: Supervisor, config: Config) -> Fields:
+    """Return what state.json says besides `status`: {"running": [tasks], "monitors": {
+    "processes": {"web": [instances]}, "schedules": {"night": [time of its last fire, task] or
+    None}, "watches", "hooks"}}."""
+    with supervisor.moved:
+        found = {name: supervisor.find(name) for name in config.processes}
+        processes = {name: [one.describe({}) for one in each] for name, each in found.items()}
+    monitors: Fields = {"processes": processes}
+    fires = EventStore(supervisor.store).get_fires()
+    for kind in ("schedule", "watch", "hook"):
+        names = getattr(config, TABLES[kind])
+        monitors[TABLES[kind]] = {name: fires.get(f"{kind}.{name}") for name in names}
+    tasks = supervisor.store.find(state="running", limit=1000)
+    return {"monitors": monitors, "running": [task.to_dict() for task in tasks]}
 
 
 class Daemon:
@@ -7177,8 +9085,11 @@ class Daemon:
         self._project = project
         self._report = report
         self._foreground = foreground
-        self._config = load_config(project.config_path)
-        self._pid_file = PidFile(project.file("daemon.pid"))
+        self._config = config = project.load_config()
+        check_watches(config, project.path, project.config_path)
+        plain_path = config.daemon.pid_file and project.file("", config.daemon.pid_file)
+        self._pid_file = PidFile(project.file("daemon.pid"), plain_path)
+        self._manager = ServiceManager(foreground)
         self._reload_lock = threading.Lock()  # one reload at a time
         self._next_heartbeat = self._next_look = 0.0  # monotonic
         self._exit_status, self._files = 0, dict[str, object]()  # the database's, with `file_id`
@@ -7188,21 +9099,24 @@ class Daemon:
 
     def run(self) -> int:
         """Start, serve until told to stop, return the exit status. Raises DaemonError."""
+        self._sockets = Platform.take_sockets()
         self._mailbox = Mailbox()
+        Platform.change_limits()
         os.umask(0o077)
         make_state_folder(self._project.folder, self._project.path)
-        os.chdir(self._project.folder)
-        self._take_lock()
+        take_lock(self._pid_file, self._project)
         try:
-            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
+            self._open_log()
+            outputs = settle_in(self._config.daemon, self._project, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
+            self._manager.tell("STATUS=starting", watchdog_s=RECOVERY_S)
             self._report({"event": "progress", "what": "checking the database"})
             path, lock = self._project.file("apex.db"), self._pid_file
             self._store = TaskStore(path, self._config, lock, self._project.path)
             with contextlib.closing(self._store):
                 self._store.database.check()
                 self._files = {name: file_id(name) for name in (path, path + "-wal")}
-                self._serve()
+                self._serve(outputs)
             log.info("stopped; metrics %s", json.dumps(self._runner.get_metrics().to_dict()))
             return self._exit_status
         except DaemonError as error:
@@ -7215,49 +9129,70 @@ class Daemon:
             self._pid_file.release()
             logging.shutdown()
 
-    def _take_lock(self) -> None:
-        """Become the owner, after a client. Raises ALREADY_RUNNING, BUSY."""
-        path, config = self._project.path, self._project.named_config
-        while not self._pid_file.acquire("daemon", path, config=config):
-            holder = find_daemon(self._pid_file)
-            if holder is not None:
-                what = f"already running, PID {holder.pid}"
-                raise DaemonError("ALREADY_RUNNING", what, "`status` tells more")
+    def _open_log(self) -> None:
+        path = self._project.file("daemon.log", self._config.log.file)
+        open_log(path, self._config.log, self._foreground)
 
-    def _serve(self) -> None:
-        keepers = self._keepers = Keepers(self._project.folder)
+    def _make_parts(self) -> None:
+        folder, keepers = self._project.folder, Keepers(self._project.folder)
         store, post = self._store, self._mailbox.post
-        self._runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
+        runner = DaemonRunner(store, None, self._look_after, lambda: post("drained"), keepers)
+        self._runner, self._keepers = runner, keepers
         self._supervisor = Supervisor(store, self._give_up, lambda: post("stopped"), keepers)
-        self._scheduler = Scheduler(store, self._runner.wake)
+        self._scheduler = Scheduler(store, runner.wake)
+        self._watches = Watches(store, runner.wake)
         keepers.on_standing = self._note_standing
+        self.publish = EventStore(store).publish
+        store.on_events = self._hear
+        of_processes = ProcessVerbs(self._supervisor, store)
+        self._health = HealthVerbs(runner, self._supervisor, of_processes)
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
-            **TaskVerbs(store, self._runner).table,
-            **ProcessVerbs(self._supervisor, store).table,
+            **TaskVerbs(store, runner).table,
+            **of_processes.table,
+            **{name: self._health.table[name] for name in ("health", "metrics")},
             "ping": ("", lambda: {"type": "pong", **self._identity()}),
-            "status": ("", lambda: {"type": "status", **self._status()}),
+            "status": ("", lambda: {"type": "status", **self._status(), "url": self._http.url}),
             "reload": ("", lambda: {"plan": self._reload()}),
             "shutdown": ("keep", self._shutdown),
         }
-        self._control = ControlServer(self._project.folder, verbs)
+        hour = runner.meters.last_hour
+        show = ("", lambda: {**self._status(), "last_hour": hour()})
+        self._http = HealthServer(folder, choose_sources(verbs, {**self._health.table, "status": show}))
+        near = self._project.file("control.sock", self._config.daemon.socket)
+        self._control = ControlServer(folder, verbs, near, self._sockets.get("control"))
+
+    def _serve(self, outputs: Mapping[int, int]) -> None:
+        self._make_parts()
+        self._http.listen(self._config.health, self._sockets.get("http"))
         self._control.start(settings_of(self._config))
-        self._supervisor.start()
-        self._runner.start()
-        self._scheduler.start()
+        for part in (self._supervisor, self._runner, self._scheduler, self._watches):
+            part.start()
         self._standing.wait(STANDING_S)
+        self._health.is_starting = False
         log.info("ready")
-        self._report({"event": "ready", "pid": os.getpid()})
+        self.publish("daemon.started", {"pid": os.getpid(), "version": __version__}, "daemon")
+        channel = os.dup(1)
+        for fd, output in outputs.items():
+            os.dup2(output, fd)
+        self._report({"event": "ready", "pid": os.getpid(), "channel": channel})
+        os.close(channel)
+        self._manager.tell("READY=1", "STATUS=ready", watchdog_s=2 * (self._manager.tick_s or 0))
         try:
             self._obey()
         finally:
-            self._control.stop()
-            self._scheduler.stop()
+            for each in (self._control, self._http, self._scheduler, self._watches):
+                each.stop()
             self._supervisor.halt()
             self._runner.halt()
             self._keepers.close(self._is_over)
             with contextlib.suppress(DaemonError):
                 if self._pid_file.is_held():
                     self._write_state()
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        """Wake the runner for what hooks have added; its own claims need no further turn."""
+        if any(event.type == "task.added" for event in events):
+            self._runner.wake()
 
     def _note_standing(self) -> None:
         self._standing.set()
@@ -7267,9 +9202,12 @@ class Daemon:
     def _obey(self) -> None:
         """Do what signal handlers and threads ask for, until the end."""
         ended = set[str]()
-        for name in self._mailbox.take():
+        for name in self._mailbox.take(self._manager.tick_s):
+            self._manager.ping(self._keepers)
             ended |= {name} & {"drained", "stopped"}  # tasks, processes
             self._is_over = len(ended) == 2
+            if name in ("leave", "failed", *_STOPS) and not self._runner.is_draining:
+                self.publish("daemon.stopping", {"why": name}, "daemon")
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
@@ -7285,10 +9223,13 @@ class Daemon:
             self._scheduler.stop()
             if not self._first_term:
                 self._runner.drain(self._config.daemon.graceful_timeout)
-        elif name in ("stop", "SIGTERM", "SIGINT", "SIGBREAK"):
+        elif name in _STOPS:
             now, is_first = Clock.mono(), not self._first_term
             if is_first or now - self._first_term >= FIRST_TERM_S:
-                log.info("%s: stopping%s", name, "" if is_first else " at once")
+                how = "shutting down gracefully" if is_first else "again, stopping at once"
+                log.info("Received %s, %s", name, how)
+                log.info("Waiting for %d tasks", self._runner.get_metrics().active_task_count)
+                self._manager.tell("STOPPING=1", f"STATUS={how}")
                 self._scheduler.stop()
                 self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
                 if not is_first:
@@ -7300,8 +9241,13 @@ class Daemon:
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
-            open_log(self._project.file("daemon.log"), self._config.log, self._foreground)
+            self._open_log()
+            self._store.event_log.close()
             log.info("reopened the log")
+            if self._config.daemon.on_usr2:
+                env = capture_environment(self._config.daemon.env_keep)
+                self._store.add([self._config.daemon.on_usr2], {}, cwd=self._project.path, env=env)
+                self._runner.wake()
         elif os.getpid() == 1:  # SIGCHLD
             Platform.reap_orphans(self._keepers.has_child)
 
@@ -7322,19 +9268,28 @@ class Daemon:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
         with self._reload_lock:
             try:
-                new = load_config(self._project.config_path or find_config(self._project.folder))
+                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
+                new = self._project.load_config()
+                check_watches(new, self._project.path, self._project.config_path)
+                if new.health != self._config.health:
+                    self._http.listen(new.health, self._sockets.get("http"), self._config.health)
             except DaemonError as error:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
+            finally:
+                self._manager.tell("READY=1")
             plan = self._config.plan(new)
-            if new.log != self._config.log:
-                open_log(self._project.file("daemon.log"), new.log, self._foreground)
             old, self._config, self._store.config = self._config, new, new
+            if new.log != old.log:
+                self._open_log()
             self._supervisor.reload(old)
             self._scheduler.reload()
+            self._watches.reload()
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
+            changed = [re.split(r"[:=]", line)[0].strip() for line in plan]
+            self.publish("config.reloaded", {"changed": changed}, "daemon")
             self._runner.wake()
             return plan
 
@@ -7347,11 +9302,13 @@ class Daemon:
                 self._inspect()
             if now >= self._next_heartbeat and not self._exit_status:
                 self._next_heartbeat = now + self._config.daemon.heartbeat_interval
+                self._manager.tell(f"STATUS=tasks: {self._runner.get_metrics().active_task_count}")
                 write_atomically(self._project.file("heartbeat"), timestamp(Clock.now()) + "\n")
                 self._write_state()
         except DaemonError as error:  # a full disk
             log.error("%s (%s)", error, error.hint)
-        return min(self._next_look, self._next_heartbeat) - Clock.mono()
+        wait_s = min(self._next_look, self._next_heartbeat) - Clock.mono()
+        return min(wait_s, (self._manager.tick_s or float("inf")) / 2)
 
     def _inspect(self) -> None:
         """Look whether database, lock file and socket are where they were."""
@@ -7362,7 +9319,7 @@ class Daemon:
         if gone:
             return  # nothing here is ours to write any more
         lock, project = self._pid_file, self._project
-        if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.named_config)):
+        if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.told)):
             holder = lock.holder()
             if holder is not None and holder.role == "daemon":
                 self._mailbox.post("leave")
@@ -7371,17 +9328,13 @@ class Daemon:
             Platform.reap_orphans(self._keepers.has_child)
 
     def _write_state(self) -> None:
-        text = json.dumps(self._status(), indent=1)
+        about = describe_work(self._supervisor, self._config)
+        text = json.dumps({**self._status(), **about}, indent=1)
         write_atomically(self._project.file("state.json"), text + "\n")
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
-        import traceback
-
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        for ident, frame in sys._current_frames().items():
-            stack = "".join(traceback.format_stack(frame)).rstrip()
-            log.info("thread %s\n%s", names.get(ident, ident), stack)
+        log_stacks()
         log.info("status %s", json.dumps(self._status()))
         self._write_state()
 
@@ -7395,6 +9348,7 @@ class Daemon:
             **self._identity(),
             **self._supervisor.status(),
             **self._scheduler.status(),
+            **self._watches.status(),
             "project": self._project.path,
             "counts": self._store.get_counts(),
             "paused": self._store.get_paused(),
@@ -7410,9 +9364,7 @@ def run_daemon(options: Fields) -> int:
     def report(event: Fields) -> None:
         if not foreground:
             with contextlib.suppress(OSError):
-                os.write(1, json.dumps(event).encode() + b"\n")
-                for fd in (0, 1, 2) if event["event"] == "ready" else ():
-                    os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+                os.write(event.get("channel", 1), json.dumps(event).encode() + b"\n")
 
     try:
         return Daemon(Project(**options), report, foreground).run()
@@ -7442,12 +9394,14 @@ class DaemonManager(Client):
     def _command(self, foreground: bool) -> tuple[list[str], dict[str, str]]:
         """Return (argv, environment) that become the daemon."""
         folder = self.project.folder
-        load_config(self.project.config_path)
+        self.project.load_config()
         make_state_folder(folder, self.project.path)
+        if self.project.config_path is None:
+            write_default_config(folder)
         store_bytecode(folder)
         options = json.dumps({**self.project.to_dict(), "foreground": foreground})
         argv = [sys.executable, "-I", "-S", launcher_path(folder), "_daemon", options]
-        env = {k: v for k, v in os.environ.items() if k not in ("APEX_RUN_ID", "APEX_TASK_ID")}
+        env = {k: v for k, v in os.environ.items() if k not in TASK_MARKS}
         env.update(APEX_DAEMON_MODE="1", MALLOC_ARENA_MAX="2")  # else an arena a thread
         return argv, env
 
@@ -7465,8 +9419,10 @@ class DaemonManager(Client):
                 if error.code != "NOT_RUNNING":
                     raise
             is_forked = mode == "fork" or (mode == "auto" and Platform.can_fork())
+            with Platform.blocked_signals():  # until it has handlers
+                pipe = spawn(argv, env, is_forked)
             try:
-                return self._await_ready(spawn(argv, env, is_forked)), False
+                return self._await_ready(pipe), False
             except DaemonError as error:
                 if error.code != "ALREADY_RUNNING":
                     raise
@@ -7504,7 +9460,8 @@ class DaemonManager(Client):
         """Become the daemon (never returns), or be it where there is no exec."""
         argv, env = self._command(foreground=True)
         if Platform.is_posix:
-            os.execve(argv[0], argv, env)
+            with Platform.blocked_signals():  # until there are handlers
+                os.execve(argv[0], argv, env)
         return run_daemon({**self.project.to_dict(), "foreground": True})
 
     def find_holder(self) -> Holder | None:
@@ -7634,7 +9591,8 @@ class DaemonManager(Client):
         try:
             try:
                 found = self.call("status", {})
-                return DaemonStatus(running=True, exit_status=0, pid=found["pid"], details=found)
+                about = {name: found.get(name) for name in ("pid", "started_at", "uptime")}
+                return DaemonStatus(running=True, exit_status=0, details=found, **about)
             except DaemonError as error:
                 if error.code != "NOT_RUNNING":
                     raise
@@ -7647,8 +9605,108 @@ class DaemonManager(Client):
 
 
 # ============================================================================
+# 19. SERVICE - what init systems are given: unit, init script, plist, Windows
+#     Uses 1-18. Main thread. It makes texts, and starts or changes nothing.
+# ============================================================================
+
+# apexd.service has the same lines with the reasons for them, and what hardening costs.
+_UNIT = """\
+# @PLACE@/@NAME@.service
+[Unit]
+Description=apexd, the background work of @PROJECT@
+StartLimitIntervalSec=0
+
+[Service]
+Type=simple
+ExecStart=@COMMAND@ start --foreground
+ExecReload=/bin/kill -HUP $MAINPID
+@USER@# Signal the daemon alone: what it started is there for the next one to adopt.
+KillMode=process
+OOMPolicy=continue
+TimeoutStopSec=@STOP@
+Restart=on-failure
+RestartSec=2
+RestartPreventExitStatus=2 64 65 73 77 78
+WatchdogSec=60
+UMask=0077
+
+[Install]
+WantedBy=@TARGET@.target
+"""
+_INIT_SCRIPT = """\
+#!/bin/sh
+### BEGIN INIT INFO
+# Provides:          @NAME@
+# Required-Start:    $local_fs $remote_fs
+# Required-Stop:     $local_fs $remote_fs
+# Default-Start:     2 3 4 5
+# Default-Stop:      0 1 6
+# Short-Description: apexd, the background work of a project
+### END INIT INFO
+[ -x @PYTHON@ ] || exit 5
+case ${1-} in
+  start | stop | restart | reload | status) verb=$1 ;;
+  force-reload) verb=reload ;;
+  *) echo "usage: $0 start|stop|restart|reload|force-reload|status" >&2; exit 2 ;;
+esac
+@COMMAND@ "$verb"
+code=$?
+[ "$verb" = status ] && exit "$code"
+case $code in # what LSB calls it
+  69) exit 7 ;;
+  73 | 77) exit 4 ;;
+  78) exit 6 ;;
+  0 | 1 | 2) exit "$code" ;;
+  *) exit 1 ;;
+esac
+"""
+_WINDOWS = """\
+rem As administrator; `schtasks /Delete /TN @NAME@` undoes it.
+schtasks /Create /TN @NAME@ /SC ONSTART /RU SYSTEM /TR "@COMMAND@ start"
+"""
+
+
+def make_service(kind: str, project: Project, user: str) -> str:
+    """Return what a service manager needs to run a project's daemon.
+
+    kind: systemd, systemd-user, sysv, launchd or windows; user: as whom.
+    """
+    import plistlib
+    import shlex
+
+    config, target = project.load_config(), "multi-user"
+    stop_s = config.daemon.graceful_timeout + config.daemon.stop_timeout + config.stop_timeout_s
+    name = "apexd-" + re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(project.path))
+    words = [sys.executable, os.path.abspath(__file__), "--project", project.path]
+    is_elsewhere = os.path.dirname(project.folder) != project.path
+    words += ["--state", project.folder] if is_elsewhere else []
+    words += ["--config", project.told["config"]] if project.told["config"] else []
+    place, run_as, stop_s = "/etc/systemd/system", f"User={user}\n", stop_s + 2 * STOP_MARGIN_S
+    if kind == "launchd":
+        about: Fields = {"Label": name, "ProgramArguments": [*words, "start", "--foreground"]}
+        about.update(RunAtLoad=True, KeepAlive={"SuccessfulExit": False}, UserName=user)
+        about.update(AbandonProcessGroup=True, ExitTimeOut=int(stop_s))  # its tasks outlive it
+        return plistlib.dumps(about, sort_keys=False).decode()
+    if kind == "systemd-user":
+        place, run_as, target = "~/.config/systemd/user", "", "default"
+    if kind == "sysv":
+        become = ["su", "-s", "/bin/sh", "-c", 'exec "$0" "$@"', "--", user]
+        command = shlex.join(words if user == "root" else [*become, *words])
+    elif kind == "windows":
+        command = " ".join(f'\\"{word}\\"' for word in words)
+    else:  # systemd.syntax(7)
+        words = [re.sub(r'(["\\])', r"\\\1", word).replace("$", "$$") for word in words]
+        command = " ".join(f'"{word}"' for word in words).replace("%", "%%")
+    fields = {"NAME": name, "PROJECT": project.path.replace("%", "%%"), "COMMAND": command}
+    fields.update(PYTHON=shlex.quote(sys.executable), STOP=f"{stop_s:.0f}", PLACE=place)
+    fields.update(USER=run_as, TARGET=target)
+    text = {"sysv": _INIT_SCRIPT, "windows": _WINDOWS}.get(kind, _UNIT)
+    return re.sub("@([A-Z]+)@", lambda match: fields[match[1]], text)
+
+
+# ============================================================================
 # 20. CLI - registry and handlers
-#     Uses 1-18. Main thread. The only section that prints or exits.
+#     Uses 1-19. Main thread. The only section that prints or exits.
 # ============================================================================
 
 if TYPE_CHECKING:
@@ -7687,6 +9745,7 @@ def reads(read: Callable[[Any], Any]) -> Callable[[str], Any]:
 
 
 FLAG = {"action": "store_true"}
+FILE = {"metavar": "FILE", "type": os.path.abspath}  # instead of the option of that name
 COMMON = (
     arg("--project", metavar="DIR", help="the project (default: the current folder's)"),
     arg("--state", metavar="DIR", help="the state folder (default: PROJECT/.apex)"),
@@ -7741,17 +9800,62 @@ def width() -> int:
     return 80
 
 
+def become_owner(args: Args) -> None:
+    """As root, become `daemon.user` for good if the state folder is that user's.
+
+    Before anything in there is opened as root: its owner could have put a link to something
+    else in a file's place. Raises PERMISSION_DENIED.
+    """
+    folder = find_folders(args.project, args.state)[1]
+    owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
+    options: Fields = {}
+    try:
+        os.seteuid(owner)
+        options = dict(_load(args.config or find_config(folder) or "")["daemon"]) if owner else {}
+    except (DaemonError, LookupError, TypeError, ValueError):
+        pass  # refused where it is read in earnest
+    finally:
+        os.seteuid(0)
+    if not options.get("user"):
+        return
+    try:
+        ids, env = Platform.identity(options["user"], options.get("group"))
+        if ids["uid"] != owner:
+            return
+        Platform.become(ids)
+    except OSError as error:
+        raise DaemonError("PERMISSION_DENIED", f"daemon.user: {error.strerror}") from None
+    except (TypeError, ValueError):  # there is no such user
+        return
+    os.environ.update(env)
+    for path in (sys.executable, os.path.abspath(__file__)):
+        if not os.access(path, os.R_OK):
+            hint = "give it that right, or take daemon.user from the configuration"
+            raise DaemonError("PERMISSION_DENIED", f"{path} cannot be read by {env['USER']}", hint)
+
+
 def client_of(args: Args) -> DaemonManager:
     """Make the client of the project that the arguments name."""
+    if Platform.is_root():
+        become_owner(args)
     return DaemonManager(args.project, args.state, args.config, notice)
 
 
-@register("start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"))
+@register(
+    "start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"),
+    arg("--log-file", dest="log.file", **FILE), arg("--log-level", dest="log.level"),
+    arg("--socket", dest="daemon.socket", **FILE),
+    arg("--pid-file", dest="daemon.pid_file", **FILE),
+)  # fmt: skip
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
-    manager = client_of(args)
-    if args.foreground:
-        return manager.run_foreground()
+    manager, given = client_of(args), vars(args)
+    manager.project.overrides = {k: v for k, v in given.items() if "." in k and v is not None}
+    return manager.run_foreground() if args.foreground else launch(manager, args)
+
+
+def launch(manager: DaemonManager, args: Args) -> int:
+    """Start a daemon in the background."""
     pid, was_running = manager.start_daemon(args.mode)
     text = f"{'already running' if was_running else 'started'}, PID {pid}"
     return emit({"pid": pid, "already_running": was_running}, args, text)
@@ -7812,17 +9916,18 @@ def cmd_restart(args: Args) -> int:
     """Replace the daemon, all that runs is adopted; or restart a process."""
     if args.name is not None:
         return cmd_process(args)
-    holder = client_of(args).find_holder()
-    args.config = args.config or (holder and holder.config)
-    args.foreground, manager = False, client_of(args)
-    load_config(manager.project.config_path)
+    holder = client_of(args).find_holder() or Holder()
+    args.config = args.config or holder.config
+    manager = client_of(args)
+    manager.project.overrides = holder.overrides
+    manager.project.load_config()
     try:
         manager.stop_daemon(keep=not args.drain)
     except DaemonError as error:
         if error.code != "STOP_KILLED":
             raise
         notice(error.message)
-    return cmd_start(args)
+    return launch(manager, args)
 
 
 @register("reload", PROCESS)
@@ -7848,6 +9953,8 @@ def cmd_status(args: Args) -> int:
             text += f"\nprocesses: {details['running_instances']} running"
             down = ", ".join(f"{name} ({state})" for name, state in details.get("down", {}).items())
             text += f"; degraded, down: {down}; see `why`" if down else ""
+        if details.get("url"):
+            text += f"\npage: {details['url']}"
         if details["paused"]:
             text += "\npaused: " + ", ".join(details["paused"]).replace("*", "everything")
         if details["draining"]:
@@ -7855,6 +9962,35 @@ def cmd_status(args: Args) -> int:
     about = {name: field for name, field in status.to_dict().items() if name != "details"}
     emit({**about, **details}, args, text)
     return int(status.exit_status)
+
+
+@register("health")
+def cmd_health(args: Args) -> int:
+    """Say how the daemon is: 0 healthy, 1 degraded, 2 unhealthy or not there."""
+    try:
+        answer = client_of(args).call("health", {})
+    except DaemonError as error:
+        if error.code not in ("NOT_RUNNING", "NOT_ANSWERING"):
+            raise
+        found = {"status": "unhealthy", "detail": error.message}
+        answer = {"overall": "unhealthy", "checks": {"daemon": found}}
+    rows = [(name, one["status"], one["detail"]) for name, one in answer["checks"].items()]
+    table = columns("CHECK STATUS DETAIL", rows)
+    emit(answer, args, f"{answer['overall']}\n{table}")
+    return LEVELS.index(answer["overall"])
+
+
+@register("metrics")
+def cmd_metrics(args: Args) -> int:
+    """Print metrics in Prometheus's text format, the most important as comments first."""
+    answer = client_of(args).call("metrics", {})
+    text, shown = answer.pop("text"), dict(answer, uptime=span(answer["uptime"]))
+    for name in ("started_at", "last_poll_at"):
+        shown[name] = answer[name] and timestamp(answer[name])
+    del shown["active_task_ids"]
+    names = {name: name.replace("tasks_", "").replace("_", " ") for name in shown}
+    head = "".join(f"# {names[name]}: {x}\n" for name, x in shown.items())
+    return emit(answer, args, head + text.rstrip())
 
 
 @register("ps", NAMES)
@@ -8113,7 +10249,8 @@ def cmd_logs(args: Args) -> int:
     client, lines = client_of(args), args.lines or 50
     match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?", args.task or "")
     if args.task is None:
-        chunks = follow_file(client.project.file("daemon.log"), lines, args.follow)
+        place = client.project.file("daemon.log", client.find_settings().get("log_file"))
+        chunks = follow_file(place, lines, args.follow)
     elif match:
         attempt = int(match[2]) if match[2] else None
         chunks = client.follow(int(match[1]), attempt, -(args.lines or 0), args.follow)
@@ -8122,7 +10259,7 @@ def cmd_logs(args: Args) -> int:
     else:
         raise bad(f"{args.task!r}: must be a task id, ID.ATTEMPT or a process", "see `list`")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a chunk may end in a character
-    for data in chunks:
+    for data in filter(None, chunks):
         text = decoder.decode(data)
         if args.json:
             print(json.dumps({"data": text}), flush=True)
@@ -8185,9 +10322,9 @@ def cmd_report(args: Args) -> int:
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
     if args.action == "list":
-        args.in_state, args.group, args.lines = "failed", None, None
+        args.in_state, args.group, args.lines = "failed", "*", None
         return cmd_list(args)
-    failed = {task["id"] for task in client_of(args).list(state="failed")}
+    failed = {task["id"] for task in client_of(args).list(state="failed", group="*")}
     args.ids = args.ids or sorted(failed)
     for task_id in (task_id for ids in task_ids(args.ids) for task_id in ids):
         if args.action == "show":
@@ -8200,6 +10337,38 @@ def cmd_dlq(args: Args) -> int:
         return 0
     args.verb = "retry" if args.action == "retry" else "remove"
     return cmd_change(args)
+
+
+@register(
+    "events",
+    arg("action", nargs="?", choices=("emit",), help="publish one instead: custom.NAME"),
+    arg("name", nargs="?", metavar="NAME"),
+    arg("-n", "--lines", type=reads(integer(1, LINES_MAX)), default=50, help="the last N"),
+    arg("-f", "--follow", **FLAG, help="go on as they come"),
+    arg("--type", default="*", metavar="PATTERN", help="only these, such as 'task.*'"),
+    arg("--since", type=reads(duration), default=1e10, metavar="TIME", help="of the last 10m, say"),
+    arg("--json", "-j", nargs="?", const=True, default=argparse.SUPPRESS, metavar="OBJECT",
+        help="print JSON only; of emit: what the event says"),
+)  # fmt: skip
+def cmd_events(args: Args) -> int:
+    """Show what happened, or publish an event of one's own."""
+    client, given = client_of(args), args.json if isinstance(args.json, str) else None
+    if args.action == "emit":
+        try:
+            payload = mapping(json.loads(given or "{}", parse_constant=int))
+        except (ValueError, RecursionError):
+            raise bad(f"--json {str(given)[:40]!r}: must be a JSON object") from None
+        event_id = client.emit(args.name or "", payload)
+        return emit({"id": event_id}, args, event_id)
+    if given is not None:
+        raise bad(f"--json {given[:40]!r}: takes an object with `events emit NAME` alone")
+    since, folder = Clock.now() - args.since, client.project.folder
+    for events in read_events(folder, args.lines, args.follow, args.type, since):
+        for event in events:
+            rest = json.dumps(event["payload"], ensure_ascii=False)
+            line = f"{timestamp(event['time'])}  {event['type']:16}  {event['source']:14}  {rest}"
+            print(json.dumps(event) if args.json else printable(line), flush=True)
+    return 0
 
 
 @register(
@@ -8266,7 +10435,7 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     yield "python", sys.version_info >= (3, 9), sys.version.split()[0]
     yield "sqlite", sqlite3.sqlite_version_info >= (3, 31), sqlite3.sqlite_version
     free = shutil.disk_usage(project.path).free
-    yield "disk", free > 1 << 28, f"{free >> 20} MiB free"
+    yield "disk", free > DISK_LOW_BYTES, f"{free >> 20} MiB free"
     kind = Platform.network_file_system(project.folder)
     yield "file system", kind is None, f"{kind}: use --state DIR" if kind else "local"
     places = [os.path.abspath(__file__), project.folder, project.config_path or project.folder]
@@ -8285,6 +10454,24 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     status = manager.get_status()
     text = f"running, PID {status.pid}" if status.running else status.reason or ""
     yield "daemon", status.exit_status in (0, 3), text
+
+
+@register("init")
+def cmd_init(args: Args) -> int:
+    """Make the state folder, and a configuration with every option as a comment."""
+    project = client_of(args).project
+    make_state_folder(project.folder, project.path)
+    path = project.config_path or write_default_config(project.folder)
+    return emit({"path": path}, args, path)
+
+
+@register("service", arg("kind", choices=("systemd", "systemd-user", "sysv", "launchd", "windows")))
+def cmd_service(args: Args) -> int:
+    """Print what makes this project's daemon a service here, run by you."""
+    import getpass
+
+    text = make_service(args.kind, client_of(args).project, getpass.getuser())
+    return emit({"text": text}, args, text[:-1])
 
 
 @register("doctor")
@@ -8373,6 +10560,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["_keeper"]:
             return run_keeper(*words[1:])
+        if words[:1] == ["_deliver"]:  # the task of a hook with a URL
+            return deliver()
         if words[:1] == ["_daemon"]:  # what `start` makes
             return run_daemon(json.loads(words[1]))
         args = parse(words)
