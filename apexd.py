@@ -4883,7 +4883,7 @@ EPOCH_DAY = 719163  # datetime.date(1970, 1, 1).toordinal()
 def read_cron_field(text: str, name: str, low: int, high: int, names: str) -> frozenset[int]:
     """Read one field, such as "1-3,5", "*/10", "5/10" or "mon-fri"."""
     numbers = {word: str(low + index) for index, word in enumerate(names.split())}
-    digits = text.replace("-sun", "-7") if high == 7 else text
+    digits = re.sub("(?<!sun)-sun", "-7", text) if high == 7 else text
     digits = re.sub(r"\b[a-z]{3}\b", lambda match: numbers.get(match[0], match[0]), digits)
     found = set[int]()
     for part in digits.split(","):
@@ -4979,7 +4979,7 @@ class CronSchedule:
             if not self.is_fixed or abs(seen - start - offset) > DST_MAX_S:
                 seen = start + offset
             wall = self._find_wall(seen)
-            if wall >= end + offset and self._offset(end) == offset:  # nothing for a day:
+            if wall >= end + offset and self._offset(end) == offset:
                 end = max(end, wall - offset - 2 * DAY_S)  # only changes near to a fire matter
             while wall < end + offset:
                 fire = max(wall - offset, start)  # of what a gap swallowed: its end
