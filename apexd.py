@@ -234,10 +234,9 @@ DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
 DAY_S = 24 * 3600
 DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is, as by cronie
-CRON_LATE_S = 300.0  # what is late by less fires in full, as by cronie
+CRON_LATE_S = 300.0  # after a shorter pause all that fell due fires, as by cronie
 CRON_RESTART_S = 10.0  # a daemon that is back so soon has not missed what fell due
 CRON_SLICE_S = 60.0  # the longest sleep: then a clock that was moved is noticed
-CRON_WAKE_S = 60 + CRON_SLICE_S  # what fell due in the minute before a wake-up still fires
 CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
 CATCH_UP_MAX = 1000  # fires of one schedule that are made up for
 OWN_GROUPS = ("default", "hooks")  # there without being declared
@@ -4931,7 +4930,7 @@ def read_zone(name: object) -> Any:
         return zoneinfo.ZoneInfo(line_of_text(name))
     except (LookupError, OSError, ValueError):
         form = 'a time zone that this system knows, such as "Europe/Berlin"'
-        raise ValueError(f"{form} (Windows: pip install tzdata)") from None
+        raise ValueError(f"{form}; if it has none: pip install tzdata") from None
 
 
 class CronSchedule:
@@ -5060,8 +5059,8 @@ class CronJob(CronSchedule):
         wanted = {"none": [], "last": missed[-1:], "all": missed}[trigger.catch_up]
         kept = [at for at in wanted if now - at <= trigger.catch_up_window]
         is_bridged = self.is_fixed and gap_s <= DST_MAX_S
-        late_s = CRON_RESTART_S if self.is_new else DST_MAX_S if is_bridged else CRON_WAKE_S
-        kept = kept or [at for at in missed[-1:] if now - at <= late_s]
+        late_s = CRON_RESTART_S if self.is_new else DST_MAX_S if is_bridged else CRON_LATE_S
+        kept = kept or [at for at in missed[-1:] if now - at < late_s]
         log.info("Schedule %s: %d of %d missed fires are made", self.name, len(kept), len(missed))
         return kept
 
