@@ -5065,12 +5065,13 @@ class CronJob(CronSchedule):
         return kept
 
 
-def fire_schedule(
-    store: TaskStore, name: str, trigger: Any, at: float | None, is_behind: bool = False
-) -> int | None:
+def fire_schedule(store: TaskStore, name: str, at: float | None, is_behind: bool) -> int | None:
     """Add the task of a schedule, for a time, or None: now; see EventStore.fire."""
+    found = store.config.schedules
+    if name not in found:
+        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(found) or 'none'}")
     event = Event.make("cron.fired", {"name": name, "scheduled_at": at}, f"schedule {name}")
-    return EventStore(store).fire(f"schedule.{name}", trigger, event, None, is_behind)
+    return EventStore(store).fire(f"schedule.{name}", found[name], event, None, is_behind)
 
 
 class Scheduler:
@@ -5079,9 +5080,7 @@ class Scheduler:
     Thread: "cron" sleeps until the next fire. Life: start -> stop.
     """
 
-    def __init__(
-        self, store: TaskStore, on_fire: Callable[[], None] = lambda: None, clock: Any = Clock
-    ) -> None:
+    def __init__(self, store: TaskStore, on_fire: Callable[[], None], clock: Any = Clock) -> None:
         self._store, self._on_fire, self._clock = store, on_fire, clock
         self._jobs: dict[tuple[str, str], CronJob] = {}  # by source and spec
         self._config: Config | None = None  # what _jobs follow
@@ -5135,7 +5134,7 @@ class Scheduler:
             for at in fires:
                 if self._is_stopped:
                     return
-                task_id = fire_schedule(self._store, job.name, job.trigger, at, is_behind)
+                task_id = fire_schedule(self._store, job.name, at, is_behind)
                 result = f"task {task_id}" if task_id else "skipped"
                 log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
                 job.seen_at = at
@@ -5179,10 +5178,7 @@ def list_schedules(store: TaskStore, limit: int = 1) -> list[dict[str, Any]]:
 
 def run_schedule(store: TaskStore, name: str) -> int:
     """Add a schedule's task now, return its id. Raises ILLEGAL_STATE when `overlap` forbids it."""
-    schedules = store.config.schedules
-    if name not in schedules:
-        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(schedules) or 'none'}")
-    task_id = fire_schedule(store, name, schedules[name], None)
+    task_id = fire_schedule(store, name, None, False)
     if task_id is None:
         what = f"a task of schedule {name} is unfinished"
         raise DaemonError("ILLEGAL_STATE", what, 'see `list`, or set overlap = "queue"')
