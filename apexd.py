@@ -138,8 +138,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii datetime difflib email.utils fnmatch graphlib grp hmac http.server io logging marshal "
-        "pwd queue random resource shutil sqlite3 subprocess tempfile urllib.parse zoneinfo"
+        "binascii datetime difflib email.utils fnmatch graphlib grp hmac http.server io logging "
+        "marshal pwd queue random resource shutil sqlite3 subprocess tempfile urllib.parse zoneinfo"
     ).split():
         globals()[_name.partition(".")[0]] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -178,6 +178,7 @@ LARGE_FRAME_BYTES = 64 * 1024  # requests up to this size are not counted
 FRAME_TIMEOUT_S = 10.0  # from a frame's first byte to its last
 IDLE_TIMEOUT_S = 60.0  # a silent connection gives its place to others
 CONNECTIONS_MAX = 64
+SPARE_S = 0.25  # a new connection, or one just answered, keeps its place so long
 SOCKET_PATH_MAX_BYTES = 103  # sun_path of macOS; Linux allows 107 (unix(7))
 
 KEEPER_PROTOCOL = 1
@@ -7830,24 +7831,24 @@ def remove_socket(path: str, *others: str) -> None:
 class Acceptor:
     """Gives each connection of a listener a thread, so many at once.
 
-    When all are taken, the one that has been idle the longest loses its place. serve: called
-    with (connection, idle); idle: where it stands while it waits for a request.
+    When all are taken, the one that has been idle the longest, `spare_s` at least, loses its
+    place. serve: called with (connection, idle); idle: since when it waits for a request.
     """
 
     def __init__(
-        self, listener: socket.socket, name: str, most: int,
-        serve: Callable[[socket.socket, dict[socket.socket, None]], object],
+        self, listener: socket.socket, name: str, most: int, spare_s: float,
+        serve: Callable[[socket.socket, dict[socket.socket, float]], object],
     ) -> None:  # fmt: skip
-        self.listener, self._serve = listener, serve
+        self.listener, self._serve, self._spare_s = listener, serve, spare_s
         self._room = threading.BoundedSemaphore(most)
-        self._idle: dict[socket.socket, None] = {}  # the longest first
+        self._idle: dict[socket.socket, float] = {}  # since when; the longest first
         self._is_over, self._watched = False, Watched()
         listener.setblocking(False)
         self._watched.add(listener, self._accept)
         threading.Thread(target=self._accept_all, name=name, daemon=True).start()
 
     def close(self) -> None:
-        """Accept nothing more. What a service manager has open, too, stays so, and what comes waits."""
+        """Accept nothing more; of a socket that a service manager keeps open, what comes waits."""
         self._is_over = True
         self._watched.remove(self.listener)
         self.listener.close()
@@ -7865,11 +7866,11 @@ class Acceptor:
             wait_s = 0.0
             while not self._room.acquire(timeout=wait_s):
                 wait_s = 0.02
-                for idle in list(self._idle)[:1]:
-                    if self._idle.pop(idle, 0) is None:
+                for idle, since in list(self._idle.items())[:1]:
+                    if Clock.mono() - since >= self._spare_s and self._idle.pop(idle, 0.0):
                         with contextlib.suppress(OSError):  # it has just gone
                             idle.shutdown(socket.SHUT_RDWR)
-            self._idle[peer] = None
+            self._idle[peer] = Clock.mono()
             threading.Thread(target=self._talk, args=(peer,), name="talk", daemon=True).start()
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             if self._is_over or isinstance(error, BlockingIOError):
@@ -7958,7 +7959,7 @@ class ControlServer:
             self._endpoint["socket"] = path
         self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
         self._socket = path, file_id(path)
-        self._acceptor = Acceptor(listener, "control", CONNECTIONS_MAX, self._serve)
+        self._acceptor = Acceptor(listener, "control", CONNECTIONS_MAX, SPARE_S, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more, remove what is ours still; requests under way go on."""
@@ -7970,7 +7971,7 @@ class ControlServer:
             if self._inherited is None and file_id(path) == known:
                 remove_socket(path, os.path.join(self._folder, "endpoint"))
 
-    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, float]) -> None:
         """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
@@ -7982,9 +7983,9 @@ class ControlServer:
             connection.settimeout(FRAME_TIMEOUT_S)
             send_frame(connection, error)
 
-    def _serve_one(self, connection: socket.socket, idle: dict[socket.socket, None]) -> bool:
+    def _serve_one(self, connection: socket.socket, idle: dict[socket.socket, float]) -> bool:
         """Answer one request, or send a stream of answers; False: the peer has left."""
-        idle[connection] = None
+        idle[connection] = Clock.mono()
         request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
         idle.pop(connection, None)
         if request is not None:
@@ -8858,7 +8859,7 @@ class HealthServer:
                 write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
         near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.url = f"http://{at_port(near, self._port)}/#{self.key}"
-        self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, self._serve)
+        self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, 0.0, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more; requests under way are answered."""
@@ -8866,7 +8867,7 @@ class HealthServer:
             self._acceptor.close()
         self.url = ""
 
-    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, float]) -> None:
         """Answer one request, in HTTP_TIMEOUT_S altogether."""
         deadline = Clock.mono() + HTTP_TIMEOUT_S
         head = receive_head(connection, deadline)
@@ -8879,7 +8880,7 @@ class HealthServer:
         connection.settimeout(max(deadline - Clock.mono(), 0.1))
         connection.sendall(make_response(*answer, getattr(request, "command", "") != "HEAD"))
         connection.shutdown(socket.SHUT_WR)
-        idle[connection] = None
+        idle[connection] = Clock.mono()
         while Clock.mono() < deadline and connection.recv(1 << 16):
             pass  # to close before all was read would take the response back
 
@@ -9152,7 +9153,8 @@ class Daemon:
         }
         hour = runner.meters.last_hour
         show = ("", lambda: {**self._status(), "last_hour": hour()})
-        self._http = HealthServer(folder, choose_sources(verbs, {**self._health.table, "status": show}))
+        own = {**self._health.table, "status": show}
+        self._http = HealthServer(folder, choose_sources(verbs, own))
         near = self._project.file("control.sock", self._config.daemon.socket)
         self._control = ControlServer(folder, verbs, near, self._sockets.get("control"))
 

@@ -43,6 +43,7 @@ import time
 import urllib.error
 import urllib.request
 import zoneinfo
+from collections import Counter, deque
 from queue import SimpleQueue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2660,7 +2661,7 @@ class TestPidFile:
             assert each.returncode == 75, (each.args, out, err)
             assert out == b"" and (b"hint" in err or b"apexd: " in err)
         assert self.daemons(box) == []
-        left = {"config.json", "daemon.lock", "run", "logs", "cache", ".gitignore", "apex.db", "apexd", "ballast"}
+        left = {"config.json", "daemon.lock", "run", "logs", "cache", ".gitignore", "apex.db", "apexd", "ballast", "events.log"}
         assert set(os.listdir(box.state)) <= left
 
 
@@ -10336,6 +10337,7 @@ class TestProcessPromises:
                 os.unlink(folder)
 
     @root
+    @alone
     @pytest.mark.parametrize("what", ["a long path", "another user"])
     def test_folders_made_elsewhere_do_not_stay(self, box, what):
         """P15"""
@@ -10343,7 +10345,7 @@ class TestProcessPromises:
             os.path.join(base, name) for base in ("/run", "/tmp")
             for name in os.listdir(base) if name.startswith("apexd-")
         }  # fmt: skip
-        before, made = outer(), set()
+        before, made = outer(), set()  # nothing runs beside it
         if what == "a long path":
             box.state = os.path.join(box.root, "s" * 120)
             box.env["APEX_STATE_DIR"] = box.state
@@ -11890,6 +11892,19 @@ class TestSocketActivation:
             child = Systemd(box).start(box, "", listener.fileno(), LISTEN_FDS="1", LISTEN_FDNAMES="control")
             assert child.wait(20) == 73 and b"has no path" in child.stderr.read()
 
+    def test_http_too_is_answered_by_the_next_daemon(self, box):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            for _ in range(2):
+                waiting = socket.create_connection(("127.0.0.1", port), 20)
+                waiting.sendall(f"GET /ready HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+                daemon = self.start(box, listener, names="http")
+                with waiting, waiting.makefile("rb") as file:
+                    assert file.readline().split()[1] in (b"200", b"503")
+                assert f":{port}/" in box.json("status")["url"]
+                daemon.terminate()
+                assert daemon.wait(20) == 0
+
     @pytest.mark.parametrize("fds, names", [("x", "control"), ("-1", "control"), ("9", "a:b:control")])
     def test_nonsense_in_the_variables_is_passed_over(self, box, fds, names):
         listener = self.listen(box)
@@ -13230,11 +13245,14 @@ class Worker:
 
     def pytest_runtestloop(self, session):
         items = {item.nodeid: item for item in session.items}
-        self.tell(None)
-        for line in self.names:
-            item = items[json.loads(line)]
-            module = item.getparent(pytest.Module)  # what belongs to it is kept for the next one
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=module)
+        for _ in range(2):  # one to run, and the one after it: for it some fixtures are kept
+            self.tell(None)
+        names = (json.loads(line) for line in self.names)
+        item = items.get(next(names, None))
+        while item:
+            following = items.get(next(names, None))
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            item = following
             self.tell(None)
         return True
 
@@ -13262,12 +13280,22 @@ class Crew:
             raise session.Failed(session.shouldfail)
         return True
 
+    def choose(self, worker):
+        """Return the next test for a worker: of its class, else of one that is nobody's yet."""
+        left = {of: names for of, names in self.waiting.items() if names}
+        if self.classes.get(worker) not in left:
+            free = left.keys() - self.classes.values() or left.keys()
+            self.classes[worker] = max(free, key=lambda of: len(left[of]), default=None)
+        return left[self.classes[worker]].pop(0) if left else None
+
     def run_shared(self, session, items):
-        waiting = [item.nodeid for item in reversed(items)]
+        self.waiting, self.classes = {}, {}
+        for item in items:
+            self.waiting.setdefault(item.nodeid.rpartition("::")[0], []).append(item.nodeid)
         command = [sys.executable, os.path.abspath(__file__), "--worker", *self.argv]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         workers = [subprocess.Popen(command, **pipes) for _ in range(self.SIZE)]
-        lines, current = SimpleQueue(), {}
+        lines, names = SimpleQueue(), {worker: deque() for worker in workers}
 
         def read(worker):
             for line in worker.stdout:
@@ -13276,25 +13304,30 @@ class Crew:
 
         for worker in workers:
             threading.Thread(target=read, args=(worker,), daemon=True).start()
-        busy = set(workers)
+        busy, asked = set(workers), Counter()
         while busy:
             worker, told = lines.get()
-            is_over = session.shouldfail or session.shouldstop or not waiting
             if told == "end":
                 busy.discard(worker)
-                if worker.wait() and worker in current:
-                    session.shouldfail = f"a process of the tests ended in {current[worker]}"
+                if worker.wait():
+                    session.shouldfail = f"a process of the tests ended in {[*names[worker]]}"
             elif told is not None:
                 hook = session.config.hook
                 report = hook.pytest_report_from_serializable(config=session.config, data=told)
                 hook.pytest_runtest_logreport(report=report)
-            elif is_over:
-                current.pop(worker, None)
-                worker.stdin.close()
             else:
-                current[worker] = waiting.pop()
-                worker.stdin.write(json.dumps(current[worker]) + "\n")
-                worker.stdin.flush()
+                asked[worker] += 1
+                if asked[worker] > 2:
+                    names[worker].popleft()
+                is_over = session.shouldfail or session.shouldstop
+                name = None if is_over else self.choose(worker)
+                with contextlib.suppress(OSError, ValueError):
+                    if name is None:
+                        worker.stdin.close()
+                    else:
+                        names[worker].append(name)
+                        worker.stdin.write(json.dumps(name) + "\n")
+                        worker.stdin.flush()
 
 
 if __name__ == "__main__":  # without pytest the head of this file has brought it already
