@@ -9107,9 +9107,8 @@ class Daemon:
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._manager.tell("STATUS=starting", watchdog_s=RECOVERY_S)
             self._report({"event": "progress", "what": "checking the database"})
-            path, lock = self._project.file("apex.db"), self._pid_file
-            self._store = TaskStore(path, self._config, lock, self._project.path)
-            with contextlib.closing(self._store):
+            path, told = self._project.file("apex.db"), (self._pid_file, self._project.path)
+            with contextlib.closing(TaskStore(path, self._config, *told)) as self._store:
                 self._store.database.check()
                 self._files = {name: file_id(name) for name in (path, path + "-wal")}
                 self._serve(outputs)
@@ -9119,7 +9118,7 @@ class Daemon:
             log.error("%s (%s)", error, error.hint)
             raise
         except RuntimeError as error:  # no thread to be had, say
-            log.exception("ended by a failure")
+            log.exception("the daemon cannot go on")
             raise DaemonError("START_FAILED", str(error), "see `logs`; `ulimit -u`") from None
         finally:
             self._pid_file.release()
