@@ -3131,19 +3131,19 @@ def _insert_deps(
 
 def set_state(
     db: Transaction, task_id: int, old: State, new: State, due_at: float | None = None,
-    payload: Mapping[str, Any] = {},
+    payload: Mapping[str, Any] = {}, ended_at: float | None = None,
 ) -> None:  # fmt: skip
     """Move a task: the only writer of `state`, but for its insertion.
 
     A task that reaches a final state releases, or skips, what comes after it. One that runs
-    begins an attempt. payload: of its event, besides id and state.
+    begins an attempt. payload: of its event, besides id and state. ended_at None: now.
     """
     work = [(task_id, old, new, due_at)]
     while work:
         task_id, old, new, due_at = work.pop()
         if new not in MOVES[old]:
             raise DaemonError("INTERNAL", f"task {task_id}: {old.value} cannot become {new.value}")
-        finished_at = Clock.now() if new in DONE else None
+        finished_at = ended_at or Clock.now() if new in DONE else None
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
@@ -3151,7 +3151,7 @@ def set_state(
         if what is not None:
             what = "lost" if (what, payload.get("outcome")) == ("retrying", "lost") else what
             db.add_task_event(task_id, what, {"state": new.value, **payload})
-        payload = {}  # the tasks that follow have none
+        payload, ended_at = {}, None  # the tasks that follow have none
         if new not in DONE:
             continue
         for child, due_at, open_deps, need in db.execute(
@@ -3600,7 +3600,7 @@ class AttemptStore:
     def _finish(self, db: Transaction, task: Task, result: Result) -> None:
         """Record one result; an attempt that is finished already changes nothing."""
         at: dict[str, Any] = {"id": task.id, "run": task.run_id, "number": task.attempts}
-        at.update(result.to_dict(), now=result.finished_at or Clock.now())
+        at.update(result.to_dict(), now=max(result.finished_at or Clock.now(), task.started_at))
         where = "WHERE task_id = :id AND number = :number AND run_id = :run AND outcome IS NULL"
         row = db.execute(f"SELECT wish FROM attempts {where}", at).fetchone()
         if row is None:
@@ -3637,7 +3637,7 @@ class AttemptStore:
         ends = ("exit_code", "signal", "reason")
         payload = {**_attempt_payload(task), "outcome": outcome.value}
         payload.update({name: at[name] for name in ends})
-        set_state(db, task.id, State.RUNNING, state, due_at, payload)
+        set_state(db, task.id, State.RUNNING, state, due_at, payload, at["now"])
         task.outcome, task.state = outcome, state
 
     def get_context(self, task: Task) -> tuple[dict[str, str], int | None]:
@@ -4180,8 +4180,11 @@ class Keeper:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | (_O_SAFE if path != os.devnull else 0)
         try:
             log_fd = os.open(path, flags, 0o600)
-        except FileNotFoundError:  # removed by somebody
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        except FileNotFoundError:
+            folder = os.path.dirname(path)
+            if file_id(os.path.dirname(folder)) != file_id(os.curdir):
+                raise OSError(errno.EAGAIN, "the state folder was moved", "keeper") from None
+            os.makedirs(folder, mode=0o700, exist_ok=True)  # removed by somebody
             log_fd = os.open(path, flags, 0o600)
         try:
             Platform.lock(log_fd, shared=True)
@@ -4435,6 +4438,7 @@ class _Roster:
 
     def __init__(self, folder: str, is_starter: bool) -> None:
         self._folder = os.path.abspath(folder)
+        self._folder_id = file_id(self._folder)
         self._lock = threading.RLock()  # guards all that follows, there too
         self._links: dict[str, _Link] = {}
         self._is_open = False
@@ -4452,10 +4456,15 @@ class _Roster:
     def _add(self, name: str, process: Any = None, is_private: bool = False) -> None:
         self._links[name] = _Link(self.watched, self._path(name), process, is_private)
 
+    def has_lost_folder(self) -> bool:
+        """Tell whether the state folder was moved or removed: nothing is to be started then."""
+        return file_id(self._folder) != self._folder_id
+
     def standing(self) -> str | None:
         """Return the name of the keeper that takes starts; None: none does now."""
         with self._lock:
-            return next((link.name for link in self._links.values() if link.takes_starts()), None)
+            links = () if self.has_lost_folder() else self._links.values()
+            return next((link.name for link in links if link.takes_starts()), None)
 
     def silent(self) -> list[int]:
         """Return the PIDs of keepers that have owed an answer for too long."""
@@ -4504,7 +4513,7 @@ class _Roster:
             if link.asked_mono is not None and not link.is_silent():
                 times.append(link.asked_mono + KEEPER_ANSWER_S + 0.1)
         links = [link for link in self._links.values() if not link.is_private]
-        is_starter = self._is_open and self._is_starter
+        is_starter = self._is_open and self._is_starter and not self.has_lost_folder()
         if is_starter and all(x.is_foreign or x.is_quitting or x.is_silent() for x in links):
             if now >= self._next_spawn:
                 self._spawn()
@@ -4524,7 +4533,7 @@ class _Roster:
     def _reach(self, link: _Link) -> None:
         """Connect to a keeper, or find that it has gone and conclude on its runs."""
         text = link.reach(functools.partial(self._read, link))
-        if text is None:
+        if text is None or self.has_lost_folder():  # its file may only have been moved
             return
         del self._links[link.name]
         if link.process is not None and not text and not link.is_quitting:
@@ -6252,7 +6261,8 @@ class Instance:
         data = text.encode("utf-8", "surrogatepass").ljust(NOTE_BYTES - 1) + b"\n"
         if len(data) > NOTE_BYTES:
             raise ValueError("the note of the run is too long: use a shorter path")
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(self.path), 0o700)  # removed by somebody
         with os.fdopen(open_file(self.path, os.O_WRONLY | os.O_CREAT), "wb", 0) as file:
             file.write(data)
 
@@ -8347,7 +8357,7 @@ class Client:
         if not self.is_live:
             self._return_mono = min(self._return_mono, Clock.mono() + RETURN_TIMEOUT_S)
             if Clock.mono() > self._return_mono:
-                what = "no daemon runs, so nothing moves; the task is kept"
+                what = "no daemon runs: nothing is started; the end of what runs is seen later"
                 raise DaemonError("NOT_RUNNING", what, "start it with `start`")
             threading.Event().wait(0.2)
 
@@ -9253,7 +9263,7 @@ class Daemon:
     def _fail(self, status: int, why: str) -> None:
         log.error("%s: stopping", why)
         self._exit_status = self._exit_status or status
-        self._mailbox.post("failed")
+        self._mailbox.post("leave" if self._keepers.has_lost_folder() else "failed")
 
     def _shutdown(self, keep: bool = False) -> Fields:
         """Stop; `keep` leaves the tasks running for the next daemon."""

@@ -4604,6 +4604,39 @@ class TestKeeperLife:
             put(box, "begun", None)
             box.stop()
 
+    def test_the_end_of_what_ended_without_a_daemon_is_its_own(self, box):
+        box.start()
+        (task_id,) = enqueue(box, f"{self.WAIT} exit 6")
+        command = command_of(box, task_id)
+        box.kill9()
+        put(box, "go")
+        eventually(lambda: not lives(command))
+        ended = time.time()
+        pause(1.5)
+        box.start()
+        task = box.until(task_id, "failed")
+        assert task["started_at"] < task["finished_at"] < ended + 0.5
+
+    @posix
+    def test_a_keeper_makes_no_folder_in_a_place_that_it_lost(self, box):
+        """A daemon that cannot look sends a start; then, where it was, there is nothing."""
+        box.start()
+        (task_id,) = enqueue(box, "echo it ran")
+        box.until(task_id)
+        keeper = keeper_of(box)
+        os.kill(keeper, signal.SIGSTOP)
+        (late,) = enqueue(box, "echo it ran")
+        box.until(late, "running")
+        daemon, away = box.pid(), box.path + "-away"
+        os.rename(box.path, away)
+        os.kill(keeper, signal.SIGCONT)
+        eventually(lambda: not lives(daemon))
+        assert not os.path.exists(box.path), "nothing was made anew"
+        os.rename(away, box.path)
+        box.start()
+        box.until(late, "succeeded")
+        assert box.output(late) == "it ran\n"
+
     @root
     def test_on_a_full_disk_a_keeper_stays_and_tells_later(self, box):
         shutil.rmtree(box.state)
@@ -11524,6 +11557,32 @@ class TestDaemon:
         assert child.wait(30) == 65
         assert b"apex.db was removed or replaced" in child.stderr.read()
         eventually(lambda: not box.processes())
+
+    @posix
+    def test_a_project_that_is_moved_starts_nothing_and_is_adopted_in_its_new_place(self, box):
+        box.config({"daemon": {"poll_interval": 2}}, schedule={"often": {"cron": "@every 1s", "command": "echo it ran"}})
+        child = box.popen("start", "--foreground")
+        eventually(lambda: os.path.exists(box.file("endpoint")))
+        go = os.path.join(box.root, "go")
+        (task_id,) = enqueue(box, f"until [ -e {go} ]; do sleep 0.05; done; exit 5")
+        pid = command_of(box, task_id)
+        eventually(lambda: len(os.listdir(box.file("logs"))) > 1)
+        away = box.path + "-away"
+        os.rename(box.path, away)
+        began = time.monotonic()
+        assert child.wait(30) == 65
+        assert time.monotonic() - began < 10, "it does not wait for the task"
+        assert b"removed or replaced" in child.stderr.read()
+        assert lives(pid) and not os.path.exists(box.path), "nothing was made anew"
+        box.path, box.state = away, os.path.join(away, ".apex")
+        assert "was killed" not in box.log()
+        box.start()
+        assert box.look(task_id)["pid"] == pid
+        write(go, "")
+        task = box.until(task_id)
+        assert (task["exit_code"], task["attempts"]) == (5, 1)
+        for each in box.json("list", "--state", "succeeded"):
+            assert read(box.file("logs", f"task-{each['id']}.1.log")) == "it ran\n", each
 
     @linux
     @root
