@@ -4181,8 +4181,9 @@ class Keeper:
         try:
             log_fd = os.open(path, flags, 0o600)
         except FileNotFoundError:
-            folder = os.path.dirname(path)
-            if file_id(os.path.dirname(folder)) != file_id(os.curdir):
+            folder, info = os.path.dirname(path), os.fstat(self._fd)
+            mine = os.path.join(os.path.dirname(folder), "run", os.path.basename(self._path))
+            if file_id(mine) != (info.st_dev, info.st_ino):
                 raise OSError(errno.EAGAIN, "the state folder was moved", "keeper") from None
             os.makedirs(folder, mode=0o700, exist_ok=True)  # removed by somebody
             log_fd = os.open(path, flags, 0o600)
@@ -5489,8 +5490,7 @@ class DaemonRunner:
         self.store = store
         self.keepers = keepers or Keepers(store.folder, execute is None)
         self._attempts = AttemptStore(store)
-        self._execute = execute
-        self._on_poll, self._on_drained = on_poll, on_drained
+        self._execute, self._on_poll, self._on_drained = execute, on_poll, on_drained
         self._awaited: dict[threading.Event, int] = {}  # the task of each that waits
         self._lock = threading.RLock()  # guards what follows; taken before the store's
         self._running: dict[int, _Run] = {}
@@ -5749,7 +5749,8 @@ class DaemonRunner:
             if wish != Outcome.INTERRUPTED:
                 raise
             log.error("%s", error)
-        how = "Timed out waiting: ending" if wish == Outcome.INTERRUPTED else "Ending"
+        is_late = wish == Outcome.INTERRUPTED and stop_s is None
+        how = "Timed out waiting: ending" if is_late else "Ending"
         for run in runs:
             log.warning("%s task %d: %s", how, run.task.id, wish.value)
             self._end(run, stop_s)
@@ -6214,6 +6215,10 @@ class Instance:
         """Tell whether others that need it can start."""
         return self.view.state in _READY
 
+    def has_done_its_work(self) -> bool:
+        """Tell whether it ended well, and is not to run again by itself."""
+        return self.view.state == ProcessState.STOPPED and is_good_enough(self.view)
+
     def is_failing(self) -> bool:
         """Tell whether it was wanted, but ended."""
         return self.view.state in _DOWN
@@ -6230,7 +6235,9 @@ class Instance:
         if state not in PROCESS_MOVES[self.view.state]:
             what = f"{self.id}: {self.view.state.value} cannot become {state.value}"
             raise DaemonError("INTERNAL", what)
-        log.info("Process %s is %s%s", self.id, state.value, f": {why}" if why else "")
+        cause = self.last_end if state == ProcessState.FAILED else why
+        told = "; ".join(dict.fromkeys(filter(None, (cause, why))))
+        log.info("Process %s is %s%s", self.id, state.value, told and f": {told}")
         if state == ProcessState.RUNNING and self.ward is not None:
             self.view.last_sign, self.view.lapses = Clock.mono(), 0
             with contextlib.suppress(OSError, ValueError, DaemonError):  # a full disk
@@ -6241,7 +6248,7 @@ class Instance:
         if state == ProcessState.STOPPING and was_ready and is_kept:
             publish(self, "hung", why)
         elif state in _EVENT_STATES and not (was_ready and state in _READY):
-            publish(self, "ready" if state in _READY else state.value, why)
+            publish(self, "ready" if state in _READY else state.value, cause)
         is_waiting = self.view.state in (ProcessState.BACKOFF, ProcessState.FAILED)
         if state == ProcessState.STOPPED and is_waiting:
             self.forget()
@@ -6390,7 +6397,7 @@ class Instance:
 
     def describe(self, usage: Mapping[int, tuple[float, int]]) -> dict[str, Any]:
         """Return {"index", "pid", "state", "cpu_percent", "memory_bytes", "uptime_secs",
-        "restart_count"}; cpu_percent: since the last look; holds the lock."""
+        "restart_count", "command"}; cpu_percent: since the last look; holds the lock."""
         now, pid, percent = Clock.mono(), self.ward.pid if self.ward is not None else None, None
         cpu_s, memory = usage.get(pid or 0, (None, None))
         if cpu_s is not None:
@@ -6399,7 +6406,9 @@ class Instance:
                 last, last_s = self.view.started, 0.0
             percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
         uptime_s = int(now - self.view.started) if pid else None
+        words = (self.policy if self.ward is None else self.view.policy).command
         return {
+            "command": fill(words if isinstance(words, str) else " ".join(words), self.index),
             "index": self.index, "pid": pid, "state": self.view.state.value,
             "cpu_percent": percent, "memory_bytes": memory, "uptime_secs": uptime_s,
             "restart_count": self.note.get("restarts", 0),
@@ -6429,6 +6438,9 @@ def get_process(config: Config, name: str) -> Any:
     """Return the section of a process. Raises PROCESS_NOT_FOUND."""
     if name not in config.processes:
         hint = "processes: " + (", ".join(config.processes) or "none; write [process.NAME]")
+        stem = name.partition(".")[0]
+        if stem in config.processes:
+            hint = f"no instance can be named here, or it has no such one; write {stem}"
         raise DaemonError("PROCESS_NOT_FOUND", f"there is no process {name!r}", hint)
     return config.processes[name]
 
@@ -6443,7 +6455,8 @@ def read_process_logs(
     """
     found, entries = {}, list[str]()
     policy = store.config.processes.get(name)  # None: an instance, or its process was removed
-    count = store.get_decisions().get(name, (None, None))[1]
+    decisions = store.get_decisions()
+    count = decisions.get(name, (None, None))[1]
     most = INTEGER_MAX if policy is None else policy.instances if count is None else count
     with contextlib.suppress(FileNotFoundError):  # no daemon has been there yet
         entries = os.listdir(os.path.join(store.folder, "logs"))
@@ -6454,7 +6467,11 @@ def read_process_logs(
         if match and int(match[2] or 0) < most and os.path.isfile(path):
             found[match[1]] = read_log(path, offsets.get(match[1], -lines))
     if not found:
-        get_process(store.config, name.partition(".")[0])
+        process, _, index = name.partition(".")
+        most, scaled = get_process(store.config, process).instances, decisions.get(process)
+        most = most if scaled is None or scaled[1] is None else scaled[1]
+        if index and not (index.isdecimal() and int(index) < most):
+            get_process(store.config, name)  # raises
     return found
 
 
@@ -7469,6 +7486,8 @@ class TaskVerbs:
         answer: Fields = {"done": done, "not_done": not_done}
         if self._runner is not None:
             if verb == "cancel":
+                active = set(self._runner.get_metrics().active_task_ids)
+                answer["ending"] = [task_id for task_id in done if task_id in active]
                 self._runner.end(done)
             self._runner.tell(done)
         elif verb == "cancel":
@@ -7663,29 +7682,35 @@ class ProcessVerbs:
         return {"type": "process_details", "process": process}
 
     def _up(self, names: list[str], wait: bool = True) -> Fields:
-        """Have processes up, and what they need; answer when they are, or will not be."""
+        """Have processes up, and what they need; answer when they are, or will not be.
+
+        Without names: all. Work that ended well is done again only for those that are named.
+        """
+        named, names = names, names or list(self._store.config.processes)
         with self._supervisor.acting(names) as mine:
-            todo, find = list(names), self._supervisor.find
-            ran = sum(one.is_up() for one in mine)
+            todo = list(names)
             for name in todo:
                 needs = self._store.config.processes[name].needs
                 todo += [need for need in needs if need not in todo]
-            needed = [one for name in todo[len(names) :] for one in find(name)]
-            are_good = all(one.is_up() or is_good_enough(one.view) for one in needed)
-            is_done = all(one.is_up() and (one.is_ready() or not wait) for one in mine)
-            if mine and is_done and are_good:
-                what = f"{', '.join(names)} runs already"
+            found = [one for name in todo for one in self._supervisor.find(name)]
+            done = [one for one in found if one.name not in named and one.has_done_its_work()]
+            down = [one for one in found if not one.is_up() and one not in done]
+            if mine and not down and all(one.is_ready() or not wait for one in {*mine} - {*done}):
+                words = dict.fromkeys(names, "runs already")
+                words.update((one.name, "has done its work") for one in done if one in mine)
+                what = "; ".join(map(" ".join, words.items()))
                 raise DaemonError("PROCESS_ALREADY_RUNNING", what, "see `ps`")
             for name in todo:
                 self._store.decide_process(name, "is_up", True)
-                for one in self._supervisor.find(name):
-                    if not one.is_up():
-                        one.want()
+            for one in down:
+                one.want()
             if wait:
-                self._await_up(mine)
+                self._await_up([one for one in mine if one not in done])
             self._supervisor.moved.notify_all()
-        rest = f" ({ran} of {len(mine)} instances ran already)" if ran else ""
-        return {"message": f"started: {', '.join(names)}{rest}"}
+        begun = dict.fromkeys(one.name for one in down or mine)
+        count = sum(one.name in begun for one in found)
+        ran = f" ({count - len(down)} of {count} instances ran already)"
+        return {"message": f"started: {', '.join(begun)}{ran if count > len(down) else ''}"}
 
     def _has_come_up(self, one: Instance) -> bool:
         """Tell whether an instance is ready; without `ready`, whether it stays."""
@@ -7722,7 +7747,8 @@ class ProcessVerbs:
             raise DaemonError("PROCESS_FAILED", what + more, hint)
 
     def _down(self, names: list[str]) -> Fields:
-        """Stop processes; answer when nothing of them is left."""
+        """Stop processes, without names all; answer when nothing of them is left."""
+        names = names or list(self._store.config.processes)
         with self._supervisor.acting(names) as mine:
             if not any(one.ward or one.view.is_wanted for one in mine):
                 what = f"{', '.join(names)} does not run"
@@ -9396,6 +9422,7 @@ class DaemonManager(Client):
     """A client that starts, stops and watches the daemon, too."""
 
     left = ""  # what the last stop or kill found that runs on
+    ended = ""  # what the last kill ended
 
     def _command(self, foreground: bool) -> tuple[list[str], dict[str, str]]:
         """Return (argv, environment) that become the daemon."""
@@ -9589,7 +9616,8 @@ class DaemonManager(Client):
             if left:
                 hint = "the next daemon adopts it; `kill --all` again, or see `ps`"
                 raise DaemonError("STOP_FAILED", f"still running: {', '.join(left)}", hint)
-            self.left = ""
+            what, ran, _ = self.left.partition(" still running")
+            self.left, self.ended = "", ran and f"{what} ended"
         return holder.pid if holder else None
 
     def get_status(self) -> DaemonStatus:
@@ -9880,7 +9908,7 @@ def cmd_stop(args: Args) -> int:
 
 def emit_end(args: Args, manager: DaemonManager, pid: int | None, word: str) -> int:
     """Print what became of the daemon, and what runs on without it."""
-    text = [f"{word}, PID {pid}" if pid else "not running", manager.left]
+    text = [f"{word}, PID {pid}" if pid else "not running", manager.left, manager.ended]
     return emit({"pid": pid, "left": manager.left}, args, "; ".join(filter(None, text)))
 
 
@@ -9904,8 +9932,6 @@ def cmd_process(args: Args) -> int:
         hint = "write [process.NAME] into it, see README.md"
         raise DaemonError("PROCESS_NOT_FOUND", "the configuration has no process", hint)
     fields = {name: value for name, value in vars(args).items() if name in known}
-    if fields.get("names") == []:
-        fields["names"] = [process["name"] for process in found]
     verb = args.verb if args.verb in ("up", "down") else args.verb + "_process"
     try:
         answer = client.call(verb, fields, PROCESS_ANSWER_S)
@@ -10019,9 +10045,8 @@ def cmd_ps(args: Args) -> int:
             uptime = uptime if uptime is None else span(uptime)
             cpu = cpu if cpu is None else f"{cpu:.0f}%"
             memory = memory if memory is None else f"{memory / 1e6:.0f}MB"
-            text = fill(" ".join([process["command"], *process["args"]]), one["index"])
-            cells = (one["state"], one["pid"], uptime, cpu, memory, one["restart_count"], text)
-            rows.append((f"{name}.{one['index']}", *cells))
+            cells = (one["state"], one["pid"], uptime, cpu, memory, one["restart_count"])
+            rows.append((f"{name}.{one['index']}", *cells, one.get("command")))
     return emit(found, args, columns("INSTANCE STATE PID UPTIME CPU MEMORY RESTARTS COMMAND", rows))
 
 
@@ -10118,7 +10143,9 @@ def tell_end(client: Client, ids: Sequence[int | str], status: int, args: Args) 
     tasks = client.list(ids=ids) if args.json or status else []
     for task in () if args.json else tasks:
         if State(task["state"]) in DONE and task["outcome"] not in ("ok", "failed"):
-            notice(f"task {task['id']}: {task['reason'] or task['outcome'] or task['state']}")
+            is_cancelled = task["state"] == State.CANCELLED  # perhaps after a deferral
+            how = not is_cancelled and (task["reason"] or task["outcome"])
+            notice(f"task {task['id']}: {how or task['state']}")
     emit(tasks, args, "")
     return status
 
@@ -10211,7 +10238,11 @@ def cmd_change(args: Args) -> int:
     """Do one verb to tasks; 1 when the state of any forbade it."""
     verb = ALIASES.get(args.verb, args.verb)
     answer, (done, problem) = client_of(args).change(verb, args.ids), CHANGES[verb]
-    emit(answer, args, f"{done}: " + (", ".join(map(str, answer["done"])) or "none"))
+    ending = answer.get("ending", ())
+    over = ", ".join(str(x) for x in answer["done"] if x not in ending)
+    texts = [f"{done}: {over or 'none'}"] if over or not ending else []
+    texts += [f"ending: {', '.join(map(str, ending))}"] if ending else []
+    emit(answer, args, "; ".join(texts))
     left = answer.get("left")
     for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
         if ids:

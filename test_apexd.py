@@ -7701,6 +7701,72 @@ class TestSupervisor:
         assert box.run("up", "web").stdout == "web runs already\n"
         assert box.error("up", "wbe", rc=2)["code"] == "process_not_found"
 
+    def test_work_that_ended_well_is_done_again_only_by_name(self, box):
+        migrate = {"command": "echo x >>migrated", "restart": "never"}
+        web = {"command": ["sleep", "999"], "needs": ["migrate"]}
+        supervise(box, migrate=migrate, web=web)
+        pids(box, "web")
+        so_already = "migrate has done its work; web runs already\n"
+        assert box.run("up").stdout == so_already
+        assert box.run("up", "migrate", "web").stdout == "started: migrate\n"
+        eventually(lambda: instances(box, "migrate")[0]["state"] == "stopped")
+        assert len(told(box, "migrated")) == 2
+        box.run("down", "web")
+        assert box.run("up").stdout == "started: web\n"
+        box.run("down", "web")
+        assert box.run("up", "web").stdout == "started: web\n"
+        assert len(told(box, "migrated")) == 2
+        assert box.run("up", "migrate").stdout == "started: migrate\n"
+        assert len(told(box, "migrated")) == 3
+        box.run("down")
+        assert not any(one["pid"] for one in instances(box, "web"))
+
+    def test_the_event_of_one_that_failed_says_how_it_ended(self, box):
+        supervise(box, bad={"command": "exit 3", "max_restarts": 0})
+        eventually(lambda: instances(box, "bad")[0]["state"] == "failed")
+        found = box.run("--json", "events", "--type", "process.failed").stdout
+        assert json.loads(found.splitlines()[-1])["payload"]["why"] == "exit 3"
+        assert "bad.0 is failed: exit 3; next try in " in box.log()
+
+    def test_ps_shows_the_command_that_runs(self, box):
+        web = {"command": "exec sleep 1000{instance}", "instances": 2, "max_restarts": 0}
+        supervise(box, web=web)
+        first = pids(box, "web")
+        box.config({}, process={"web": {**web, "command": "exit 3"}})
+        box.run("reload")
+        eventually(lambda: sum(x["state"] == "failed" for x in instances(box, "web")) == 1)
+        for one in box.json("ps"):
+            runs = one["pid"] in first
+            assert one["command"] == (f"exec sleep 1000{one['index']}" if runs else "exit 3")
+        shown = box.run("ps").stdout
+        assert "exec sleep 1000" in shown and "exit 3" in shown
+        box.run("down", "web")
+
+    def test_what_cannot_be_done_to_an_instance_says_so(self, box):
+        supervise(box, web={"command": ["sleep", "999"], "instances": 2})
+        pids(box, "web")
+        for words in (["restart"], ["reload"], ["up"], ["down"], ["scale"]):
+            more = ["3"] if words == ["scale"] else []
+            error = box.error(*words, "web.0", *more, rc=2)
+            assert (error["code"], error["hint"][-9:]) == ("process_not_found", "write web"), error
+        assert box.run("logs", "web.1").stdout == ""
+        assert box.error("logs", "web.7", rc=2)["code"] == "process_not_found"
+        box.stop()
+        assert box.error("logs", "web.7", rc=2)["code"] == "process_not_found"
+
+    def test_within_another_program_it_can_be_waited_for(self, box):
+        config = apexd.Config({"process": {"web": {"command": ["sleep", "60"]}}})
+        with contextlib.closing(apexd.TaskStore(box.file("apex.db"), config)) as store:
+            for name in ("run", "logs"):
+                os.makedirs(box.file(name), exist_ok=True)
+            apexd.make_state_folder(box.state, box.path)
+            supervisor = apexd.Supervisor(store)
+            supervisor.start()
+            eventually(lambda: supervisor.status()["running_instances"] == 1)
+            supervisor.stop()
+            assert supervisor.halted.wait(20)
+            assert supervisor.status()["running_instances"] == 0
+
     def test_within_another_program_it_leaves_neither_threads_nor_a_keeper(self, box):
         config = apexd.Config({"process": {"web": {"command": ["sleep", "60"]}}})
         before, stopped = set(threading.enumerate()), threading.Event()
@@ -9465,7 +9531,7 @@ ERROR = {str: "type code message hint"}
 COUNTED = "memory_bytes uptime_secs restart_count"
 PROCESS = {str: "name status", int: "instances running " + COUNTED, float: "cpu_percent"}
 DETAILS = {str: "name id command cwd", int: "instances", list: "args instance_details"}
-INSTANCE = {str: "state", int: "index pid " + COUNTED, float: "cpu_percent"}
+INSTANCE = {str: "state command", int: "index pid " + COUNTED, float: "cpu_percent"}
 LINE = {str: "timestamp process_name stream content", int: "instance"}
 
 
