@@ -6220,8 +6220,9 @@ class Instance:
         return self.view.state == ProcessState.STOPPED and is_good_enough(self.view)
 
     def is_failing(self) -> bool:
-        """Tell whether it was wanted, but ended."""
-        return self.view.state in _DOWN
+        """Tell whether it was wanted, but ended, and what follows is decided."""
+        is_open = self.view.state == ProcessState.CRASHED and self.view.is_wanted
+        return self.view.state in _DOWN and not is_open
 
     def take_on(self, policy: Any) -> None:
         """Go on by another policy that asks for no other run; holds the lock."""

@@ -7717,7 +7717,9 @@ class TestSupervisor:
         assert box.run("up", "web").stdout == "started: web\n"
         assert len(told(box, "migrated")) == 2
         assert box.run("up", "migrate").stdout == "started: migrate\n"
-        assert len(told(box, "migrated")) == 3
+        for number in range(3, 9):
+            assert len(told(box, "migrated")) == number
+            assert box.run("up", "migrate").stdout == "started: migrate\n"
         box.run("down")
         assert not any(one["pid"] for one in instances(box, "web"))
 
@@ -7757,9 +7759,6 @@ class TestSupervisor:
     def test_within_another_program_it_can_be_waited_for(self, box):
         config = apexd.Config({"process": {"web": {"command": ["sleep", "60"]}}})
         with contextlib.closing(apexd.TaskStore(box.file("apex.db"), config)) as store:
-            for name in ("run", "logs"):
-                os.makedirs(box.file(name), exist_ok=True)
-            apexd.make_state_folder(box.state, box.path)
             supervisor = apexd.Supervisor(store)
             supervisor.start()
             eventually(lambda: supervisor.status()["running_instances"] == 1)
@@ -11556,6 +11555,44 @@ class TestDaemon:
         os.kill(keeper, signal.SIGCONT)
         box.run("kill", "--all")
         assert not lives(command)
+
+    def test_kill_all_says_what_it_ended(self, box):
+        box.config({}, process={"p": {"command": "exec sleep 1000", "instances": 2}})
+        pid = box.start()
+        for answer in (f"killed, PID {pid}", "not running"):
+            (task_id,) = enqueue(box, ["sleep", "60"])
+            box.until(task_id, "running")
+            eventually(lambda: box.request({"type": "status"})["running_instances"] == 2)
+            if answer == "not running":
+                box.kill9()
+            done = box.run("kill", "--all")
+            assert done.stdout == f"{answer}; 1 task and 2 processes ended\n"
+            assert "Timed out" not in done.stderr
+            assert box.json("kill", "--all") == {"pid": None, "left": ""}
+            box.start()
+            ask(box, "cancel", task_id)
+            box.until(task_id)
+
+    def test_cancel_tells_those_that_are_ending_from_those_that_have_ended(self, box):
+        box.config({"daemon": {"stop_timeout": 3, "max_concurrent": 1}})
+        box.start()
+        deaf, queued = enqueue(box, "trap '' TERM; while :; do sleep 0.1; done", "true")
+        box.until(deaf, "running")
+        command_of(box, deaf)
+        assert box.run("cancel", queued).stdout == f"cancelled: {queued}\n"
+        (queued,) = enqueue(box, "true")
+        done = box.run("cancel", deaf, queued)
+        assert done.stdout == f"cancelled: {queued}; ending: {deaf}\n"
+        assert box.run("cancel", deaf).stdout == f"ending: {deaf}\n"
+        assert box.until(deaf)["state"] == "cancelled"
+
+    def test_one_that_is_cancelled_while_it_is_deferred_is_cancelled(self, box):
+        box.start()
+        (task_id,) = enqueue(box, "exit 75")
+        box.until(task_id, "scheduled")
+        waiting = box.popen("wait", task_id)
+        box.run("cancel", task_id)
+        assert waiting.communicate(timeout=20)[1] == f"apexd: task {task_id}: cancelled\n".encode()
 
     def test_a_stop_that_has_to_kill_says_what_runs_on_and_clears_up(self, box):
         """L5"""
