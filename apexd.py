@@ -1238,10 +1238,10 @@ else:
             """Tell a service manager something, if it listens (sd_notify(3)); never waits."""
             if address[:1] == "@":  # an abstract one
                 address = "\0" + address[1:]
-            mouth = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            with mouth, contextlib.suppress(OSError):
-                mouth.setblocking(False)
-                mouth.sendto(text.encode(), address)
+            with contextlib.suppress(OSError):  # nobody is there, or no descriptor is left
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
+                    mouth.setblocking(False)
+                    mouth.sendto(text.encode(), address)
 
         @contextlib.contextmanager
         def blocked_signals(self) -> Iterator[None]:
@@ -1271,16 +1271,17 @@ else:
                 count = int(os.environ.get("LISTEN_FDS", "")) if told == str(os.getpid()) else 0
                 names = os.environ.get("LISTEN_FDNAMES", "").split(":")
                 for fd, name in zip(range(3, 3 + count), names):
-                    taken[name] = socket.socket(fileno=fd)
-                    os.set_inheritable(fd, False)
+                    handed = socket.socket(fileno=fd)
+                    handed.set_inheritable(False)
+                    if handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        taken[name] = handed
             return taken
-
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
 
             Return it and its path: `path`, or one in a folder outside when that is too long or
-            closed to `owner`. The umask is 077: nobody else could connect meanwhile.
+            closed to `owner`.
             """
             is_other = owner not in (None, os.geteuid())
             path = self.place_socket(os.path.dirname(os.path.dirname(path)), path, is_other)
@@ -1288,6 +1289,7 @@ else:
                 os.unlink(path)  # a dead daemon's: we hold the lock
             bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             bound.bind(path)
+            os.chmod(path, 0o600)  # whatever daemon.umask is
             if is_other:
                 os.chown(path, owner or 0, -1)
             return bound, path
@@ -1305,6 +1307,7 @@ else:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with _short_path(path) as name:
                 listener.bind(name)
+                os.chmod(name, 0o600)  # whatever daemon.umask is
             listener.listen(128)
             return listener, {"socket": os.path.basename(path)}
 
@@ -2643,10 +2646,11 @@ class PidFile:
     def release(self) -> None:
         """Remove the PID file if it is ours, then let go of the lock."""
         if self._fd is not None:
-            with contextlib.suppress(DaemonError, OSError):
+            with contextlib.suppress(DaemonError, OSError, ValueError):
                 if self.is_held() and self.read().get("pid") == os.getpid():
                     insist(os.unlink, self.path)
-                    if self._plain_path:
+                    mine = b"%d\n" % os.getpid()
+                    if self._plain_path and read_file(self._plain_path, trusted=False) == mine:
                         insist(os.unlink, self._plain_path)
             os.close(self._fd)
             self._fd = None
@@ -7965,13 +7969,13 @@ class ControlServer:
             self._acceptor.close()
         near = os.path.join(self._folder, "control.sock")
         try:
-            if self._inherited is not None:
-                listener, path = self._inherited.dup(), self._inherited.getsockname()
-                if not isinstance(path, str):
-                    raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
-                self._endpoint = {"socket": path}
+            path = self._inherited.getsockname() if self._inherited is not None else ""
+            if not isinstance(path, str):
+                raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
+            if self._inherited is not None and file_id(path):
+                listener, self._endpoint = self._inherited.dup(), {"socket": path}
             else:
-                path = self._place
+                path, self._inherited = self._place, None  # what was handed over was removed
                 if path == near:
                     path = Platform.place_socket(self._folder, path)
                 elif os.path.isfile(path):
@@ -9211,6 +9215,7 @@ class Daemon:
             self._is_over = len(ended) == 2
             if name in ("leave", "failed", *_STOPS) and not self._runner.is_draining:
                 self.publish("daemon.stopping", {"why": name}, "daemon")
+                self._manager.tell("STOPPING=1", f"STATUS=stopping: {name}")
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
@@ -9232,7 +9237,6 @@ class Daemon:
                 how = "shutting down gracefully" if is_first else "again, stopping at once"
                 log.info("Received %s, %s", name, how)
                 log.info("Waiting for %d tasks", self._runner.get_metrics().active_task_count)
-                self._manager.tell("STOPPING=1", f"STATUS={how}")
                 self._scheduler.stop()
                 self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
                 if not is_first:
@@ -9269,9 +9273,10 @@ class Daemon:
 
     def _reload(self) -> list[str]:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
-        with self._reload_lock:
+        with self._reload_lock, contextlib.ExitStack() as stack:
+            self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
+            stack.callback(self._manager.tell, "READY=1")
             try:
-                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
                 new = self._project.load_config()
                 check_watches(new, self._project.path, self._project.config_path)
                 if new.health != self._config.health:
@@ -9279,8 +9284,6 @@ class Daemon:
             except DaemonError as error:
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
-            finally:
-                self._manager.tell("READY=1")
             plan = self._config.plan(new)
             old, self._config, self._store.config = self._config, new, new
             if new.log != old.log:
@@ -9684,6 +9687,9 @@ def make_service(kind: str, project: Project, user: str) -> str:
     is_elsewhere = os.path.dirname(project.folder) != project.path
     words += ["--state", project.folder] if is_elsewhere else []
     words += ["--config", project.told["config"]] if project.told["config"] else []
+    if not all(map(str.isprintable, words)):
+        hint = "give the folder a plain name, or start the daemon by hand"
+        raise bad("a path here has characters that no service manager's file can hold", hint)
     place, run_as, stop_s = "/etc/systemd/system", f"User={user}\n", stop_s + 2 * STOP_MARGIN_S
     if kind == "launchd":
         about: Fields = {"Label": name, "ProgramArguments": [*words, "start", "--foreground"]}
@@ -9700,7 +9706,7 @@ def make_service(kind: str, project: Project, user: str) -> str:
     else:  # systemd.syntax(7)
         words = [re.sub(r'(["\\])', r"\\\1", word).replace("$", "$$") for word in words]
         command = " ".join(f'"{word}"' for word in words).replace("%", "%%")
-    fields = {"NAME": name, "PROJECT": project.path.replace("%", "%%"), "COMMAND": command}
+    fields = {"NAME": name, "PROJECT": re.sub(r"([%\\])", r"\1\1", project.path), "COMMAND": command}
     fields.update(PYTHON=shlex.quote(sys.executable), STOP=f"{stop_s:.0f}", PLACE=place)
     fields.update(USER=run_as, TARGET=target)
     text = {"sysv": _INIT_SCRIPT, "windows": _WINDOWS}.get(kind, _UNIT)
@@ -9807,16 +9813,16 @@ def become_owner(args: Args) -> None:
     """As root, become `daemon.user` for good if the state folder is that user's.
 
     Before anything in there is opened as root: its owner could have put a link to something
-    else in a file's place. Raises PERMISSION_DENIED.
+    else in a file's place. Raises PERMISSION_DENIED, CONFIG_INVALID.
     """
     folder = find_folders(args.project, args.state)[1]
     owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
-    options: Fields = {}
+    path, options = args.config or find_config(folder), dict[str, object]()
     try:
         os.seteuid(owner)
-        options = dict(_load(args.config or find_config(folder) or "")["daemon"]) if owner else {}
-    except (DaemonError, LookupError, TypeError, ValueError):
-        pass  # refused where it is read in earnest
+        options.update(_load(path)["daemon"] if owner and path else {})
+    except (LookupError, TypeError, ValueError):
+        pass  # without daemon.user the folder is refused
     finally:
         os.seteuid(0)
     if not options.get("user"):

@@ -11683,8 +11683,37 @@ class TestNotify:
         message = systemd.until("RELOADING")
         assert before * 1e6 <= int(message["MONOTONIC_USEC"]) <= time.monotonic() * 1e6
         systemd.until("READY")
+        assert times_logged(box, "reloaded: ") == 1, "it is ready when that is done"
         os.kill(daemon.pid, signal.SIGTERM)
         systemd.until("STOPPING")
+        assert daemon.wait(20) == 0
+
+    def test_it_hears_too_that_the_daemon_leaves_or_fails(self, box):
+        systemd = Systemd(box)
+        daemon = systemd.start(box)
+        systemd.until("READY")
+        box.request({"type": "shutdown", "keep": True})
+        assert systemd.until("STOPPING")["STATUS"] == "stopping: leave"
+        assert daemon.wait(20) == 0
+        failing = {"command": "exit 3", "critical": True, "restart": "never"}
+        box.config({}, process={"web": failing})
+        daemon = systemd.start(box)
+        systemd.until("STOPPING")
+        assert daemon.wait(20) == 1
+
+    def test_a_daemon_with_no_descriptor_left_goes_on(self, box):
+        import resource
+
+        systemd = Systemd(box)
+        daemon = systemd.start(box, WATCHDOG_USEC="200000")
+        systemd.until("WATCHDOG")
+        former = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, former[1]))
+        systemd.silent_for(0.5)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, former)
+        systemd.until("WATCHDOG")
+        box.until(box.add("true"), "succeeded")
+        daemon.terminate()
         assert daemon.wait(20) == 0
 
     @pytest.mark.parametrize("pid, usec", [("1", "100000"), ("", "0"), ("", "soon")])
@@ -11841,6 +11870,26 @@ class TestSocketActivation:
             child = Systemd(box).start(box, "", listener.fileno(), LISTEN_FDS="1", LISTEN_FDNAMES="control")
             assert child.wait(20) == 73 and b"has no path" in child.stderr.read()
 
+    @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+    def test_a_socket_at_which_nobody_listens_is_passed_over(self, box, kind):
+        with socket.socket(socket.AF_UNIX, kind) as bound:
+            bound.bind(os.path.join(box.root, "control"))
+            daemon = self.start(box, bound)
+            assert box.request({"type": "ping"})["pid"] == daemon.pid
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+
+    def test_a_socket_that_was_removed_is_replaced_by_one_of_ours(self, box):
+        box.config({"daemon": {"poll_interval": 0.1}})
+        listener = self.listen(box)
+        daemon = self.start(box, listener)
+        os.unlink(listener.getsockname())
+        eventually(lambda: read(box.file("endpoint")).count("control.sock"))
+        assert box.json("status")["pid"] == daemon.pid
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+        assert not os.path.exists(box.file("control.sock"))
+
     @pytest.mark.parametrize("fds, names", [("x", "control"), ("-1", "control"), ("9", "a:b:control")])
     def test_nonsense_in_the_variables_is_passed_over(self, box, fds, names):
         listener = self.listen(box)
@@ -11879,6 +11928,24 @@ class TestServiceOptions:
         files = ("/dev/null", os.path.join(box.path, "out.txt"), os.path.join(box.path, "err.txt"))
         assert tuple(os.readlink(f"/proc/{pid}/fd/{n}") for n in range(3)) == files
         box.until(box.add("true"), "succeeded")
+
+    def test_no_umask_opens_a_socket_to_others(self, box):
+        web = {"command": "sleep 500", "ready": {"notify": True}}
+        box.config({"daemon": {"umask": "000"}}, process={"web": web})
+        box.start()
+        for name in ("control.sock", "run/notify-web.0"):
+            eventually(lambda: os.path.exists(box.file(name)))
+            assert stat.S_IMODE(os.stat(box.file(name)).st_mode) == 0o600, name
+
+    def test_a_pid_file_that_is_anothers_by_now_is_left_alone(self, boxes):
+        number = os.path.join(boxes().root, "number")
+        first, second = boxes(), boxes()
+        for box in (first, second):
+            box.start("--pid-file", number)
+        first.stop()
+        assert read(number) == f"{second.pid()}\n"
+        second.stop()
+        assert not os.path.exists(number)
 
     @pytest.mark.parametrize("name", ["work_dir", "stdout", "stderr", "pid_file", "socket"])
     def test_a_path_that_cannot_be_used_is_named_and_nothing_is_left(self, box, name):
@@ -12132,6 +12199,10 @@ for act in (os.setuid, os.seteuid, os.setgid, lambda number: os.setgroups([numbe
             assert place in error["message"], error
         os.chmod(os.path.join(box.path, "apexd.py"), 0o600)
         assert "apexd.py" in box.error("start", rc=77)["message"]
+        path = box.file("config.json")
+        os.chown(path, 0, 0)
+        os.chmod(path, 0o600)
+        assert path + ": Permission denied" in box.error("start", rc=78)["message"]
 
     def test_a_user_that_does_not_exist_or_is_not_ours_is_refused(self, box):
         for user in ({"user": "no such"}, {"user": "nobody", "group": "no such"}, {"group": "no such"}):
@@ -12183,6 +12254,17 @@ class TestService:
         assert (done.returncode, done.stderr) == (0, ""), done
         assert f'"{odd}"'.replace("%", "%%").replace("$", "$$") in read(unit)
         assert ("User=" in read(unit)) == (kind == "systemd")
+
+    @posix
+    @pytest.mark.parametrize("name", ["a\nb", "a\x01", os.fsdecode(b"a\xff")])
+    def test_a_path_that_no_such_file_can_hold_is_said_so(self, box, name):
+        odd = os.path.join(box.root, name)
+        try:
+            os.mkdir(odd)
+        except OSError:
+            pytest.skip("this file system has no such names")
+        for kind in ("systemd", "sysv", "launchd", "windows"):
+            assert box.error("--project", odd, "service", kind, rc=2)["code"] == "bad_request"
 
     def test_a_plist_is_one(self, box):
         import plistlib
