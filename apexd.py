@@ -138,8 +138,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii datetime difflib email.utils fnmatch graphlib grp hmac http.server io logging marshal "
-        "pwd queue random resource shutil sqlite3 subprocess tempfile urllib.parse zoneinfo"
+        "binascii datetime difflib email.utils fnmatch graphlib grp hmac http.server io logging "
+        "marshal pwd queue random resource shutil sqlite3 subprocess tempfile urllib.parse zoneinfo"
     ).split():
         globals()[_name.partition(".")[0]] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -178,6 +178,7 @@ LARGE_FRAME_BYTES = 64 * 1024  # requests up to this size are not counted
 FRAME_TIMEOUT_S = 10.0  # from a frame's first byte to its last
 IDLE_TIMEOUT_S = 60.0  # a silent connection gives its place to others
 CONNECTIONS_MAX = 64
+SPARE_S = 0.25  # a new connection, or one just answered, keeps its place so long
 SOCKET_PATH_MAX_BYTES = 103  # sun_path of macOS; Linux allows 107 (unix(7))
 
 KEEPER_PROTOCOL = 1
@@ -2528,32 +2529,34 @@ class EventLog:
 
     def __init__(self, folder: str) -> None:
         self._path = os.path.join(folder, "events.log")
-        self._lock = threading.Lock()  # guards what follows
-        self._file: Any = None
+        self._lock = threading.RLock()  # guards what follows
+        self._fd: int | None = None
 
     def write(self, events: Sequence[Event]) -> None:
         """Append events; never raises."""
         with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
-            file, self._file = self._file, None  # stays so if this fails: then it is opened anew
-            file = file or open_rotating(self._path, EVENTS_MAX_BYTES, 1)
             for at in range(0, len(events), 1000):
                 lines = [json.dumps(event.to_dict()) + "\n" for event in events[at : at + 1000]]
-                data = "".join(lines).encode()
-                is_full = os.fstat(file.stream.fileno()).st_size + len(data) > EVENTS_MAX_BYTES
-                if is_full and Clock.mono() >= file.next_mono:
-                    file.doRollover()
-                fd = file.stream.fileno()
-                written = os.write(fd, data)  # a LogRecord would cost twice as much
-                if written < len(data):  # the disk is full: no part of a line stays
-                    os.ftruncate(fd, os.fstat(fd).st_size - written)
-            self._file = file
+                self._append("".join(lines).encode())
+
+    def _append(self, data: bytes) -> None:
+        """Append lines, without `logging`: it takes 7 ms to import, a record as long as this."""
+        if self._fd is not None and os.fstat(self._fd).st_size + len(data) > EVENTS_MAX_BYTES:
+            self.close()
+            with contextlib.closing(open_rotating(self._path, EVENTS_MAX_BYTES, 1)) as handler:
+                handler.doRollover()
+        if self._fd is None:
+            self._fd = open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        written = os.write(self._fd, data)
+        if written < len(data):  # the disk is full: no part of a line stays
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
 
     def close(self) -> None:
         """Close the file; the next event opens it again."""
         with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
 
 
 # ============================================================================
@@ -7859,24 +7862,24 @@ def remove_socket(path: str, *others: str) -> None:
 class Acceptor:
     """Gives each connection of a listener a thread, so many at once.
 
-    When all are taken, the one that has been idle the longest loses its place. serve: called
-    with (connection, idle); idle: where it stands while it waits for a request.
+    When all are taken, the one that has been idle the longest, `spare_s` at least, loses its
+    place. serve: called with (connection, idle); idle: since when it waits for a request.
     """
 
     def __init__(
-        self, listener: socket.socket, name: str, most: int,
-        serve: Callable[[socket.socket, dict[socket.socket, None]], object],
+        self, listener: socket.socket, name: str, most: int, spare_s: float,
+        serve: Callable[[socket.socket, dict[socket.socket, float]], object],
     ) -> None:  # fmt: skip
-        self.listener, self._serve = listener, serve
+        self.listener, self._serve, self._spare_s = listener, serve, spare_s
         self._room = threading.BoundedSemaphore(most)
-        self._idle: dict[socket.socket, None] = {}  # the longest first
+        self._idle: dict[socket.socket, float] = {}  # since when; the longest first
         self._is_over, self._watched = False, Watched()
         listener.setblocking(False)
         self._watched.add(listener, self._accept)
         threading.Thread(target=self._accept_all, name=name, daemon=True).start()
 
     def close(self) -> None:
-        """Accept nothing more. What a service manager has open, too, stays so, and what comes waits."""
+        """Accept nothing more; of a socket that a service manager keeps open, what comes waits."""
         self._is_over = True
         self._watched.remove(self.listener)
         self.listener.close()
@@ -7894,11 +7897,11 @@ class Acceptor:
             wait_s = 0.0
             while not self._room.acquire(timeout=wait_s):
                 wait_s = 0.02
-                for idle in list(self._idle)[:1]:
-                    if self._idle.pop(idle, 0) is None:
+                for idle, since in list(self._idle.items())[:1]:
+                    if Clock.mono() - since >= self._spare_s and self._idle.pop(idle, 0.0):
                         with contextlib.suppress(OSError):  # it has just gone
                             idle.shutdown(socket.SHUT_RDWR)
-            self._idle[peer] = None
+            self._idle[peer] = Clock.mono()
             threading.Thread(target=self._talk, args=(peer,), name="talk", daemon=True).start()
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             if self._is_over or isinstance(error, BlockingIOError):
@@ -7987,7 +7990,7 @@ class ControlServer:
             self._endpoint["socket"] = path
         self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
         self._socket = path, file_id(path)
-        self._acceptor = Acceptor(listener, "control", CONNECTIONS_MAX, self._serve)
+        self._acceptor = Acceptor(listener, "control", CONNECTIONS_MAX, SPARE_S, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more, remove what is ours still; requests under way go on."""
@@ -7999,7 +8002,7 @@ class ControlServer:
             if self._inherited is None and file_id(path) == known:
                 remove_socket(path, os.path.join(self._folder, "endpoint"))
 
-    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, float]) -> None:
         """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
@@ -8011,9 +8014,9 @@ class ControlServer:
             connection.settimeout(FRAME_TIMEOUT_S)
             send_frame(connection, error)
 
-    def _serve_one(self, connection: socket.socket, idle: dict[socket.socket, None]) -> bool:
+    def _serve_one(self, connection: socket.socket, idle: dict[socket.socket, float]) -> bool:
         """Answer one request, or send a stream of answers; False: the peer has left."""
-        idle[connection] = None
+        idle[connection] = Clock.mono()
         request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
         idle.pop(connection, None)
         if request is not None:
@@ -8498,6 +8501,7 @@ class HealthVerbs:
             "health": ("", self._health),
             "ready": ("", self._ready),
             "metrics": ("", self._metrics),
+            "events": ("lines", self._events),
         }
 
     def _check(self) -> Iterator[tuple[int, str]]:
@@ -8545,6 +8549,15 @@ class HealthVerbs:
         reasons += ["it is starting"] if self.is_starting else []
         reasons += ["it is stopping"] if self._runner.is_draining else []
         return {"ready": not reasons, "why": reasons}
+
+    def _events(self, lines: int = 15) -> Fields:
+        """Return {"events": the last ones}; from the logs' ends: the page asks again and again."""
+        path, found = os.path.join(self._store.folder, "events.log"), []
+        data = b"".join(read_log(one, -lines)[0] for one in (path + ".1", path))
+        for line in data.splitlines()[-lines:]:
+            with contextlib.suppress(ValueError):  # of a full disk
+                found.append(json.loads(line))
+        return {"events": found}
 
     def _metrics(self) -> Fields:
         """Return {"text": Prometheus's text format, and the fields of DaemonMetrics}."""
@@ -8645,7 +8658,8 @@ for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
   at("main").append(make("section", [make("h2", head), box], name));
 }
 const state = text => make("span", text, COLORS[text]);
-const clock = t => t ? new Date(t * 1000).toLocaleString() : "-";
+const clock = t => !t ? "-" : new Date(t * 1000).toLocaleString([],
+  {timeStyle: "medium", ...(Math.abs(Date.now() / 1000 - t) > 43200 && {dateStyle: "short"})});
 const title = task => task.label ?? [task.command ?? "task " + task.id].flat().join(" ");
 const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
 function span(s) {
@@ -8876,7 +8890,7 @@ class HealthServer:
                 write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
         near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.url = f"http://{at_port(near, self._port)}/#{self.key}"
-        self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, self._serve)
+        self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, 0.0, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more; requests under way are answered."""
@@ -8884,7 +8898,7 @@ class HealthServer:
             self._acceptor.close()
         self.url = ""
 
-    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, float]) -> None:
         """Answer one request, in HTTP_TIMEOUT_S altogether."""
         deadline = Clock.mono() + HTTP_TIMEOUT_S
         head = receive_head(connection, deadline)
@@ -8897,7 +8911,7 @@ class HealthServer:
         connection.settimeout(max(deadline - Clock.mono(), 0.1))
         connection.sendall(make_response(*answer, getattr(request, "command", "") != "HEAD"))
         connection.shutdown(socket.SHUT_WR)
-        idle[connection] = None
+        idle[connection] = Clock.mono()
         while Clock.mono() < deadline and connection.recv(1 << 16):
             pass  # to close before all was read would take the response back
 
@@ -8957,8 +8971,6 @@ def choose_sources(
     names = {"tasks": "list", "processes": "list_processes", "why": "why_process"}
     shown = {name: verbs[names.get(name, name)] for name in (*names, "schedules")}
     shown["logs"] = ("id! attempt offset", verbs["logs"][1])
-    find = verbs["events"][1]
-    shown["events"] = ("pattern since lines", lambda **of: {"events": find(**of)["lines"]})
     return {name: reading(*verb) for name, verb in {**shown, **own}.items()}
 
 
@@ -9155,7 +9167,7 @@ class Daemon:
         self._watches = Watches(store, runner.wake)
         keepers.on_standing = self._note_standing
         self.publish = EventStore(store).publish
-        store.on_events = lambda events: runner.wake()  # for what hooks have added
+        store.on_events = self._hear
         of_processes = ProcessVerbs(self._supervisor, store)
         self._health = HealthVerbs(runner, self._supervisor, of_processes)
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -9169,7 +9181,8 @@ class Daemon:
         }
         hour = runner.meters.last_hour
         show = ("", lambda: {**self._status(), "last_hour": hour()})
-        self._http = HealthServer(folder, choose_sources(verbs, {**self._health.table, "status": show}))
+        own = {**self._health.table, "status": show}
+        self._http = HealthServer(folder, choose_sources(verbs, own))
         near = self._project.file("control.sock", self._config.daemon.socket)
         self._control = ControlServer(folder, verbs, near, self._sockets.get("control"))
 
@@ -9200,6 +9213,11 @@ class Daemon:
             with contextlib.suppress(DaemonError):
                 if self._pid_file.is_held():
                     self._write_state()
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        """Wake the runner for what hooks have added; its own claims need no further turn."""
+        if any(event.type == "task.added" for event in events):
+            self._runner.wake()
 
     def _note_standing(self) -> None:
         self._standing.set()
