@@ -2627,7 +2627,7 @@ class PidFile:
             os.write(fd, json.dumps(me).encode())
             if role == "daemon":
                 if self._plain_path:
-                    write_atomically(self._plain_path, f"{os.getpid()}\n", 0o644)
+                    write_atomically(self._plain_path, f"{os.getpid()}\n")
                 write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
         except BaseException as error:
             os.close(fd)
@@ -9133,7 +9133,7 @@ class Daemon:
         make_state_folder(self._project.folder, self._project.path)
         take_lock(self._pid_file, self._project)
         try:
-            self._open_log()
+            self._open_log(self._config)
             outputs = settle_in(self._config.daemon, self._project, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._manager.tell("STATUS=starting", watchdog_s=RECOVERY_S)
@@ -9153,9 +9153,9 @@ class Daemon:
             self._pid_file.release()
             logging.shutdown()
 
-    def _open_log(self) -> None:
-        path = self._project.file("daemon.log", self._config.log.file)
-        open_log(path, self._config.log, self._foreground)
+    def _open_log(self, config: Config) -> None:
+        path = self._project.file("daemon.log", config.log.file)
+        open_log(path, config.log, self._foreground)
 
     def _make_parts(self) -> None:
         folder, keepers = self._project.folder, Keepers(self._project.folder)
@@ -9266,7 +9266,7 @@ class Daemon:
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
-            self._open_log()
+            self._open_log(self._config)
             self._store.event_log.close()
             log.info("reopened the log")
             if self._config.daemon.on_usr2:
@@ -9297,15 +9297,17 @@ class Daemon:
             try:
                 new = self._project.load_config()
                 check_watches(new, self._project.path, self._project.config_path)
+                if new.log != self._config.log:
+                    self._open_log(new)
                 if new.health != self._config.health:
                     self._http.listen(new.health, self._sockets.get("http"), self._config.health)
             except DaemonError as error:
+                with contextlib.suppress(DaemonError):
+                    self._open_log(self._config)  # as it was
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
             plan = self._config.plan(new)
             old, self._config, self._store.config = self._config, new, new
-            if new.log != old.log:
-                self._open_log()
             self._supervisor.reload(old)
             self._scheduler.reload()
             self._watches.reload()

@@ -12016,6 +12016,19 @@ class TestServiceOptions:
         assert late["level"] == "warn"
         assert re.fullmatch(r"Task 1 rate limited, comes back at \d{4}-\S+Z", late["message"])
 
+    def test_a_reload_to_a_log_or_an_address_that_cannot_be_had_changes_nothing(self, box):
+        log, web = os.path.join(box.root, "log"), {"web": {"command": "sleep 500"}}
+        box.start()
+        for more in ({"log": {"file": log + "/x"}}, {"log": {"file": log}, "health": {"host": "203.0.113.7"}}):
+            write(log, "")
+            box.config({}, process=web, **more)
+            for _ in range(2):
+                assert box.error("reload", rc=73)["message"] and box.json("ps") == []
+            assert "reload refused" in box.log() and "refused" not in read(log)
+        box.config({}, process=web)
+        assert "added process.web" in box.run("reload").stdout
+        eventually(lambda: [one["state"] for one in box.json("ps")] == ["running"])
+
     @linux
     @needs("bash")
     def test_the_daemon_has_descriptors_and_dumps_no_core_and_its_tasks_have_what_was_there(self, box):
