@@ -1239,10 +1239,11 @@ else:
             """Tell a service manager something, if it listens (sd_notify(3)); never waits."""
             if address[:1] == "@":  # an abstract one
                 address = "\0" + address[1:]
-            with contextlib.suppress(OSError):  # nobody is there, or no descriptor is left
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mouth:
-                    mouth.setblocking(False)
-                    mouth.sendto(text.encode(), address)
+            kind = socket.AF_UNIX, socket.SOCK_DGRAM
+            # Nobody listens, or there is no descriptor left.
+            with contextlib.suppress(OSError), socket.socket(*kind) as mouth:
+                mouth.setblocking(False)
+                mouth.sendto(text.encode(), address)
 
         @contextlib.contextmanager
         def blocked_signals(self) -> Iterator[None]:
@@ -2168,6 +2169,9 @@ TABLES = {  # kinds of which users name each one, and where a Config has them
     "group": "groups", "process": "processes", "schedule": "schedules", "watch": "watches",
     "hook": "hooks",
 }  # fmt: skip
+AT_START = {  # what a reload leaves to the next start
+    f"daemon.{key}" for key in "user group umask work_dir stdout stderr socket pid_file".split()
+}
 FORMER_NAMES = {
     "maxConcurrentTasks": "daemon.max_concurrent",
     "max_parallel_actions": "daemon.max_concurrent",
@@ -2328,7 +2332,10 @@ class Config:
         lines = [f"added {key} = {after[key]}" for key in after.keys() - before.keys()]
         lines += [f"removed {key}" for key in before.keys() - after.keys()]
         both = before.keys() & after.keys()
-        lines += [f"changed {k}: {before[k]} -> {after[k]}" for k in both if before[k] != after[k]]
+        for key in both:
+            if before[key] != after[key]:
+                late = ", at the next start" if key in AT_START else ""
+                lines.append(f"changed {key}: {before[key]} -> {after[key]}{late}")
         return sorted(lines)
 
 
@@ -2373,10 +2380,17 @@ def write_default_config(folder: str) -> str:
     return path
 
 
-def find_config(folder: str) -> str | None:
-    """Return the configuration file of a state folder, None when it has none."""
+def find_config(folder: str, is_alone: bool = False) -> str | None:
+    """Return the configuration file of a state folder, None when it has none.
+
+    Raises CONFIG_INVALID when it has several and is_alone: the first start writes config.toml,
+    and nobody would read a config.json that is written later.
+    """
     paths = [os.path.join(folder, "config." + kind) for kind in ("toml", "json", "yaml")]
-    return next(filter(os.path.lexists, paths), None)
+    path, *others = [*filter(os.path.lexists, paths), None]
+    if is_alone and len(others) > 1:
+        raise _broken(path, f"{others[0]} is there, too", "keep one of them")
+    return path
 
 
 def read_users_file(path: str) -> bytes:
@@ -8094,7 +8108,7 @@ class Project(Value):
 
     def load_config(self) -> Config:
         """Read the configuration; one that was not there before counts too."""
-        path = self.config_path or find_config(self.folder)
+        path = self.named_config or find_config(self.folder, is_alone=True)
         return load_config(path, overrides=self.overrides)
 
     @property
@@ -9726,7 +9740,8 @@ def make_service(kind: str, project: Project, user: str) -> str:
     else:  # systemd.syntax(7)
         words = [re.sub(r'(["\\])', r"\\\1", word).replace("$", "$$") for word in words]
         command = " ".join(f'"{word}"' for word in words).replace("%", "%%")
-    fields = {"NAME": name, "PROJECT": re.sub(r"([%\\])", r"\1\1", project.path), "COMMAND": command}
+    fields = {"NAME": name, "COMMAND": command}
+    fields.update(PROJECT=re.sub(r"([%\\])", r"\1\1", project.path))
     fields.update(PYTHON=shlex.quote(sys.executable), STOP=f"{stop_s:.0f}", PLACE=place)
     fields.update(USER=run_as, TARGET=target)
     text = {"sysv": _INIT_SCRIPT, "windows": _WINDOWS}.get(kind, _UNIT)
@@ -9837,7 +9852,8 @@ def become_owner(args: Args) -> None:
     """
     folder = find_folders(args.project, args.state)[1]
     owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
-    path, options = args.config or find_config(folder), dict[str, object]()
+    path = args.config or find_config(folder)
+    options: Fields = {}
     try:
         os.seteuid(owner)
         options.update(_load(path)["daemon"] if owner and path else {})
@@ -10469,7 +10485,7 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
         who = Platform.distrust(os.stat(place))
         yield place, who is None, f"can be written by {who or 'its owner only'}"
     for name, look, text in (
-        ("configuration", lambda: load_config(project.config_path), project.config_path or "none"),
+        ("configuration", project.load_config, project.config_path or "none"),
         ("queue", lambda: manager.call("list", {"limit": 1}), "can be read"),
     ):
         try:

@@ -12016,6 +12016,23 @@ class TestServiceOptions:
         assert late["level"] == "warn"
         assert re.fullmatch(r"Task 1 rate limited, comes back at \d{4}-\S+Z", late["message"])
 
+    def test_a_second_configuration_is_not_passed_over_in_silence(self, box):
+        pid = box.start()
+        write(box.file("config.yaml"), "{}")
+        for words in (["reload"], ["restart"]):
+            assert "config.yaml is there, too" in box.error(*words, rc=78)["message"]
+        assert "BAD configuration" in box.run("doctor", rc=1).stdout
+        assert box.pid() == pid
+        box.stop()
+        assert "config.yaml is there, too" in box.error("start", rc=78)["message"]
+        box.start("--config", box.file("config.json"))
+
+    def test_a_reload_says_what_has_to_wait_for_the_next_start(self, box):
+        box.start()
+        box.config({"daemon": {"umask": "027", "max_concurrent": 7}})
+        shown = box.run("reload").stdout
+        assert "daemon.umask: 077 -> 027, at the next start\n" in shown and "7\n" in shown
+
     def test_a_reload_to_a_log_or_an_address_that_cannot_be_had_changes_nothing(self, box):
         log, web = os.path.join(box.root, "log"), {"web": {"command": "sleep 500"}}
         box.start()
