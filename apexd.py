@@ -9856,7 +9856,8 @@ def become_owner(args: Args) -> None:
     options: Fields = {}
     try:
         os.seteuid(owner)
-        options.update(_load(path)["daemon"] if owner and path else {})
+        if owner and path and os.access(path, os.R_OK, effective_ids=True):
+            options.update(_load(path)["daemon"])
     except (LookupError, TypeError, ValueError):
         pass  # without daemon.user the folder is refused
     finally:
