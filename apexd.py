@@ -929,6 +929,7 @@ if sys.platform == "win32":
 
         boot_id = staticmethod(lambda: "")
         user = staticmethod(lambda: 0)
+        name_of = staticmethod(lambda uid: os.environ.get("USERNAME", "user"))
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
         distrust = staticmethod(lambda info, root_too=True: None)
@@ -1349,12 +1350,16 @@ else:
                 uid = struct.unpack_from("II", connection.getsockopt(0, 1, 76))[1]
             return None if uid == os.geteuid() else int(uid)
 
+        def name_of(self, uid: int) -> str:
+            """Return a user's name; of one without a name the number, as sudo(8) takes it."""
+            with contextlib.suppress(KeyError):
+                return pwd.getpwuid(uid).pw_name
+            return f"#{uid}"
+
         def distrust(self, info: os.stat_result, root_too: bool = True) -> str | None:
             """Name who else can write a file, but for root: a user, "others", None: nobody."""
             if info.st_uid != os.geteuid() and (info.st_uid or not root_too):
-                with contextlib.suppress(KeyError):
-                    return pwd.getpwuid(info.st_uid).pw_name
-                return f"#{info.st_uid}"
+                return self.name_of(info.st_uid)
             return "others" if info.st_mode & 0o022 else None
 
         def network_file_system(self, path: str, table: str = "/proc/self/mountinfo") -> str | None:
@@ -9013,10 +9018,9 @@ class ServiceManager:
 
     def __init__(self, is_ours: bool) -> None:
         self._address = os.environ.get("NOTIFY_SOCKET", "") if is_ours else ""
-        is_watched = os.environ.get("WATCHDOG_PID") == str(os.getpid()) and self._address
-        within_us = os.environ.get("WATCHDOG_USEC", "") if is_watched else ""
-        is_number = re.fullmatch("[1-9][0-9]{0,15}", within_us)
-        self.tick_s = int(within_us) / 2e6 if is_number else None  # half of it; None: no watchdog
+        is_watched = self._address and os.environ.get("WATCHDOG_PID") == str(os.getpid())
+        usec = re.fullmatch("[1-9][0-9]{3,15}", os.environ.get("WATCHDOG_USEC", ""))
+        self.tick_s = int(usec[0]) / 2e6 if usec and is_watched else None  # half; None: unwatched
 
     def tell(self, *lines: str, watchdog_s: float = 0.0) -> None:
         """Send lines such as READY=1; watchdog_s: what a watchdog allows from now on."""
@@ -9343,9 +9347,8 @@ class Daemon:
             Platform.reap_orphans(self._keepers.has_child)
 
     def _write_state(self) -> None:
-        about = describe_work(self._supervisor, self._config)
-        text = json.dumps({**self._status(), **about}, indent=1)
-        write_atomically(self._project.file("state.json"), text + "\n")
+        state = {**self._status(), **describe_work(self._supervisor, self._config)}
+        write_atomically(self._project.file("state.json"), json.dumps(state, indent=1) + "\n")
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
@@ -10489,9 +10492,8 @@ def cmd_init(args: Args) -> int:
 @register("service", arg("kind", choices=("systemd", "systemd-user", "sysv", "launchd", "windows")))
 def cmd_service(args: Args) -> int:
     """Print what makes this project's daemon a service here, run by you."""
-    import getpass
-
-    text = make_service(args.kind, client_of(args).project, getpass.getuser())
+    project = client_of(args).project
+    text = make_service(args.kind, project, Platform.name_of(Platform.user()).lstrip("#"))
     return emit({"text": text}, args, text[:-1])
 
 

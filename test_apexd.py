@@ -12347,6 +12347,19 @@ class TestService:
         assert f'"{odd}"'.replace("%", "%%").replace("$", "$$") in read(unit)
         assert ("User=" in read(unit)) == (kind == "systemd")
 
+    @other_user
+    @pytest.mark.parametrize("number, name", [(65534, "nobody"), (54321, "54321")])
+    def test_the_user_is_who_calls_whatever_the_environment_says(self, box, number, name):
+        for folder in (box.root, box.path):
+            os.chmod(folder, 0o755)
+        os.chown(box.path, number, number)
+        words = ["setpriv", "--reuid", number, "--regid", number, "--clear-groups", "/usr/bin/python3", "-B"]
+        words += [os.path.join(box.path, "apexd.py"), "--state", os.path.join(box.path, "new"), "service", "systemd"]
+        os.chmod(words[-5], 0o644)
+        for env in ({}, {"USER": "somebody", "LOGNAME": "somebody"}):
+            done = subprocess.run([*map(str, words)], cwd=box.path, env=env, capture_output=True, text=True)
+            assert f"\nUser={name}\n" in done.stdout, done
+
     @posix
     @pytest.mark.parametrize("name", ["a\nb", "a\x01", os.fsdecode(b"a\xff")])
     def test_a_path_that_no_such_file_can_hold_is_said_so(self, box, name):
