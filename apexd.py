@@ -9661,7 +9661,7 @@ _INIT_SCRIPT = """\
 # Default-Stop:      0 1 6
 # Short-Description: apexd, the background work of a project
 ### END INIT INFO
-[ -x @PYTHON@ ] || exit 5
+{ [ -x @PYTHON@ ] && [ -r @PROGRAM@ ]; } || exit 5
 case ${1-} in
   start | stop | restart | reload | status) verb=$1 ;;
   force-reload) verb=reload ;;
@@ -9718,7 +9718,7 @@ def make_service(kind: str, project: Project, user: str) -> str:
     else:  # systemd.syntax(7)
         words = [re.sub(r'(["\\])', r"\\\1", word).replace("$", "$$") for word in words]
         command = " ".join(f'"{word}"' for word in words).replace("%", "%%")
-    fields = {"NAME": name, "COMMAND": command}
+    fields = {"NAME": name, "COMMAND": command, "PROGRAM": shlex.quote(os.path.abspath(__file__))}
     fields.update(PROJECT=re.sub(r"([%\\])", r"\1\1", project.path))
     fields.update(PYTHON=shlex.quote(sys.executable), STOP=f"{stop_s:.0f}", PLACE=place)
     fields.update(USER=run_as, TARGET=target)

@@ -12401,6 +12401,8 @@ class TestService:
         assert [call("status"), call("start"), call("stop"), call("status")] == [1, 0, 0, 3]
         box.config({"daemon": {"nonsense": 1}})
         assert [call("start"), call("restart"), call(), call("dance")] == [6, 6, 2, 2]
+        os.unlink(os.path.join(box.path, "apexd.py"))
+        assert [call("status"), call("start")] == [5, 5]
 
 
 def has_slurm():
