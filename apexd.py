@@ -6843,12 +6843,17 @@ class _Tree:
         self._before.setdefault(path, stamp)
         self.is_news = True
 
-    def look(self, now: float, is_due: bool) -> bool:
-        """Look at what was told, and, when due, for what nobody tells; is there news?"""
+    def look(self, now: float, is_over: bool, is_held: bool) -> bool:
+        """Look at what was told, and, when due, for what nobody tells; is there news?
+
+        is_over: the burst may be; then it is seen to that nothing is missed.
+        """
         self.changed_mono, self.is_news = now, False
         if self.notifier is not None:
             self._hear()
-        if self.is_polled and not self.has_gaps and (is_due or now >= self.due_mono):
+        if self.has_gaps and is_over:
+            self.begin()
+        elif self.is_polled and (now >= self.due_mono or (is_over and not is_held)):
             self.changed_mono, self._looked_mono = self._looked_mono, now
             self._scan("", True)
             self._busy_until = now + POLL_BUSY_S if self.is_news else self._busy_until
@@ -7095,19 +7100,16 @@ class FileWatcher:
         """Wait until something may have changed or a burst is over, and see to it."""
         self._wait()
         now, is_first = Clock.mono(), not self._is_standing.is_set()  # no burst, but the snapshot
-        is_due = is_last or self._due <= now
-        wait_s = self._hold(self._last) if is_due and not (is_first or is_last) else 0.0
+        is_over = is_last or self._due <= now
+        wait_s = self._hold(self._last) if is_over and not (is_first or is_last) else 0.0
         if wait_s > 0.0:
-            is_due, self._first, self._due = False, float("inf"), now + wait_s
+            self._first, self._due = float("inf"), now + wait_s
         for tree in self._trees:
-            if tree.look(now, is_due):  # also whether it still goes on
+            if tree.look(now, is_over, wait_s > 0.0):
                 self._first, self._last = min(self._first, now), max(self._last, tree.changed_mono)
                 self._due = min(now + self._debounce_s, self._first + self._debounce_max_s)
-        if not is_last and (not is_due or self._due > now):
+        if self._due > now and not (is_first or is_last):
             return
-        for tree in self._trees:
-            if tree.has_gaps:
-                tree.begin()
         found = {one.path: one for tree in self._trees for one in tree.sum_up(self._kinds)}
         if found and not is_first:
             self._on_change([found[path] for path in sorted(found)])
