@@ -200,7 +200,7 @@ LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of proce
 LINES_MAX = 100_000  # of a log at once
 STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for others
 TOGETHER_S = 0.05  # what is due so soon is done at once: one wakeup instead of two
-LOOK_S = 5.0  # between two looks whether database and socket are where they were
+LOOK_S = 5.0  # between two looks whether database, socket, watched folders are where they were
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
 LOG_CHECK_MAX_S = 30.0  # the same while it does not grow
@@ -264,7 +264,6 @@ SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # they say nothing of wh
 DEBOUNCE_S = 0.5  # after the last change of a burst
 DEBOUNCE_MAX_S = 10.0  # after its first, though changes go on
 WATCH_LOOK_S = 1.0  # between two looks for a folder that is missing; at files, at the least
-ROOT_LOOK_S = 5.0  # between two looks whether a watched root is still the same folder
 WATCH_GATHER_S = 0.01  # notifications that come together are read together
 POLL_SHARE = 0.004  # of a processor, for looking through a tree that nobody tells of
 POLL_BUSY_FACTOR, POLL_BUSY_S = 10, 30.0  # more of it for so long after a change
@@ -6844,10 +6843,7 @@ class _Tree:
         self.is_news = True
 
     def look(self, now: float, is_over: bool, is_held: bool) -> bool:
-        """Look at what was told, and, when due, for what nobody tells; is there news?
-
-        is_over: the burst may be; then it is seen to that nothing is missed.
-        """
+        """Look at what was told, and, when due, for what nobody tells; is there news?"""
         self.changed_mono, self.is_news = now, False
         if self.notifier is not None:
             self._hear()
@@ -6861,9 +6857,10 @@ class _Tree:
             pause_s = max(WATCH_LOOK_S, (Clock.mono() - now) / share)
             self.due_mono = now + min(pause_s, POLL_MAX_S)
         elif now >= self.due_mono:
-            if self._identify() != self._place or "" in self.unread:
+            # It or what is above it may have been moved, or is a link to something else by now.
+            if "" in self.unread or file_id(os.path.realpath(self.root)) != self._place:
                 self.begin()
-            self.due_mono = now + (WATCH_LOOK_S if "" in self.unread else ROOT_LOOK_S)
+            self.due_mono = now + (WATCH_LOOK_S if "" in self.unread else LOOK_S)
         return self.is_news
 
     def _hear(self) -> None:
@@ -6884,25 +6881,19 @@ class _Tree:
                 for inner in self._look(folder, name, info, False):
                     self._scan(inner)
 
-    def _identify(self) -> object:
-        """Say which folder the root is: it or what is above it may be moved, or be a link."""
-        with contextlib.suppress(OSError):
-            info = os.stat(self.root)
-            return info.st_dev, info.st_ino
-        return None
-
     def begin(self) -> None:
         """Look at everything, and ask to be told from now on."""
         self.close()
+        real = os.path.realpath(self.root)
         try:
-            kind = Platform.network_file_system(os.path.realpath(self.root))
+            kind = Platform.network_file_system(real)
             if kind is not None and not self.is_polled:
                 self._poll(f"it is on {kind}")
             elif not self.is_polled:
                 self.notifier = Platform.open_notifier()
         except (OSError, ImportError) as error:
             self._poll(getattr(error, "strerror", str(error)))
-        self.has_gaps, self._place = False, self._identify()
+        self.has_gaps, self._place = False, file_id(real)
         self.due_mono = Clock.mono() + WATCH_LOOK_S
         self._scan("", True)
 
@@ -7198,9 +7189,8 @@ class Watches:
 
     def __init__(self, store: TaskStore, wake: Callable[[], None]) -> None:
         self._store, self._wake = store, wake
-        self._lock = threading.Lock()  # one change of what follows at a time
+        self._lock = threading.Lock()  # one `start` at a time
         self._watches: dict[str, WatchTrigger] = {}
-        self._failed: set[str] = set()  # could not be started
 
     def start(self) -> None:
         """Have the watches that the configuration asks for: after a reload, and after a lack."""
@@ -7214,12 +7204,10 @@ class Watches:
                         watch = WatchTrigger(name, options, self._store, self._wake)
                         watch.watcher.start(max(deadline - Clock.mono(), 0.0))
                     except (DaemonError, OSError, RuntimeError) as error:  # no thread, say
-                        if name not in self._failed:
-                            log.error("watch %s does not work, for now: %s", name, error)
-                        self._failed.add(name)
-                        continue
-                    found[name] = watch
-            self._watches, self._failed = found, self._failed - found.keys()
+                        log.error("watch %s does not work, for now: %s", name, error)
+                    else:
+                        found[name] = watch
+            self._watches = found
             for watch in old.values():  # now: a change on the way is seen by both, not by none
                 watch.watcher.stop()
 

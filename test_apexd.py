@@ -8177,7 +8177,7 @@ def watching(tmp_path, request, monkeypatch):
     """Give a maker of a Watching; a parameter says how it learns of changes."""
     made, options = [], {"poll": getattr(request, "param", "") == "polling"}
     monkeypatch.setattr(apexd, "WATCH_LOOK_S", 0.05)
-    monkeypatch.setattr(apexd, "ROOT_LOOK_S", 0.1)
+    monkeypatch.setattr(apexd, "LOOK_S", 0.1)
 
     def make(path=tmp_path, **more):
         made.append(Watching(path, **{**options, **more}))
@@ -8792,7 +8792,6 @@ class TestWatches:
         watches = apexd.Watches(queue.store, lambda: None)
         with monkeypatch.context() as lack:
             lack.setattr(threading.Thread, "start", refuse)
-            watches.start()
             watches.start()
         assert watches.status() == {"watches": {}}
         assert caplog.text.count("watch w does not work, for now: can't start new thread") == 1
