@@ -6787,18 +6787,18 @@ def glob_expression(patterns: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(found), re.DOTALL)
 
 
-def check_folders(folders: Sequence[str]) -> None:
-    """Check what is to be watched: folders, which may be missing. Raises BAD_REQUEST."""
-    hint = "name folders; missing ones are waited for"
-    if not folders:
-        raise bad("no folder is named", hint)
+def check_folders(where: str, folders: Sequence[str], code: str = "CONFIG_INVALID") -> None:
+    """Refuse to watch nothing, files, and folders that cannot be read. Raises `code`."""
+    why = "" if folders else "no folder is named"
     for path in folders:
         try:
             os.scandir(path).close()
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise bad(f"{path}: {error.strerror}", hint) from None
+            why = f"{path}: {error.strerror}"
+    if why:
+        raise DaemonError(code, f"{where}: {why}", "name folders; missing ones are waited for")
 
 
 class _Tree:
@@ -7028,7 +7028,7 @@ class FileWatcher:
         endings = tuple("." + word.lstrip(".") for word in extensions)
         ignored = glob_expression([*WATCH_IGNORED, *ignore])
         roots = [*dict.fromkeys(os.path.abspath(path) for path in paths)]
-        check_folders(roots)
+        check_folders("paths", roots, "BAD_REQUEST")
         self._trees = [_Tree(root, ignored, endings, poll) for root in roots]
         self._first = float("inf")  # of a burst, monotonic
         self._last, self._due = 0.0, 0.0  # its last change; when it is over
@@ -7175,13 +7175,10 @@ class WatchTrigger:
 
 
 def check_watches(config: Config, project: str, path: str | None) -> None:
-    """Refuse to watch nothing, files, and what cannot be read. Raises CONFIG_INVALID."""
+    """Check the folders of all watches. Raises CONFIG_INVALID."""
     for name, watch in config.watches.items():
-        try:
-            check_folders([os.path.join(project, folder) for folder in watch.paths])
-        except DaemonError as error:
-            what = f"{path}: watch.{name}.paths = {watch.paths!r}: {error}"
-            raise DaemonError("CONFIG_INVALID", what, error.hint) from None
+        where = f"{path}: watch.{name}.paths = {watch.paths!r}"
+        check_folders(where, [os.path.join(project, folder) for folder in watch.paths])
 
 
 class Watches:
@@ -9308,7 +9305,8 @@ class Daemon:
             if holder is not None and holder.role == "daemon":
                 self._mailbox.post("leave")
         self._control.start(settings_of(self._config))
-        self._watches.start()
+        if not self._health.is_starting:
+            self._watches.start()  # those that could not
         if os.getpid() == 1:
             Platform.reap_orphans(self._keepers.has_child)
 

@@ -8675,7 +8675,7 @@ class TestWatches:
         eventually(lambda: [task["state"] for task in self.tasks(box)] == ["running"])
         for name in ("second", "third"):
             self.change(box, name)
-            threading.Event().wait(0.2)  # a burst each
+            threading.Event().wait(0.15)  # a burst each
         assert len(self.tasks(box)) == 1
         write(os.path.join(box.path, "go"), "")
         told = self.until_done(box, 2 if overlap == "queue" else 1)
@@ -8688,13 +8688,13 @@ class TestWatches:
     def test_a_task_that_changes_what_it_watches_is_no_loop_for_long(self, box, poll):
         """L7"""
         self.watch(box, command="echo x >> src/log", poll=poll)
-        patch(box, WATCH_LOOK_S=0.06)
+        patch(box, WATCH_LOOK_S=0.06, LOOP_ROUNDS=2)
         box.start()
         self.change(box)
         eventually(lambda: "watch w: a loop" in box.log())
         line = next(line for line in box.log().split("\n") if "a loop" in line)
         assert os.path.join("src", "log") in line
-        count = apexd.LOOP_ROUNDS + 1
+        count = 2 + 1
         self.until_done(box, count)
         threading.Event().wait(0.6)
         assert len(self.tasks(box)) == count
@@ -8829,7 +8829,7 @@ class TestWatches:
         self.watch(box, command=[sys.executable, "-I", "-S", "-c", code], debounce_ms=100)
         box.start()
         late = []
-        for n in range(1, 4):
+        for n in range(1, 3):
             eventually(lambda: all(task["state"] == "succeeded" for task in self.tasks(box)))
             threading.Event().wait(0.1)
             changed = time.time()
