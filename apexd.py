@@ -7205,7 +7205,8 @@ class Watches:
                     else:
                         found[name] = watch
             self._watches = found
-            for watch in old.values():  # now: a change on the way is seen by both, not by none
+            for name, watch in old.items():  # now: what changes meanwhile is seen by both
+                watch.options = self._store.config.watches.get(name, watch.options)
                 watch.watcher.stop()
 
     def stop(self) -> None:

@@ -8722,6 +8722,16 @@ class TestWatches:
         box.start()
         assert self.until_done(box, 1)[0]["payload"]["count"] == 1
 
+    def test_what_was_changed_before_a_reload_is_done_as_it_says(self, box):
+        self.watch(box, debounce_ms=5000, command="false", group="g")
+        write(box.file("config.json"), read(box.file("config.json"))[:-1] + ', "group": {"g": {}}}')
+        box.start()
+        self.change(box)
+        pause(0.3)
+        self.watch(box, debounce_ms=5000)
+        box.run("reload")
+        assert self.until_done(box, 1)[0]["payload"]["count"] == 1
+
     def test_changes_wait_for_room_in_the_queue(self, box):
         self.watch(box, command="true")
         data = json.loads(read(box.file("config.json")))
