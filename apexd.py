@@ -7027,7 +7027,8 @@ class FileWatcher:
         self._debounce_s, self._debounce_max_s = debounce_s, max(debounce_s, debounce_max_s)
         endings = tuple("." + word.lstrip(".") for word in extensions)
         ignored = glob_expression([*WATCH_IGNORED, *ignore])
-        roots = [*dict.fromkeys(os.path.abspath(path) for path in paths)]
+        found = [paths] if isinstance(paths, str) else paths
+        roots = [*dict.fromkeys(os.path.abspath(path) for path in found)]
         check_folders("paths", roots, "BAD_REQUEST")
         self._trees = [_Tree(root, ignored, endings, poll) for root in roots]
         self._first = float("inf")  # of a burst, monotonic
@@ -7066,7 +7067,7 @@ class FileWatcher:
                 self._turn(is_last)
             except Exception as error:  # this thread's top frame, and the user's callback
                 is_bug = not isinstance(error, DaemonError)  # else the trees know what is there
-                if str(error) != self._failure:
+                if str(error) != self._failure or is_last:
                     self._failure = str(error)
                     log.error("watching: %s", error, exc_info=is_bug)
                 for tree in self._trees:
@@ -7148,10 +7149,9 @@ class WatchTrigger:
 
     def _make_task(self, changes: list[Change]) -> None:
         source, told = f"watch {self.name}", []
-        for kind in FILE_CHANGES.values():
+        for kind in sorted({change.kind for change in changes}):
             payload = self._describe([change for change in changes if change.kind == kind])
-            if payload["count"]:
-                told.append(Event.make(f"file.{kind}", payload, source))
+            told.append(Event.make(f"file.{kind}", payload, source))
         event = Event.make("file.changed", self._describe(changes), source)
         paths = (json.dumps(p) if "\n" in p or "\r" in p else p for p in (c.path for c in changes))
         lines = os.fsencode("".join(path + "\n" for path in paths))
