@@ -138,8 +138,8 @@ class _Lazy:
 
 if not TYPE_CHECKING:
     for _name in (
-        "binascii datetime difflib email.utils fnmatch graphlib grp hmac http.server io logging marshal "
-        "pwd queue random resource shutil sqlite3 subprocess tempfile urllib.parse zoneinfo"
+        "binascii datetime difflib email.utils fnmatch graphlib grp hmac http.server io logging "
+        "marshal pwd queue random resource shutil sqlite3 subprocess tempfile urllib.parse zoneinfo"
     ).split():
         globals()[_name.partition(".")[0]] = _Lazy(functools.partial(__import__, _name))
 log: Any = _Lazy(lambda: logging.getLogger("apexd"))
@@ -178,6 +178,7 @@ LARGE_FRAME_BYTES = 64 * 1024  # requests up to this size are not counted
 FRAME_TIMEOUT_S = 10.0  # from a frame's first byte to its last
 IDLE_TIMEOUT_S = 60.0  # a silent connection gives its place to others
 CONNECTIONS_MAX = 64
+SPARE_S = 0.25  # a new connection, or one just answered, keeps its place so long
 SOCKET_PATH_MAX_BYTES = 103  # sun_path of macOS; Linux allows 107 (unix(7))
 
 KEEPER_PROTOCOL = 1
@@ -234,7 +235,7 @@ DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
 DAY_S = 24 * 3600
 DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is, as by cronie
-CRON_LATE_S = 300.0  # what is late by less fires in full, as by cronie
+CRON_LATE_S = 300.0  # after a shorter pause all that fell due fires, as by cronie
 CRON_RESTART_S = 10.0  # a daemon that is back so soon has not missed what fell due
 CRON_SLICE_S = 60.0  # the longest sleep: then a clock that was moved is noticed
 CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
@@ -2522,32 +2523,34 @@ class EventLog:
 
     def __init__(self, folder: str) -> None:
         self._path = os.path.join(folder, "events.log")
-        self._lock = threading.Lock()  # guards what follows
-        self._file: Any = None
+        self._lock = threading.RLock()  # guards what follows
+        self._fd: int | None = None
 
     def write(self, events: Sequence[Event]) -> None:
         """Append events; never raises."""
         with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
-            file, self._file = self._file, None  # stays so if this fails: then it is opened anew
-            file = file or open_rotating(self._path, EVENTS_MAX_BYTES, 1)
             for at in range(0, len(events), 1000):
                 lines = [json.dumps(event.to_dict()) + "\n" for event in events[at : at + 1000]]
-                data = "".join(lines).encode()
-                is_full = os.fstat(file.stream.fileno()).st_size + len(data) > EVENTS_MAX_BYTES
-                if is_full and Clock.mono() >= file.next_mono:
-                    file.doRollover()
-                fd = file.stream.fileno()
-                written = os.write(fd, data)  # a LogRecord would cost twice as much
-                if written < len(data):  # the disk is full: no part of a line stays
-                    os.ftruncate(fd, os.fstat(fd).st_size - written)
-            self._file = file
+                self._append("".join(lines).encode())
+
+    def _append(self, data: bytes) -> None:
+        """Append lines, without `logging`: it takes 7 ms to import, a record as long as this."""
+        if self._fd is not None and os.fstat(self._fd).st_size + len(data) > EVENTS_MAX_BYTES:
+            self.close()
+            with contextlib.closing(open_rotating(self._path, EVENTS_MAX_BYTES, 1)) as handler:
+                handler.doRollover()
+        if self._fd is None:
+            self._fd = open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        written = os.write(self._fd, data)
+        if written < len(data):  # the disk is full: no part of a line stays
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
 
     def close(self) -> None:
         """Close the file; the next event opens it again."""
         with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
 
 
 # ============================================================================
@@ -3800,7 +3803,7 @@ class EventStore:
         new = """
             INSERT INTO fires (source, spec, spec_at) VALUES (?, ?, ?)
             ON CONFLICT (source) DO UPDATE SET spec = excluded.spec, spec_at = excluded.spec_at
-            WHERE spec IS NOT excluded.spec
+            WHERE spec IS NOT excluded.spec OR spec_at > excluded.spec_at  -- the clock was ahead
         """
         sql = "SELECT source, max(coalesce(fired_at, 0), spec_at) FROM fires WHERE spec IS NOT NULL"
         with self._store.database.write(is_vital=False) as db:
@@ -4871,12 +4874,13 @@ CRON_NAMES = {
     "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
     "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
 }  # fmt: skip
+EPOCH_DAY = 719163  # datetime.date(1970, 1, 1).toordinal()
 
 
 def read_cron_field(text: str, name: str, low: int, high: int, names: str) -> frozenset[int]:
     """Read one field, such as "1-3,5", "*/10", "5/10" or "mon-fri"."""
     numbers = {word: str(low + index) for index, word in enumerate(names.split())}
-    digits = text.replace("-sun", "-7") if high == 7 else text
+    digits = re.sub("(?<!sun)-sun", "-7", text) if high == 7 else text
     digits = re.sub(r"\b[a-z]{3}\b", lambda match: numbers.get(match[0], match[0]), digits)
     found = set[int]()
     for part in digits.split(","):
@@ -4898,8 +4902,8 @@ def read_cron(text: object) -> dict[str, Any]:
         return {}
     if words[:1] == ["@every"]:
         period = duration(" ".join(words[1:]))
-        if period < 1 or period % 1:
-            raise ValueError("@every with whole seconds from 1: @every 90s")
+        if period % 1 or not 1 <= period <= 366 * DAY_S:
+            raise ValueError("@every with whole seconds, a year at most: @every 90s")
         return {"period": int(period)}
     words = CRON_NAMES.get(" ".join(words), " ".join(words)).split()
     if len(words) != len(CRON_FIELDS):
@@ -4923,9 +4927,8 @@ def read_zone(name: object) -> Any:
     try:
         return zoneinfo.ZoneInfo(line_of_text(name))
     except (LookupError, OSError, ValueError):
-        near = difflib.get_close_matches(str(name), zoneinfo.available_timezones(), 1, 0.0)
-        hint = f"did you mean {near[0]}?" if near else "it has no data: pip install tzdata"
-        raise ValueError(f"a time zone that this system knows; {hint}") from None
+        form = 'a time zone that this system knows, such as "Europe/Berlin"'
+        raise ValueError(f"{form}; if it has none: pip install tzdata") from None
 
 
 class CronSchedule:
@@ -4941,7 +4944,6 @@ class CronSchedule:
     is_fixed = False  # neither minute nor hour begins with *
 
     def __init__(self, expression: str, timezone: str | None = None) -> None:
-        self.expression, self.timezone = expression, timezone
         try:
             what = f"expression {expression!r}"
             self.__dict__.update(read_cron(expression))
@@ -4967,25 +4969,22 @@ class CronSchedule:
         while self.period:
             at += self.period - at % self.period
             yield at
-        start, wait = at - (at + self._offset(at)) % 60, 60
-        if self.is_fixed:
-            change, shift = self._find_change(start - DST_MAX_S, start)
-            if -DST_MAX_S <= shift < 0 and start < change - shift:
-                start, wait = change - shift, 0  # the second pass is over
+        start = at - DST_MAX_S if self.is_fixed else at
+        seen = start + self._offset(start)  # the clock on the wall has been followed until then
         while self.times:
-            offset, near = self._offset(start), start + 4 * DAY_S
-            found = self._find_wall(start + offset + wait) - offset
-            change, shift = self._find_change(start, min(found, near))
-            is_bridged = self.is_fixed and abs(shift) <= DST_MAX_S
-            if is_bridged and found < change + shift:
-                found, shift = change, 0  # the end of the gap
-            if shift:
-                start, wait = max(change, change - shift) if is_bridged else change, 0
-            elif found > near:  # nothing fires until then: only changes near to it matter
-                start, wait = found - 2 * DAY_S, 0
-            else:
-                yield found
-                start, wait = found, 60
+            offset, end = self._offset(start), self._find_change(start)
+            if not self.is_fixed or abs(seen - start - offset) > DST_MAX_S:
+                seen = start + offset
+            wall = self._find_wall(seen)
+            if wall >= end + offset and self._offset(end) == offset:
+                end = max(end, wall - offset - 2 * DAY_S)  # only changes near to a fire matter
+            while wall < end + offset:
+                fire = max(wall - offset, start)  # of what a gap swallowed: its end
+                if fire > at:
+                    at = fire
+                    yield at
+                wall = self._find_wall(wall + 60)
+            seen, start = max(seen, end + offset), end
 
     def list_next(self, count: int) -> list[str]:
         """Return the next fires, as "2025-03-09T03:00:00-04:00"."""
@@ -4995,28 +4994,22 @@ class CronSchedule:
     def _find_wall(self, wall: int) -> int:
         """Return the first fire from `wall` on, both in seconds of a clock without a zone."""
         number, minute = divmod(-(-wall // 60), 24 * 60)
-        epoch = datetime.date(1970, 1, 1).toordinal()
-        day = first = datetime.date.fromordinal(epoch + number)
         while True:  # 40 years at most, for a 29 February that is a Sunday
+            day = datetime.date.fromordinal(EPOCH_DAY + number)
             hits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
-            index = bisect.bisect_left(self.times, minute if day == first else 0)
+            index = bisect.bisect_left(self.times, minute)
             if day.month in self.months and (all if self.needs_both else any)(hits):
                 if index < len(self.times):
-                    return ((day.toordinal() - epoch) * 24 * 60 + self.times[index]) * 60
-            day += datetime.timedelta(1)
-            while day.month not in self.months:
-                day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+                    return (number * 24 * 60 + self.times[index]) * 60
+            number, minute = number + 1, 0
 
-    def _find_change(self, start: int, end: int) -> tuple[int, int]:
-        """Return the first second in (start, end] with another UTC offset, and the difference."""
-        before, high = self._offset(start), min(start + DAY_S, end)
-        while high < end and self._offset(high) == before:
-            start, high = high, min(high + DAY_S, end)
-        shift = self._offset(high) - before
-        while shift and high - start > 1:
-            middle = (start + high) // 2
-            start, high = (middle, high) if self._offset(middle) == before else (start, middle)
-        return high, shift
+    def _find_change(self, start: int) -> int:
+        """Return the first second after it with another UTC offset, but at most a day later."""
+        before, end = self._offset(start), start + DAY_S
+        while self._offset(end) != before and end - start > 1:
+            middle = (start + end) // 2
+            start, end = (middle, end) if self._offset(middle) == before else (start, middle)
+        return end
 
     def _offset(self, at: int) -> int:
         return round(self.moment(at).replace(tzinfo=datetime.timezone.utc).timestamp()) - at
@@ -5034,52 +5027,49 @@ for _key, _read in (("cron", read_cron), ("timezone", read_zone)):  # CONFIG sta
     OPTIONS["schedule"][_key] = (_checked(_read), *OPTIONS["schedule"][_key][1:])
 
 
-class CronJob(Value):
+class CronJob(CronSchedule):
     """A schedule that is enabled, and how far it has got; times are epoch seconds."""
 
-    name: str
-    trigger: Any  # its options
-    schedule: CronSchedule
-    seen_at: float  # all until then is dealt with
-    due_at: float | None  # the next fire
-    spec: str  # what it fires by
-    is_new: bool  # not looked at yet: what it has missed, it missed without a daemon
+    def __init__(self, name: str, trigger: Any, seen_at: float) -> None:
+        super().__init__(trigger.cron, trigger.timezone)
+        self.name, self.trigger = name, trigger
+        self.seen_at = seen_at  # all until then is dealt with
+        self.due_at: float | None = None  # the next fire
+        self.is_new = True  # not looked at yet: what it has missed, it missed without a daemon
+
+    def find_fires(self, now: float) -> Sequence[float]:
+        """Decide which fires to make now, and move `seen_at` when the clock was set back.
+
+        A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
+        """
+        trigger, gap_s = self.trigger, now - self.seen_at
+        if not (self.period or self.times):  # @reboot
+            return [now] if self.is_new else []
+        if gap_s < 0:
+            if -gap_s > (DST_MAX_S if self.is_fixed else CRON_LATE_S):
+                self.seen_at = now
+            return []
+        since = max(self.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
+        fires = itertools.takewhile(lambda at: at <= now, self.fires(since))
+        missed = list(deque(fires, CATCH_UP_MAX))
+        if not missed or (gap_s <= CRON_LATE_S and not self.is_new):
+            return missed
+        wanted = {"none": [], "last": missed[-1:], "all": missed}[trigger.catch_up]
+        kept = [at for at in wanted if now - at <= trigger.catch_up_window]
+        is_bridged = self.is_fixed and gap_s <= DST_MAX_S
+        late_s = CRON_RESTART_S if self.is_new else DST_MAX_S if is_bridged else CRON_LATE_S
+        kept = kept or [at for at in missed[-1:] if now - at < late_s]
+        log.info("Schedule %s: %d of %d missed fires are made", self.name, len(kept), len(missed))
+        return kept
 
 
-def find_fires(job: CronJob, now: float) -> Sequence[float]:
-    """Decide which fires to make now, and move `seen_at` when the clock was set back.
-
-    A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
-    """
-    schedule, trigger, gap_s = job.schedule, job.trigger, now - job.seen_at
-    if gap_s < 0:
-        if -gap_s > (DST_MAX_S if schedule.is_fixed else CRON_LATE_S):
-            job.seen_at = now
-        return []
-    if not (schedule.period or schedule.times):  # @reboot
-        return [int(now)] if job.is_new else []
-    since = max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
-    fires = itertools.takewhile(lambda at: at <= now, schedule.fires(since))
-    missed = deque[float](fires, CATCH_UP_MAX)
-    if not missed or (gap_s <= CRON_LATE_S and not job.is_new):
-        return missed
-    kept = [at for at in missed if now - at <= trigger.catch_up_window]
-    kept = {"none": [], "last": kept[-1:], "all": kept}[trigger.catch_up]
-    if job.is_new:  # after a restart
-        is_due = len(missed) == 1 and now - missed[0] <= CRON_RESTART_S
-    else:  # after the clock was set, or the machine slept
-        is_due = now - missed[-1] < 60 or (schedule.is_fixed and gap_s <= DST_MAX_S)
-    kept = kept or ([missed[-1]] if is_due else [])
-    log.info("Schedule %s: %d of %d missed fires are made", job.name, len(kept), len(missed))
-    return kept
-
-
-def fire_schedule(
-    store: TaskStore, name: str, trigger: Any, at: float | None, is_behind: bool = False
-) -> int | None:
+def fire_schedule(store: TaskStore, name: str, at: float | None, is_behind: bool) -> int | None:
     """Add the task of a schedule, for a time, or None: now; see EventStore.fire."""
+    found = store.config.schedules
+    if name not in found:
+        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(found) or 'none'}")
     event = Event.make("cron.fired", {"name": name, "scheduled_at": at}, f"schedule {name}")
-    return EventStore(store).fire(f"schedule.{name}", trigger, event, None, is_behind)
+    return EventStore(store).fire(f"schedule.{name}", found[name], event, None, is_behind)
 
 
 class Scheduler:
@@ -5088,11 +5078,9 @@ class Scheduler:
     Thread: "cron" sleeps until the next fire. Life: start -> stop.
     """
 
-    def __init__(
-        self, store: TaskStore, on_fire: Callable[[], None] = lambda: None, clock: Any = Clock
-    ) -> None:
+    def __init__(self, store: TaskStore, on_fire: Callable[[], None], clock: Any = Clock) -> None:
         self._store, self._on_fire, self._clock = store, on_fire, clock
-        self._jobs: dict[str, CronJob] = {}  # by source
+        self._jobs: dict[tuple[str, str], CronJob] = {}  # by source and spec
         self._config: Config | None = None  # what _jobs follow
         self._is_stopped, self._woken = False, threading.Event()
         self._thread = threading.Thread(target=self._loop, name="cron", daemon=True)
@@ -5121,7 +5109,7 @@ class Scheduler:
             wait_s: float | None = CRON_RETRY_S
             try:
                 wait_s = self._look()
-            except DaemonError as error:
+            except DaemonError as error:  # a full disk or queue; so it is for all of them
                 log.error("schedules: %s (%s)", error, error.hint)
             except Exception:  # this thread's top frame
                 log.exception("the scheduler failed")
@@ -5132,47 +5120,36 @@ class Scheduler:
         """Make the fires that are due; return in how many seconds to look again."""
         if self._config is not self._store.config:
             self._arrange()
-        has_failed = False
         for job in self._jobs.values():
-            try:
-                self._fire(job, self._clock.now())
-            except DaemonError as error:
-                log.error("schedule %s: %s (%s)", job.name, error, error.hint)
-                has_failed = True
+            self._fire(job, self._clock.now())
         next_at: float | None = self.status()["next_fire_at"]
-        wait_s = next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
-        return CRON_RETRY_S if has_failed else wait_s
+        return next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
 
     def _fire(self, job: CronJob, now: float) -> None:
-        is_early = not job.is_new and job.seen_at <= now < (job.due_at or now + 1.0)
-        fires = [] if is_early else find_fires(job, now)
-        is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
-        for at in fires:
-            if self._is_stopped:
-                return
-            task_id = fire_schedule(self._store, job.name, job.trigger, at, is_behind)
-            result = f"task {task_id}" if task_id else "skipped"
-            log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
-            job.seen_at = at
-            self._on_fire()
+        if job.is_new or not job.seen_at <= now < (job.due_at or now + 1.0):
+            fires = job.find_fires(now)
+            is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
+            for at in fires:
+                if self._is_stopped:
+                    return
+                task_id = fire_schedule(self._store, job.name, at, is_behind)
+                result = f"task {task_id}" if task_id else "skipped"
+                log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
+                job.seen_at = at
+                self._on_fire()
+            job.due_at = next(job.fires(max(job.seen_at, now)), None)
         job.seen_at, job.is_new = max(job.seen_at, now), False
-        if not is_early:
-            job.due_at = next(job.schedule.fires(job.seen_at), None)
 
     def _arrange(self) -> None:
         """Plan what the configuration says; what fires by the same as before goes on."""
-        config, jobs = self._store.config, dict[str, CronJob]()
+        config, jobs = self._store.config, dict[tuple[str, str], CronJob]()
         found = {f"schedule.{name}": one for name, one in config.schedules.items()}
         specs = {name: f"{one.cron}, {one.timezone}" * one.enabled for name, one in found.items()}
         seen = EventStore(self._store).register(specs, self._clock.now())
-        for source, one in found.items():
-            job = self._jobs.get(source)
-            if job is None or job.spec != specs[source]:
-                schedule, name = CronSchedule(one.cron, one.timezone), source.partition(".")[2]
-                job = CronJob(name=name, schedule=schedule, seen_at=seen[source], is_new=True)
-            job.trigger, job.spec = one, specs[source]
+        for (source, spec), (name, one) in zip(specs.items(), config.schedules.items()):
             if one.enabled:
-                jobs[source] = job
+                job = self._jobs.get((source, spec)) or CronJob(name, one, seen[source])
+                job.trigger, jobs[source, spec] = one, job
         self._jobs, self._config = jobs, config
 
 
@@ -5187,20 +5164,19 @@ def list_schedules(store: TaskStore, limit: int = 1) -> list[dict[str, Any]]:
         schedule = CronSchedule(one.cron, one.timezone)
         last_at, task_id = fires.get(f"schedule.{name}", (None, None))
         task = store.find(ids=[task_id]) if task_id else []
-        state = task[0].state if task else None if task_id or last_at is None else "skipped"
-        about = {"name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
-        about["next"] = schedule.list_next(limit if one.enabled else 0)
-        about["last"] = last_at and schedule.moment(last_at).isoformat()
-        found.append({**about, "task_id": task_id, "result": state})
+        skipped = "skipped" if last_at and not task_id else None
+        found.append({
+            "name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled,
+            "next": schedule.list_next(limit if one.enabled else 0), "task_id": task_id,
+            "last": last_at and schedule.moment(last_at).isoformat(timespec="seconds"),
+            "result": task[0].state if task else skipped,
+        })  # fmt: skip
     return found
 
 
 def run_schedule(store: TaskStore, name: str) -> int:
     """Add a schedule's task now, return its id. Raises ILLEGAL_STATE when `overlap` forbids it."""
-    schedules = store.config.schedules
-    if name not in schedules:
-        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(schedules) or 'none'}")
-    task_id = fire_schedule(store, name, schedules[name], None)
+    task_id = fire_schedule(store, name, None, False)
     if task_id is None:
         what = f"a task of schedule {name} is unfinished"
         raise DaemonError("ILLEGAL_STATE", what, 'see `list`, or set overlap = "queue"')
@@ -7834,24 +7810,24 @@ def remove_socket(path: str, *others: str) -> None:
 class Acceptor:
     """Gives each connection of a listener a thread, so many at once.
 
-    When all are taken, the one that has been idle the longest loses its place. serve: called
-    with (connection, idle); idle: where it stands while it waits for a request.
+    When all are taken, the one that has been idle the longest, `spare_s` at least, loses its
+    place. serve: called with (connection, idle); idle: since when it waits for a request.
     """
 
     def __init__(
-        self, listener: socket.socket, name: str, most: int,
-        serve: Callable[[socket.socket, dict[socket.socket, None]], object],
+        self, listener: socket.socket, name: str, most: int, spare_s: float,
+        serve: Callable[[socket.socket, dict[socket.socket, float]], object],
     ) -> None:  # fmt: skip
-        self.listener, self._serve = listener, serve
+        self.listener, self._serve, self._spare_s = listener, serve, spare_s
         self._room = threading.BoundedSemaphore(most)
-        self._idle: dict[socket.socket, None] = {}  # the longest first
+        self._idle: dict[socket.socket, float] = {}  # since when; the longest first
         self._is_over, self._watched = False, Watched()
         listener.setblocking(False)
         self._watched.add(listener, self._accept)
         threading.Thread(target=self._accept_all, name=name, daemon=True).start()
 
     def close(self) -> None:
-        """Accept nothing more. What a service manager has open, too, stays so, and what comes waits."""
+        """Accept nothing more; of a socket that a service manager keeps open, what comes waits."""
         self._is_over = True
         self._watched.remove(self.listener)
         self.listener.close()
@@ -7869,11 +7845,11 @@ class Acceptor:
             wait_s = 0.0
             while not self._room.acquire(timeout=wait_s):
                 wait_s = 0.02
-                for idle in list(self._idle)[:1]:
-                    if self._idle.pop(idle, 0) is None:
+                for idle, since in list(self._idle.items())[:1]:
+                    if Clock.mono() - since >= self._spare_s and self._idle.pop(idle, 0.0):
                         with contextlib.suppress(OSError):  # it has just gone
                             idle.shutdown(socket.SHUT_RDWR)
-            self._idle[peer] = None
+            self._idle[peer] = Clock.mono()
             threading.Thread(target=self._talk, args=(peer,), name="talk", daemon=True).start()
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             if self._is_over or isinstance(error, BlockingIOError):
@@ -7962,7 +7938,7 @@ class ControlServer:
             self._endpoint["socket"] = path
         self._endpoint.update(pid=os.getpid(), folder=list(file_id(self._folder) or ()))
         self._socket = path, file_id(path)
-        self._acceptor = Acceptor(listener, "control", CONNECTIONS_MAX, self._serve)
+        self._acceptor = Acceptor(listener, "control", CONNECTIONS_MAX, SPARE_S, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more, remove what is ours still; requests under way go on."""
@@ -7974,7 +7950,7 @@ class ControlServer:
             if self._inherited is None and file_id(path) == known:
                 remove_socket(path, os.path.join(self._folder, "endpoint"))
 
-    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, float]) -> None:
         """Answer requests until the peer leaves, or one cannot be read or answered."""
         _PEER.connection = connection
         try:
@@ -7986,9 +7962,9 @@ class ControlServer:
             connection.settimeout(FRAME_TIMEOUT_S)
             send_frame(connection, error)
 
-    def _serve_one(self, connection: socket.socket, idle: dict[socket.socket, None]) -> bool:
+    def _serve_one(self, connection: socket.socket, idle: dict[socket.socket, float]) -> bool:
         """Answer one request, or send a stream of answers; False: the peer has left."""
-        idle[connection] = None
+        idle[connection] = Clock.mono()
         request = receive_frame(connection, IDLE_TIMEOUT_S, self._large, FRAME_ITEMS_MAX)
         idle.pop(connection, None)
         if request is not None:
@@ -8473,6 +8449,7 @@ class HealthVerbs:
             "health": ("", self._health),
             "ready": ("", self._ready),
             "metrics": ("", self._metrics),
+            "events": ("lines", self._events),
         }
 
     def _check(self) -> Iterator[tuple[int, str]]:
@@ -8520,6 +8497,15 @@ class HealthVerbs:
         reasons += ["it is starting"] if self.is_starting else []
         reasons += ["it is stopping"] if self._runner.is_draining else []
         return {"ready": not reasons, "why": reasons}
+
+    def _events(self, lines: int = 15) -> Fields:
+        """Return {"events": the last ones}; from the logs' ends: the page asks again and again."""
+        path, found = os.path.join(self._store.folder, "events.log"), []
+        data = b"".join(read_log(one, -lines)[0] for one in (path + ".1", path))
+        for line in data.splitlines()[-lines:]:
+            with contextlib.suppress(ValueError):  # of a full disk
+                found.append(json.loads(line))
+        return {"events": found}
 
     def _metrics(self) -> Fields:
         """Return {"text": Prometheus's text format, and the fields of DaemonMetrics}."""
@@ -8620,7 +8606,8 @@ for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
   at("main").append(make("section", [make("h2", head), box], name));
 }
 const state = text => make("span", text, COLORS[text]);
-const clock = t => t ? new Date(t * 1000).toLocaleString() : "-";
+const clock = t => !t ? "-" : new Date(t * 1000).toLocaleString([],
+  {timeStyle: "medium", ...(Math.abs(Date.now() / 1000 - t) > 43200 && {dateStyle: "short"})});
 const title = task => task.label ?? [task.command ?? "task " + task.id].flat().join(" ");
 const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
 function span(s) {
@@ -8851,7 +8838,7 @@ class HealthServer:
                 write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
         near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self.url = f"http://{at_port(near, self._port)}/#{self.key}"
-        self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, self._serve)
+        self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, 0.0, self._serve)
 
     def stop(self) -> None:
         """Accept nothing more; requests under way are answered."""
@@ -8859,7 +8846,7 @@ class HealthServer:
             self._acceptor.close()
         self.url = ""
 
-    def _serve(self, connection: socket.socket, idle: dict[socket.socket, None]) -> None:
+    def _serve(self, connection: socket.socket, idle: dict[socket.socket, float]) -> None:
         """Answer one request, in HTTP_TIMEOUT_S altogether."""
         deadline = Clock.mono() + HTTP_TIMEOUT_S
         head = receive_head(connection, deadline)
@@ -8872,7 +8859,7 @@ class HealthServer:
         connection.settimeout(max(deadline - Clock.mono(), 0.1))
         connection.sendall(make_response(*answer, getattr(request, "command", "") != "HEAD"))
         connection.shutdown(socket.SHUT_WR)
-        idle[connection] = None
+        idle[connection] = Clock.mono()
         while Clock.mono() < deadline and connection.recv(1 << 16):
             pass  # to close before all was read would take the response back
 
@@ -8932,8 +8919,6 @@ def choose_sources(
     names = {"tasks": "list", "processes": "list_processes", "why": "why_process"}
     shown = {name: verbs[names.get(name, name)] for name in (*names, "schedules")}
     shown["logs"] = ("id! attempt offset", verbs["logs"][1])
-    find = verbs["events"][1]
-    shown["events"] = ("pattern since lines", lambda **of: {"events": find(**of)["lines"]})
     return {name: reading(*verb) for name, verb in {**shown, **own}.items()}
 
 
@@ -9101,9 +9086,8 @@ class Daemon:
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._manager.tell("STATUS=starting", watchdog_s=RECOVERY_S)
             self._report({"event": "progress", "what": "checking the database"})
-            path, lock = self._project.file("apex.db"), self._pid_file
-            self._store = TaskStore(path, self._config, lock, self._project.path)
-            with contextlib.closing(self._store):
+            path, told = self._project.file("apex.db"), (self._pid_file, self._project.path)
+            with contextlib.closing(TaskStore(path, self._config, *told)) as self._store:
                 self._store.database.check()
                 self._files = {name: file_id(name) for name in (path, path + "-wal")}
                 self._serve(outputs)
@@ -9112,6 +9096,9 @@ class Daemon:
         except DaemonError as error:
             log.error("%s (%s)", error, error.hint)
             raise
+        except RuntimeError as error:  # no thread to be had, say
+            log.exception("the daemon cannot go on")
+            raise DaemonError("START_FAILED", str(error), "see `logs`; `ulimit -u`") from None
         finally:
             self._pid_file.release()
             logging.shutdown()
@@ -9130,7 +9117,7 @@ class Daemon:
         self._watches = Watches(store, runner.wake)
         keepers.on_standing = self._note_standing
         self.publish = EventStore(store).publish
-        store.on_events = lambda events: runner.wake()  # for what hooks have added
+        store.on_events = self._hear
         of_processes = ProcessVerbs(self._supervisor, store)
         self._health = HealthVerbs(runner, self._supervisor, of_processes)
         verbs: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -9144,7 +9131,8 @@ class Daemon:
         }
         hour = runner.meters.last_hour
         show = ("", lambda: {**self._status(), "last_hour": hour()})
-        self._http = HealthServer(folder, choose_sources(verbs, {**self._health.table, "status": show}))
+        own = {**self._health.table, "status": show}
+        self._http = HealthServer(folder, choose_sources(verbs, own))
         near = self._project.file("control.sock", self._config.daemon.socket)
         self._control = ControlServer(folder, verbs, near, self._sockets.get("control"))
 
@@ -9175,6 +9163,11 @@ class Daemon:
             with contextlib.suppress(DaemonError):
                 if self._pid_file.is_held():
                     self._write_state()
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        """Wake the runner for what hooks have added; its own claims need no further turn."""
+        if any(event.type == "task.added" for event in events):
+            self._runner.wake()
 
     def _note_standing(self) -> None:
         self._standing.set()
@@ -10373,23 +10366,26 @@ def cmd_cron(args: Args) -> int:
             fires = CronSchedule(name, args.timezone).list_next(args.lines)
         except DaemonError as error:
             raise bad(error.message, error.hint) from None
-        return emit(fires, args, "\n".join(map(in_words, fires)))
-    found, rows = client.call("schedules", {"limit": args.lines})["schedules"], []
-    for one in found:
-        if args.action == "next" and one["name"] == name:
-            return emit(one["next"], args, "\n".join(map(in_words, one["next"])))
-        cells = [one[key] for key in ("name", "cron", "timezone", "last", "result", "task_id")]
-        text = "at the next start" if one["enabled"] else "not enabled"
-        rows.append([*cells, in_words(one["next"][0]) if one["next"] else text])
+        return emit(fires, args, "\n".join(in_words(fires)))
+    found = client.call("schedules", {"limit": args.lines})["schedules"]
+    if name or args.action == "next":
+        found = [one for one in found if one["name"] == name]
+        if not found:
+            raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
+    shown = [in_words(one["next"], one["enabled"]) for one in found]
     if args.action == "next":
-        raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
+        return emit(found[0]["next"], args, "\n".join(shown[0]))
+    keys = ("name", "cron", "timezone", "last", "result", "task_id")
+    rows = [[*(one[key] for key in keys), words[0]] for one, words in zip(found, shown)]
     return emit(found, args, columns("NAME CRON ZONE LAST RESULT TASK NEXT", rows))
 
 
-def in_words(fire: str) -> str:
-    """Write a fire for people: Sun 2025-03-09T03:00:00-04:00, in 3h 20m."""
-    at = datetime.datetime.fromisoformat(fire)
-    return f"{at:%a} {fire}, in {span(at.timestamp() - Clock.now())}"
+def in_words(fires: Sequence[str], is_enabled: bool = True) -> list[str]:
+    """Write a schedule's next fires for people: ["Sun 2025-03-09T03:00:00-04:00, in 3h 20m"]."""
+    found = []
+    for at in map(datetime.datetime.fromisoformat, fires):
+        found.append(f"{at:%a} {at.isoformat()}, in {span(at.timestamp() - Clock.now())}")
+    return found or ["at the next start" if is_enabled else "not enabled"]
 
 
 @register("config")
