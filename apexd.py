@@ -9295,8 +9295,7 @@ class Daemon:
             return  # nothing here is ours to write any more
         lock, project = self._pid_file, self._project
         if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.told)):
-            holder = lock.holder()
-            if holder is not None and holder.role == "daemon":
+            if getattr(lock.holder(), "role", "") == "daemon":
                 self._mailbox.post("leave")
         self._control.start(settings_of(self._config))
         if not self._health.is_starting:
@@ -9305,9 +9304,8 @@ class Daemon:
             Platform.reap_orphans(self._keepers.has_child)
 
     def _write_state(self) -> None:
-        about = describe_work(self._supervisor, self._config)
-        text = json.dumps({**self._status(), **about}, indent=1)
-        write_atomically(self._project.file("state.json"), text + "\n")
+        state = {**self._status(), **describe_work(self._supervisor, self._config)}
+        write_atomically(self._project.file("state.json"), json.dumps(state, indent=1) + "\n")
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
