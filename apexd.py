@@ -201,7 +201,7 @@ LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of proce
 LINES_MAX = 100_000  # of a log at once
 STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for others
 TOGETHER_S = 0.05  # what is due so soon is done at once: one wakeup instead of two
-LOOK_S = 5.0  # between two looks whether database and socket are where they were
+LOOK_S = 5.0  # between two looks whether database, socket, watched folders are where they were
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
 LOG_CHECK_MAX_S = 30.0  # the same while it does not grow
@@ -1095,11 +1095,10 @@ else:
 
             self._libc, self._errno = ctypes.CDLL(None, use_errno=True), ctypes.get_errno
             self.numbers: dict[str, int] = {}  # of folders by name
-            self._folders: dict[int, str | None] = {}
-            init = getattr(self._libc, "inotify_init1", None)
-            if init is None:
+            self._folders: dict[int, str] = {}
+            if not hasattr(self._libc, "inotify_init1"):
                 raise OSError(errno.ENOSYS, "this system cannot")
-            self._fd = self._check(init(os.O_NONBLOCK | os.O_CLOEXEC))
+            self._fd = self._check(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
         def fileno(self) -> int:
             return self._fd
@@ -1109,14 +1108,12 @@ else:
                 raise OSError(self._errno(), os.strerror(self._errno()))
             return result
 
-        def add(self, path: str, folder: str | None) -> None:
-            """Tell of a folder by this name, "" for the root; None: only whether it is moved."""
-            # IN_ONLYDIR | IN_EXCL_UNLINK | IN_DONT_FOLLOW | all but ACCESS, OPEN, CLOSE_NOWRITE
-            mask = 0x01000800 if folder is None else 0x05000FCE | (0x02000000 if folder else 0)
+        def add(self, path: str, folder: str) -> None:
+            """Tell of a folder by this name, "" for the root."""
+            # IN_ONLYDIR | IN_EXCL_UNLINK | all but ACCESS, OPEN, CLOSE_NOWRITE; IN_DONT_FOLLOW
+            mask = 0x05000FCE | (0x02000000 if folder else 0)
             number = self._check(self._libc.inotify_add_watch(self._fd, os.fsencode(path), mask))
-            self._folders[number] = folder
-            if folder is not None:
-                self.numbers[folder] = number
+            self._folders[number], self.numbers[folder] = folder, number
 
         def remove(self, folder: str) -> None:
             """Tell of this folder no more, unless it has another name by now."""
@@ -1129,19 +1126,19 @@ else:
             """Yield (folder, name in it, "folder", "written" or ""); ("", "", "gap"): any."""
             data, at = b"", 0
             with contextlib.suppress(BlockingIOError):
-                data = os.read(self._fd, 1 << 16)  # the rest the next time
+                data = os.read(self._fd, 1 << 20)  # mostly all that the queue takes
             while at < len(data):
                 number, mask, _, length = struct.unpack_from("iIII", data, at)
                 name = os.fsdecode(data[at + 16 : at + 16 + length].rstrip(b"\0"))
                 at += 16 + length
-                is_known, folder = number in self._folders, self._folders.get(number) or ""
-                if mask & 0x8000 and is_known:  # IN_IGNORED: the folder is gone
+                folder = self._folders.get(number)
+                if mask & 0x8000 and folder is not None:  # IN_IGNORED: the folder is gone
                     del self._folders[number]
                     if self.numbers.get(folder) == number:
                         del self.numbers[folder]
-                if mask & 0x6000 or (mask & 0x8800 and is_known and not folder):
+                if mask & 0x6000 or (mask & 0x8800 and folder == ""):
                     yield "", "", "gap"  # IN_Q_OVERFLOW, IN_UNMOUNT; IN_MOVE_SELF of the root
-                elif name and is_known:  # IN_ISDIR, IN_MODIFY
+                elif name and folder is not None:  # IN_ISDIR, IN_MODIFY
                     yield folder, name, "folder" if mask >> 30 else "written" if mask & 2 else ""
 
         def close(self) -> None:
@@ -6789,15 +6786,18 @@ def glob_expression(patterns: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(found), re.DOTALL)
 
 
-def check_folders(paths: Iterable[str]) -> None:
-    """Check what is to be watched: folders, which may be missing. Raises ValueError."""
-    for path in paths:
+def check_folders(where: str, folders: Sequence[str], code: str = "CONFIG_INVALID") -> None:
+    """Refuse to watch nothing, files, and folders that cannot be read. Raises `code`."""
+    why = "" if folders else "no folder is named"
+    for path in folders:
         try:
             os.scandir(path).close()
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise ValueError(f"folders that can be read: {path}: {error.strerror}") from None
+            why = f"{path}: {error.strerror}"
+    if why:
+        raise DaemonError(code, f"{where}: {why}", "name folders; missing ones are waited for")
 
 
 class _Tree:
@@ -6810,10 +6810,11 @@ class _Tree:
         self._before: dict[str, Any] = {}  # what this burst changed -> its stamp before
         self._touched: set[str] = set()  # was written to, whatever its stamp says
         self.is_news, self.has_gaps = False, True  # something was noted; all is to be looked at
-        self.is_lost = False  # the root is missing, or cannot be read
         self.notifier: Any = None
-        self._left_out: set[str] = set()  # folders that could not be read once
-        self.due_mono, self.looked_mono = float("inf"), Clock.mono()  # when to look untold; when
+        self._place: Any = None  # which folder the root was
+        self.unread: set[str] = set()  # folders that cannot be read; "": the root
+        self.due_mono = self._looked_mono = Clock.mono()  # when to look untold; when it was done
+        self.changed_mono = 0.0  # the last news is no older
         self._busy_until = 0.0  # it is polled more often, monotonic
 
     def close(self) -> None:
@@ -6822,11 +6823,11 @@ class _Tree:
             self.notifier.close()
         self.notifier = None
 
-    def _poll(self, why: str | None) -> None:
+    def _poll(self, why: str) -> None:
         text = "watching %s: nobody tells of changes, so it is looked through now and then: %s"
         log.warning(text, self.root, why)
         self.close()
-        self.is_polled = True
+        self.is_polled, self.due_mono = True, Clock.mono() + WATCH_LOOK_S
 
     def _path(self, relative: str) -> str:
         return os.path.join(self.root, relative.replace("/", os.sep)) if relative else self.root
@@ -6840,9 +6841,29 @@ class _Tree:
         self._before.setdefault(path, stamp)
         self.is_news = True
 
-    def hear(self) -> None:
-        """Look at what the notifications are about."""
-        for folder, name, what in self.notifier.read() if self.notifier is not None else ():
+    def look(self, now: float, is_over: bool, is_held: bool) -> bool:
+        """Look at what was told, and, when due, for what nobody tells; is there news?"""
+        self.changed_mono, self.is_news = now, False
+        if self.notifier is not None:
+            self._hear()
+        if self.has_gaps and is_over:
+            self.begin()
+        elif self.is_polled and (now >= self.due_mono or (is_over and not is_held)):
+            self.changed_mono, self._looked_mono = self._looked_mono, now
+            self._scan("", True)
+            self._busy_until = now + POLL_BUSY_S if self.is_news else self._busy_until
+            share = POLL_SHARE * (POLL_BUSY_FACTOR if now < self._busy_until else 1)
+            pause_s = max(WATCH_LOOK_S, (Clock.mono() - now) / share)
+            self.due_mono = now + min(pause_s, POLL_MAX_S)
+        elif now >= self.due_mono:
+            # It or what is above it may have been moved, or is a link to something else by now.
+            if "" in self.unread or file_id(os.path.realpath(self.root)) != self._place:
+                self.begin()
+            self.due_mono = now + (WATCH_LOOK_S if "" in self.unread else LOOK_S)
+        return self.is_news
+
+    def _hear(self) -> None:
+        for folder, name, what in self.notifier.read():
             path = f"{folder}/{name}" if folder else name
             if what == "gap":
                 self.has_gaps = self.is_news = True
@@ -6859,40 +6880,21 @@ class _Tree:
                 for inner in self._look(folder, name, info, False):
                     self._scan(inner)
 
-    def look(self, now: float) -> None:
-        """Look for what nobody tells of, when that is due."""
-        if now < self.due_mono:
-            return
-        self.due_mono, self.looked_mono = now + WATCH_LOOK_S, now
-        if not self.is_polled:  # the root was missing
-            if os.path.isdir(self.root):
-                self.begin()
-            return
-        self._scan("", True)
-        self._busy_until = now + POLL_BUSY_S if self.is_news else self._busy_until
-        share = POLL_SHARE * (POLL_BUSY_FACTOR if now < self._busy_until else 1)
-        self.due_mono = now + min(max(WATCH_LOOK_S, (Clock.mono() - now) / share), POLL_MAX_S)
-
     def begin(self) -> None:
         """Look at everything, and ask to be told from now on."""
         self.close()
-        above, self.due_mono = os.path.realpath(self.root), float("inf")
+        real = os.path.realpath(self.root)
         try:
-            kind = Platform.network_file_system(above)
+            kind = Platform.network_file_system(real)
             if kind is not None and not self.is_polled:
                 self._poll(f"it is on {kind}")
             elif not self.is_polled:
                 self.notifier = Platform.open_notifier()
         except (OSError, ImportError) as error:
             self._poll(getattr(error, "strerror", str(error)))
-        while self.notifier is not None and above != os.path.dirname(above):
-            above = os.path.dirname(above)  # when it is moved, the root is
-            with contextlib.suppress(OSError):
-                self.notifier.add(above, None)
-        self.has_gaps = False
+        self.has_gaps, self._place = False, file_id(real)
+        self.due_mono = Clock.mono() + WATCH_LOOK_S
         self._scan("", True)
-        if self.is_polled:
-            self.due_mono = Clock.mono() + WATCH_LOOK_S
 
     def _scan(self, folder: str, is_deep: bool = False) -> None:
         """Compare a folder, and those in it that are new (deep: all), with what is known."""
@@ -6911,8 +6913,6 @@ class _Tree:
         try:
             if self.notifier is not None:  # first: what is made meanwhile is found, or told of
                 self.notifier.add(path, folder)
-                if folder and self.notifier.numbers[folder] == self.notifier.numbers.get(""):
-                    self.has_gaps = self.is_news = True  # another root took the place of this
             with os.scandir(path) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):
@@ -6924,19 +6924,14 @@ class _Tree:
             if error.errno in SHORTAGES:
                 raise
             is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
-            if folder != "" and not is_gone and folder not in self._left_out:
-                self._left_out.add(folder)
-                log.warning("watching %s: %s is left out: %s", self.root, path, error.strerror)
-            elif folder == "":
-                self.close()
-                self.due_mono = Clock.mono() + WATCH_LOOK_S
-                if not self.is_lost:
-                    log.warning("watching %s: waiting for it: %s", path, error.strerror)
-                self.is_lost = True
+            if folder not in self.unread and not (folder and is_gone):
+                self.unread.add(folder)
+                text = "watching %s: %s is left out until it can be read: %s"
+                log.warning(text, self.root, path, error.strerror)
             return {} if is_gone else None
-        if folder == "" and self.is_lost:
-            self.is_lost = False
-            log.warning("watching %s: it is there", path)
+        if folder in self.unread:
+            self.unread.discard(folder)
+            log.warning("watching %s: %s can be read", self.root, path)
         return found
 
     def _look(self, folder: str, name: str, info: Any, is_deep: bool) -> list[str]:
@@ -6989,7 +6984,6 @@ class _Tree:
         """Take what is known now for how it was before the next burst."""
         self._before.clear()
         self._touched.clear()
-        self.is_news = False
 
     def sum_up(self, kinds: Container[str]) -> Iterator[Change]:
         """Yield what the burst has changed, all in all."""
@@ -7015,8 +7009,8 @@ class FileWatcher:
     Once a burst: `debounce_s` after its last change, `debounce_max_s` after its first at the
     latest; again, a second later, when it raises. A missing folder is waited for; links are
     not followed. on_change: is given [Change, ...], sorted by path, in the watcher's thread.
-    poll: do not ask the system to tell. hold: is given when the first and the last change of a
-    burst was seen (monotonic), returns how long it has to wait.
+    poll: do not ask the system to tell. hold: is given since when a burst may be over
+    (monotonic), returns how long it has to wait.
     Thread: "watch". Life: start -> stop. Raises BAD_REQUEST.
     """
 
@@ -7025,21 +7019,19 @@ class FileWatcher:
         events: Iterable[str] = FILE_CHANGES, ignore: Iterable[str] = (),
         extensions: Iterable[str] = (), debounce_s: float = DEBOUNCE_S,
         debounce_max_s: float = DEBOUNCE_MAX_S, poll: bool = False,
-        hold: Callable[[float, float], float] = lambda first, last: 0.0,
+        hold: Callable[[float], float] = lambda last: 0.0,
     ) -> None:  # fmt: skip
         self._on_change, self._hold = on_change, hold
         self._kinds = {FILE_CHANGES[event] for event in events}
         self._debounce_s, self._debounce_max_s = debounce_s, max(debounce_s, debounce_max_s)
         endings = tuple("." + word.lstrip(".") for word in extensions)
         ignored = glob_expression([*WATCH_IGNORED, *ignore])
-        roots = [os.path.abspath(path) for path in paths]
-        try:
-            check_folders(roots)
-        except ValueError as error:
-            raise bad(f"paths: must be {error}") from None
-        self._trees = [_Tree(root, ignored, endings, poll) for root in dict.fromkeys(roots)]
-        self._first = self._since = self._last = float("inf")  # of a burst, monotonic
-        self._due = self._held = 0.0  # when it is over; it waits so long; monotonic
+        found = [paths] if isinstance(paths, str) else paths
+        roots = [*dict.fromkeys(os.path.abspath(path) for path in found)]
+        check_folders("paths", roots, "BAD_REQUEST")
+        self._trees = [_Tree(root, ignored, endings, poll) for root in roots]
+        self._first = float("inf")  # of a burst, monotonic
+        self._last, self._due = 0.0, 0.0  # its last change; when it is over
         self._failure = ""  # what was said of it
         self._waker, self._wakee = socket.socketpair()
         self._is_over, self._is_standing = threading.Event(), threading.Event()
@@ -7062,7 +7054,7 @@ class FileWatcher:
         """Return [{"path", "how": "inotify", "polling" or "missing", "folders"}]."""
         found = []
         for tree in self._trees:
-            how = "missing" if tree.is_lost else "polling" if tree.is_polled else "inotify"
+            how = "missing" if "" in tree.unread else "polling" if tree.is_polled else "inotify"
             found.append({"path": tree.root, "how": how, "folders": len(tree.known)})
         return found
 
@@ -7073,56 +7065,49 @@ class FileWatcher:
             try:
                 self._turn(is_last)
             except Exception as error:  # this thread's top frame, and the user's callback
-                if str(error) != self._failure:
+                is_bug = not isinstance(error, DaemonError)  # else the trees know what is there
+                if str(error) != self._failure or is_last:
                     self._failure = str(error)
-                    log.error("watching: %s", error, exc_info=not isinstance(error, DaemonError))
+                    log.error("watching: %s", error, exc_info=is_bug)
                 for tree in self._trees:
-                    tree.has_gaps = True
-                self._first = self._since = self._last = self._due = Clock.mono()
+                    tree.has_gaps = tree.has_gaps or is_bug
+                self._first = self._due = Clock.mono()
                 self._is_over.wait(WATCH_LOOK_S)
         for one in (*self._trees, self._waker, self._wakee):
             one.close()  # type: ignore[attr-defined]
 
-    def _turn(self, is_last: bool) -> None:
-        """Wait until something may have changed or a burst is over, and see to it."""
+    def _wait(self) -> None:
+        """Wait until something may have changed, or is due."""
         wake = min([self._due, *(tree.due_mono for tree in self._trees)])
         with selectors.DefaultSelector() as selector:
             selector.register(self._wakee, selectors.EVENT_READ)
             for tree in self._trees:
                 if tree.notifier is not None:
                     selector.register(tree.notifier, selectors.EVENT_READ)
-            is_told = selector.select(None if wake == float("inf") else wake - Clock.mono())
-        now = Clock.mono()
-        if is_told:
-            self._is_over.wait(min(WATCH_GATHER_S, self._debounce_s))
-        for tree in self._trees:
-            if tree.is_polled and (is_last or (0.0 < self._due <= now and not self._held)):
-                tree.due_mono = now  # does it still go on?
-            seen = tree.looked_mono if tree.is_polled else now
-            tree.hear()
-            tree.look(now)
-            if tree.is_news:
-                tree.is_news = False
-                self._first, self._since = min(self._first, now), min(self._since, seen)
-                self._last, end = now, self._first + self._debounce_max_s
-                self._due = max(min(now + self._debounce_s, end), self._held)
-        if self._due > now and not (is_last and self._first <= now):
-            return
-        is_first = not self._is_standing.is_set()  # no burst, but the snapshot
-        wait_s = 0.0 if is_first or is_last else self._hold(self._since, self._last)
+            if selector.select(wake - Clock.mono()):
+                self._is_over.wait(min(WATCH_GATHER_S, self._debounce_s))
+
+    def _turn(self, is_last: bool) -> None:
+        """Wait until something may have changed or a burst is over, and see to it."""
+        self._wait()
+        now, is_first = Clock.mono(), not self._is_standing.is_set()  # no burst, but the snapshot
+        is_over = is_last or self._due <= now
+        wait_s = self._hold(self._last) if is_over and not (is_first or is_last) else 0.0
         if wait_s > 0.0:
-            self._due = self._held = now + wait_s
-            return
+            self._first, self._due = float("inf"), now + wait_s
         for tree in self._trees:
-            if tree.has_gaps:
-                tree.begin()
+            if tree.look(now, is_over, wait_s > 0.0):
+                self._first, self._last = min(self._first, now), max(self._last, tree.changed_mono)
+                self._due = min(now + self._debounce_s, self._first + self._debounce_max_s)
+        if self._due > now and not (is_first or is_last):
+            return
         found = {one.path: one for tree in self._trees for one in tree.sum_up(self._kinds)}
         if found and not is_first:
             self._on_change([found[path] for path in sorted(found)])
-        self._first = self._since = self._last = self._due = float("inf")
-        self._held, self._failure = 0.0, ""
         for tree in self._trees:
             tree.forget()
+        self._first = self._due = float("inf")
+        self._last, self._failure = 0.0, ""
         self._is_standing.set()
 
 
@@ -7146,7 +7131,7 @@ class WatchTrigger:
             debounce_max_s=options.debounce_max, poll=options.poll, hold=self._hold,
         )  # fmt: skip
 
-    def _hold(self, first: float, last: float) -> float:
+    def _hold(self, last: float) -> float:
         """Let changes wait for the end of the task before, and longer when they are a loop."""
         if self._ended is None:
             tasks = self._store.find(ids=[self._task]) if self._task else []
@@ -7155,52 +7140,44 @@ class WatchTrigger:
                 self._is_own = False
                 return WATCH_BUSY_S if self.options.overlap == "queue" else 0.0
             self._ended = Clock.mono() - max(Clock.now() - finished_at, 0.0) + WATCH_OWN_S
-        self._is_own = first <= last <= self._ended  # else somebody else changes things
+        self._is_own = last <= self._ended  # else somebody else changes things
         if not self._is_own or self._rounds < LOOP_ROUNDS:
             return 0.0
         pause_s = backoff(self._rounds - LOOP_ROUNDS + 1, LOOP_PAUSE_S, LOOP_PAUSE_MAX_S)
         return float(min(self._ended + pause_s - Clock.mono(), WATCH_LOOK_S))
 
     def _make_task(self, changes: list[Change]) -> None:
+        source, told = f"watch {self.name}", []
+        for kind in sorted({change.kind for change in changes}):
+            payload = self._describe([change for change in changes if change.kind == kind])
+            told.append(Event.make(f"file.{kind}", payload, source))
+        event = Event.make("file.changed", self._describe(changes), source)
+        paths = (json.dumps(p) if "\n" in p or "\r" in p else p for p in (c.path for c in changes))
+        lines = os.fsencode("".join(path + "\n" for path in paths))
+        trigger, is_behind = self.options, self.options.overlap == "queue"
+        made = EventStore(self._store).fire(
+            f"watch.{self.name}", trigger, event, None, is_behind, told, lines
+        )
+        self._task, self._ended = made or self._task, None
         self._rounds = self._rounds + 1 if self._is_own else 0
         if self._rounds >= LOOP_ROUNDS:
-            what = ", ".join(sorted(change.path for change in changes)[:3])
             text = "watch %s: a loop, slowed down: its task changes what it watches: %s"
-            log.error(text, self.name, what)
-        source, told = f"watch {self.name}", []
-        for kind in FILE_CHANGES.values():
-            payload = self._describe([change for change in changes if change.kind == kind])
-            if payload["count"]:
-                told.append(Event.make(f"file.{kind}", payload, source))
-        event = Event.make("file.changed", self._describe(changes), source)
-        paths = (json.dumps(one.path) if "\n" in one.path else one.path for one in changes)
-        lines = os.fsencode("".join(path + "\n" for path in paths))
-        store = EventStore(self._store)
-        trigger, is_behind = self.options, self.options.overlap == "queue"
-        made = store.fire(f"watch.{self.name}", trigger, event, None, is_behind, told, lines)
-        self._task, self._ended = made or self._task, None
+            log.error(text, self.name, ", ".join(change.path for change in changes[:3]))
         self._wake()
 
     def _describe(self, changes: list[Change]) -> dict[str, Any]:
         """Return the payload of an event: too many changes for a variable are left out."""
         found = [{k: v for k, v in one.to_dict().items() if v is not None} for one in changes]
-        payload = {"watch": self.name, "count": len(changes), "truncated": False, "changes": found}
-        if len(json.dumps(found)) > EVENT_VARIABLE_CHARS:
-            payload.update(truncated=True, changes=[])
-        return payload
+        is_long = len(json.dumps(found)) > EVENT_VARIABLE_CHARS
+        payload = {"watch": self.name, "count": len(found), "truncated": is_long}
+        return {**payload, "changes": [] if is_long else found}
 
 
 def check_watches(config: Config, project: str, path: str | None) -> None:
-    """Refuse to watch nothing, files, and what cannot be read. Raises CONFIG_INVALID."""
+    """Check the folders of all watches. Raises CONFIG_INVALID."""
     for name, watch in config.watches.items():
-        try:
-            if not watch.paths:
-                raise ValueError("one folder or more")
-            check_folders(os.path.join(project, folder) for folder in watch.paths)
-        except ValueError as error:
-            what = f"{path}: watch.{name}.paths = {watch.paths!r}: must be {error}"
-            hint = "name folders; missing ones are waited for"
-            raise DaemonError("CONFIG_INVALID", what, hint) from None
+        where = f"{path}: watch.{name}.paths = {watch.paths!r}"
+        check_folders(where, [os.path.join(project, folder) for folder in watch.paths])
 
 
 class Watches:
@@ -7208,26 +7185,28 @@ class Watches:
 
     def __init__(self, store: TaskStore, wake: Callable[[], None]) -> None:
         self._store, self._wake = store, wake
+        self._lock = threading.Lock()  # one `start` at a time
         self._watches: dict[str, WatchTrigger] = {}
 
     def start(self) -> None:
-        """Have the watches that the configuration asks for, also after a reload."""
-        wanted = {n: one for n, one in self._store.config.watches.items() if one.enabled}
-        for name, watch in list(self._watches.items()):
-            if wanted.get(name) != watch.options:
+        """Have the watches that the configuration asks for: after a reload, and after a lack."""
+        with self._lock:
+            old, found, deadline = {**self._watches}, {}, Clock.mono() + STANDING_S
+            for name, options in self._store.config.watches.items():
+                if name in old and old[name].options == options:
+                    found[name] = old.pop(name)
+                elif options.enabled:
+                    try:
+                        watch = WatchTrigger(name, options, self._store, self._wake)
+                        watch.watcher.start(max(deadline - Clock.mono(), 0.0))
+                    except (DaemonError, OSError, RuntimeError) as error:  # no thread, say
+                        log.error("watch %s does not work, for now: %s", name, error)
+                    else:
+                        found[name] = watch
+            self._watches = found
+            for name, watch in old.items():  # now: what changes meanwhile is seen by both
+                watch.options = self._store.config.watches.get(name, watch.options)
                 watch.watcher.stop()
-                del self._watches[name]
-        deadline = Clock.mono() + STANDING_S
-        for name in wanted.keys() - self._watches.keys():
-            try:
-                watch = WatchTrigger(name, wanted[name], self._store, self._wake)
-                watch.watcher.start(max(deadline - Clock.mono(), 0.0))
-            except (DaemonError, OSError, RuntimeError) as error:  # no descriptor, no thread
-                log.error("watch %s does not work: %s", name, error)
-            else:
-                self._watches[name] = watch
-
-    reload = start
 
     def stop(self) -> None:
         """End them; what was changed until now becomes tasks."""
@@ -9303,7 +9282,7 @@ class Daemon:
             old, self._config, self._store.config = self._config, new, new
             self._supervisor.reload(old)
             self._scheduler.reload()
-            self._watches.reload()
+            self._watches.start()
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
@@ -9339,10 +9318,11 @@ class Daemon:
             return  # nothing here is ours to write any more
         lock, project = self._pid_file, self._project
         if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.told)):
-            holder = lock.holder()
-            if holder is not None and holder.role == "daemon":
+            if getattr(lock.holder(), "role", "") == "daemon":
                 self._mailbox.post("leave")
         self._control.start(settings_of(self._config))
+        if not self._health.is_starting:
+            self._watches.start()  # those that could not
         if os.getpid() == 1:
             Platform.reap_orphans(self._keepers.has_child)
 
