@@ -2003,6 +2003,7 @@ def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
 
 
 # Names that children can be started as; `identity` says what is wrong with one.
+listen_host = matching(r"[\w.%:-]+", "an address or a name, such as 127.0.0.1, ::1, 0.0.0.0")
 user_name = reader("a user", lambda name: Platform.identity(line_of_text(name), None))
 group_name = reader("a group", lambda name: Platform.identity(None, line_of_text(name)))
 
@@ -2099,7 +2100,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     },
     "health": {
         "enabled": (truth, True, "answer HTTP: health, metrics, the status page"),
-        "host": (line_of_text, "127.0.0.1", "the address to listen on"),
+        "host": (listen_host, "127.0.0.1", "the address to listen on"),
         "port": (integer(0, 65535), 0, "0: that of the last time, else any free one"),
     },
     "group": {
@@ -7869,7 +7870,7 @@ class Acceptor:
         self.listener, self._serve, self._spare_s = listener, serve, spare_s
         self._room = threading.BoundedSemaphore(most)
         self._idle: dict[socket.socket, float] = {}  # since when; the longest first
-        self._is_over, self._watched = False, Watched()
+        self._is_over, self._is_short, self._watched = False, False, Watched()
         listener.setblocking(False)
         self._watched.add(listener, self._accept)
         threading.Thread(target=self._accept_all, name=name, daemon=True).start()
@@ -7899,10 +7900,12 @@ class Acceptor:
                             idle.shutdown(socket.SHUT_RDWR)
             self._idle[peer] = Clock.mono()
             threading.Thread(target=self._talk, args=(peer,), name="talk", daemon=True).start()
+            self._is_short = False
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             if self._is_over or isinstance(error, BlockingIOError):
                 return
-            log.warning("a connection was refused: %s", error)
+            (log.debug if self._is_short else log.warning)("a connection was refused: %s", error)
+            self._is_short = True  # said once: it is tried again and again
             if isinstance(error, RuntimeError):
                 self._idle.pop(peer, None)
                 self._room.release()
@@ -8506,35 +8509,38 @@ class HealthVerbs:
         yield (1, f"set back by {span(back_s)}") if back_s > CLOCK_JUMP_S else (0, "goes on")
         late_s = Clock.mono() - self._runner.meters.due_mono
         yield (2, f"hangs, for {span(late_s)}") if late_s > HUNG_S else (0, "turns")
-        free = shutil.disk_usage(self._store.folder).free
-        yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
+        try:
+            free = shutil.disk_usage(self._store.folder).free
+            yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
+        except OSError as error:
+            yield 2, f"the state folder: {error.strerror}"
         status = self._supervisor.status()
         down = ", ".join(f"{name} ({state})" for name, state in status["down"].items())
         yield (1, f"down: {down}") if down else (0, f"{status['running_instances']} running")
         obstacle, silent = self._runner.keepers.obstacle, self._runner.keepers.silent()
         late = (1, f"PID {silent[0]} owes an answer") if silent else (0, "answers")
         yield (2, obstacle) if obstacle else late
-        self._store.database.probe()
-        yield 0, "writable"
-
-    def _look(self, found: list[tuple[int, str]]) -> None:
         try:
-            found.extend(self._check())
-        except (DaemonError, OSError) as error:
-            found.append((2, str(error)))
+            self._store.database.probe()
+            yield 0, "writable"
+        except DaemonError as error:  # no path: whoever reaches the port reads this
+            yield 2, error.message.replace(self._store.folder + os.sep, "")
 
     def _health(self) -> Fields:
         """Return {"overall": the worst, "checks": {name: {"status", "detail"}}}."""
         with self._lock:
             if not self._checking.is_alive():
-                self._found = []
-                look = functools.partial(self._look, self._found)
+                found: list[tuple[int, str]] = []
+                look, self._found = (lambda: found.extend(self._check())), found
                 self._checking = threading.Thread(target=look, name="health", daemon=True)
-                self._checking.start()
+                with contextlib.suppress(RuntimeError):  # no thread to be had
+                    self._checking.start()
             checking, found = self._checking, self._found
-        checking.join(HEALTH_WAIT_S)
-        missing = [(2, f"no answer within {span(HEALTH_WAIT_S)}")] * len(CHECKS)
-        seen = [*zip(CHECKS, [*found, *missing])]
+        if checking.ident:
+            checking.join(HEALTH_WAIT_S)
+        hung = f"no answer within {span(HEALTH_WAIT_S)}"
+        why = hung if checking.is_alive() else "it could not be looked at"
+        seen = [*zip(CHECKS, [*found, *[(2, why)] * len(CHECKS)])]
         checks = {name: {"status": LEVELS[level], "detail": text} for name, (level, text) in seen}
         return {"overall": LEVELS[max(level for _, (level, _) in seen)], "checks": checks}
 
@@ -8647,8 +8653,9 @@ function make(tag, content, name = "") {  // what comes from outside becomes tex
   return node;
 }
 for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
-    ["running", "Running", "wide"], ["processes", "Processes", "wide"], ["failed", "Failed tasks"],
-    ["schedules", "Schedules"], ["latest", "Latest tasks", "wide"], ["events", "Events", "wide"]]) {
+    ["schedules", "Schedules"], ["running", "Running", "wide"], ["processes", "Processes", "wide"],
+    ["failed", "Failed tasks", "wide"], ["latest", "Latest tasks", "wide"],
+    ["events", "Events", "wide"]]) {
   const box = make("div", [], "scroll");
   Object.assign(box, {id, tabIndex: 0, role: "region", ariaLabel: head});
   at("main").append(make("section", [make("h2", head), box], name));
@@ -8703,7 +8710,7 @@ async function addOutput(task) {  // the last lines of what runs
   task.ran = span(Date.now() / 1000 - task.started_at);
 }
 async function addReasons(one) {
-  const answer = one.status === "running" ? {} : await get("/api/why?name=" + one.name);
+  const answer = await get("/api/why?name=" + one.name).catch(() => ({}));
   one.why = (answer.reasons ?? []).join("; ");
 }
 const HEADS = [["id", "n"], ["state"], ["task", "t"], ["group", "more"], ["tries", "n more"],
@@ -8723,7 +8730,9 @@ async function refresh() {
     await Promise.all(["/health", "/api/status", "/api/tasks?state=running&limit=20",
       "/api/tasks?state=failed&limit=10", "/api/tasks?limit=15", "/api/processes",
       "/api/schedules", "/api/events"].map(get));
-  await Promise.all([...running.tasks.map(addOutput), ...processes.processes.map(addReasons)]);
+  const down = processes.processes.filter(one => one.status !== "running").slice(0, 9);
+  await Promise.all([...running.tasks.map(addOutput), ...down.map(addReasons)]);
+  at("locked").hidden = "project" in status;
   document.title = at("name").textContent = (status.project ?? "apexd").split("/").pop();
   const faults = Object.entries(health.checks).filter(([, one]) => one.status !== "healthy");
   show("health", [health.overall, ...faults.map(([name, one]) => `${name}: ${one.detail}`)],
@@ -8741,13 +8750,15 @@ async function refresh() {
     ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why)],
     state(one.status), `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
     known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count]);
-  table("failed", failed.tasks.reverse(), HEADS.slice(0, 6), task => cells(task).slice(0, 6));
+  table("failed", failed.tasks.reverse(), HEADS, cells);
   table("latest", latest.tasks.reverse(), HEADS, cells);
-  table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
-    one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000)]);
-  table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
-    ["what", "t more"]], one => [clock(one.time), one.type, one.source,
-    JSON.stringify(one.payload ?? {})]);
+  table("schedules", schedules.schedules, [["name"], ["when"], ["next"], ["last", "more"]],
+    one => [one.name, one.cron, one.enabled === false ? "off" : clock(Date.parse(one.next?.[0]) / 1000),
+      one.result && state(one.result)]);
+  table("events", events.events.reverse(), [["time"], ["event"], ["source"], ["what", "t more"]],
+    one => [clock(one.time), one.type, one.source, Object.entries(one.payload ?? {})
+      .filter(([, x]) => x !== null).map(([name, x]) => name + "=" + JSON.stringify(x))
+      .join(" ").slice(0, 300)]);
 }
 let seen = "never", timer = 0;
 async function turn() {
@@ -8763,7 +8774,7 @@ async function turn() {
   clearTimeout(timer);  // the page may have become visible meanwhile
   timer = setTimeout(turn, document.hidden ? 15000 : 2000);
 }
-at("locked").hidden = key !== "";
+addEventListener("hashchange", () => location.reload());  // the address with the key came later
 document.addEventListener("visibilitychange", () => document.hidden || turn());
 turn();
 </script>
@@ -8849,15 +8860,16 @@ class HealthServer:
     def listen(self, options: Any, inherited: socket.socket | None, former: Any = None) -> None:
         """Answer where [health] says, else where the former one said. Raises CANNOT_CREATE."""
         self.stop()
+        if not options.enabled:
+            return
         try:
-            if options.enabled:
-                self.start(options.host, options.port, inherited)
-                log.info("%s answers", self.url.partition("#")[0])
+            self.start(options.host, options.port, inherited)
         except DaemonError:
             if former is not None:
                 self.listen(former, inherited)
             raise
-        if options.host not in ("127.0.0.1", "localhost", "::1"):
+        log.info("%s answers", self.url.partition("#")[0])
+        if not re.match(r"127\.|localhost$|::1$", options.host):
             log.warning("other machines may reach it: names and states are no secret there")
 
     def start(self, host: str, port: int, inherited: socket.socket | None = None) -> None:
@@ -8880,7 +8892,8 @@ class HealthServer:
             hint = "name another in [health], or port 0: any that is free"
             raise DaemonError("CANNOT_CREATE", f"cannot listen on {host} port {port}: {what}", hint)
         self._host, self._port = host, listener.getsockname()[1]
-        self.key = str(known.get("key") or os.urandom(32).hex())
+        is_key = re.fullmatch("[0-9a-f]{64}", str(known.get("key")))
+        self.key = is_key[0] if is_key else os.urandom(32).hex()
         with contextlib.suppress(DaemonError):  # a full disk
             if known != {"port": self._port, "key": self.key}:
                 write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
@@ -8904,10 +8917,11 @@ class HealthServer:
         answer = (status, "text/plain", f"{status}\n")
         if not status:
             answer = self._answer(request, deadline)
+        response = make_response(*answer, getattr(request, "command", "") != "HEAD")
         connection.settimeout(max(deadline - Clock.mono(), 0.1))
-        connection.sendall(make_response(*answer, getattr(request, "command", "") != "HEAD"))
+        idle[connection] = Clock.mono()  # who reads slowly keeps nobody out
+        connection.sendall(response)
         connection.shutdown(socket.SHUT_WR)
-        idle[connection] = Clock.mono()
         while Clock.mono() < deadline and connection.recv(1 << 16):
             pass  # to close before all was read would take the response back
 
@@ -8915,7 +8929,9 @@ class HealthServer:
         """Return the status that refuses a request, 0 for none; place: the address it came to."""
         headers, names = request.headers, ("127.0.0.1", "localhost", "::1", self._host, place)
         hosts = [host.strip().lower() for host in headers.get_all("Host", [])]
-        if len(hosts) != 1 or hosts[0] not in {at_port(name, self._port) for name in names}:
+        known = {at_port(name, self._port) for name in names}
+        known |= {name[:-3] for name in known if self._port == 80}  # as browsers send it
+        if len(hosts) != 1 or hosts[0] not in known:
             return 403  # DNS rebinding
         if {*headers.get_all("Origin", [])} - {"http://" + hosts[0]}:
             return 403
@@ -8930,21 +8946,23 @@ class HealthServer:
         path, _, query = request.path.partition("?")
         if path == "/":
             return 200, "text/html; charset=utf-8", PAGE
+        shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        has_key = hmac.compare_digest(shown, b"Bearer " + self.key.encode())
         try:
             answer = self._ask(ROUTES[path], query, deadline)
+            is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
+            status = 200 if is_well else 503
         except DaemonError as error:
-            status = 400 if error.exit_status == 2 else 503
-            return status, "application/json", json.dumps({"error": error.to_dict()})
+            answer, status = {"error": error.to_dict()}, 400 if error.exit_status == 2 else 503
+            if status == 503 and not has_key:  # it may name paths
+                answer["error"] = {"code": error.code.lower(), "message": CODES[error.code][1]}
         except Exception:  # a request handler
             log.exception("GET %s failed", path)
-            return 500, "application/json", '{"error": {"code": "internal", "message": "a bug"}}'
+            answer, status = {"error": {"code": "internal", "message": "a bug"}}, 500
         if "text" in answer:
             return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
-        shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
-        if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
-            answer = leave_out_private(answer)
-        is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
-        return 200 if is_well else 503, "application/json", json.dumps(answer)
+        text = json.dumps(answer if has_key else leave_out_private(answer))
+        return status, "application/json", text
 
     def _ask(self, name: str, query: str, deadline: float) -> Fields:
         """Ask a source; one at a time, but for those that tell whether others hang."""
