@@ -8587,14 +8587,15 @@ class HealthVerbs:
         found.add("process_resident_memory_bytes", "The daemon's own.", Platform.own_memory())
         names = list(self._store.config.processes)
         looks = [(name, one) for name, of in zip(names, self._processes.look(names)) for one in of]
-        for _, one in looks:
-            one["up"] = int(one["state"] in ("running", "unhealthy"))
-            one["cpu_ratio"] = one["cpu_percent"] and one["cpu_percent"] / 100
-        for field in ("up", "restart_count", "memory_bytes", "cpu_ratio"):
-            kind = field.replace("restart_count", "restarts_total")
-            for name, one in looks:
-                about_one = {"process": name, "instance": one["index"]}
-                found.add(f"apexd_process_{kind}", "Of each instance.", one[field], **about_one)
+        fields: dict[str, Callable[[Fields], Any]] = {
+            "up": lambda one: int(one["state"] in ("running", "unhealthy")),
+            "restarts_total": lambda one: one["restart_count"],
+            "memory_bytes": lambda one: one["memory_bytes"],
+            "cpu_ratio": lambda one: one["cpu_percent"] and one["cpu_percent"] / 100,
+        }
+        for (kind, read), (name, one) in itertools.product(fields.items(), looks):
+            labels = {"process": name, "instance": one["index"]}
+            found.add(f"apexd_process_{kind}", "Of each instance.", read(one), **labels)
         return {"text": found.text, **about.to_dict()}
 
 
@@ -8686,14 +8687,15 @@ function draw(tag, attributes) {
   Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
   return node;
 }
-function bars(minutes) {  // failures stand upon successes
-  const most = Math.max(1, ...minutes.map(([ok, ko]) => ok + ko));
+function bars([minutes, is_young]) {  // failures stand upon successes
+  const most = Math.max(...minutes.map(([ok, ko]) => ok + ko));
   const [good, bad] = [0, 1].map(k => minutes.reduce((sum, minute) => sum + minute[k], 0));
   const svg = draw("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "none"});
   const bar = (i, n, on, name) => svg.append(draw("rect", {x: i * 10, width: 8, class: name,
-    y: 50 - (on + n) / most * 50, height: n / most * 50}));
+    y: 50 - (on + n) / (most || 1) * 50, height: n / (most || 1) * 50}));
   minutes.forEach(([ok, ko], i) => { bar(i, ok, 0, "good"); bar(i, ko, ok, "bad"); });
-  const text = `${good} succeeded, ${bad} failed; at most ${most} a minute`;
+  const text = `${good} succeeded, ${bad} failed; at most ${most} a minute`
+    + (is_young ? "; since the daemon's start" : "");
   return make("div", [svg, make("span", text, "dim")]);
 }
 async function get(path) {
@@ -8740,14 +8742,14 @@ async function refresh() {
   at("about").textContent = `apexd ${status.version}, PID ${status.pid}, up `
     + span(status.uptime_secs) + (status.draining ? ", stopping" : "")
     + (status.paused.length ? ", paused: " + status.paused.join(", ") : "");
-  show("hour", status.last_hour, bars);
+  show("hour", [status.last_hour, status.uptime_secs < 3600], bars);
   table("queue", Object.entries(status.counts).flatMap(([kind, groups]) => Object.entries(groups)
     .map(of => [kind, ...of])), [["state"], ["group"], ["tasks", "n"]],
     ([kind, group, n]) => [state(kind), group, n]);
   table("running", running.tasks, [["id", "n"], ["task", "t"], ["group", "more"],
     ["for", "n"], ["progress", "t"]], running_cells);
   table("processes", processes.processes, [["process", "t"], ["status"], ["up", "n"], ["CPU", "n"],
-    ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why)],
+    ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why ?? "")],
     state(one.status), `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
     known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count]);
   table("failed", failed.tasks.reverse(), HEADS, cells);
@@ -8827,13 +8829,6 @@ def make_response(status: int, kind: str, text: str, has_body: bool = True) -> b
     head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\nDate: {date}\n"
     head += f"Content-Type: {kind}\nContent-Length: {len(body)}" + HEADERS + "\n"
     return head.replace("NONCE", nonce).replace("\n", "\r\n").encode() + body * has_body
-
-
-def leave_out_private(data: Any) -> Any:
-    """Return JSON without the fields that only those see who have the key."""
-    if isinstance(data, dict):
-        return {name: leave_out_private(x) for name, x in data.items() if name not in PRIVATE}
-    return [*map(leave_out_private, data)] if isinstance(data, list) else data
 
 
 def at_port(host: str, port: int) -> str:
@@ -8946,8 +8941,8 @@ class HealthServer:
         path, _, query = request.path.partition("?")
         if path == "/":
             return 200, "text/html; charset=utf-8", PAGE
-        shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
-        has_key = hmac.compare_digest(shown, b"Bearer " + self.key.encode())
+        given = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        has_key = hmac.compare_digest(given, b"Bearer " + self.key.encode())
         try:
             answer = self._ask(ROUTES[path], query, deadline)
             is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
@@ -8961,21 +8956,22 @@ class HealthServer:
             answer, status = {"error": {"code": "internal", "message": "a bug"}}, 500
         if "text" in answer:
             return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
-        text = json.dumps(answer if has_key else leave_out_private(answer))
+        text = json.dumps(answer)
+        if not has_key:
+            shown = lambda fields: {name: x for name, x in fields.items() if name not in PRIVATE}
+            text = json.dumps(json.loads(text, object_hook=shown))
         return status, "application/json", text
 
     def _ask(self, name: str, query: str, deadline: float) -> Fields:
         """Ask a source; one at a time, but for those that tell whether others hang."""
-        act = self._sources.get(name, lambda: {name: []})
-        fields = dict(urllib.parse.parse_qsl(query))
-        if name in ("health", "ready"):
-            return act(**fields)
-        if not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
+        turn = threading.Lock() if name in ("health", "ready") else self._turn
+        if not turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
             raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
         try:
-            return act(**fields)
+            act = self._sources.get(name, lambda: {name: []})
+            return act(**dict(urllib.parse.parse_qsl(query)))
         finally:
-            self._turn.release()
+            turn.release()
 
 
 def choose_sources(
