@@ -8755,7 +8755,7 @@ async function refresh() {
   table("failed", failed.tasks.reverse(), HEADS, cells);
   table("latest", latest.tasks.reverse(), HEADS, cells);
   table("schedules", schedules.schedules, [["name"], ["when"], ["next"], ["last", "more"]],
-    one => [one.name, one.cron, one.enabled === false ? "off" : clock(Date.parse(one.next?.[0]) / 1000),
+    one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000),
       one.result && state(one.result)]);
   table("events", events.events.reverse(), [["time"], ["event"], ["source"], ["what", "t more"]],
     one => [clock(one.time), one.type, one.source, Object.entries(one.payload ?? {})
@@ -8831,6 +8831,11 @@ def make_response(status: int, kind: str, text: str, has_body: bool = True) -> b
     return head.replace("NONCE", nonce).replace("\n", "\r\n").encode() + body * has_body
 
 
+def without_private(fields: Fields) -> Fields:
+    """Return the fields that all may see who reach the port."""
+    return {name: x for name, x in fields.items() if name not in PRIVATE}
+
+
 def at_port(host: str, port: int) -> str:
     """Write an address as it stands in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host.lower()}:{port}"
@@ -8848,7 +8853,7 @@ class HealthServer:
         self._sources = sources
         self._path = os.path.join(folder, "http.json")
         self.url, self.key = "", ""  # of the page, with the key: neither is ever logged
-        self._host, self._port = "", 0
+        self._host, self._place, self._port = "", "", 0  # place: the address it is bound to
         self._acceptor: Acceptor | None = None
         self._turn = threading.Lock()  # one source at a time: none hangs more than one thread
 
@@ -8864,7 +8869,7 @@ class HealthServer:
                 self.listen(former, inherited)
             raise
         log.info("%s answers", self.url.partition("#")[0])
-        if not re.match(r"127\.|localhost$|::1$", options.host):
+        if not re.match(r"127\.|::1$|::ffff:127\.", self._place):
             log.warning("other machines may reach it: names and states are no secret there")
 
     def start(self, host: str, port: int, inherited: socket.socket | None = None) -> None:
@@ -8876,6 +8881,10 @@ class HealthServer:
         with contextlib.suppress(ValueError, DaemonError):
             known = read_json(self._path) or {}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        kinds = [(one, socket.SOCK_STREAM) for one in (socket.AF_INET, socket.AF_INET6)]
+        if inherited and (inherited.family, inherited.type) not in kinds:
+            hint = "give it a ListenStream= with a port"
+            raise DaemonError("CANNOT_CREATE", "the socket named http is not one of TCP", hint)
         for number in [port] if port else [known.get("port"), 0]:
             try:
                 new = functools.partial(socket.create_server, (host, number), family=family)
@@ -8886,13 +8895,13 @@ class HealthServer:
         else:
             hint = "name another in [health], or port 0: any that is free"
             raise DaemonError("CANNOT_CREATE", f"cannot listen on {host} port {port}: {what}", hint)
-        self._host, self._port = host, listener.getsockname()[1]
+        self._host, (self._place, self._port) = host, listener.getsockname()[:2]
         is_key = re.fullmatch("[0-9a-f]{64}", str(known.get("key")))
         self.key = is_key[0] if is_key else os.urandom(32).hex()
         with contextlib.suppress(DaemonError):  # a full disk
             if known != {"port": self._port, "key": self.key}:
                 write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
-        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._place, self._place)
         self.url = f"http://{at_port(near, self._port)}/#{self.key}"
         self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, 0.0, self._serve)
 
@@ -8908,7 +8917,8 @@ class HealthServer:
         head = receive_head(connection, deadline)
         idle.pop(connection, None)
         status, request = read_request(head)
-        status = status or self._refuse(request, connection.getsockname()[0])
+        place = connection.getsockname()[0].replace("::ffff:", "")  # IPv4 at a socket for both
+        status = status or self._refuse(request, place)
         answer = (status, "text/plain", f"{status}\n")
         if not status:
             answer = self._answer(request, deadline)
@@ -8958,8 +8968,7 @@ class HealthServer:
             return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
         text = json.dumps(answer)
         if not has_key:
-            shown = lambda fields: {name: x for name, x in fields.items() if name not in PRIVATE}
-            text = json.dumps(json.loads(text, object_hook=shown))
+            text = json.dumps(json.loads(text, object_hook=without_private))
         return status, "application/json", text
 
     def _ask(self, name: str, query: str, deadline: float) -> Fields:

@@ -10638,8 +10638,8 @@ class TestPage:
             "tasks": lambda **of: {"tasks": []},
             "processes": lambda: {"processes": []},
             "schedules": lambda: {"schedules": [
-                {"name": name, "cron": "@daily", "next": ["2027-03-09T03:00:00-04:00"]},
-                {"name": "off", "cron": "@hourly", "next": []},
+                {"name": name, "cron": "@daily", "next": ["2027-03-09T03:00:00-04:00"], "result": "failed"},
+                {"name": "off", "cron": "@hourly", "next": [], "result": None},
             ]},
             "events": lambda: {"events": [event]},
         })  # fmt: skip
@@ -11010,6 +11010,24 @@ class TestHttp:
         box.config({"health": {"host": "0.0.0.0", "enabled": False}})
         box.start()
         assert "WARN" not in box.log()
+
+    def test_a_service_managers_socket_is_served_at_all_its_addresses_and_only_one_of_tcp(self, tmp_path, caplog):
+        server = apexd.HealthServer(str(tmp_path), {"health": lambda: {"overall": "healthy"}})
+        options = apexd.SimpleNamespace(enabled=True, host="127.0.0.1", port=0)
+        with socket.socket(socket.AF_UNIX) as other, pytest.raises(apexd.DaemonError, match="not one of TCP"):
+            server.listen(options, other)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, pytest.raises(apexd.DaemonError):
+            server.listen(options, other)
+        if not socket.has_dualstack_ipv6():
+            pytest.skip("needs IPv6")
+        with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as both:
+            caplog.clear()
+            server.listen(options, both)
+            assert "other machines may reach it" in caplog.text and server.url.startswith("http://[::1]:")
+            with socket.create_connection(("127.0.0.2", both.getsockname()[1]), 5) as connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.2:%d\r\n\r\n" % both.getsockname()[1])
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            server.stop()
 
     @pytest.mark.parametrize("key", ["x", 5, "\ud800", {"a": 1}, "A" * 64])
     def test_a_damaged_key_is_replaced(self, tmp_path, key):
