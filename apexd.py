@@ -7885,6 +7885,7 @@ class Acceptor:
     def _accept_all(self) -> None:
         while not self._is_over:
             self._watched.wait(float("inf"))
+        self._watched.close()
 
     def _accept(self) -> None:
         peer: Any = None
@@ -8474,7 +8475,7 @@ class Exposition:
         """Add a sample, unless its value is not known; suffix: of a histogram's parts."""
         kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
         head = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
-        escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
+        escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
         shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
         if value is not None:
             self.text += "" if name == self._name else head
@@ -8615,8 +8616,7 @@ PAGE = """<!DOCTYPE html>
 body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--back);
   color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; }
-h1 { font-size: 1.3rem; margin: 0; }
-h2 { font-size: 1rem; margin: 0 0 .4rem; }
+h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: 1rem; margin: 0 0 .4rem; }
 main { display: grid; gap: .8rem; margin-top: .8rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
 section, #gone { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
@@ -8664,7 +8664,8 @@ for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
 const state = text => make("span", text, COLORS[text]);
 const clock = t => !t ? "-" : new Date(t * 1000).toLocaleString([],
   {timeStyle: "medium", ...(Math.abs(Date.now() / 1000 - t) > 43200 && {dateStyle: "short"})});
-const title = task => task.label ?? [task.command ?? "task " + task.id].flat().join(" ");
+const title = task => [task.label ?? task.command ?? "task " + task.id].flat().join(" ")
+  .replace(/(.{160}).+/su, "$1\u2026");
 const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
 function span(s) {
   for (const [unit, letter] of [[86400, "d"], [3600, "h"], [60, "m"]])
@@ -8699,15 +8700,15 @@ function bars([minutes, is_young]) {  // failures stand upon successes
   return make("div", [svg, make("span", text, "dim")]);
 }
 async function get(path) {
-  const headers = key ? {Authorization: "Bearer " + key} : {};
-  const data = await (await fetch(path, {headers, signal: AbortSignal.timeout(4500)})).json();
+  const options = {headers: {Authorization: "Bearer " + key}, signal: AbortSignal.timeout(4500)};
+  const data = await (await fetch(path, options)).json();
   if (data.error) throw new Error(data.error.message);
   return data;
 }
 async function addOutput(task) {  // the last lines of what runs
   const path = `/api/logs?id=${task.id}&offset=-3`;
-  const text = key ? (await get(path).catch(() => ({}))).data ?? "" : "";
-  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  const answer = await get(path).catch(() => ({}));
+  const bytes = Uint8Array.from(atob(answer.data ?? ""), letter => letter.charCodeAt(0));
   task.output = new TextDecoder().decode(bytes).slice(-600);
   task.ran = span(Date.now() / 1000 - task.started_at);
 }
@@ -8722,10 +8723,10 @@ const cells = task => [task.id, state(task.state), title(task), task.group, task
     ? span(task.finished_at - task.started_at) : "-", clock(task.finished_at)];
 function running_cells(task) {
   const about = {max: 100, value: task.progress, ariaLabel: `progress of task ${task.id}`};
-  const bar = task.progress === null ? [] : [Object.assign(make("progress", []), about)];
-  const told = bar.length ? known(task.progress, "% ") : "";
+  const bar = task.progress === null ? []
+    : [Object.assign(make("progress", []), about), known(task.progress, "% ")];
   return [task.id, [title(task), make("pre", task.output)], task.group, task.ran,
-    [...bar, told + (task.note ?? "")]];
+    [...bar, task.note ?? ""]];
 }
 async function refresh() {
   const [health, status, running, failed, latest, processes, schedules, events] =
@@ -8764,15 +8765,12 @@ async function refresh() {
 }
 let seen = "never", timer = 0;
 async function turn() {
-  try {
-    await refresh();
-    seen = "at " + new Date().toLocaleTimeString();
-    at("gone").hidden = true;
-  } catch (error) {
+  const error = await refresh().catch(error => error);
+  if (error)
     at("gone").textContent = `The daemon does not answer: ${error.message}. Last seen ${seen}.`;
-    at("gone").hidden = false;
-  }
-  at("main").className = at("gone").hidden ? "" : "stale";
+  else seen = "at " + new Date().toLocaleTimeString();
+  at("gone").hidden = !error;
+  at("main").className = error ? "stale" : "";
   clearTimeout(timer);  // the page may have become visible meanwhile
   timer = setTimeout(turn, document.hidden ? 15000 : 2000);
 }

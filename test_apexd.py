@@ -10550,6 +10550,7 @@ class TestPage:
             tasks = [{"command": "exit 3", "label": "\u65e5\u672c \u0639\u0631\u0628 \U0001f600"}, "true"]
             for task_id in enqueue(box, *tasks):
                 box.until(task_id)
+            enqueue(box, {"command": "true", "label": "w" * 900, "delay": 900})
             label = "<script>document.title = 'bad'</script><img src=x onerror=alert(1)>"
             (task_id,) = enqueue(box, {"command": "echo out-$((6 * 7)); sleep 600", "label": label})
             box.until(task_id, "running")
@@ -10567,6 +10568,7 @@ class TestPage:
         text = {name: browser.run(f"at('{name}').innerText") for name in
                 ("about", "health", "hour", "queue", "running", "processes", "failed", "latest")}  # fmt: skip
         assert "<script>document.title" in text["running"] and "<img src=x" in text["latest"]
+        assert "w" * 160 + "\u2026" in text["latest"] and "w" * 161 not in text["latest"]
         assert "30% <b>n</b>" in text["running"] and "\u65e5\u672c" in text["failed"]
         assert "bad.0 backoff: exit 3; next try in" in text["processes"]
         assert text["health"].startswith("degraded; supervisor: down: bad.0")
@@ -11112,6 +11114,21 @@ class TestHttp:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
             assert b" 200 " in connection.recv(100)
         assert times_logged(box, "a connection was refused") == 1
+
+    @linux
+    def test_who_listens_elsewhere_keeps_no_descriptor(self, tmp_path):
+        import gc
+
+        server, count = apexd.HealthServer(str(tmp_path), {}), lambda: len(os.listdir("/proc/self/fd"))
+        before = count()
+        gc.disable()
+        try:
+            for _ in range(9):
+                server.start("127.0.0.1", 0)
+                server.stop()
+            eventually(lambda: count() < before + 9)
+        finally:
+            gc.enable()
 
     def test_a_source_that_fails_is_answered_and_logged(self, tmp_path, caplog):
         server = apexd.HealthServer(str(tmp_path), {"status": lambda: 1 / 0, "health": lambda: {"overall": "healthy"}})
