@@ -235,7 +235,7 @@ DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
 DAY_S = 24 * 3600
 DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is, as by cronie
-CRON_LATE_S = 300.0  # what is late by less fires in full, as by cronie
+CRON_LATE_S = 300.0  # after a shorter pause all that fell due fires, as by cronie
 CRON_RESTART_S = 10.0  # a daemon that is back so soon has not missed what fell due
 CRON_SLICE_S = 60.0  # the longest sleep: then a clock that was moved is noticed
 CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
@@ -3807,7 +3807,7 @@ class EventStore:
         new = """
             INSERT INTO fires (source, spec, spec_at) VALUES (?, ?, ?)
             ON CONFLICT (source) DO UPDATE SET spec = excluded.spec, spec_at = excluded.spec_at
-            WHERE spec IS NOT excluded.spec
+            WHERE spec IS NOT excluded.spec OR spec_at > excluded.spec_at  -- the clock was ahead
         """
         sql = "SELECT source, max(coalesce(fired_at, 0), spec_at) FROM fires WHERE spec IS NOT NULL"
         with self._store.database.write(is_vital=False) as db:
@@ -4878,12 +4878,13 @@ CRON_NAMES = {
     "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
     "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
 }  # fmt: skip
+EPOCH_DAY = 719163  # datetime.date(1970, 1, 1).toordinal()
 
 
 def read_cron_field(text: str, name: str, low: int, high: int, names: str) -> frozenset[int]:
     """Read one field, such as "1-3,5", "*/10", "5/10" or "mon-fri"."""
     numbers = {word: str(low + index) for index, word in enumerate(names.split())}
-    digits = text.replace("-sun", "-7") if high == 7 else text
+    digits = re.sub("(?<!sun)-sun", "-7", text) if high == 7 else text
     digits = re.sub(r"\b[a-z]{3}\b", lambda match: numbers.get(match[0], match[0]), digits)
     found = set[int]()
     for part in digits.split(","):
@@ -4905,8 +4906,8 @@ def read_cron(text: object) -> dict[str, Any]:
         return {}
     if words[:1] == ["@every"]:
         period = duration(" ".join(words[1:]))
-        if period < 1 or period % 1:
-            raise ValueError("@every with whole seconds from 1: @every 90s")
+        if period % 1 or not 1 <= period <= 366 * DAY_S:
+            raise ValueError("@every with whole seconds, a year at most: @every 90s")
         return {"period": int(period)}
     words = CRON_NAMES.get(" ".join(words), " ".join(words)).split()
     if len(words) != len(CRON_FIELDS):
@@ -4930,9 +4931,8 @@ def read_zone(name: object) -> Any:
     try:
         return zoneinfo.ZoneInfo(line_of_text(name))
     except (LookupError, OSError, ValueError):
-        near = difflib.get_close_matches(str(name), zoneinfo.available_timezones(), 1, 0.0)
-        hint = f"did you mean {near[0]}?" if near else "it has no data: pip install tzdata"
-        raise ValueError(f"a time zone that this system knows; {hint}") from None
+        form = 'a time zone that this system knows, such as "Europe/Berlin"'
+        raise ValueError(f"{form}; if it has none: pip install tzdata") from None
 
 
 class CronSchedule:
@@ -4948,7 +4948,6 @@ class CronSchedule:
     is_fixed = False  # neither minute nor hour begins with *
 
     def __init__(self, expression: str, timezone: str | None = None) -> None:
-        self.expression, self.timezone = expression, timezone
         try:
             what = f"expression {expression!r}"
             self.__dict__.update(read_cron(expression))
@@ -4974,25 +4973,22 @@ class CronSchedule:
         while self.period:
             at += self.period - at % self.period
             yield at
-        start, wait = at - (at + self._offset(at)) % 60, 60
-        if self.is_fixed:
-            change, shift = self._find_change(start - DST_MAX_S, start)
-            if -DST_MAX_S <= shift < 0 and start < change - shift:
-                start, wait = change - shift, 0  # the second pass is over
+        start = at - DST_MAX_S if self.is_fixed else at
+        seen = start + self._offset(start)  # the clock on the wall has been followed until then
         while self.times:
-            offset, near = self._offset(start), start + 4 * DAY_S
-            found = self._find_wall(start + offset + wait) - offset
-            change, shift = self._find_change(start, min(found, near))
-            is_bridged = self.is_fixed and abs(shift) <= DST_MAX_S
-            if is_bridged and found < change + shift:
-                found, shift = change, 0  # the end of the gap
-            if shift:
-                start, wait = max(change, change - shift) if is_bridged else change, 0
-            elif found > near:  # nothing fires until then: only changes near to it matter
-                start, wait = found - 2 * DAY_S, 0
-            else:
-                yield found
-                start, wait = found, 60
+            offset, end = self._offset(start), self._find_change(start)
+            if not self.is_fixed or abs(seen - start - offset) > DST_MAX_S:
+                seen = start + offset
+            wall = self._find_wall(seen)
+            if wall >= end + offset and self._offset(end) == offset:
+                end = max(end, wall - offset - 2 * DAY_S)  # only changes near to a fire matter
+            while wall < end + offset:
+                fire = max(wall - offset, start)  # of what a gap swallowed: its end
+                if fire > at:
+                    at = fire
+                    yield at
+                wall = self._find_wall(wall + 60)
+            seen, start = max(seen, end + offset), end
 
     def list_next(self, count: int) -> list[str]:
         """Return the next fires, as "2025-03-09T03:00:00-04:00"."""
@@ -5002,28 +4998,22 @@ class CronSchedule:
     def _find_wall(self, wall: int) -> int:
         """Return the first fire from `wall` on, both in seconds of a clock without a zone."""
         number, minute = divmod(-(-wall // 60), 24 * 60)
-        epoch = datetime.date(1970, 1, 1).toordinal()
-        day = first = datetime.date.fromordinal(epoch + number)
         while True:  # 40 years at most, for a 29 February that is a Sunday
+            day = datetime.date.fromordinal(EPOCH_DAY + number)
             hits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
-            index = bisect.bisect_left(self.times, minute if day == first else 0)
+            index = bisect.bisect_left(self.times, minute)
             if day.month in self.months and (all if self.needs_both else any)(hits):
                 if index < len(self.times):
-                    return ((day.toordinal() - epoch) * 24 * 60 + self.times[index]) * 60
-            day += datetime.timedelta(1)
-            while day.month not in self.months:
-                day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+                    return (number * 24 * 60 + self.times[index]) * 60
+            number, minute = number + 1, 0
 
-    def _find_change(self, start: int, end: int) -> tuple[int, int]:
-        """Return the first second in (start, end] with another UTC offset, and the difference."""
-        before, high = self._offset(start), min(start + DAY_S, end)
-        while high < end and self._offset(high) == before:
-            start, high = high, min(high + DAY_S, end)
-        shift = self._offset(high) - before
-        while shift and high - start > 1:
-            middle = (start + high) // 2
-            start, high = (middle, high) if self._offset(middle) == before else (start, middle)
-        return high, shift
+    def _find_change(self, start: int) -> int:
+        """Return the first second after it with another UTC offset, but at most a day later."""
+        before, end = self._offset(start), start + DAY_S
+        while self._offset(end) != before and end - start > 1:
+            middle = (start + end) // 2
+            start, end = (middle, end) if self._offset(middle) == before else (start, middle)
+        return end
 
     def _offset(self, at: int) -> int:
         return round(self.moment(at).replace(tzinfo=datetime.timezone.utc).timestamp()) - at
@@ -5041,52 +5031,49 @@ for _key, _read in (("cron", read_cron), ("timezone", read_zone)):  # CONFIG sta
     OPTIONS["schedule"][_key] = (_checked(_read), *OPTIONS["schedule"][_key][1:])
 
 
-class CronJob(Value):
+class CronJob(CronSchedule):
     """A schedule that is enabled, and how far it has got; times are epoch seconds."""
 
-    name: str
-    trigger: Any  # its options
-    schedule: CronSchedule
-    seen_at: float  # all until then is dealt with
-    due_at: float | None  # the next fire
-    spec: str  # what it fires by
-    is_new: bool  # not looked at yet: what it has missed, it missed without a daemon
+    def __init__(self, name: str, trigger: Any, seen_at: float) -> None:
+        super().__init__(trigger.cron, trigger.timezone)
+        self.name, self.trigger = name, trigger
+        self.seen_at = seen_at  # all until then is dealt with
+        self.due_at: float | None = None  # the next fire
+        self.is_new = True  # not looked at yet: what it has missed, it missed without a daemon
+
+    def find_fires(self, now: float) -> Sequence[float]:
+        """Decide which fires to make now, and move `seen_at` when the clock was set back.
+
+        A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
+        """
+        trigger, gap_s = self.trigger, now - self.seen_at
+        if not (self.period or self.times):  # @reboot
+            return [now] if self.is_new else []
+        if gap_s < 0:
+            if -gap_s > (DST_MAX_S if self.is_fixed else CRON_LATE_S):
+                self.seen_at = now
+            return []
+        since = max(self.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
+        fires = itertools.takewhile(lambda at: at <= now, self.fires(since))
+        missed = list(deque(fires, CATCH_UP_MAX))
+        if not missed or (gap_s <= CRON_LATE_S and not self.is_new):
+            return missed
+        wanted = {"none": [], "last": missed[-1:], "all": missed}[trigger.catch_up]
+        kept = [at for at in wanted if now - at <= trigger.catch_up_window]
+        is_bridged = self.is_fixed and gap_s <= DST_MAX_S
+        late_s = CRON_RESTART_S if self.is_new else DST_MAX_S if is_bridged else CRON_LATE_S
+        kept = kept or [at for at in missed[-1:] if now - at < late_s]
+        log.info("Schedule %s: %d of %d missed fires are made", self.name, len(kept), len(missed))
+        return kept
 
 
-def find_fires(job: CronJob, now: float) -> Sequence[float]:
-    """Decide which fires to make now, and move `seen_at` when the clock was set back.
-
-    A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
-    """
-    schedule, trigger, gap_s = job.schedule, job.trigger, now - job.seen_at
-    if gap_s < 0:
-        if -gap_s > (DST_MAX_S if schedule.is_fixed else CRON_LATE_S):
-            job.seen_at = now
-        return []
-    if not (schedule.period or schedule.times):  # @reboot
-        return [int(now)] if job.is_new else []
-    since = max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
-    fires = itertools.takewhile(lambda at: at <= now, schedule.fires(since))
-    missed = deque[float](fires, CATCH_UP_MAX)
-    if not missed or (gap_s <= CRON_LATE_S and not job.is_new):
-        return missed
-    kept = [at for at in missed if now - at <= trigger.catch_up_window]
-    kept = {"none": [], "last": kept[-1:], "all": kept}[trigger.catch_up]
-    if job.is_new:  # after a restart
-        is_due = len(missed) == 1 and now - missed[0] <= CRON_RESTART_S
-    else:  # after the clock was set, or the machine slept
-        is_due = now - missed[-1] < 60 or (schedule.is_fixed and gap_s <= DST_MAX_S)
-    kept = kept or ([missed[-1]] if is_due else [])
-    log.info("Schedule %s: %d of %d missed fires are made", job.name, len(kept), len(missed))
-    return kept
-
-
-def fire_schedule(
-    store: TaskStore, name: str, trigger: Any, at: float | None, is_behind: bool = False
-) -> int | None:
+def fire_schedule(store: TaskStore, name: str, at: float | None, is_behind: bool) -> int | None:
     """Add the task of a schedule, for a time, or None: now; see EventStore.fire."""
+    found = store.config.schedules
+    if name not in found:
+        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(found) or 'none'}")
     event = Event.make("cron.fired", {"name": name, "scheduled_at": at}, f"schedule {name}")
-    return EventStore(store).fire(f"schedule.{name}", trigger, event, None, is_behind)
+    return EventStore(store).fire(f"schedule.{name}", found[name], event, None, is_behind)
 
 
 class Scheduler:
@@ -5095,11 +5082,9 @@ class Scheduler:
     Thread: "cron" sleeps until the next fire. Life: start -> stop.
     """
 
-    def __init__(
-        self, store: TaskStore, on_fire: Callable[[], None] = lambda: None, clock: Any = Clock
-    ) -> None:
+    def __init__(self, store: TaskStore, on_fire: Callable[[], None], clock: Any = Clock) -> None:
         self._store, self._on_fire, self._clock = store, on_fire, clock
-        self._jobs: dict[str, CronJob] = {}  # by source
+        self._jobs: dict[tuple[str, str], CronJob] = {}  # by source and spec
         self._config: Config | None = None  # what _jobs follow
         self._is_stopped, self._woken = False, threading.Event()
         self._thread = threading.Thread(target=self._loop, name="cron", daemon=True)
@@ -5128,7 +5113,7 @@ class Scheduler:
             wait_s: float | None = CRON_RETRY_S
             try:
                 wait_s = self._look()
-            except DaemonError as error:
+            except DaemonError as error:  # a full disk or queue; so it is for all of them
                 log.error("schedules: %s (%s)", error, error.hint)
             except Exception:  # this thread's top frame
                 log.exception("the scheduler failed")
@@ -5139,47 +5124,36 @@ class Scheduler:
         """Make the fires that are due; return in how many seconds to look again."""
         if self._config is not self._store.config:
             self._arrange()
-        has_failed = False
         for job in self._jobs.values():
-            try:
-                self._fire(job, self._clock.now())
-            except DaemonError as error:
-                log.error("schedule %s: %s (%s)", job.name, error, error.hint)
-                has_failed = True
+            self._fire(job, self._clock.now())
         next_at: float | None = self.status()["next_fire_at"]
-        wait_s = next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
-        return CRON_RETRY_S if has_failed else wait_s
+        return next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
 
     def _fire(self, job: CronJob, now: float) -> None:
-        is_early = not job.is_new and job.seen_at <= now < (job.due_at or now + 1.0)
-        fires = [] if is_early else find_fires(job, now)
-        is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
-        for at in fires:
-            if self._is_stopped:
-                return
-            task_id = fire_schedule(self._store, job.name, job.trigger, at, is_behind)
-            result = f"task {task_id}" if task_id else "skipped"
-            log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
-            job.seen_at = at
-            self._on_fire()
+        if job.is_new or not job.seen_at <= now < (job.due_at or now + 1.0):
+            fires = job.find_fires(now)
+            is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
+            for at in fires:
+                if self._is_stopped:
+                    return
+                task_id = fire_schedule(self._store, job.name, at, is_behind)
+                result = f"task {task_id}" if task_id else "skipped"
+                log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
+                job.seen_at = at
+                self._on_fire()
+            job.due_at = next(job.fires(max(job.seen_at, now)), None)
         job.seen_at, job.is_new = max(job.seen_at, now), False
-        if not is_early:
-            job.due_at = next(job.schedule.fires(job.seen_at), None)
 
     def _arrange(self) -> None:
         """Plan what the configuration says; what fires by the same as before goes on."""
-        config, jobs = self._store.config, dict[str, CronJob]()
+        config, jobs = self._store.config, dict[tuple[str, str], CronJob]()
         found = {f"schedule.{name}": one for name, one in config.schedules.items()}
         specs = {name: f"{one.cron}, {one.timezone}" * one.enabled for name, one in found.items()}
         seen = EventStore(self._store).register(specs, self._clock.now())
-        for source, one in found.items():
-            job = self._jobs.get(source)
-            if job is None or job.spec != specs[source]:
-                schedule, name = CronSchedule(one.cron, one.timezone), source.partition(".")[2]
-                job = CronJob(name=name, schedule=schedule, seen_at=seen[source], is_new=True)
-            job.trigger, job.spec = one, specs[source]
+        for (source, spec), (name, one) in zip(specs.items(), config.schedules.items()):
             if one.enabled:
-                jobs[source] = job
+                job = self._jobs.get((source, spec)) or CronJob(name, one, seen[source])
+                job.trigger, jobs[source, spec] = one, job
         self._jobs, self._config = jobs, config
 
 
@@ -5194,20 +5168,19 @@ def list_schedules(store: TaskStore, limit: int = 1) -> list[dict[str, Any]]:
         schedule = CronSchedule(one.cron, one.timezone)
         last_at, task_id = fires.get(f"schedule.{name}", (None, None))
         task = store.find(ids=[task_id]) if task_id else []
-        state = task[0].state if task else None if task_id or last_at is None else "skipped"
-        about = {"name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
-        about["next"] = schedule.list_next(limit if one.enabled else 0)
-        about["last"] = last_at and schedule.moment(last_at).isoformat()
-        found.append({**about, "task_id": task_id, "result": state})
+        skipped = "skipped" if last_at and not task_id else None
+        found.append({
+            "name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled,
+            "next": schedule.list_next(limit if one.enabled else 0), "task_id": task_id,
+            "last": last_at and schedule.moment(last_at).isoformat(timespec="seconds"),
+            "result": task[0].state if task else skipped,
+        })  # fmt: skip
     return found
 
 
 def run_schedule(store: TaskStore, name: str) -> int:
     """Add a schedule's task now, return its id. Raises ILLEGAL_STATE when `overlap` forbids it."""
-    schedules = store.config.schedules
-    if name not in schedules:
-        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(schedules) or 'none'}")
-    task_id = fire_schedule(store, name, schedules[name], None)
+    task_id = fire_schedule(store, name, None, False)
     if task_id is None:
         what = f"a task of schedule {name} is unfinished"
         raise DaemonError("ILLEGAL_STATE", what, 'see `list`, or set overlap = "queue"')
@@ -9155,9 +9128,8 @@ class Daemon:
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._manager.tell("STATUS=starting", watchdog_s=RECOVERY_S)
             self._report({"event": "progress", "what": "checking the database"})
-            path, lock = self._project.file("apex.db"), self._pid_file
-            self._store = TaskStore(path, self._config, lock, self._project.path)
-            with contextlib.closing(self._store):
+            path, told = self._project.file("apex.db"), (self._pid_file, self._project.path)
+            with contextlib.closing(TaskStore(path, self._config, *told)) as self._store:
                 self._store.database.check()
                 self._files = {name: file_id(name) for name in (path, path + "-wal")}
                 self._serve(outputs)
@@ -9166,6 +9138,9 @@ class Daemon:
         except DaemonError as error:
             log.error("%s (%s)", error, error.hint)
             raise
+        except RuntimeError as error:  # no thread to be had, say
+            log.exception("the daemon cannot go on")
+            raise DaemonError("START_FAILED", str(error), "see `logs`; `ulimit -u`") from None
         finally:
             self._pid_file.release()
             logging.shutdown()
@@ -10431,23 +10406,26 @@ def cmd_cron(args: Args) -> int:
             fires = CronSchedule(name, args.timezone).list_next(args.lines)
         except DaemonError as error:
             raise bad(error.message, error.hint) from None
-        return emit(fires, args, "\n".join(map(in_words, fires)))
-    found, rows = client.call("schedules", {"limit": args.lines})["schedules"], []
-    for one in found:
-        if args.action == "next" and one["name"] == name:
-            return emit(one["next"], args, "\n".join(map(in_words, one["next"])))
-        cells = [one[key] for key in ("name", "cron", "timezone", "last", "result", "task_id")]
-        text = "at the next start" if one["enabled"] else "not enabled"
-        rows.append([*cells, in_words(one["next"][0]) if one["next"] else text])
+        return emit(fires, args, "\n".join(in_words(fires)))
+    found = client.call("schedules", {"limit": args.lines})["schedules"]
+    if name or args.action == "next":
+        found = [one for one in found if one["name"] == name]
+        if not found:
+            raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
+    shown = [in_words(one["next"], one["enabled"]) for one in found]
     if args.action == "next":
-        raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
+        return emit(found[0]["next"], args, "\n".join(shown[0]))
+    keys = ("name", "cron", "timezone", "last", "result", "task_id")
+    rows = [[*(one[key] for key in keys), words[0]] for one, words in zip(found, shown)]
     return emit(found, args, columns("NAME CRON ZONE LAST RESULT TASK NEXT", rows))
 
 
-def in_words(fire: str) -> str:
-    """Write a fire for people: Sun 2025-03-09T03:00:00-04:00, in 3h 20m."""
-    at = datetime.datetime.fromisoformat(fire)
-    return f"{at:%a} {fire}, in {span(at.timestamp() - Clock.now())}"
+def in_words(fires: Sequence[str], is_enabled: bool = True) -> list[str]:
+    """Write a schedule's next fires for people: ["Sun 2025-03-09T03:00:00-04:00, in 3h 20m"]."""
+    found = []
+    for at in map(datetime.datetime.fromisoformat, fires):
+        found.append(f"{at:%a} {at.isoformat()}, in {span(at.timestamp() - Clock.now())}")
+    return found or ["at the next start" if is_enabled else "not enabled"]
 
 
 @register("config")

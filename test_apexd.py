@@ -4690,6 +4690,7 @@ America/New_York 2025-03-08 23:00
     @weekly          | 03-09 00:00-05, 03-16 00:00-04, 03-23 00:00, 03-30 00:00, 04-06 00:00
     0,59 2,3 * * *   | 03-09 03:00-04, 03:59, 03-10 02:00, 02:59, 03:00
 America/New_York 2025-11-01 23:00
+    */30 1 2 11 *    | 11-02 01:00-04, 01:30, 01:00-05, 01:30, 2026-11-02 01:00
     30 1 * * *       | 11-02 01:30-04, 11-03 01:30-05, 11-04 01:30, 11-05 01:30, 11-06 01:30
     0 1 * * *        | 11-02 01:00-04, 11-03 01:00-05, 11-04 01:00, 11-05 01:00, 11-06 01:00
     59 1 * * *       | 11-02 01:59-04, 11-03 01:59-05, 11-04 01:59, 11-05 01:59, 11-06 01:59
@@ -4781,6 +4782,7 @@ Asia/Tokyo 2024-02-27 10:07
     0 12 * * sun     | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
     0 12 * * 0       | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
     0 12 * * 7       | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
+    0 12 * * sun-sun | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
     0 12 * * sat-sun | 03-02 12:00+09, 03-03 12:00, 03-09 12:00, 03-10 12:00, 03-16 12:00
     0 12 * * fri-sun | 03-01 12:00+09, 03-02 12:00, 03-03 12:00, 03-08 12:00, 03-09 12:00
     0 12 * * mon,wed,fri | 02-28 12:00+09, 03-01 12:00, 03-04 12:00, 03-06 12:00, 03-08 12:00
@@ -4840,6 +4842,8 @@ Pacific/Apia 2011-12-29 22:00
     0 0 * * *        | 12-31 00:00+14, 2012-01-01 00:00, 01-02 00:00, 01-03 00:00, 01-04 00:00
     0 * * * *        | 12-29 23:00-10, 12-31 00:00+14, 01:00, 02:00, 03:00
     0 12 30 * *      | 2012-01-30 12:00+14, 03-30 12:00, 04-30 12:00+13, 05-30 12:00, 06-30 12:00
+Pacific/Kwajalein 1969-09-29 20:00
+    38 1 30 9 *      | 09-30 01:38+11, 01:38-12, 1970-09-30 01:38, 1971-09-30 01:38, 1972-09-30 01:38
 America/Havana 2025-03-08 22:00
     0 0 * * *        | 03-09 01:00-04, 03-10 00:00, 03-11 00:00, 03-12 00:00, 03-13 00:00
     30 0 * * *       | 03-09 01:00-04, 03-10 00:30, 03-11 00:30, 03-12 00:30, 03-13 00:30
@@ -5148,7 +5152,7 @@ class CronByHand:
 
     def begin(self, at):
         """Be a new daemon at a time."""
-        self.scheduler = apexd.Scheduler(self.store, clock=self)
+        self.scheduler = apexd.Scheduler(self.store, lambda: None, self)
         return self.jump(at)
 
     def jump(self, at):
@@ -5228,6 +5232,7 @@ class TestScheduler:
         ("09:50:01", "14:05", [], []),
         ("09:50:01", "16 09:59", [], []),
         ("09:50:01", "16 10:00:20", ["10:00"], ["10:00"]),
+        ("09:50:01", "16 10:01:50", ["10:00"], ["10:00"]),  # awake since 10:00:55: one sleep of the thread
     )
 
     @pytest.mark.parametrize("before, after, fixed, other", JUMPS)
@@ -5238,7 +5243,7 @@ class TestScheduler:
         assert cron.jump(after) == fixed
         cron.configure(other={"cron": "*/10 * * * *"})
         cron.jump(before)
-        cron.scheduler._jobs["schedule.other"].seen_at = cron.at
+        next(iter(cron.scheduler._jobs.values())).seen_at = cron.at
         assert cron.jump(after) == other
 
     @pytest.mark.parametrize("back, fixed, other", [
@@ -5277,7 +5282,7 @@ class TestScheduler:
 
     @pytest.mark.parametrize("last, back, fires", [
         ("09:59:59", "10:00:00", ["10:00"]), ("09:59:59", "10:00:09", ["10:00"]), ("09:59:59", "10:00:11", []),
-        ("09:58:59", "10:00:05", []),
+        ("09:30:00", "10:00:05", ["10:00"]), ("09:30:00", "10:00:11", []),
     ])  # fmt: skip
     def test_a_restart_at_the_turn_of_the_minute_loses_nothing(self, by_hand, last, back, fires):
         cron = by_hand(job={"cron": "* * * * *"})
@@ -5285,6 +5290,12 @@ class TestScheduler:
         cron.go(last)
         assert cron.begin(back) == fires
         assert cron.go("10:01") == ["10:01"]
+
+    def test_also_after_some_that_were_missed_for_good(self, by_hand):
+        cron = by_hand(job={"cron": "0 * * * *"})
+        cron.begin("02:50")
+        assert cron.begin("06:10") == []
+        assert cron.begin("07:00:01") == ["07:00"]
 
     def test_what_is_caught_up_runs_one_after_the_other(self, by_hand):
         cron = by_hand(job={"cron": "* * * * *", "catch_up": "all"})
@@ -5299,6 +5310,12 @@ class TestScheduler:
         cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "last"})
         cron.begin("09:00")
         assert cron.begin("10:30") == ["10:00"] and cron.begin("11:00") == []
+
+    def test_one_that_a_clock_ahead_has_met_first_is_caught_up_all_the_same(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "last"})
+        cron.begin("20 09:00")
+        assert cron.begin("15 09:00") == []
+        assert cron.begin("15 10:30") == ["10:00"] and cron.begin("16 10:30") == ["10:00"]
 
     def test_what_is_new_or_changed_or_enabled_counts_from_then_on(self, by_hand):
         cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "all"})
@@ -5346,7 +5363,7 @@ class TestScheduler:
         cron.begin("09:59:30")
         for _ in range(3):
             assert cron.jump("10:00:01") in (["10:00"], [])
-            cron.scheduler._jobs["schedule.job"].seen_at -= 60  # what was noted is lost
+            next(iter(cron.scheduler._jobs.values())).seen_at -= 60  # what was noted is lost
         assert len(cron.told) == 1
 
     def test_a_full_queue_delays_it(self, by_hand):
@@ -5354,10 +5371,10 @@ class TestScheduler:
         cron.is_done = False
         cron.begin("09:59:30")
         cron.store.config.retention.max_queue = 0
-        assert cron.jump("10:00") == [] and cron.wait_s == 5
+        refused("QUEUE_FULL", cron.jump, "10:00")
         cron.store.config.retention.max_queue = 1
         assert cron.jump("10:00:05") == ["10:00"]
-        assert cron.jump("10:01") == []
+        refused("QUEUE_FULL", cron.jump, "10:01")
         cron.store.config.retention.max_queue = 2
         assert cron.jump("10:01:05") == ["10:01"]
 
@@ -5370,6 +5387,9 @@ class TestScheduler:
         cron = by_hand(boot={"cron": "@reboot"})
         assert cron.begin("09:00") == ["09:00"] and cron.jump("09:01") == [] and cron.wait_s is None
         assert cron.begin("10:00") == ["10:00"]
+        assert cron.begin(cron.at + 0.5) == ["10:00"], "two starts within a second"
+        assert cron.begin("08:00") == ["08:00"], "a machine that boots with a clock that is behind"
+        cron.begin("10:00")
         cron.configure(boot={"cron": "@reboot"}, late={"cron": "@reboot", "catch_up": "all"})
         assert cron.jump("10:05") == ["10:05"]
 
@@ -5378,10 +5398,9 @@ class TestScheduler:
         cron.is_done = False
         cron.begin("09:59:30")
         cron.store.database._db.execute("PRAGMA query_only = 1")
-        assert cron.jump("10:00") == []
+        refused("DATABASE_FAILED", cron.jump, "10:00")
         cron.configure(job={"cron": "0 10 * * *"}, more={"cron": "0 11 * * *"})
-        with pytest.raises(apexd.DaemonError):
-            cron.scheduler._look()
+        refused("DATABASE_FAILED", cron.scheduler._look)
         cron.store.database._db.execute("PRAGMA query_only = 0")
         assert cron.jump("10:00:05") == ["10:00"] and len(cron.scheduler._jobs) == 2
 
@@ -5430,6 +5449,17 @@ class TestScheduler:
         before = len(box.json("list", quick=True))
         box.stop()
         assert len(box.json("list", quick=True)) <= before + 1
+
+    def test_a_thread_that_will_not_start_is_named_by_start(self, box):
+        path = os.path.join(box.path, "apexd.py")
+        head, name, tail = read(path).partition("\nclass Scheduler:")
+        failure = """raise RuntimeError("can't start new thread")"""
+        write(path, head + name + tail.replace("self._thread.start()", failure, 1))
+        error = box.error("start", rc=1)
+        assert error["code"] == "start_failed" and error["message"] == "can't start new thread"
+        assert "Traceback" in box.log() and box.run("status", rc=3)
+        for pid in keepers(box):
+            kill(pid)
 
     def test_a_reload_shows_its_plan_and_refuses_what_is_broken(self, box):
         tick, night = {"cron": "@every 1s", "command": "true"}, {"cron": "0 4 * * *", "command": "true"}
@@ -5499,9 +5529,12 @@ class TestCronCommand:
         assert box.json("cron", "next", "30 2 * * *", "--timezone", "UTC", "-n", "3") == fires
         assert len(box.run("cron", "next", "*/5 9-17 * * 1-5").stdout.split("\n")) == 6
         assert box.json("cron", "next", "@reboot") == []
+        assert box.run("cron", "next", "@reboot").stdout == "at the next start\n"
+        box.config({"schedule": {"night": {"cron": "30 2 * * *", "command": "x", "enabled": False}}})
+        assert box.run("cron", "next", "night").stdout == "not enabled\n"
         for words in (["cron", "next"], ["cron", "next", "nope"], ["cron", "next", "*/0 * * * *"], ["cron", "next", "@x"],
                       ["cron", "next", "night", "-n", "0"], ["cron", "next", "@daily", "--timezone", "X"], ["cron", "run", "nope"],
-                      ["cron", "run"], ["cron", "frob"]):  # fmt: skip
+                      ["cron", "run"], ["cron", "frob"], ["cron", "list", "nope"]):  # fmt: skip
             error = box.error(*words, rc=2)
             assert error["code"] == "bad_request" and error["hint"], error
         assert "'*/0'" in box.error("cron", "next", "*/0 * * * *", rc=2)["message"]
