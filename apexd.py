@@ -214,6 +214,7 @@ HTTP_CONNECTIONS_MAX = 32  # one more takes the place of one that has not asked 
 HTTP_TIMEOUT_S = 5.0  # for a request from its first byte to the last of its answer
 HTTP_HEAD_MAX_BYTES = 16 * 1024  # a request's line and headers
 HEALTH_WAIT_S = 2.0  # what gives no answer for so long counts as hung
+CPU_SAMPLE_S = 0.5  # shorter ones are noise: several may look, and the system counts in ticks
 HUNG_S = 30.0  # a loop that is so late counts as hung
 DISK_LOW_BYTES = 256 << 20  # `doctor` and `health` complain
 DISK_FULL_BYTES = 16 << 20  # nothing that is put into the queue is sure to fit
@@ -6171,7 +6172,8 @@ class Instance:
         self.is_rolling = False  # when it is replaced, only while its siblings are ready
         self.log = LogWatch(os.path.join(self.store.folder, "logs", f"proc-{self.id}.log"))
         self.path = os.path.join(self.store.folder, "run", "proc-" + self.id)
-        self._sample = (0.0, 0.0)  # at the last look: monotonic, processor seconds
+        # At the last look: monotonic, processor seconds, percent.
+        self._sample: tuple[float, float, float | None] = (0.0, 0.0, None)
 
     @property
     def spec(self) -> str:
@@ -6385,10 +6387,12 @@ class Instance:
         now, pid, percent = Clock.mono(), self.ward.pid if self.ward is not None else None, None
         cpu_s, memory = usage.get(pid or 0, (None, None))
         if cpu_s is not None:
-            (last, last_s), self._sample = self._sample, (now, cpu_s)
+            last, last_s, percent = self._sample
             if last < self.view.started:  # the first look: since it began
-                last, last_s = self.view.started, 0.0
-            percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+                last, last_s, percent = self.view.started, 0.0, None
+            if percent is None or now - last > CPU_SAMPLE_S:
+                percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+                self._sample = (now, cpu_s, percent)
         uptime_s = int(now - self.view.started) if pid else None
         return {
             "index": self.index, "pid": pid, "state": self.view.state.value,
@@ -8437,23 +8441,22 @@ PRIVATE = frozenset("command args cwd data note reason reasons payload project f
 
 
 class Exposition:
-    """Metrics in Prometheus's text format 0.0.4; those of one name are added together."""
+    """Metrics in Prometheus's text format 0.0.4."""
 
     def __init__(self) -> None:
-        self.text = self._name = ""
+        self._lines: dict[str, list[str]] = {}  # by name
 
-    def add(
-        self, name: str, help: str, value: float | None, suffix: str = "", **labels: object
-    ) -> None:
+    def add(self, name: str, help: str, value: Any, suffix: str = "", **labels: object) -> None:
         """Add a sample, unless its value is not known; suffix: of a histogram's parts."""
-        kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
-        head = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
-        escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-        shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
         if value is not None:
-            self.text += "" if name == self._name else head
-            self._name = name
-            self.text += f"{name}{suffix}{{{shown}}} {value}\n"
+            kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
+            head = f"# HELP {name} {help}\n# TYPE {name} {kind}"
+            escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+            shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
+            self._lines.setdefault(name, [head]).append(f"{name}{suffix}{{{shown}}} {value}")
+
+    def __str__(self) -> str:
+        return "\n".join([*itertools.chain(*self._lines.values()), ""])
 
 
 class HealthVerbs:
@@ -8561,16 +8564,14 @@ class HealthVerbs:
         found.add("process_resident_memory_bytes", "The daemon's own.", Platform.own_memory())
         names = list(self._store.config.processes)
         looks = [(name, one) for name, of in zip(names, self._processes.look(names)) for one in of]
-        fields: dict[str, Callable[[Fields], Any]] = {
-            "up": lambda one: int(one["state"] in ("running", "unhealthy")),
-            "restarts_total": lambda one: one["restart_count"],
-            "memory_bytes": lambda one: one["memory_bytes"],
-            "cpu_ratio": lambda one: one["cpu_percent"] and one["cpu_percent"] / 100,
-        }
-        for (kind, read), (name, one) in itertools.product(fields.items(), looks):
-            labels = {"process": name, "instance": one["index"]}
-            found.add(f"apexd_process_{kind}", "Of each instance.", read(one), **labels)
-        return {"text": found.text, **about.to_dict()}
+        for name, one in looks:
+            add = functools.partial(found.add, process=name, instance=one["index"])
+            add("apexd_process_up", "1: it is.", int(one["state"] in ("running", "unhealthy")))
+            add("apexd_process_restarts_total", "By the daemon.", one["restart_count"])
+            add("apexd_process_memory_bytes", "With its children.", one["memory_bytes"])
+            ratio = one["cpu_percent"] and one["cpu_percent"] / 100
+            add("apexd_process_cpu_ratio", "Of one processor.", ratio)
+        return {"text": str(found), **about.to_dict()}
 
 
 PAGE = """<!DOCTYPE html>
@@ -8890,9 +8891,8 @@ class HealthServer:
         status, request = read_request(head)
         place = connection.getsockname()[0].replace("::ffff:", "")  # IPv4 at a socket for both
         status = status or self._refuse(request, place)
-        answer = (status, "text/plain", f"{status}\n")
-        if not status:
-            answer = self._answer(request, deadline)
+        refusal = (status, "text/plain", f"{status}\n")
+        answer = refusal if status else self._answer(request, deadline)
         response = make_response(*answer, getattr(request, "command", "") != "HEAD")
         connection.settimeout(max(deadline - Clock.mono(), 0.1))
         idle[connection] = Clock.mono()  # who reads slowly keeps nobody out

@@ -10867,7 +10867,7 @@ class TestHttp:
         """I6"""
         name, odd = 'a"b\\c', apexd.Exposition()
         odd.add("odd", "Odd.", 1, of='a"b\\c\nd', other="")
-        assert odd.text.split("\n")[2] == 'odd{of="a\\"b\\\\c\\nd",other=""} 1'
+        assert str(odd).split("\n")[2] == 'odd{of="a\\"b\\\\c\\nd",other=""} 1'
         box.config({"group": {name: {"max_concurrent": 2}}, "process": {"web": {"command": "sleep 600"}}})
         box.start()
         until_all(box, "web", "running")
@@ -10911,6 +10911,15 @@ class TestHttp:
                 assert box.json("health", rc=2)["overall"] == "unhealthy"
             finally:
                 os.kill(box.pid(), signal.SIGCONT)
+
+    @linux
+    def test_several_who_look_see_the_same_use_of_the_processor(self, box):
+        box.config({"process": {"busy": {"command": "while :; do :; done"}}})
+        box.start()
+        use = lambda: page_json(box, "/api/processes")["processes"][0]["cpu_percent"]
+        eventually(use)
+        seen = [use() for _ in range(12)]
+        assert len(set(seen)) <= 4 and 0 < min(seen) <= max(seen) < 150, seen
 
     def test_a_daemon_that_stops_is_not_ready(self, box):
         """I8"""
