@@ -930,6 +930,7 @@ if sys.platform == "win32":
 
         boot_id = staticmethod(lambda: "")
         user = staticmethod(lambda: 0)
+        name_of = staticmethod(lambda uid: os.environ.get("USERNAME", "user"))
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
         distrust = staticmethod(lambda info, root_too=True: None)
@@ -1240,8 +1241,9 @@ else:
             """Tell a service manager something, if it listens (sd_notify(3)); never waits."""
             if address[:1] == "@":  # an abstract one
                 address = "\0" + address[1:]
-            mouth = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            with mouth, contextlib.suppress(OSError):
+            kind = socket.AF_UNIX, socket.SOCK_DGRAM
+            # Nobody listens, or there is no descriptor left.
+            with contextlib.suppress(OSError), socket.socket(*kind) as mouth:
                 mouth.setblocking(False)
                 mouth.sendto(text.encode(), address)
 
@@ -1273,16 +1275,17 @@ else:
                 count = int(os.environ.get("LISTEN_FDS", "")) if told == str(os.getpid()) else 0
                 names = os.environ.get("LISTEN_FDNAMES", "").split(":")
                 for fd, name in zip(range(3, 3 + count), names):
-                    taken[name] = socket.socket(fileno=fd)
-                    os.set_inheritable(fd, False)
+                    handed = socket.socket(fileno=fd)
+                    handed.set_inheritable(False)
+                    if handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        taken[name] = handed
             return taken
-
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
 
             Return it and its path: `path`, or one in a folder outside when that is too long or
-            closed to `owner`. The umask is 077: nobody else could connect meanwhile.
+            closed to `owner`.
             """
             is_other = owner not in (None, os.geteuid())
             path = self.place_socket(os.path.dirname(os.path.dirname(path)), path, is_other)
@@ -1290,6 +1293,7 @@ else:
                 os.unlink(path)  # a dead daemon's: we hold the lock
             bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             bound.bind(path)
+            os.chmod(path, 0o600)  # whatever daemon.umask is
             if is_other:
                 os.chown(path, owner or 0, -1)
             return bound, path
@@ -1307,6 +1311,7 @@ else:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with _short_path(path) as name:
                 listener.bind(name)
+                os.chmod(name, 0o600)  # whatever daemon.umask is
             listener.listen(128)
             return listener, {"socket": os.path.basename(path)}
 
@@ -1346,12 +1351,16 @@ else:
                 uid = struct.unpack_from("II", connection.getsockopt(0, 1, 76))[1]
             return None if uid == os.geteuid() else int(uid)
 
+        def name_of(self, uid: int) -> str:
+            """Return a user's name; of one without a name the number, as sudo(8) takes it."""
+            with contextlib.suppress(KeyError):
+                return pwd.getpwuid(uid).pw_name
+            return f"#{uid}"
+
         def distrust(self, info: os.stat_result, root_too: bool = True) -> str | None:
             """Name who else can write a file, but for root: a user, "others", None: nobody."""
             if info.st_uid != os.geteuid() and (info.st_uid or not root_too):
-                with contextlib.suppress(KeyError):
-                    return pwd.getpwuid(info.st_uid).pw_name
-                return f"#{info.st_uid}"
+                return self.name_of(info.st_uid)
             return "others" if info.st_mode & 0o022 else None
 
         def network_file_system(self, path: str, table: str = "/proc/self/mountinfo") -> str | None:
@@ -2167,6 +2176,9 @@ TABLES = {  # kinds of which users name each one, and where a Config has them
     "group": "groups", "process": "processes", "schedule": "schedules", "watch": "watches",
     "hook": "hooks",
 }  # fmt: skip
+AT_START = {  # what a reload leaves to the next start
+    f"daemon.{key}" for key in "user group umask work_dir stdout stderr socket pid_file".split()
+}
 FORMER_NAMES = {
     "maxConcurrentTasks": "daemon.max_concurrent",
     "max_parallel_actions": "daemon.max_concurrent",
@@ -2327,7 +2339,10 @@ class Config:
         lines = [f"added {key} = {after[key]}" for key in after.keys() - before.keys()]
         lines += [f"removed {key}" for key in before.keys() - after.keys()]
         both = before.keys() & after.keys()
-        lines += [f"changed {k}: {before[k]} -> {after[k]}" for k in both if before[k] != after[k]]
+        for key in both:
+            if before[key] != after[key]:
+                late = ", at the next start" if key in AT_START else ""
+                lines.append(f"changed {key}: {before[key]} -> {after[key]}{late}")
         return sorted(lines)
 
 
@@ -2372,10 +2387,17 @@ def write_default_config(folder: str) -> str:
     return path
 
 
-def find_config(folder: str) -> str | None:
-    """Return the configuration file of a state folder, None when it has none."""
+def find_config(folder: str, is_alone: bool = False) -> str | None:
+    """Return the configuration file of a state folder, None when it has none.
+
+    Raises CONFIG_INVALID when it has several and is_alone: the first start writes config.toml,
+    and nobody would read a config.json that is written later.
+    """
     paths = [os.path.join(folder, "config." + kind) for kind in ("toml", "json", "yaml")]
-    return next(filter(os.path.lexists, paths), None)
+    path, *others = [*filter(os.path.lexists, paths), None]
+    if is_alone and len(others) > 1:
+        raise _broken(path, f"{others[0]} is there, too", "keep one of them")
+    return path
 
 
 def read_users_file(path: str) -> bytes:
@@ -2626,7 +2648,7 @@ class PidFile:
             os.write(fd, json.dumps(me).encode())
             if role == "daemon":
                 if self._plain_path:
-                    write_atomically(self._plain_path, f"{os.getpid()}\n", 0o644)
+                    write_atomically(self._plain_path, f"{os.getpid()}\n")
                 write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
         except BaseException as error:
             os.close(fd)
@@ -2648,10 +2670,11 @@ class PidFile:
     def release(self) -> None:
         """Remove the PID file if it is ours, then let go of the lock."""
         if self._fd is not None:
-            with contextlib.suppress(DaemonError, OSError):
+            with contextlib.suppress(DaemonError, OSError, ValueError):
                 if self.is_held() and self.read().get("pid") == os.getpid():
                     insist(os.unlink, self.path)
-                    if self._plain_path:
+                    mine = b"%d\n" % os.getpid()
+                    if self._plain_path and read_file(self._plain_path, trusted=False) == mine:
                         insist(os.unlink, self._plain_path)
             os.close(self._fd)
             self._fd = None
@@ -7949,13 +7972,13 @@ class ControlServer:
             self._acceptor.close()
         near = os.path.join(self._folder, "control.sock")
         try:
-            if self._inherited is not None:
-                listener, path = self._inherited.dup(), self._inherited.getsockname()
-                if not isinstance(path, str):
-                    raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
-                self._endpoint = {"socket": path}
+            path = self._inherited.getsockname() if self._inherited is not None else ""
+            if not isinstance(path, str):
+                raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
+            if self._inherited is not None and file_id(path):
+                listener, self._endpoint = self._inherited.dup(), {"socket": path}
             else:
-                path = self._place
+                path, self._inherited = self._place, None  # what was handed over was removed
                 if path == near:
                     path = Platform.place_socket(self._folder, path)
                 elif os.path.isfile(path):
@@ -8071,7 +8094,7 @@ class Project(Value):
 
     def load_config(self) -> Config:
         """Read the configuration; one that was not there before counts too."""
-        path = self.config_path or find_config(self.folder)
+        path = self.named_config or find_config(self.folder, is_alone=True)
         return load_config(path, overrides=self.overrides)
 
     @property
@@ -9016,10 +9039,9 @@ class ServiceManager:
 
     def __init__(self, is_ours: bool) -> None:
         self._address = os.environ.get("NOTIFY_SOCKET", "") if is_ours else ""
-        is_watched = os.environ.get("WATCHDOG_PID") == str(os.getpid()) and self._address
-        within_us = os.environ.get("WATCHDOG_USEC", "") if is_watched else ""
-        is_number = re.fullmatch("[1-9][0-9]{0,15}", within_us)
-        self.tick_s = int(within_us) / 2e6 if is_number else None  # half of it; None: no watchdog
+        is_watched = self._address and os.environ.get("WATCHDOG_PID") == str(os.getpid())
+        usec = re.fullmatch("[1-9][0-9]{3,15}", os.environ.get("WATCHDOG_USEC", ""))
+        self.tick_s = int(usec[0]) / 2e6 if usec and is_watched else None  # half; None: unwatched
 
     def tell(self, *lines: str, watchdog_s: float = 0.0) -> None:
         """Send lines such as READY=1; watchdog_s: what a watchdog allows from now on."""
@@ -9123,7 +9145,7 @@ class Daemon:
         make_state_folder(self._project.folder, self._project.path)
         take_lock(self._pid_file, self._project)
         try:
-            self._open_log()
+            self._open_log(self._config)
             outputs = settle_in(self._config.daemon, self._project, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._manager.tell("STATUS=starting", watchdog_s=RECOVERY_S)
@@ -9145,9 +9167,9 @@ class Daemon:
             self._pid_file.release()
             logging.shutdown()
 
-    def _open_log(self) -> None:
-        path = self._project.file("daemon.log", self._config.log.file)
-        open_log(path, self._config.log, self._foreground)
+    def _open_log(self, config: Config) -> None:
+        path = self._project.file("daemon.log", config.log.file)
+        open_log(path, config.log, self._foreground)
 
     def _make_parts(self) -> None:
         folder, keepers = self._project.folder, Keepers(self._project.folder)
@@ -9225,6 +9247,7 @@ class Daemon:
             self._is_over = len(ended) == 2
             if name in ("leave", "failed", *_STOPS) and not self._runner.is_draining:
                 self.publish("daemon.stopping", {"why": name}, "daemon")
+                self._manager.tell("STOPPING=1", f"STATUS=stopping: {name}")
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
@@ -9246,7 +9269,6 @@ class Daemon:
                 how = "shutting down gracefully" if is_first else "again, stopping at once"
                 log.info("Received %s, %s", name, how)
                 log.info("Waiting for %d tasks", self._runner.get_metrics().active_task_count)
-                self._manager.tell("STOPPING=1", f"STATUS={how}")
                 self._scheduler.stop()
                 self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
                 if not is_first:
@@ -9258,7 +9280,7 @@ class Daemon:
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
-            self._open_log()
+            self._open_log(self._config)
             self._store.event_log.close()
             log.info("reopened the log")
             if self._config.daemon.on_usr2:
@@ -9283,22 +9305,23 @@ class Daemon:
 
     def _reload(self) -> list[str]:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
-        with self._reload_lock:
+        with self._reload_lock, contextlib.ExitStack() as stack:
+            self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
+            stack.callback(self._manager.tell, "READY=1")
             try:
-                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
                 new = self._project.load_config()
                 check_watches(new, self._project.path, self._project.config_path)
+                if new.log != self._config.log:
+                    self._open_log(new)
                 if new.health != self._config.health:
                     self._http.listen(new.health, self._sockets.get("http"), self._config.health)
             except DaemonError as error:
+                with contextlib.suppress(DaemonError):
+                    self._open_log(self._config)  # as it was
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
-            finally:
-                self._manager.tell("READY=1")
             plan = self._config.plan(new)
             old, self._config, self._store.config = self._config, new, new
-            if new.log != old.log:
-                self._open_log()
             self._supervisor.reload(old)
             self._scheduler.reload()
             self._watches.reload()
@@ -9345,9 +9368,8 @@ class Daemon:
             Platform.reap_orphans(self._keepers.has_child)
 
     def _write_state(self) -> None:
-        about = describe_work(self._supervisor, self._config)
-        text = json.dumps({**self._status(), **about}, indent=1)
-        write_atomically(self._project.file("state.json"), text + "\n")
+        state = {**self._status(), **describe_work(self._supervisor, self._config)}
+        write_atomically(self._project.file("state.json"), json.dumps(state, indent=1) + "\n")
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
@@ -9660,7 +9682,7 @@ _INIT_SCRIPT = """\
 # Default-Stop:      0 1 6
 # Short-Description: apexd, the background work of a project
 ### END INIT INFO
-[ -x @PYTHON@ ] || exit 5
+{ [ -x @PYTHON@ ] && [ -r @PROGRAM@ ]; } || exit 5
 case ${1-} in
   start | stop | restart | reload | status) verb=$1 ;;
   force-reload) verb=reload ;;
@@ -9698,6 +9720,9 @@ def make_service(kind: str, project: Project, user: str) -> str:
     is_elsewhere = os.path.dirname(project.folder) != project.path
     words += ["--state", project.folder] if is_elsewhere else []
     words += ["--config", project.told["config"]] if project.told["config"] else []
+    if not all(map(str.isprintable, words)):
+        hint = "give the folder a plain name, or start the daemon by hand"
+        raise bad("a path here has characters that no service manager's file can hold", hint)
     place, run_as, stop_s = "/etc/systemd/system", f"User={user}\n", stop_s + 2 * STOP_MARGIN_S
     if kind == "launchd":
         about: Fields = {"Label": name, "ProgramArguments": [*words, "start", "--foreground"]}
@@ -9714,7 +9739,8 @@ def make_service(kind: str, project: Project, user: str) -> str:
     else:  # systemd.syntax(7)
         words = [re.sub(r'(["\\])', r"\\\1", word).replace("$", "$$") for word in words]
         command = " ".join(f'"{word}"' for word in words).replace("%", "%%")
-    fields = {"NAME": name, "PROJECT": project.path.replace("%", "%%"), "COMMAND": command}
+    fields = {"NAME": name, "COMMAND": command, "PROGRAM": shlex.quote(os.path.abspath(__file__))}
+    fields.update(PROJECT=re.sub(r"([%\\])", r"\1\1", project.path))
     fields.update(PYTHON=shlex.quote(sys.executable), STOP=f"{stop_s:.0f}", PLACE=place)
     fields.update(USER=run_as, TARGET=target)
     text = {"sysv": _INIT_SCRIPT, "windows": _WINDOWS}.get(kind, _UNIT)
@@ -9821,16 +9847,18 @@ def become_owner(args: Args) -> None:
     """As root, become `daemon.user` for good if the state folder is that user's.
 
     Before anything in there is opened as root: its owner could have put a link to something
-    else in a file's place. Raises PERMISSION_DENIED.
+    else in a file's place. Raises PERMISSION_DENIED, CONFIG_INVALID.
     """
     folder = find_folders(args.project, args.state)[1]
     owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
+    path = args.config or find_config(folder)
     options: Fields = {}
     try:
         os.seteuid(owner)
-        options = dict(_load(args.config or find_config(folder) or "")["daemon"]) if owner else {}
-    except (DaemonError, LookupError, TypeError, ValueError):
-        pass  # refused where it is read in earnest
+        if owner and path and os.access(path, os.R_OK, effective_ids=True):
+            options.update(_load(path)["daemon"])
+    except (LookupError, TypeError, ValueError):
+        pass  # without daemon.user the folder is refused
     finally:
         os.seteuid(0)
     if not options.get("user"):
@@ -10460,7 +10488,7 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
         who = Platform.distrust(os.stat(place))
         yield place, who is None, f"can be written by {who or 'its owner only'}"
     for name, look, text in (
-        ("configuration", lambda: load_config(project.config_path), project.config_path or "none"),
+        ("configuration", project.load_config, project.config_path or "none"),
         ("queue", lambda: manager.call("list", {"limit": 1}), "can be read"),
     ):
         try:
@@ -10485,9 +10513,8 @@ def cmd_init(args: Args) -> int:
 @register("service", arg("kind", choices=("systemd", "systemd-user", "sysv", "launchd", "windows")))
 def cmd_service(args: Args) -> int:
     """Print what makes this project's daemon a service here, run by you."""
-    import getpass
-
-    text = make_service(args.kind, client_of(args).project, getpass.getuser())
+    project = client_of(args).project
+    text = make_service(args.kind, project, Platform.name_of(Platform.user()).lstrip("#"))
     return emit({"text": text}, args, text[:-1])
 
 

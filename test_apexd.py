@@ -11896,8 +11896,37 @@ class TestNotify:
         message = systemd.until("RELOADING")
         assert before * 1e6 <= int(message["MONOTONIC_USEC"]) <= time.monotonic() * 1e6
         systemd.until("READY")
+        assert times_logged(box, "reloaded: ") == 1, "it is ready when that is done"
         os.kill(daemon.pid, signal.SIGTERM)
         systemd.until("STOPPING")
+        assert daemon.wait(20) == 0
+
+    def test_it_hears_too_that_the_daemon_leaves_or_fails(self, box):
+        systemd = Systemd(box)
+        daemon = systemd.start(box)
+        systemd.until("READY")
+        box.request({"type": "shutdown", "keep": True})
+        assert systemd.until("STOPPING")["STATUS"] == "stopping: leave"
+        assert daemon.wait(20) == 0
+        failing = {"command": "exit 3", "critical": True, "restart": "never"}
+        box.config({}, process={"web": failing})
+        daemon = systemd.start(box)
+        systemd.until("STOPPING")
+        assert daemon.wait(20) == 1
+
+    def test_a_daemon_with_no_descriptor_left_goes_on(self, box):
+        import resource
+
+        systemd = Systemd(box)
+        daemon = systemd.start(box, WATCHDOG_USEC="200000")
+        systemd.until("WATCHDOG")
+        former = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, former[1]))
+        systemd.silent_for(0.5)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, former)
+        systemd.until("WATCHDOG")
+        box.until(box.add("true"), "succeeded")
+        daemon.terminate()
         assert daemon.wait(20) == 0
 
     @pytest.mark.parametrize("pid, usec", [("1", "100000"), ("", "0"), ("", "soon")])
@@ -12054,6 +12083,26 @@ class TestSocketActivation:
             child = Systemd(box).start(box, "", listener.fileno(), LISTEN_FDS="1", LISTEN_FDNAMES="control")
             assert child.wait(20) == 73 and b"has no path" in child.stderr.read()
 
+    @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+    def test_a_socket_at_which_nobody_listens_is_passed_over(self, box, kind):
+        with socket.socket(socket.AF_UNIX, kind) as bound:
+            bound.bind(os.path.join(box.root, "control"))
+            daemon = self.start(box, bound)
+            assert box.request({"type": "ping"})["pid"] == daemon.pid
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+
+    def test_a_socket_that_was_removed_is_replaced_by_one_of_ours(self, box):
+        box.config({"daemon": {"poll_interval": 0.1}})
+        listener = self.listen(box)
+        daemon = self.start(box, listener)
+        os.unlink(listener.getsockname())
+        eventually(lambda: read(box.file("endpoint")).count("control.sock"))
+        assert box.json("status")["pid"] == daemon.pid
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+        assert not os.path.exists(box.file("control.sock"))
+
     def test_http_too_is_answered_by_the_next_daemon(self, box):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
@@ -12106,6 +12155,24 @@ class TestServiceOptions:
         assert tuple(os.readlink(f"/proc/{pid}/fd/{n}") for n in range(3)) == files
         box.until(box.add("true"), "succeeded")
 
+    def test_no_umask_opens_a_socket_to_others(self, box):
+        web = {"command": "sleep 500", "ready": {"notify": True}}
+        box.config({"daemon": {"umask": "000"}}, process={"web": web})
+        box.start()
+        for name in ("control.sock", "run/notify-web.0"):
+            eventually(lambda: os.path.exists(box.file(name)))
+            assert stat.S_IMODE(os.stat(box.file(name)).st_mode) == 0o600, name
+
+    def test_a_pid_file_that_is_anothers_by_now_is_left_alone(self, boxes):
+        number = os.path.join(boxes().root, "number")
+        first, second = boxes(), boxes()
+        for box in (first, second):
+            box.start("--pid-file", number)
+        first.stop()
+        assert read(number) == f"{second.pid()}\n"
+        second.stop()
+        assert not os.path.exists(number)
+
     @pytest.mark.parametrize("name", ["work_dir", "stdout", "stderr", "pid_file", "socket"])
     def test_a_path_that_cannot_be_used_is_named_and_nothing_is_left(self, box, name):
         place = write(os.path.join(box.root, "file"), "mine") + "/x"
@@ -12143,6 +12210,36 @@ class TestServiceOptions:
         (late,) = [line for line in lines if "rate limited" in line["message"]]
         assert late["level"] == "warn"
         assert re.fullmatch(r"Task 1 rate limited, comes back at \d{4}-\S+Z", late["message"])
+
+    def test_a_second_configuration_is_not_passed_over_in_silence(self, box):
+        pid = box.start()
+        write(box.file("config.yaml"), "{}")
+        for words in (["reload"], ["restart"]):
+            assert "config.yaml is there, too" in box.error(*words, rc=78)["message"]
+        assert "BAD configuration" in box.run("doctor", rc=1).stdout
+        assert box.pid() == pid
+        box.stop()
+        assert "config.yaml is there, too" in box.error("start", rc=78)["message"]
+        box.start("--config", box.file("config.json"))
+
+    def test_a_reload_says_what_has_to_wait_for_the_next_start(self, box):
+        box.start()
+        box.config({"daemon": {"umask": "027", "max_concurrent": 7}})
+        shown = box.run("reload").stdout
+        assert "daemon.umask: 077 -> 027, at the next start\n" in shown and "7\n" in shown
+
+    def test_a_reload_to_a_log_or_an_address_that_cannot_be_had_changes_nothing(self, box):
+        log, web = os.path.join(box.root, "log"), {"web": {"command": "sleep 500"}}
+        box.start()
+        for more in ({"log": {"file": log + "/x"}}, {"log": {"file": log}, "health": {"host": "203.0.113.7"}}):
+            write(log, "")
+            box.config({}, process=web, **more)
+            for _ in range(2):
+                assert box.error("reload", rc=73)["message"] and box.json("ps") == []
+            assert "reload refused" in box.log() and "refused" not in read(log)
+        box.config({}, process=web)
+        assert "added process.web" in box.run("reload").stdout
+        eventually(lambda: [one["state"] for one in box.json("ps")] == ["running"])
 
     @linux
     @needs("bash")
@@ -12358,6 +12455,8 @@ for act in (os.setuid, os.seteuid, os.setgid, lambda number: os.setgroups([numbe
             assert place in error["message"], error
         os.chmod(os.path.join(box.path, "apexd.py"), 0o600)
         assert "apexd.py" in box.error("start", rc=77)["message"]
+        write(box.file("config.json"), "{")
+        assert "config.json: cannot be parsed" in box.error("start", rc=78)["message"]
 
     def test_a_user_that_does_not_exist_or_is_not_ours_is_refused(self, box):
         for user in ({"user": "no such"}, {"user": "nobody", "group": "no such"}, {"group": "no such"}):
@@ -12410,6 +12509,30 @@ class TestService:
         assert f'"{odd}"'.replace("%", "%%").replace("$", "$$") in read(unit)
         assert ("User=" in read(unit)) == (kind == "systemd")
 
+    @other_user
+    @pytest.mark.parametrize("number, name", [(65534, "nobody"), (54321, "54321")])
+    def test_the_user_is_who_calls_whatever_the_environment_says(self, box, number, name):
+        for folder in (box.root, box.path):
+            os.chmod(folder, 0o755)
+        os.chown(box.path, number, number)
+        words = ["setpriv", "--reuid", number, "--regid", number, "--clear-groups", "/usr/bin/python3", "-B"]
+        words += [os.path.join(box.path, "apexd.py"), "--state", os.path.join(box.path, "new"), "service", "systemd"]
+        os.chmod(words[-5], 0o644)
+        for env in ({}, {"USER": "somebody", "LOGNAME": "somebody"}):
+            done = subprocess.run([*map(str, words)], cwd=box.path, env=env, capture_output=True, text=True)
+            assert f"\nUser={name}\n" in done.stdout, done
+
+    @posix
+    @pytest.mark.parametrize("name", ["a\nb", "a\x01", os.fsdecode(b"a\xff")])
+    def test_a_path_that_no_such_file_can_hold_is_said_so(self, box, name):
+        odd = os.path.join(box.root, name)
+        try:
+            os.mkdir(odd)
+        except OSError:
+            pytest.skip("this file system has no such names")
+        for kind in ("systemd", "sysv", "launchd", "windows"):
+            assert box.error("--project", odd, "service", kind, rc=2)["code"] == "bad_request"
+
     def test_a_plist_is_one(self, box):
         import plistlib
 
@@ -12440,6 +12563,8 @@ class TestService:
         assert [call("status"), call("start"), call("stop"), call("status")] == [1, 0, 0, 3]
         box.config({"daemon": {"nonsense": 1}})
         assert [call("start"), call("restart"), call(), call("dance")] == [6, 6, 2, 2]
+        os.unlink(os.path.join(box.path, "apexd.py"))
+        assert [call("status"), call("start")] == [5, 5]
 
 
 def has_slurm():
