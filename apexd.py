@@ -8876,8 +8876,7 @@ class HealthServer:
         with contextlib.suppress(ValueError, DaemonError):
             known = read_json(self._path) or {}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        kinds = [(one, socket.SOCK_STREAM) for one in (socket.AF_INET, socket.AF_INET6)]
-        if inherited and (inherited.family, inherited.type) not in kinds:
+        if inherited and inherited.family not in (socket.AF_INET, socket.AF_INET6):
             hint = "give it a ListenStream= with a port"
             raise DaemonError("CANNOT_CREATE", "the socket named http is not one of TCP", hint)
         for number in [port] if port else [known.get("port"), 0]:
