@@ -214,6 +214,7 @@ HTTP_CONNECTIONS_MAX = 32  # one more takes the place of one that has not asked 
 HTTP_TIMEOUT_S = 5.0  # for a request from its first byte to the last of its answer
 HTTP_HEAD_MAX_BYTES = 16 * 1024  # a request's line and headers
 HEALTH_WAIT_S = 2.0  # what gives no answer for so long counts as hung
+CPU_SAMPLE_S = 0.5  # shorter ones are noise: several may look, and the system counts in ticks
 HUNG_S = 30.0  # a loop that is so late counts as hung
 DISK_LOW_BYTES = 256 << 20  # `doctor` and `health` complain
 DISK_FULL_BYTES = 16 << 20  # nothing that is put into the queue is sure to fit
@@ -2009,6 +2010,7 @@ def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
 
 
 # Names that children can be started as; `identity` says what is wrong with one.
+listen_host = matching(r"[\w.%:-]+", "an address or a name, such as 127.0.0.1, ::1, 0.0.0.0")
 user_name = reader("a user", lambda name: Platform.identity(line_of_text(name), None))
 group_name = reader("a group", lambda name: Platform.identity(None, line_of_text(name)))
 
@@ -2105,7 +2107,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     },
     "health": {
         "enabled": (truth, True, "answer HTTP: health, metrics, the status page"),
-        "host": (line_of_text, "127.0.0.1", "the address to listen on"),
+        "host": (listen_host, "127.0.0.1", "the address to listen on"),
         "port": (integer(0, 65535), 0, "0: that of the last time, else any free one"),
     },
     "group": {
@@ -6190,7 +6192,8 @@ class Instance:
         self.is_rolling = False  # when it is replaced, only while its siblings are ready
         self.log = LogWatch(os.path.join(self.store.folder, "logs", f"proc-{self.id}.log"))
         self.path = os.path.join(self.store.folder, "run", "proc-" + self.id)
-        self._sample = (0.0, 0.0)  # at the last look: monotonic, processor seconds
+        # At the last look: monotonic, processor seconds, percent.
+        self._sample: tuple[float, float, float | None] = (0.0, 0.0, None)
 
     @property
     def spec(self) -> str:
@@ -6404,10 +6407,12 @@ class Instance:
         now, pid, percent = Clock.mono(), self.ward.pid if self.ward is not None else None, None
         cpu_s, memory = usage.get(pid or 0, (None, None))
         if cpu_s is not None:
-            (last, last_s), self._sample = self._sample, (now, cpu_s)
+            last, last_s, percent = self._sample
             if last < self.view.started:  # the first look: since it began
-                last, last_s = self.view.started, 0.0
-            percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+                last, last_s, percent = self.view.started, 0.0, None
+            if percent is None or now - last > CPU_SAMPLE_S:
+                percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+                self._sample = (now, cpu_s, percent)
         uptime_s = int(now - self.view.started) if pid else None
         return {
             "index": self.index, "pid": pid, "state": self.view.state.value,
@@ -7844,7 +7849,7 @@ class Acceptor:
         self.listener, self._serve, self._spare_s = listener, serve, spare_s
         self._room = threading.BoundedSemaphore(most)
         self._idle: dict[socket.socket, float] = {}  # since when; the longest first
-        self._is_over, self._watched = False, Watched()
+        self._is_over, self._is_short, self._watched = False, False, Watched()
         listener.setblocking(False)
         self._watched.add(listener, self._accept)
         threading.Thread(target=self._accept_all, name=name, daemon=True).start()
@@ -7859,6 +7864,7 @@ class Acceptor:
     def _accept_all(self) -> None:
         while not self._is_over:
             self._watched.wait(float("inf"))
+        self._watched.close()
 
     def _accept(self) -> None:
         peer: Any = None
@@ -7874,10 +7880,12 @@ class Acceptor:
                             idle.shutdown(socket.SHUT_RDWR)
             self._idle[peer] = Clock.mono()
             threading.Thread(target=self._talk, args=(peer,), name="talk", daemon=True).start()
+            self._is_short = False
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             if self._is_over or isinstance(error, BlockingIOError):
                 return
-            log.warning("a connection was refused: %s", error)
+            (log.debug if self._is_short else log.warning)("a connection was refused: %s", error)
+            self._is_short = True  # said once: it is tried again and again
             if isinstance(error, RuntimeError):
                 self._idle.pop(peer, None)
                 self._room.release()
@@ -8435,23 +8443,22 @@ PRIVATE = frozenset("command args cwd data note reason reasons payload project f
 
 
 class Exposition:
-    """Metrics in Prometheus's text format 0.0.4; those of one name are added together."""
+    """Metrics in Prometheus's text format 0.0.4."""
 
     def __init__(self) -> None:
-        self.text = self._name = ""
+        self._lines: dict[str, list[str]] = {}  # by name
 
-    def add(
-        self, name: str, help: str, value: float | None, suffix: str = "", **labels: object
-    ) -> None:
+    def add(self, name: str, help: str, value: Any, suffix: str = "", **labels: object) -> None:
         """Add a sample, unless its value is not known; suffix: of a histogram's parts."""
-        kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
-        head = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
-        escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
-        shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
         if value is not None:
-            self.text += "" if name == self._name else head
-            self._name = name
-            self.text += f"{name}{suffix}{{{shown}}} {value}\n"
+            kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
+            head = f"# HELP {name} {help}\n# TYPE {name} {kind}"
+            escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+            shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
+            self._lines.setdefault(name, [head]).append(f"{name}{suffix}{{{shown}}} {value}")
+
+    def __str__(self) -> str:
+        return "\n".join([*itertools.chain(*self._lines.values()), ""])
 
 
 class HealthVerbs:
@@ -8481,35 +8488,38 @@ class HealthVerbs:
         yield (1, f"set back by {span(back_s)}") if back_s > CLOCK_JUMP_S else (0, "goes on")
         late_s = Clock.mono() - self._runner.meters.due_mono
         yield (2, f"hangs, for {span(late_s)}") if late_s > HUNG_S else (0, "turns")
-        free = shutil.disk_usage(self._store.folder).free
-        yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
+        try:
+            free = shutil.disk_usage(self._store.folder).free
+            yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
+        except OSError as error:
+            yield 2, f"the state folder: {error.strerror}"
         status = self._supervisor.status()
         down = ", ".join(f"{name} ({state})" for name, state in status["down"].items())
         yield (1, f"down: {down}") if down else (0, f"{status['running_instances']} running")
         obstacle, silent = self._runner.keepers.obstacle, self._runner.keepers.silent()
         late = (1, f"PID {silent[0]} owes an answer") if silent else (0, "answers")
         yield (2, obstacle) if obstacle else late
-        self._store.database.probe()
-        yield 0, "writable"
-
-    def _look(self, found: list[tuple[int, str]]) -> None:
         try:
-            found.extend(self._check())
-        except (DaemonError, OSError) as error:
-            found.append((2, str(error)))
+            self._store.database.probe()
+            yield 0, "writable"
+        except DaemonError as error:  # no path: whoever reaches the port reads this
+            yield 2, error.message.replace(self._store.folder + os.sep, "")
 
     def _health(self) -> Fields:
         """Return {"overall": the worst, "checks": {name: {"status", "detail"}}}."""
         with self._lock:
             if not self._checking.is_alive():
-                self._found = []
-                look = functools.partial(self._look, self._found)
+                found: list[tuple[int, str]] = []
+                look, self._found = (lambda: found.extend(self._check())), found
                 self._checking = threading.Thread(target=look, name="health", daemon=True)
-                self._checking.start()
+                with contextlib.suppress(RuntimeError):  # no thread to be had
+                    self._checking.start()
             checking, found = self._checking, self._found
-        checking.join(HEALTH_WAIT_S)
-        missing = [(2, f"no answer within {span(HEALTH_WAIT_S)}")] * len(CHECKS)
-        seen = [*zip(CHECKS, [*found, *missing])]
+        if checking.ident:
+            checking.join(HEALTH_WAIT_S)
+        hung = f"no answer within {span(HEALTH_WAIT_S)}"
+        why = hung if checking.is_alive() else "it could not be looked at"
+        seen = [*zip(CHECKS, [*found, *[(2, why)] * len(CHECKS)])]
         checks = {name: {"status": LEVELS[level], "detail": text} for name, (level, text) in seen}
         return {"overall": LEVELS[max(level for _, (level, _) in seen)], "checks": checks}
 
@@ -8556,15 +8566,14 @@ class HealthVerbs:
         found.add("process_resident_memory_bytes", "The daemon's own.", Platform.own_memory())
         names = list(self._store.config.processes)
         looks = [(name, one) for name, of in zip(names, self._processes.look(names)) for one in of]
-        for _, one in looks:
-            one["up"] = int(one["state"] in ("running", "unhealthy"))
-            one["cpu_ratio"] = one["cpu_percent"] and one["cpu_percent"] / 100
-        for field in ("up", "restart_count", "memory_bytes", "cpu_ratio"):
-            kind = field.replace("restart_count", "restarts_total")
-            for name, one in looks:
-                about_one = {"process": name, "instance": one["index"]}
-                found.add(f"apexd_process_{kind}", "Of each instance.", one[field], **about_one)
-        return {"text": found.text, **about.to_dict()}
+        for name, one in looks:
+            add = functools.partial(found.add, process=name, instance=one["index"])
+            add("apexd_process_up", "1: it is.", int(one["state"] in ("running", "unhealthy")))
+            add("apexd_process_restarts_total", "By the daemon.", one["restart_count"])
+            add("apexd_process_memory_bytes", "With its children.", one["memory_bytes"])
+            ratio = one["cpu_percent"] and one["cpu_percent"] / 100
+            add("apexd_process_cpu_ratio", "Of one processor.", ratio)
+        return {"text": str(found), **about.to_dict()}
 
 
 PAGE = """<!DOCTYPE html>
@@ -8583,8 +8592,7 @@ PAGE = """<!DOCTYPE html>
 body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--back);
   color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; }
-h1 { font-size: 1.3rem; margin: 0; }
-h2 { font-size: 1rem; margin: 0 0 .4rem; }
+h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: 1rem; margin: 0 0 .4rem; }
 main { display: grid; gap: .8rem; margin-top: .8rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
 section, #gone { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
@@ -8622,8 +8630,9 @@ function make(tag, content, name = "") {  // what comes from outside becomes tex
   return node;
 }
 for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
-    ["running", "Running", "wide"], ["processes", "Processes", "wide"], ["failed", "Failed tasks"],
-    ["schedules", "Schedules"], ["latest", "Latest tasks", "wide"], ["events", "Events", "wide"]]) {
+    ["schedules", "Schedules"], ["running", "Running", "wide"], ["processes", "Processes", "wide"],
+    ["failed", "Failed tasks", "wide"], ["latest", "Latest tasks", "wide"],
+    ["events", "Events", "wide"]]) {
   const box = make("div", [], "scroll");
   Object.assign(box, {id, tabIndex: 0, role: "region", ariaLabel: head});
   at("main").append(make("section", [make("h2", head), box], name));
@@ -8631,7 +8640,8 @@ for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
 const state = text => make("span", text, COLORS[text]);
 const clock = t => !t ? "-" : new Date(t * 1000).toLocaleString([],
   {timeStyle: "medium", ...(Math.abs(Date.now() / 1000 - t) > 43200 && {dateStyle: "short"})});
-const title = task => task.label ?? [task.command ?? "task " + task.id].flat().join(" ");
+const title = task => [task.label ?? task.command ?? "task " + task.id].flat().join(" ")
+  .replace(/(.{160}).+/su, "$1\u2026");
 const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
 function span(s) {
   for (const [unit, letter] of [[86400, "d"], [3600, "h"], [60, "m"]])
@@ -8654,31 +8664,32 @@ function draw(tag, attributes) {
   Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
   return node;
 }
-function bars(minutes) {  // failures stand upon successes
-  const most = Math.max(1, ...minutes.map(([ok, ko]) => ok + ko));
+function bars([minutes, is_young]) {  // failures stand upon successes
+  const most = Math.max(...minutes.map(([ok, ko]) => ok + ko));
   const [good, bad] = [0, 1].map(k => minutes.reduce((sum, minute) => sum + minute[k], 0));
   const svg = draw("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "none"});
   const bar = (i, n, on, name) => svg.append(draw("rect", {x: i * 10, width: 8, class: name,
-    y: 50 - (on + n) / most * 50, height: n / most * 50}));
+    y: 50 - (on + n) / (most || 1) * 50, height: n / (most || 1) * 50}));
   minutes.forEach(([ok, ko], i) => { bar(i, ok, 0, "good"); bar(i, ko, ok, "bad"); });
-  const text = `${good} succeeded, ${bad} failed; at most ${most} a minute`;
+  const text = `${good} succeeded, ${bad} failed; at most ${most} a minute`
+    + (is_young ? "; since the daemon's start" : "");
   return make("div", [svg, make("span", text, "dim")]);
 }
 async function get(path) {
-  const headers = key ? {Authorization: "Bearer " + key} : {};
-  const data = await (await fetch(path, {headers, signal: AbortSignal.timeout(4500)})).json();
+  const options = {headers: {Authorization: "Bearer " + key}, signal: AbortSignal.timeout(4500)};
+  const data = await (await fetch(path, options)).json();
   if (data.error) throw new Error(data.error.message);
   return data;
 }
 async function addOutput(task) {  // the last lines of what runs
   const path = `/api/logs?id=${task.id}&offset=-3`;
-  const text = key ? (await get(path).catch(() => ({}))).data ?? "" : "";
-  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  const answer = await get(path).catch(() => ({}));
+  const bytes = Uint8Array.from(atob(answer.data ?? ""), letter => letter.charCodeAt(0));
   task.output = new TextDecoder().decode(bytes).slice(-600);
   task.ran = span(Date.now() / 1000 - task.started_at);
 }
 async function addReasons(one) {
-  const answer = one.status === "running" ? {} : await get("/api/why?name=" + one.name);
+  const answer = await get("/api/why?name=" + one.name).catch(() => ({}));
   one.why = (answer.reasons ?? []).join("; ");
 }
 const HEADS = [["id", "n"], ["state"], ["task", "t"], ["group", "more"], ["tries", "n more"],
@@ -8688,17 +8699,19 @@ const cells = task => [task.id, state(task.state), title(task), task.group, task
     ? span(task.finished_at - task.started_at) : "-", clock(task.finished_at)];
 function running_cells(task) {
   const about = {max: 100, value: task.progress, ariaLabel: `progress of task ${task.id}`};
-  const bar = task.progress === null ? [] : [Object.assign(make("progress", []), about)];
-  const told = bar.length ? known(task.progress, "% ") : "";
+  const bar = task.progress === null ? []
+    : [Object.assign(make("progress", []), about), known(task.progress, "% ")];
   return [task.id, [title(task), make("pre", task.output)], task.group, task.ran,
-    [...bar, told + (task.note ?? "")]];
+    [...bar, task.note ?? ""]];
 }
 async function refresh() {
   const [health, status, running, failed, latest, processes, schedules, events] =
     await Promise.all(["/health", "/api/status", "/api/tasks?state=running&limit=20",
       "/api/tasks?state=failed&limit=10", "/api/tasks?limit=15", "/api/processes",
       "/api/schedules", "/api/events"].map(get));
-  await Promise.all([...running.tasks.map(addOutput), ...processes.processes.map(addReasons)]);
+  const down = processes.processes.filter(one => one.status !== "running").slice(0, 9);
+  await Promise.all([...running.tasks.map(addOutput), ...down.map(addReasons)]);
+  at("locked").hidden = "project" in status;
   document.title = at("name").textContent = (status.project ?? "apexd").split("/").pop();
   const faults = Object.entries(health.checks).filter(([, one]) => one.status !== "healthy");
   show("health", [health.overall, ...faults.map(([name, one]) => `${name}: ${one.detail}`)],
@@ -8706,39 +8719,38 @@ async function refresh() {
   at("about").textContent = `apexd ${status.version}, PID ${status.pid}, up `
     + span(status.uptime_secs) + (status.draining ? ", stopping" : "")
     + (status.paused.length ? ", paused: " + status.paused.join(", ") : "");
-  show("hour", status.last_hour, bars);
+  show("hour", [status.last_hour, status.uptime_secs < 3600], bars);
   table("queue", Object.entries(status.counts).flatMap(([kind, groups]) => Object.entries(groups)
     .map(of => [kind, ...of])), [["state"], ["group"], ["tasks", "n"]],
     ([kind, group, n]) => [state(kind), group, n]);
   table("running", running.tasks, [["id", "n"], ["task", "t"], ["group", "more"],
     ["for", "n"], ["progress", "t"]], running_cells);
   table("processes", processes.processes, [["process", "t"], ["status"], ["up", "n"], ["CPU", "n"],
-    ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why)],
+    ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why ?? "")],
     state(one.status), `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
     known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count]);
-  table("failed", failed.tasks.reverse(), HEADS.slice(0, 6), task => cells(task).slice(0, 6));
+  table("failed", failed.tasks.reverse(), HEADS, cells);
   table("latest", latest.tasks.reverse(), HEADS, cells);
-  table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
-    one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000)]);
-  table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
-    ["what", "t more"]], one => [clock(one.time), one.type, one.source,
-    JSON.stringify(one.payload ?? {})]);
+  table("schedules", schedules.schedules, [["name"], ["when"], ["next"], ["last", "more"]],
+    one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000),
+      one.result && state(one.result)]);
+  table("events", events.events.reverse(), [["time"], ["event"], ["source"], ["what", "t more"]],
+    one => [clock(one.time), one.type, one.source, Object.entries(one.payload ?? {})
+      .filter(([, x]) => x !== null).map(([name, x]) => name + "=" + JSON.stringify(x))
+      .join(" ").slice(0, 300)]);
 }
 let seen = "never", timer = 0;
 async function turn() {
-  try {
-    await refresh();
-    seen = "at " + new Date().toLocaleTimeString();
-    at("gone").hidden = true;
-  } catch (error) {
+  const error = await refresh().catch(error => error);
+  if (error)
     at("gone").textContent = `The daemon does not answer: ${error.message}. Last seen ${seen}.`;
-    at("gone").hidden = false;
-  }
-  at("main").className = at("gone").hidden ? "" : "stale";
+  else seen = "at " + new Date().toLocaleTimeString();
+  at("gone").hidden = !error;
+  at("main").className = error ? "stale" : "";
   clearTimeout(timer);  // the page may have become visible meanwhile
   timer = setTimeout(turn, document.hidden ? 15000 : 2000);
 }
-at("locked").hidden = key !== "";
+addEventListener("hashchange", () => location.reload());  // the address with the key came later
 document.addEventListener("visibilitychange", () => document.hidden || turn());
 turn();
 </script>
@@ -8793,11 +8805,9 @@ def make_response(status: int, kind: str, text: str, has_body: bool = True) -> b
     return head.replace("NONCE", nonce).replace("\n", "\r\n").encode() + body * has_body
 
 
-def leave_out_private(data: Any) -> Any:
-    """Return JSON without the fields that only those see who have the key."""
-    if isinstance(data, dict):
-        return {name: leave_out_private(x) for name, x in data.items() if name not in PRIVATE}
-    return [*map(leave_out_private, data)] if isinstance(data, list) else data
+def without_private(fields: Fields) -> Fields:
+    """Return the fields that all may see who reach the port."""
+    return {name: x for name, x in fields.items() if name not in PRIVATE}
 
 
 def at_port(host: str, port: int) -> str:
@@ -8817,22 +8827,23 @@ class HealthServer:
         self._sources = sources
         self._path = os.path.join(folder, "http.json")
         self.url, self.key = "", ""  # of the page, with the key: neither is ever logged
-        self._host, self._port = "", 0
+        self._host, self._place, self._port = "", "", 0  # place: the address it is bound to
         self._acceptor: Acceptor | None = None
         self._turn = threading.Lock()  # one source at a time: none hangs more than one thread
 
     def listen(self, options: Any, inherited: socket.socket | None, former: Any = None) -> None:
         """Answer where [health] says, else where the former one said. Raises CANNOT_CREATE."""
         self.stop()
+        if not options.enabled:
+            return
         try:
-            if options.enabled:
-                self.start(options.host, options.port, inherited)
-                log.info("%s answers", self.url.partition("#")[0])
+            self.start(options.host, options.port, inherited)
         except DaemonError:
             if former is not None:
                 self.listen(former, inherited)
             raise
-        if options.host not in ("127.0.0.1", "localhost", "::1"):
+        log.info("%s answers", self.url.partition("#")[0])
+        if not re.match(r"127\.|::1$|::ffff:127\.", self._place):
             log.warning("other machines may reach it: names and states are no secret there")
 
     def start(self, host: str, port: int, inherited: socket.socket | None = None) -> None:
@@ -8844,6 +8855,9 @@ class HealthServer:
         with contextlib.suppress(ValueError, DaemonError):
             known = read_json(self._path) or {}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        if inherited and inherited.family not in (socket.AF_INET, socket.AF_INET6):
+            hint = "give it a ListenStream= with a port"
+            raise DaemonError("CANNOT_CREATE", "the socket named http is not one of TCP", hint)
         for number in [port] if port else [known.get("port"), 0]:
             try:
                 new = functools.partial(socket.create_server, (host, number), family=family)
@@ -8854,12 +8868,13 @@ class HealthServer:
         else:
             hint = "name another in [health], or port 0: any that is free"
             raise DaemonError("CANNOT_CREATE", f"cannot listen on {host} port {port}: {what}", hint)
-        self._host, self._port = host, listener.getsockname()[1]
-        self.key = str(known.get("key") or os.urandom(32).hex())
+        self._host, (self._place, self._port) = host, listener.getsockname()[:2]
+        is_key = re.fullmatch("[0-9a-f]{64}", str(known.get("key")))
+        self.key = is_key[0] if is_key else os.urandom(32).hex()
         with contextlib.suppress(DaemonError):  # a full disk
             if known != {"port": self._port, "key": self.key}:
                 write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
-        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._place, self._place)
         self.url = f"http://{at_port(near, self._port)}/#{self.key}"
         self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, 0.0, self._serve)
 
@@ -8875,14 +8890,15 @@ class HealthServer:
         head = receive_head(connection, deadline)
         idle.pop(connection, None)
         status, request = read_request(head)
-        status = status or self._refuse(request, connection.getsockname()[0])
-        answer = (status, "text/plain", f"{status}\n")
-        if not status:
-            answer = self._answer(request, deadline)
+        place = connection.getsockname()[0].replace("::ffff:", "")  # IPv4 at a socket for both
+        status = status or self._refuse(request, place)
+        refusal = (status, "text/plain", f"{status}\n")
+        answer = refusal if status else self._answer(request, deadline)
+        response = make_response(*answer, getattr(request, "command", "") != "HEAD")
         connection.settimeout(max(deadline - Clock.mono(), 0.1))
-        connection.sendall(make_response(*answer, getattr(request, "command", "") != "HEAD"))
+        idle[connection] = Clock.mono()  # who reads slowly keeps nobody out
+        connection.sendall(response)
         connection.shutdown(socket.SHUT_WR)
-        idle[connection] = Clock.mono()
         while Clock.mono() < deadline and connection.recv(1 << 16):
             pass  # to close before all was read would take the response back
 
@@ -8890,7 +8906,9 @@ class HealthServer:
         """Return the status that refuses a request, 0 for none; place: the address it came to."""
         headers, names = request.headers, ("127.0.0.1", "localhost", "::1", self._host, place)
         hosts = [host.strip().lower() for host in headers.get_all("Host", [])]
-        if len(hosts) != 1 or hosts[0] not in {at_port(name, self._port) for name in names}:
+        known = {at_port(name, self._port) for name in names}
+        known |= {name[:-3] for name in known if self._port == 80}  # as browsers send it
+        if len(hosts) != 1 or hosts[0] not in known:
             return 403  # DNS rebinding
         if {*headers.get_all("Origin", [])} - {"http://" + hosts[0]}:
             return 403
@@ -8905,34 +8923,36 @@ class HealthServer:
         path, _, query = request.path.partition("?")
         if path == "/":
             return 200, "text/html; charset=utf-8", PAGE
+        given = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        has_key = hmac.compare_digest(given, b"Bearer " + self.key.encode())
         try:
             answer = self._ask(ROUTES[path], query, deadline)
+            is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
+            status = 200 if is_well else 503
         except DaemonError as error:
-            status = 400 if error.exit_status == 2 else 503
-            return status, "application/json", json.dumps({"error": error.to_dict()})
+            answer, status = {"error": error.to_dict()}, 400 if error.exit_status == 2 else 503
+            if status == 503 and not has_key:  # it may name paths
+                answer["error"] = {"code": error.code.lower(), "message": CODES[error.code][1]}
         except Exception:  # a request handler
             log.exception("GET %s failed", path)
-            return 500, "application/json", '{"error": {"code": "internal", "message": "a bug"}}'
+            answer, status = {"error": {"code": "internal", "message": "a bug"}}, 500
         if "text" in answer:
             return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
-        shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
-        if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
-            answer = leave_out_private(answer)
-        is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
-        return 200 if is_well else 503, "application/json", json.dumps(answer)
+        text = json.dumps(answer)
+        if not has_key:
+            text = json.dumps(json.loads(text, object_hook=without_private))
+        return status, "application/json", text
 
     def _ask(self, name: str, query: str, deadline: float) -> Fields:
         """Ask a source; one at a time, but for those that tell whether others hang."""
-        act = self._sources.get(name, lambda: {name: []})
-        fields = dict(urllib.parse.parse_qsl(query))
-        if name in ("health", "ready"):
-            return act(**fields)
-        if not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
+        turn = threading.Lock() if name in ("health", "ready") else self._turn
+        if not turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
             raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
         try:
-            return act(**fields)
+            act = self._sources.get(name, lambda: {name: []})
+            return act(**dict(urllib.parse.parse_qsl(query)))
         finally:
-            self._turn.release()
+            turn.release()
 
 
 def choose_sources(
