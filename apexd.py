@@ -9076,6 +9076,14 @@ def settle_in(options: Any, project: Project, foreground: bool) -> dict[int, int
     return outputs
 
 
+def add_on_usr2(store: TaskStore) -> None:
+    """Add the task that the configuration has for SIGUSR2, if any."""
+    options = store.config.daemon
+    if options.on_usr2:
+        env = capture_environment(options.env_keep)
+        store.add([options.on_usr2], {}, cwd=store.project, env=env)
+
+
 def describe_work(supervisor: Supervisor, config: Config) -> Fields:
     """Return what state.json says besides `status`: {"running": [tasks], "monitors": {
     "processes": {"web": [instances]}, "schedules": {"night": [time of its last fire, task] or
@@ -9171,10 +9179,9 @@ class Daemon:
             "reload": ("", lambda: {"plan": self._reload()}),
             "shutdown": ("keep", self._shutdown),
         }
-        hour = runner.meters.last_hour
-        show = ("", lambda: {**self._status(), "last_hour": hour()})
-        own = {**self._health.table, "status": show}
-        self._http = HealthServer(folder, choose_sources(verbs, own))
+        show = ("", lambda: {**self._status(), "last_hour": runner.meters.last_hour()})
+        sources = choose_sources(verbs, {**self._health.table, "status": show})
+        self._http = HealthServer(folder, sources)
         near = self._project.file("control.sock", self._config.daemon.socket)
         self._control = ControlServer(folder, verbs, near, self._sockets.get("control"))
 
@@ -9261,10 +9268,8 @@ class Daemon:
             self._open_log(self._config)
             self._store.event_log.close()
             log.info("reopened the log")
-            if self._config.daemon.on_usr2:
-                env = capture_environment(self._config.daemon.env_keep)
-                self._store.add([self._config.daemon.on_usr2], {}, cwd=self._project.path, env=env)
-                self._runner.wake()
+            add_on_usr2(self._store)
+            self._runner.wake()
         elif os.getpid() == 1:  # SIGCHLD
             Platform.reap_orphans(self._keepers.has_child)
 
