@@ -244,6 +244,7 @@ OWN_GROUPS = ("default", "hooks")  # there without being declared
 
 EVENTS_MAX_BYTES = 10_000_000  # of events.log, before it becomes events.log.1
 EVENT_MAX_BYTES = 30_000  # of one that a user emits: a variable of Windows takes 32,767
+CHANGED_MAX = 200  # options that config.reloaded names: it must fit into a variable as well
 HISTORY_MAX = 1000  # events that a router keeps
 DEAD_LETTERS_MAX = 100  # events that a handler failed for, kept by a router
 HANDLER_PAUSES_S = (1.0, 2.0, 4.0)  # before a failed handler's further tries
@@ -3801,8 +3802,9 @@ class EventStore:
                 before = chain.split(",") if chain else []
                 event.hops, token = len(before), f"{event.id} {name}"
                 db.events[at] = (type, event, chain)
+                is_loop = name in before or len(before) >= HOPS_MAX
                 sql = "SELECT 1 FROM requests WHERE token = ?"
-                if name in before or len(before) >= HOPS_MAX or db.execute(sql, (token,)).fetchone():
+                if is_loop or db.execute(sql, (token,)).fetchone():
                     continue
                 inherited = inherited or capture_environment(self._store.config.env_keep)
                 env = {**inherited, "APEX_HOOKS": ",".join([*before, name])}
@@ -5254,7 +5256,7 @@ def read_events(
         *whole, rest = (rest + data).split(b"\n")
         found = []
         for line in whole:
-            with contextlib.suppress(ValueError, TypeError, AttributeError):  # of a full disk
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
                 event = json.loads(line)
                 is_whole = event.keys() >= Event.__annotations__.keys() and event["time"] >= since
                 if is_whole and fnmatch.fnmatchcase(event["type"], pattern):
@@ -7568,7 +7570,11 @@ class TaskVerbs:
         """Publish custom.EVENT; the same token again starts nothing more."""
         made = Event.make("custom." + event.removeprefix("custom."), payload or {}, "emit")
         made.id = token or made.id
-        if len(json.dumps(made.to_dict())) > EVENT_MAX_BYTES:
+        try:
+            size = len(json.dumps(made.to_dict(), allow_nan=False))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise bad(f"the payload is no JSON: {error}", "no Infinity, say") from None
+        if size > EVENT_MAX_BYTES:
             raise bad(f"the event has more than {EVENT_MAX_BYTES} bytes", "name a file in it")
         EventStore(self._store).emit(made, hooks)
         return {"id": made.id}
@@ -9329,7 +9335,7 @@ class Daemon:
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
             changed = [re.split(r"[:=]", line)[0].strip() for line in plan]
-            self.publish("config.reloaded", {"changed": changed}, "daemon")
+            self.publish("config.reloaded", {"changed": changed[:CHANGED_MAX]}, "daemon")
             self._runner.wake()
             return plan
 
