@@ -2213,8 +2213,7 @@ class Config:
                 self._refuse_key(key, key, OPTIONS)
         for name in OPTIONS.keys() - TABLES.keys():
             setattr(self, name, self._read_section(name, name, data.get(name, {})))
-        own = {name: self._read_section("group", f"group.{name}", {}) for name in OWN_GROUPS}
-        own["hooks"].max_concurrent = HOOKS_AT_ONCE
+        own = self._read_tables("group", {name: {} for name in OWN_GROUPS})
         for kind, attribute in TABLES.items():  # groups first: the triggers name them
             found = self._read_tables(kind, data.get(kind, {}))
             setattr(self, attribute, {**own, **found} if kind == "group" else found)
@@ -2271,6 +2270,8 @@ class Config:
         found = {}
         for name, table in given.items():
             count = len(self._faults or ())
+            if (kind, name) == ("group", "hooks") and isinstance(table, dict):
+                table = {"max_concurrent": HOOKS_AT_ONCE, **table}
             section = self._read_section(kind, f"{kind}.{name}", table)
             if kind != "group" and len(self._faults or ()) == count:
                 self._check_named(kind, name, section)
@@ -5281,7 +5282,12 @@ class EventRouter:
         self._readers: dict[threading.Thread, tuple[str, Any]] = {}  # with pattern and queue
 
     def subscribe(self, pattern: str, handler: Callable[[Event], object]) -> None:
-        """Call `handler` with each event, from now on, whose type matches: "task.*", "*"."""
+        """Call `handler` with each event, from now on, whose type matches: "task.*", "*".
+
+        Raises ILLEGAL_STATE when the router is closed.
+        """
+        if self._closing.is_set():
+            raise DaemonError("ILLEGAL_STATE", "the router is closed", "make another")
         waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         args, name = (handler, waiting), f"events-{pattern}"
         thread = threading.Thread(target=self._serve, args=args, name=name, daemon=True)

@@ -5689,6 +5689,8 @@ class TestEventRouter:
         assert len(got) == 1000 and len(tries) == 4000 and time.monotonic() - began < 25
         router.publish("x")
         assert len(got) == 1000, "nobody hears of it any more"
+        with pytest.raises(apexd.DaemonError, match="closed"):
+            router.subscribe("x", got.append)
 
     def test_a_burst_from_many_threads_loses_nothing(self, router):
         got = []
@@ -6040,6 +6042,13 @@ class TestHooks:
         eventually(lambda: "config.reloaded" in read(out))
         (event,) = events_of(box, "config.reloaded")
         assert "changed log.level" in event["payload"]["changed"]
+
+    def test_two_run_at_once_unless_another_number_is_set(self):
+        def most(group):
+            return apexd.Config({"group": {"hooks": group}} if group is not None else {}).groups["hooks"].max_concurrent
+
+        assert most(None) == most({}) == most({"launcher": ["nice"]}) == 2
+        assert most({"max_concurrent": 5}) == 5
 
     def test_a_hung_process_is_told_of(self, box):
         live = {"command": "exit 1", "interval": 0.05, "timeout": 1, "failures": 2}
