@@ -2545,8 +2545,8 @@ class EventLog:
 
         Without `logging`: it takes 7 ms to import, and a record as long as this.
         """
-        data = "".join(json.dumps(event.to_dict()) + "\n" for event in events).encode()
         with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
+            data = "".join(json.dumps(event.to_dict()) + "\n" for event in events).encode()
             info = os.fstat(self._fd) if self._fd is not None else None
             if info is not None and not info.st_nlink:
                 self.close()  # somebody has removed it
@@ -3791,9 +3791,9 @@ class EventStore:
         These tasks' own events included. A hook is not started by what it led to itself, nor
         any after HOPS_MAX others.
         """
-        hooks, inherited = self._store.config.hooks, dict[str, str]()
-        for at, (type, *_) in enumerate(db.events if hooks else ()):  # it grows meanwhile
-            for name in self._find_hooks(type):
+        config, inherited = self._store.config, dict[str, str]()
+        for at, (type, *_) in enumerate(db.events if config.hooks else ()):  # it grows meanwhile
+            for name, hook in self._find_hooks(type):
                 event, chain, *rest = db.make_event(at), *db.events[at][2:]
                 if rest:  # of a task
                     sql = "SELECT env FROM requests JOIN tasks ON request_id = requests.id"
@@ -3806,15 +3806,14 @@ class EventStore:
                 sql = "SELECT 1 FROM requests WHERE token = ?"
                 if is_loop or db.execute(sql, (token,)).fetchone():
                     continue
-                inherited = inherited or capture_environment(self._store.config.env_keep)
+                inherited = inherited or capture_environment(config.env_keep)
                 env = {**inherited, "APEX_HOOKS": ",".join([*before, name])}
-                command, label = hooks[name].command or DELIVER, hooks[name].label
-                given = {"label": label or f"{name}: {type}"}
-                self._insert(db, hooks[name], command, event, env, given, token)
+                command, given = hook.command or DELIVER, {"label": hook.label or f"{name}: {type}"}
+                self._insert(db, hook, command, event, env, given, token)
 
-    def _find_hooks(self, type: str) -> list[str]:
+    def _find_hooks(self, type: str) -> list[tuple[str, Any]]:
         return [
-            name
+            (name, hook)
             for name, hook in self._store.config.hooks.items()
             if hook.enabled and any(fnmatch.fnmatchcase(type, one) for one in hook.on)
         ]
@@ -10581,7 +10580,7 @@ def parse(words: list[str]) -> Args:
     if rest and args.verb in ("stop", "kill") and rest[0].isdigit():
         hint = f"did you mean `cancel {' '.join(rest)}`?"
         raise bad(f"{args.verb} acts on the daemon, not on tasks", hint)
-    if rest:  # of a task
+    if rest:
         raise bad(f"unknown arguments: {' '.join(rest)}", f"see `apexd.py {args.verb} --help`")
     return args
 
