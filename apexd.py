@@ -2349,10 +2349,7 @@ def unknown_group(name: str, config: Config) -> DaemonError:
 
 
 def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[str, str]:
-    """Return what a task gets of this process's environment, and NAME[=VALUE] on top.
-
-    keep: see Config.env_keep.
-    """
+    """Return what a task gets of our environment (keep: Config.env_keep), NAME[=VALUE] on top."""
     names = {*ENVIRONMENT_KEPT, *keep}
     env = {
         name: value
