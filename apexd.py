@@ -235,7 +235,7 @@ DEPENDENCIES_MAX = 100_000  # of one task
 INTEGER_MAX = 2**63 - 1  # sqlite's
 DAY_S = 24 * 3600
 DST_MAX_S = 3 * 3600  # a clock that is moved further is taken as it is, as by cronie
-CRON_LATE_S = 300.0  # what is late by less fires in full, as by cronie
+CRON_LATE_S = 300.0  # after a shorter pause all that fell due fires, as by cronie
 CRON_RESTART_S = 10.0  # a daemon that is back so soon has not missed what fell due
 CRON_SLICE_S = 60.0  # the longest sleep: then a clock that was moved is noticed
 CRON_RETRY_S = 5.0  # after a fire that failed: a full disk or queue
@@ -930,6 +930,7 @@ if sys.platform == "win32":
 
         boot_id = staticmethod(lambda: "")
         user = staticmethod(lambda: 0)
+        name_of = staticmethod(lambda uid: os.environ.get("USERNAME", "user"))
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
         distrust = staticmethod(lambda info, root_too=True: None)
@@ -1240,8 +1241,9 @@ else:
             """Tell a service manager something, if it listens (sd_notify(3)); never waits."""
             if address[:1] == "@":  # an abstract one
                 address = "\0" + address[1:]
-            mouth = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            with mouth, contextlib.suppress(OSError):
+            kind = socket.AF_UNIX, socket.SOCK_DGRAM
+            # Nobody listens, or there is no descriptor left.
+            with contextlib.suppress(OSError), socket.socket(*kind) as mouth:
                 mouth.setblocking(False)
                 mouth.sendto(text.encode(), address)
 
@@ -1273,16 +1275,17 @@ else:
                 count = int(os.environ.get("LISTEN_FDS", "")) if told == str(os.getpid()) else 0
                 names = os.environ.get("LISTEN_FDNAMES", "").split(":")
                 for fd, name in zip(range(3, 3 + count), names):
-                    taken[name] = socket.socket(fileno=fd)
-                    os.set_inheritable(fd, False)
+                    handed = socket.socket(fileno=fd)
+                    handed.set_inheritable(False)
+                    if handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        taken[name] = handed
             return taken
-
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
 
             Return it and its path: `path`, or one in a folder outside when that is too long or
-            closed to `owner`. The umask is 077: nobody else could connect meanwhile.
+            closed to `owner`.
             """
             is_other = owner not in (None, os.geteuid())
             path = self.place_socket(os.path.dirname(os.path.dirname(path)), path, is_other)
@@ -1290,6 +1293,7 @@ else:
                 os.unlink(path)  # a dead daemon's: we hold the lock
             bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             bound.bind(path)
+            os.chmod(path, 0o600)  # whatever daemon.umask is
             if is_other:
                 os.chown(path, owner or 0, -1)
             return bound, path
@@ -1307,6 +1311,7 @@ else:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with _short_path(path) as name:
                 listener.bind(name)
+                os.chmod(name, 0o600)  # whatever daemon.umask is
             listener.listen(128)
             return listener, {"socket": os.path.basename(path)}
 
@@ -1346,12 +1351,16 @@ else:
                 uid = struct.unpack_from("II", connection.getsockopt(0, 1, 76))[1]
             return None if uid == os.geteuid() else int(uid)
 
+        def name_of(self, uid: int) -> str:
+            """Return a user's name; of one without a name the number, as sudo(8) takes it."""
+            with contextlib.suppress(KeyError):
+                return pwd.getpwuid(uid).pw_name
+            return f"#{uid}"
+
         def distrust(self, info: os.stat_result, root_too: bool = True) -> str | None:
             """Name who else can write a file, but for root: a user, "others", None: nobody."""
             if info.st_uid != os.geteuid() and (info.st_uid or not root_too):
-                with contextlib.suppress(KeyError):
-                    return pwd.getpwuid(info.st_uid).pw_name
-                return f"#{info.st_uid}"
+                return self.name_of(info.st_uid)
             return "others" if info.st_mode & 0o022 else None
 
         def network_file_system(self, path: str, table: str = "/proc/self/mountinfo") -> str | None:
@@ -2166,6 +2175,9 @@ TABLES = {  # kinds of which users name each one, and where a Config has them
     "group": "groups", "process": "processes", "schedule": "schedules", "watch": "watches",
     "hook": "hooks",
 }  # fmt: skip
+AT_START = {  # what a reload leaves to the next start
+    f"daemon.{key}" for key in "user group umask work_dir stdout stderr socket pid_file".split()
+}
 FORMER_NAMES = {
     "maxConcurrentTasks": "daemon.max_concurrent",
     "max_parallel_actions": "daemon.max_concurrent",
@@ -2333,7 +2345,10 @@ class Config:
         lines = [f"added {key} = {after[key]}" for key in after.keys() - before.keys()]
         lines += [f"removed {key}" for key in before.keys() - after.keys()]
         both = before.keys() & after.keys()
-        lines += [f"changed {k}: {before[k]} -> {after[k]}" for k in both if before[k] != after[k]]
+        for key in both:
+            if before[key] != after[key]:
+                late = ", at the next start" if key in AT_START else ""
+                lines.append(f"changed {key}: {before[key]} -> {after[key]}{late}")
         return sorted(lines)
 
 
@@ -2378,10 +2393,17 @@ def write_default_config(folder: str) -> str:
     return path
 
 
-def find_config(folder: str) -> str | None:
-    """Return the configuration file of a state folder, None when it has none."""
+def find_config(folder: str, is_alone: bool = False) -> str | None:
+    """Return the configuration file of a state folder, None when it has none.
+
+    Raises CONFIG_INVALID when it has several and is_alone: the first start writes config.toml,
+    and nobody would read a config.json that is written later.
+    """
     paths = [os.path.join(folder, "config." + kind) for kind in ("toml", "json", "yaml")]
-    return next(filter(os.path.lexists, paths), None)
+    path, *others = [*filter(os.path.lexists, paths), None]
+    if is_alone and len(others) > 1:
+        raise _broken(path, f"{others[0]} is there, too", "keep one of them")
+    return path
 
 
 def read_users_file(path: str) -> bytes:
@@ -2633,7 +2655,7 @@ class PidFile:
             os.write(fd, json.dumps(me).encode())
             if role == "daemon":
                 if self._plain_path:
-                    write_atomically(self._plain_path, f"{os.getpid()}\n", 0o644)
+                    write_atomically(self._plain_path, f"{os.getpid()}\n")
                 write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
         except BaseException as error:
             os.close(fd)
@@ -2655,10 +2677,11 @@ class PidFile:
     def release(self) -> None:
         """Remove the PID file if it is ours, then let go of the lock."""
         if self._fd is not None:
-            with contextlib.suppress(DaemonError, OSError):
+            with contextlib.suppress(DaemonError, OSError, ValueError):
                 if self.is_held() and self.read().get("pid") == os.getpid():
                     insist(os.unlink, self.path)
-                    if self._plain_path:
+                    mine = b"%d\n" % os.getpid()
+                    if self._plain_path and read_file(self._plain_path, trusted=False) == mine:
                         insist(os.unlink, self._plain_path)
             os.close(self._fd)
             self._fd = None
@@ -3823,7 +3846,7 @@ class EventStore:
         new = """
             INSERT INTO fires (source, spec, spec_at) VALUES (?, ?, ?)
             ON CONFLICT (source) DO UPDATE SET spec = excluded.spec, spec_at = excluded.spec_at
-            WHERE spec IS NOT excluded.spec
+            WHERE spec IS NOT excluded.spec OR spec_at > excluded.spec_at  -- the clock was ahead
         """
         sql = "SELECT source, max(coalesce(fired_at, 0), spec_at) FROM fires WHERE spec IS NOT NULL"
         with self._store.database.write(is_vital=False) as db:
@@ -4894,12 +4917,13 @@ CRON_NAMES = {
     "@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
     "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *",
 }  # fmt: skip
+EPOCH_DAY = 719163  # datetime.date(1970, 1, 1).toordinal()
 
 
 def read_cron_field(text: str, name: str, low: int, high: int, names: str) -> frozenset[int]:
     """Read one field, such as "1-3,5", "*/10", "5/10" or "mon-fri"."""
     numbers = {word: str(low + index) for index, word in enumerate(names.split())}
-    digits = text.replace("-sun", "-7") if high == 7 else text
+    digits = re.sub("(?<!sun)-sun", "-7", text) if high == 7 else text
     digits = re.sub(r"\b[a-z]{3}\b", lambda match: numbers.get(match[0], match[0]), digits)
     found = set[int]()
     for part in digits.split(","):
@@ -4921,8 +4945,8 @@ def read_cron(text: object) -> dict[str, Any]:
         return {}
     if words[:1] == ["@every"]:
         period = duration(" ".join(words[1:]))
-        if period < 1 or period % 1:
-            raise ValueError("@every with whole seconds from 1: @every 90s")
+        if period % 1 or not 1 <= period <= 366 * DAY_S:
+            raise ValueError("@every with whole seconds, a year at most: @every 90s")
         return {"period": int(period)}
     words = CRON_NAMES.get(" ".join(words), " ".join(words)).split()
     if len(words) != len(CRON_FIELDS):
@@ -4946,9 +4970,8 @@ def read_zone(name: object) -> Any:
     try:
         return zoneinfo.ZoneInfo(line_of_text(name))
     except (LookupError, OSError, ValueError):
-        near = difflib.get_close_matches(str(name), zoneinfo.available_timezones(), 1, 0.0)
-        hint = f"did you mean {near[0]}?" if near else "it has no data: pip install tzdata"
-        raise ValueError(f"a time zone that this system knows; {hint}") from None
+        form = 'a time zone that this system knows, such as "Europe/Berlin"'
+        raise ValueError(f"{form}; if it has none: pip install tzdata") from None
 
 
 class CronSchedule:
@@ -4964,7 +4987,6 @@ class CronSchedule:
     is_fixed = False  # neither minute nor hour begins with *
 
     def __init__(self, expression: str, timezone: str | None = None) -> None:
-        self.expression, self.timezone = expression, timezone
         try:
             what = f"expression {expression!r}"
             self.__dict__.update(read_cron(expression))
@@ -4990,25 +5012,22 @@ class CronSchedule:
         while self.period:
             at += self.period - at % self.period
             yield at
-        start, wait = at - (at + self._offset(at)) % 60, 60
-        if self.is_fixed:
-            change, shift = self._find_change(start - DST_MAX_S, start)
-            if -DST_MAX_S <= shift < 0 and start < change - shift:
-                start, wait = change - shift, 0  # the second pass is over
+        start = at - DST_MAX_S if self.is_fixed else at
+        seen = start + self._offset(start)  # the clock on the wall has been followed until then
         while self.times:
-            offset, near = self._offset(start), start + 4 * DAY_S
-            found = self._find_wall(start + offset + wait) - offset
-            change, shift = self._find_change(start, min(found, near))
-            is_bridged = self.is_fixed and abs(shift) <= DST_MAX_S
-            if is_bridged and found < change + shift:
-                found, shift = change, 0  # the end of the gap
-            if shift:
-                start, wait = max(change, change - shift) if is_bridged else change, 0
-            elif found > near:  # nothing fires until then: only changes near to it matter
-                start, wait = found - 2 * DAY_S, 0
-            else:
-                yield found
-                start, wait = found, 60
+            offset, end = self._offset(start), self._find_change(start)
+            if not self.is_fixed or abs(seen - start - offset) > DST_MAX_S:
+                seen = start + offset
+            wall = self._find_wall(seen)
+            if wall >= end + offset and self._offset(end) == offset:
+                end = max(end, wall - offset - 2 * DAY_S)  # only changes near to a fire matter
+            while wall < end + offset:
+                fire = max(wall - offset, start)  # of what a gap swallowed: its end
+                if fire > at:
+                    at = fire
+                    yield at
+                wall = self._find_wall(wall + 60)
+            seen, start = max(seen, end + offset), end
 
     def list_next(self, count: int) -> list[str]:
         """Return the next fires, as "2025-03-09T03:00:00-04:00"."""
@@ -5018,28 +5037,22 @@ class CronSchedule:
     def _find_wall(self, wall: int) -> int:
         """Return the first fire from `wall` on, both in seconds of a clock without a zone."""
         number, minute = divmod(-(-wall // 60), 24 * 60)
-        epoch = datetime.date(1970, 1, 1).toordinal()
-        day = first = datetime.date.fromordinal(epoch + number)
         while True:  # 40 years at most, for a 29 February that is a Sunday
+            day = datetime.date.fromordinal(EPOCH_DAY + number)
             hits = (day.day in self.days, day.isoweekday() % 7 in self.weekdays)
-            index = bisect.bisect_left(self.times, minute if day == first else 0)
+            index = bisect.bisect_left(self.times, minute)
             if day.month in self.months and (all if self.needs_both else any)(hits):
                 if index < len(self.times):
-                    return ((day.toordinal() - epoch) * 24 * 60 + self.times[index]) * 60
-            day += datetime.timedelta(1)
-            while day.month not in self.months:
-                day = (day.replace(day=28) + datetime.timedelta(4)).replace(day=1)
+                    return (number * 24 * 60 + self.times[index]) * 60
+            number, minute = number + 1, 0
 
-    def _find_change(self, start: int, end: int) -> tuple[int, int]:
-        """Return the first second in (start, end] with another UTC offset, and the difference."""
-        before, high = self._offset(start), min(start + DAY_S, end)
-        while high < end and self._offset(high) == before:
-            start, high = high, min(high + DAY_S, end)
-        shift = self._offset(high) - before
-        while shift and high - start > 1:
-            middle = (start + high) // 2
-            start, high = (middle, high) if self._offset(middle) == before else (start, middle)
-        return high, shift
+    def _find_change(self, start: int) -> int:
+        """Return the first second after it with another UTC offset, but at most a day later."""
+        before, end = self._offset(start), start + DAY_S
+        while self._offset(end) != before and end - start > 1:
+            middle = (start + end) // 2
+            start, end = (middle, end) if self._offset(middle) == before else (start, middle)
+        return end
 
     def _offset(self, at: int) -> int:
         return round(self.moment(at).replace(tzinfo=datetime.timezone.utc).timestamp()) - at
@@ -5057,52 +5070,49 @@ for _key, _read in (("cron", read_cron), ("timezone", read_zone)):  # CONFIG sta
     OPTIONS["schedule"][_key] = (_checked(_read), *OPTIONS["schedule"][_key][1:])
 
 
-class CronJob(Value):
+class CronJob(CronSchedule):
     """A schedule that is enabled, and how far it has got; times are epoch seconds."""
 
-    name: str
-    trigger: Any  # its options
-    schedule: CronSchedule
-    seen_at: float  # all until then is dealt with
-    due_at: float | None  # the next fire
-    spec: str  # what it fires by
-    is_new: bool  # not looked at yet: what it has missed, it missed without a daemon
+    def __init__(self, name: str, trigger: Any, seen_at: float) -> None:
+        super().__init__(trigger.cron, trigger.timezone)
+        self.name, self.trigger = name, trigger
+        self.seen_at = seen_at  # all until then is dealt with
+        self.due_at: float | None = None  # the next fire
+        self.is_new = True  # not looked at yet: what it has missed, it missed without a daemon
+
+    def find_fires(self, now: float) -> Sequence[float]:
+        """Decide which fires to make now, and move `seen_at` when the clock was set back.
+
+        A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
+        """
+        trigger, gap_s = self.trigger, now - self.seen_at
+        if not (self.period or self.times):  # @reboot
+            return [now] if self.is_new else []
+        if gap_s < 0:
+            if -gap_s > (DST_MAX_S if self.is_fixed else CRON_LATE_S):
+                self.seen_at = now
+            return []
+        since = max(self.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
+        fires = itertools.takewhile(lambda at: at <= now, self.fires(since))
+        missed = list(deque(fires, CATCH_UP_MAX))
+        if not missed or (gap_s <= CRON_LATE_S and not self.is_new):
+            return missed
+        wanted = {"none": [], "last": missed[-1:], "all": missed}[trigger.catch_up]
+        kept = [at for at in wanted if now - at <= trigger.catch_up_window]
+        is_bridged = self.is_fixed and gap_s <= DST_MAX_S
+        late_s = CRON_RESTART_S if self.is_new else DST_MAX_S if is_bridged else CRON_LATE_S
+        kept = kept or [at for at in missed[-1:] if now - at < late_s]
+        log.info("Schedule %s: %d of %d missed fires are made", self.name, len(kept), len(missed))
+        return kept
 
 
-def find_fires(job: CronJob, now: float) -> Sequence[float]:
-    """Decide which fires to make now, and move `seen_at` when the clock was set back.
-
-    A change by up to DST_MAX_S makes a fixed-time job fire neither twice nor never.
-    """
-    schedule, trigger, gap_s = job.schedule, job.trigger, now - job.seen_at
-    if gap_s < 0:
-        if -gap_s > (DST_MAX_S if schedule.is_fixed else CRON_LATE_S):
-            job.seen_at = now
-        return []
-    if not (schedule.period or schedule.times):  # @reboot
-        return [int(now)] if job.is_new else []
-    since = max(job.seen_at, now - max(trigger.catch_up_window, DST_MAX_S))
-    fires = itertools.takewhile(lambda at: at <= now, schedule.fires(since))
-    missed = deque[float](fires, CATCH_UP_MAX)
-    if not missed or (gap_s <= CRON_LATE_S and not job.is_new):
-        return missed
-    kept = [at for at in missed if now - at <= trigger.catch_up_window]
-    kept = {"none": [], "last": kept[-1:], "all": kept}[trigger.catch_up]
-    if job.is_new:  # after a restart
-        is_due = len(missed) == 1 and now - missed[0] <= CRON_RESTART_S
-    else:  # after the clock was set, or the machine slept
-        is_due = now - missed[-1] < 60 or (schedule.is_fixed and gap_s <= DST_MAX_S)
-    kept = kept or ([missed[-1]] if is_due else [])
-    log.info("Schedule %s: %d of %d missed fires are made", job.name, len(kept), len(missed))
-    return kept
-
-
-def fire_schedule(
-    store: TaskStore, name: str, trigger: Any, at: float | None, is_behind: bool = False
-) -> int | None:
+def fire_schedule(store: TaskStore, name: str, at: float | None, is_behind: bool) -> int | None:
     """Add the task of a schedule, for a time, or None: now; see EventStore.fire."""
+    found = store.config.schedules
+    if name not in found:
+        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(found) or 'none'}")
     event = Event.make("cron.fired", {"name": name, "scheduled_at": at}, f"schedule {name}")
-    return EventStore(store).fire(f"schedule.{name}", trigger, event, is_behind)
+    return EventStore(store).fire(f"schedule.{name}", found[name], event, is_behind)
 
 
 class Scheduler:
@@ -5111,11 +5121,9 @@ class Scheduler:
     Thread: "cron" sleeps until the next fire. Life: start -> stop.
     """
 
-    def __init__(
-        self, store: TaskStore, on_fire: Callable[[], None] = lambda: None, clock: Any = Clock
-    ) -> None:
+    def __init__(self, store: TaskStore, on_fire: Callable[[], None], clock: Any = Clock) -> None:
         self._store, self._on_fire, self._clock = store, on_fire, clock
-        self._jobs: dict[str, CronJob] = {}  # by source
+        self._jobs: dict[tuple[str, str], CronJob] = {}  # by source and spec
         self._config: Config | None = None  # what _jobs follow
         self._is_stopped, self._woken = False, threading.Event()
         self._thread = threading.Thread(target=self._loop, name="cron", daemon=True)
@@ -5144,7 +5152,7 @@ class Scheduler:
             wait_s: float | None = CRON_RETRY_S
             try:
                 wait_s = self._look()
-            except DaemonError as error:
+            except DaemonError as error:  # a full disk or queue; so it is for all of them
                 log.error("schedules: %s (%s)", error, error.hint)
             except Exception:  # this thread's top frame
                 log.exception("the scheduler failed")
@@ -5155,47 +5163,36 @@ class Scheduler:
         """Make the fires that are due; return in how many seconds to look again."""
         if self._config is not self._store.config:
             self._arrange()
-        has_failed = False
         for job in self._jobs.values():
-            try:
-                self._fire(job, self._clock.now())
-            except DaemonError as error:
-                log.error("schedule %s: %s (%s)", job.name, error, error.hint)
-                has_failed = True
+            self._fire(job, self._clock.now())
         next_at: float | None = self.status()["next_fire_at"]
-        wait_s = next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
-        return CRON_RETRY_S if has_failed else wait_s
+        return next_at and min(max(next_at - self._clock.now(), 0.0), CRON_SLICE_S)
 
     def _fire(self, job: CronJob, now: float) -> None:
-        is_early = not job.is_new and job.seen_at <= now < (job.due_at or now + 1.0)
-        fires = [] if is_early else find_fires(job, now)
-        is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
-        for at in fires:
-            if self._is_stopped:
-                return
-            task_id = fire_schedule(self._store, job.name, job.trigger, at, is_behind)
-            result = f"task {task_id}" if task_id else "skipped"
-            log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
-            job.seen_at = at
-            self._on_fire()
+        if job.is_new or not job.seen_at <= now < (job.due_at or now + 1.0):
+            fires = job.find_fires(now)
+            is_behind = job.trigger.catch_up == "all" and (job.is_new or len(fires) > 1)
+            for at in fires:
+                if self._is_stopped:
+                    return
+                task_id = fire_schedule(self._store, job.name, at, is_behind)
+                result = f"task {task_id}" if task_id else "skipped"
+                log.info("Schedule %s fired for %s: %s", job.name, timestamp(at), result)
+                job.seen_at = at
+                self._on_fire()
+            job.due_at = next(job.fires(max(job.seen_at, now)), None)
         job.seen_at, job.is_new = max(job.seen_at, now), False
-        if not is_early:
-            job.due_at = next(job.schedule.fires(job.seen_at), None)
 
     def _arrange(self) -> None:
         """Plan what the configuration says; what fires by the same as before goes on."""
-        config, jobs = self._store.config, dict[str, CronJob]()
+        config, jobs = self._store.config, dict[tuple[str, str], CronJob]()
         found = {f"schedule.{name}": one for name, one in config.schedules.items()}
         specs = {name: f"{one.cron}, {one.timezone}" * one.enabled for name, one in found.items()}
         seen = EventStore(self._store).register(specs, self._clock.now())
-        for source, one in found.items():
-            job = self._jobs.get(source)
-            if job is None or job.spec != specs[source]:
-                schedule, name = CronSchedule(one.cron, one.timezone), source.partition(".")[2]
-                job = CronJob(name=name, schedule=schedule, seen_at=seen[source], is_new=True)
-            job.trigger, job.spec = one, specs[source]
+        for (source, spec), (name, one) in zip(specs.items(), config.schedules.items()):
             if one.enabled:
-                jobs[source] = job
+                job = self._jobs.get((source, spec)) or CronJob(name, one, seen[source])
+                job.trigger, jobs[source, spec] = one, job
         self._jobs, self._config = jobs, config
 
 
@@ -5210,20 +5207,19 @@ def list_schedules(store: TaskStore, limit: int = 1) -> list[dict[str, Any]]:
         schedule = CronSchedule(one.cron, one.timezone)
         last_at, task_id = fires.get(f"schedule.{name}", (None, None))
         task = store.find(ids=[task_id]) if task_id else []
-        state = task[0].state if task else None if task_id or last_at is None else "skipped"
-        about = {"name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled}
-        about["next"] = schedule.list_next(limit if one.enabled else 0)
-        about["last"] = last_at and schedule.moment(last_at).isoformat()
-        found.append({**about, "task_id": task_id, "result": state})
+        skipped = "skipped" if last_at and not task_id else None
+        found.append({
+            "name": name, "cron": one.cron, "timezone": one.timezone, "enabled": one.enabled,
+            "next": schedule.list_next(limit if one.enabled else 0), "task_id": task_id,
+            "last": last_at and schedule.moment(last_at).isoformat(timespec="seconds"),
+            "result": task[0].state if task else skipped,
+        })  # fmt: skip
     return found
 
 
 def run_schedule(store: TaskStore, name: str) -> int:
     """Add a schedule's task now, return its id. Raises ILLEGAL_STATE when `overlap` forbids it."""
-    schedules = store.config.schedules
-    if name not in schedules:
-        raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(schedules) or 'none'}")
-    task_id = fire_schedule(store, name, schedules[name], None)
+    task_id = fire_schedule(store, name, None, False)
     if task_id is None:
         what = f"a task of schedule {name} is unfinished"
         raise DaemonError("ILLEGAL_STATE", what, 'see `list`, or set overlap = "queue"')
@@ -7988,13 +7984,13 @@ class ControlServer:
             self._acceptor.close()
         near = os.path.join(self._folder, "control.sock")
         try:
-            if self._inherited is not None:
-                listener, path = self._inherited.dup(), self._inherited.getsockname()
-                if not isinstance(path, str):
-                    raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
-                self._endpoint = {"socket": path}
+            path = self._inherited.getsockname() if self._inherited is not None else ""
+            if not isinstance(path, str):
+                raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
+            if self._inherited is not None and file_id(path):
+                listener, self._endpoint = self._inherited.dup(), {"socket": path}
             else:
-                path = self._place
+                path, self._inherited = self._place, None  # what was handed over was removed
                 if path == near:
                     path = Platform.place_socket(self._folder, path)
                 elif os.path.isfile(path):
@@ -8110,7 +8106,7 @@ class Project(Value):
 
     def load_config(self) -> Config:
         """Read the configuration; one that was not there before counts too."""
-        path = self.config_path or find_config(self.folder)
+        path = self.named_config or find_config(self.folder, is_alone=True)
         return load_config(path, overrides=self.overrides)
 
     @property
@@ -9042,10 +9038,9 @@ class ServiceManager:
 
     def __init__(self, is_ours: bool) -> None:
         self._address = os.environ.get("NOTIFY_SOCKET", "") if is_ours else ""
-        is_watched = os.environ.get("WATCHDOG_PID") == str(os.getpid()) and self._address
-        within_us = os.environ.get("WATCHDOG_USEC", "") if is_watched else ""
-        is_number = re.fullmatch("[1-9][0-9]{0,15}", within_us)
-        self.tick_s = int(within_us) / 2e6 if is_number else None  # half of it; None: no watchdog
+        is_watched = self._address and os.environ.get("WATCHDOG_PID") == str(os.getpid())
+        usec = re.fullmatch("[1-9][0-9]{3,15}", os.environ.get("WATCHDOG_USEC", ""))
+        self.tick_s = int(usec[0]) / 2e6 if usec and is_watched else None  # half; None: unwatched
 
     def tell(self, *lines: str, watchdog_s: float = 0.0) -> None:
         """Send lines such as READY=1; watchdog_s: what a watchdog allows from now on."""
@@ -9149,14 +9144,13 @@ class Daemon:
         make_state_folder(self._project.folder, self._project.path)
         take_lock(self._pid_file, self._project)
         try:
-            self._open_log()
+            self._open_log(self._config)
             outputs = settle_in(self._config.daemon, self._project, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._manager.tell("STATUS=starting", watchdog_s=RECOVERY_S)
             self._report({"event": "progress", "what": "checking the database"})
-            path, lock = self._project.file("apex.db"), self._pid_file
-            self._store = TaskStore(path, self._config, lock, self._project.path)
-            with contextlib.closing(self._store):
+            path, told = self._project.file("apex.db"), (self._pid_file, self._project.path)
+            with contextlib.closing(TaskStore(path, self._config, *told)) as self._store:
                 self._store.database.check()
                 self._files = {name: file_id(name) for name in (path, path + "-wal")}
                 self._serve(outputs)
@@ -9165,13 +9159,16 @@ class Daemon:
         except DaemonError as error:
             log.error("%s (%s)", error, error.hint)
             raise
+        except RuntimeError as error:  # no thread to be had, say
+            log.exception("the daemon cannot go on")
+            raise DaemonError("START_FAILED", str(error), "see `logs`; `ulimit -u`") from None
         finally:
             self._pid_file.release()
             logging.shutdown()
 
-    def _open_log(self) -> None:
-        path = self._project.file("daemon.log", self._config.log.file)
-        open_log(path, self._config.log, self._foreground)
+    def _open_log(self, config: Config) -> None:
+        path = self._project.file("daemon.log", config.log.file)
+        open_log(path, config.log, self._foreground)
 
     def _make_parts(self) -> None:
         folder, keepers = self._project.folder, Keepers(self._project.folder)
@@ -9249,6 +9246,7 @@ class Daemon:
             self._is_over = len(ended) == 2
             if name in ("leave", "failed", *_STOPS) and not self._runner.is_draining:
                 self.publish("daemon.stopping", {"why": name}, "daemon")
+                self._manager.tell("STOPPING=1", f"STATUS=stopping: {name}")
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
@@ -9270,7 +9268,6 @@ class Daemon:
                 how = "shutting down gracefully" if is_first else "again, stopping at once"
                 log.info("Received %s, %s", name, how)
                 log.info("Waiting for %d tasks", self._runner.get_metrics().active_task_count)
-                self._manager.tell("STOPPING=1", f"STATUS={how}")
                 self._scheduler.stop()
                 self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
                 if not is_first:
@@ -9282,7 +9279,7 @@ class Daemon:
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
-            self._open_log()
+            self._open_log(self._config)
             self._store.event_log.close()
             log.info("reopened the log")
             if self._config.daemon.on_usr2:
@@ -9307,22 +9304,23 @@ class Daemon:
 
     def _reload(self) -> list[str]:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
-        with self._reload_lock:
+        with self._reload_lock, contextlib.ExitStack() as stack:
+            self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
+            stack.callback(self._manager.tell, "READY=1")
             try:
-                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
                 new = self._project.load_config()
                 check_watches(new, self._project.path, self._project.config_path)
+                if new.log != self._config.log:
+                    self._open_log(new)
                 if new.health != self._config.health:
                     self._http.listen(new.health, self._sockets.get("http"), self._config.health)
             except DaemonError as error:
+                with contextlib.suppress(DaemonError):
+                    self._open_log(self._config)  # as it was
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
-            finally:
-                self._manager.tell("READY=1")
             plan = self._config.plan(new)
             old, self._config, self._store.config = self._config, new, new
-            if new.log != old.log:
-                self._open_log()
             self._supervisor.reload(old)
             self._scheduler.reload()
             self._watches.reload()
@@ -9369,9 +9367,8 @@ class Daemon:
             Platform.reap_orphans(self._keepers.has_child)
 
     def _write_state(self) -> None:
-        about = describe_work(self._supervisor, self._config)
-        text = json.dumps({**self._status(), **about}, indent=1)
-        write_atomically(self._project.file("state.json"), text + "\n")
+        state = {**self._status(), **describe_work(self._supervisor, self._config)}
+        write_atomically(self._project.file("state.json"), json.dumps(state, indent=1) + "\n")
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
@@ -9684,7 +9681,7 @@ _INIT_SCRIPT = """\
 # Default-Stop:      0 1 6
 # Short-Description: apexd, the background work of a project
 ### END INIT INFO
-[ -x @PYTHON@ ] || exit 5
+{ [ -x @PYTHON@ ] && [ -r @PROGRAM@ ]; } || exit 5
 case ${1-} in
   start | stop | restart | reload | status) verb=$1 ;;
   force-reload) verb=reload ;;
@@ -9722,6 +9719,9 @@ def make_service(kind: str, project: Project, user: str) -> str:
     is_elsewhere = os.path.dirname(project.folder) != project.path
     words += ["--state", project.folder] if is_elsewhere else []
     words += ["--config", project.told["config"]] if project.told["config"] else []
+    if not all(map(str.isprintable, words)):
+        hint = "give the folder a plain name, or start the daemon by hand"
+        raise bad("a path here has characters that no service manager's file can hold", hint)
     place, run_as, stop_s = "/etc/systemd/system", f"User={user}\n", stop_s + 2 * STOP_MARGIN_S
     if kind == "launchd":
         about: Fields = {"Label": name, "ProgramArguments": [*words, "start", "--foreground"]}
@@ -9738,7 +9738,8 @@ def make_service(kind: str, project: Project, user: str) -> str:
     else:  # systemd.syntax(7)
         words = [re.sub(r'(["\\])', r"\\\1", word).replace("$", "$$") for word in words]
         command = " ".join(f'"{word}"' for word in words).replace("%", "%%")
-    fields = {"NAME": name, "PROJECT": project.path.replace("%", "%%"), "COMMAND": command}
+    fields = {"NAME": name, "COMMAND": command, "PROGRAM": shlex.quote(os.path.abspath(__file__))}
+    fields.update(PROJECT=re.sub(r"([%\\])", r"\1\1", project.path))
     fields.update(PYTHON=shlex.quote(sys.executable), STOP=f"{stop_s:.0f}", PLACE=place)
     fields.update(USER=run_as, TARGET=target)
     text = {"sysv": _INIT_SCRIPT, "windows": _WINDOWS}.get(kind, _UNIT)
@@ -9845,16 +9846,18 @@ def become_owner(args: Args) -> None:
     """As root, become `daemon.user` for good if the state folder is that user's.
 
     Before anything in there is opened as root: its owner could have put a link to something
-    else in a file's place. Raises PERMISSION_DENIED.
+    else in a file's place. Raises PERMISSION_DENIED, CONFIG_INVALID.
     """
     folder = find_folders(args.project, args.state)[1]
     owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
+    path = args.config or find_config(folder)
     options: Fields = {}
     try:
         os.seteuid(owner)
-        options = dict(_load(args.config or find_config(folder) or "")["daemon"]) if owner else {}
-    except (DaemonError, LookupError, TypeError, ValueError):
-        pass  # refused where it is read in earnest
+        if owner and path and os.access(path, os.R_OK, effective_ids=True):
+            options.update(_load(path)["daemon"])
+    except (LookupError, TypeError, ValueError):
+        pass  # without daemon.user the folder is refused
     finally:
         os.seteuid(0)
     if not options.get("user"):
@@ -10430,23 +10433,26 @@ def cmd_cron(args: Args) -> int:
             fires = CronSchedule(name, args.timezone).list_next(args.lines)
         except DaemonError as error:
             raise bad(error.message, error.hint) from None
-        return emit(fires, args, "\n".join(map(in_words, fires)))
-    found, rows = client.call("schedules", {"limit": args.lines})["schedules"], []
-    for one in found:
-        if args.action == "next" and one["name"] == name:
-            return emit(one["next"], args, "\n".join(map(in_words, one["next"])))
-        cells = [one[key] for key in ("name", "cron", "timezone", "last", "result", "task_id")]
-        text = "at the next start" if one["enabled"] else "not enabled"
-        rows.append([*cells, in_words(one["next"][0]) if one["next"] else text])
+        return emit(fires, args, "\n".join(in_words(fires)))
+    found = client.call("schedules", {"limit": args.lines})["schedules"]
+    if name or args.action == "next":
+        found = [one for one in found if one["name"] == name]
+        if not found:
+            raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
+    shown = [in_words(one["next"], one["enabled"]) for one in found]
     if args.action == "next":
-        raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
+        return emit(found[0]["next"], args, "\n".join(shown[0]))
+    keys = ("name", "cron", "timezone", "last", "result", "task_id")
+    rows = [[*(one[key] for key in keys), words[0]] for one, words in zip(found, shown)]
     return emit(found, args, columns("NAME CRON ZONE LAST RESULT TASK NEXT", rows))
 
 
-def in_words(fire: str) -> str:
-    """Write a fire for people: Sun 2025-03-09T03:00:00-04:00, in 3h 20m."""
-    at = datetime.datetime.fromisoformat(fire)
-    return f"{at:%a} {fire}, in {span(at.timestamp() - Clock.now())}"
+def in_words(fires: Sequence[str], is_enabled: bool = True) -> list[str]:
+    """Write a schedule's next fires for people: ["Sun 2025-03-09T03:00:00-04:00, in 3h 20m"]."""
+    found = []
+    for at in map(datetime.datetime.fromisoformat, fires):
+        found.append(f"{at:%a} {at.isoformat()}, in {span(at.timestamp() - Clock.now())}")
+    return found or ["at the next start" if is_enabled else "not enabled"]
 
 
 @register("config")
@@ -10481,7 +10487,7 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
         who = Platform.distrust(os.stat(place))
         yield place, who is None, f"can be written by {who or 'its owner only'}"
     for name, look, text in (
-        ("configuration", lambda: load_config(project.config_path), project.config_path or "none"),
+        ("configuration", project.load_config, project.config_path or "none"),
         ("queue", lambda: manager.call("list", {"limit": 1}), "can be read"),
     ):
         try:
@@ -10506,9 +10512,8 @@ def cmd_init(args: Args) -> int:
 @register("service", arg("kind", choices=("systemd", "systemd-user", "sysv", "launchd", "windows")))
 def cmd_service(args: Args) -> int:
     """Print what makes this project's daemon a service here, run by you."""
-    import getpass
-
-    text = make_service(args.kind, client_of(args).project, getpass.getuser())
+    project = client_of(args).project
+    text = make_service(args.kind, project, Platform.name_of(Platform.user()).lstrip("#"))
     return emit({"text": text}, args, text[:-1])
 
 

@@ -44,6 +44,7 @@ import tracemalloc
 import urllib.error
 import urllib.request
 import zoneinfo
+from collections import Counter, deque
 from queue import SimpleQueue
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -4690,6 +4691,7 @@ America/New_York 2025-03-08 23:00
     @weekly          | 03-09 00:00-05, 03-16 00:00-04, 03-23 00:00, 03-30 00:00, 04-06 00:00
     0,59 2,3 * * *   | 03-09 03:00-04, 03:59, 03-10 02:00, 02:59, 03:00
 America/New_York 2025-11-01 23:00
+    */30 1 2 11 *    | 11-02 01:00-04, 01:30, 01:00-05, 01:30, 2026-11-02 01:00
     30 1 * * *       | 11-02 01:30-04, 11-03 01:30-05, 11-04 01:30, 11-05 01:30, 11-06 01:30
     0 1 * * *        | 11-02 01:00-04, 11-03 01:00-05, 11-04 01:00, 11-05 01:00, 11-06 01:00
     59 1 * * *       | 11-02 01:59-04, 11-03 01:59-05, 11-04 01:59, 11-05 01:59, 11-06 01:59
@@ -4781,6 +4783,7 @@ Asia/Tokyo 2024-02-27 10:07
     0 12 * * sun     | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
     0 12 * * 0       | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
     0 12 * * 7       | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
+    0 12 * * sun-sun | 03-03 12:00+09, 03-10 12:00, 03-17 12:00, 03-24 12:00, 03-31 12:00
     0 12 * * sat-sun | 03-02 12:00+09, 03-03 12:00, 03-09 12:00, 03-10 12:00, 03-16 12:00
     0 12 * * fri-sun | 03-01 12:00+09, 03-02 12:00, 03-03 12:00, 03-08 12:00, 03-09 12:00
     0 12 * * mon,wed,fri | 02-28 12:00+09, 03-01 12:00, 03-04 12:00, 03-06 12:00, 03-08 12:00
@@ -4840,6 +4843,8 @@ Pacific/Apia 2011-12-29 22:00
     0 0 * * *        | 12-31 00:00+14, 2012-01-01 00:00, 01-02 00:00, 01-03 00:00, 01-04 00:00
     0 * * * *        | 12-29 23:00-10, 12-31 00:00+14, 01:00, 02:00, 03:00
     0 12 30 * *      | 2012-01-30 12:00+14, 03-30 12:00, 04-30 12:00+13, 05-30 12:00, 06-30 12:00
+Pacific/Kwajalein 1969-09-29 20:00
+    38 1 30 9 *      | 09-30 01:38+11, 01:38-12, 1970-09-30 01:38, 1971-09-30 01:38, 1972-09-30 01:38
 America/Havana 2025-03-08 22:00
     0 0 * * *        | 03-09 01:00-04, 03-10 00:00, 03-11 00:00, 03-12 00:00, 03-13 00:00
     30 0 * * *       | 03-09 01:00-04, 03-10 00:30, 03-11 00:30, 03-12 00:30, 03-13 00:30
@@ -5148,7 +5153,7 @@ class CronByHand:
 
     def begin(self, at):
         """Be a new daemon at a time."""
-        self.scheduler = apexd.Scheduler(self.store, clock=self)
+        self.scheduler = apexd.Scheduler(self.store, lambda: None, self)
         return self.jump(at)
 
     def jump(self, at):
@@ -5228,6 +5233,7 @@ class TestScheduler:
         ("09:50:01", "14:05", [], []),
         ("09:50:01", "16 09:59", [], []),
         ("09:50:01", "16 10:00:20", ["10:00"], ["10:00"]),
+        ("09:50:01", "16 10:01:50", ["10:00"], ["10:00"]),  # awake since 10:00:55: one sleep of the thread
     )
 
     @pytest.mark.parametrize("before, after, fixed, other", JUMPS)
@@ -5238,7 +5244,7 @@ class TestScheduler:
         assert cron.jump(after) == fixed
         cron.configure(other={"cron": "*/10 * * * *"})
         cron.jump(before)
-        cron.scheduler._jobs["schedule.other"].seen_at = cron.at
+        next(iter(cron.scheduler._jobs.values())).seen_at = cron.at
         assert cron.jump(after) == other
 
     @pytest.mark.parametrize("back, fixed, other", [
@@ -5277,7 +5283,7 @@ class TestScheduler:
 
     @pytest.mark.parametrize("last, back, fires", [
         ("09:59:59", "10:00:00", ["10:00"]), ("09:59:59", "10:00:09", ["10:00"]), ("09:59:59", "10:00:11", []),
-        ("09:58:59", "10:00:05", []),
+        ("09:30:00", "10:00:05", ["10:00"]), ("09:30:00", "10:00:11", []),
     ])  # fmt: skip
     def test_a_restart_at_the_turn_of_the_minute_loses_nothing(self, by_hand, last, back, fires):
         cron = by_hand(job={"cron": "* * * * *"})
@@ -5285,6 +5291,12 @@ class TestScheduler:
         cron.go(last)
         assert cron.begin(back) == fires
         assert cron.go("10:01") == ["10:01"]
+
+    def test_also_after_some_that_were_missed_for_good(self, by_hand):
+        cron = by_hand(job={"cron": "0 * * * *"})
+        cron.begin("02:50")
+        assert cron.begin("06:10") == []
+        assert cron.begin("07:00:01") == ["07:00"]
 
     def test_what_is_caught_up_runs_one_after_the_other(self, by_hand):
         cron = by_hand(job={"cron": "* * * * *", "catch_up": "all"})
@@ -5299,6 +5311,12 @@ class TestScheduler:
         cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "last"})
         cron.begin("09:00")
         assert cron.begin("10:30") == ["10:00"] and cron.begin("11:00") == []
+
+    def test_one_that_a_clock_ahead_has_met_first_is_caught_up_all_the_same(self, by_hand):
+        cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "last"})
+        cron.begin("20 09:00")
+        assert cron.begin("15 09:00") == []
+        assert cron.begin("15 10:30") == ["10:00"] and cron.begin("16 10:30") == ["10:00"]
 
     def test_what_is_new_or_changed_or_enabled_counts_from_then_on(self, by_hand):
         cron = by_hand(job={"cron": "0 10 * * *", "catch_up": "all"})
@@ -5346,7 +5364,7 @@ class TestScheduler:
         cron.begin("09:59:30")
         for _ in range(3):
             assert cron.jump("10:00:01") in (["10:00"], [])
-            cron.scheduler._jobs["schedule.job"].seen_at -= 60  # what was noted is lost
+            next(iter(cron.scheduler._jobs.values())).seen_at -= 60  # what was noted is lost
         assert len(cron.told) == 1
 
     def test_a_full_queue_delays_it(self, by_hand):
@@ -5354,10 +5372,10 @@ class TestScheduler:
         cron.is_done = False
         cron.begin("09:59:30")
         cron.store.config.retention.max_queue = 0
-        assert cron.jump("10:00") == [] and cron.wait_s == 5
+        refused("QUEUE_FULL", cron.jump, "10:00")
         cron.store.config.retention.max_queue = 1
         assert cron.jump("10:00:05") == ["10:00"]
-        assert cron.jump("10:01") == []
+        refused("QUEUE_FULL", cron.jump, "10:01")
         cron.store.config.retention.max_queue = 2
         assert cron.jump("10:01:05") == ["10:01"]
 
@@ -5370,6 +5388,9 @@ class TestScheduler:
         cron = by_hand(boot={"cron": "@reboot"})
         assert cron.begin("09:00") == ["09:00"] and cron.jump("09:01") == [] and cron.wait_s is None
         assert cron.begin("10:00") == ["10:00"]
+        assert cron.begin(cron.at + 0.5) == ["10:00"], "two starts within a second"
+        assert cron.begin("08:00") == ["08:00"], "a machine that boots with a clock that is behind"
+        cron.begin("10:00")
         cron.configure(boot={"cron": "@reboot"}, late={"cron": "@reboot", "catch_up": "all"})
         assert cron.jump("10:05") == ["10:05"]
 
@@ -5378,10 +5399,9 @@ class TestScheduler:
         cron.is_done = False
         cron.begin("09:59:30")
         cron.store.database._db.execute("PRAGMA query_only = 1")
-        assert cron.jump("10:00") == []
+        refused("DATABASE_FAILED", cron.jump, "10:00")
         cron.configure(job={"cron": "0 10 * * *"}, more={"cron": "0 11 * * *"})
-        with pytest.raises(apexd.DaemonError):
-            cron.scheduler._look()
+        refused("DATABASE_FAILED", cron.scheduler._look)
         cron.store.database._db.execute("PRAGMA query_only = 0")
         assert cron.jump("10:00:05") == ["10:00"] and len(cron.scheduler._jobs) == 2
 
@@ -5430,6 +5450,17 @@ class TestScheduler:
         before = len(box.json("list", quick=True))
         box.stop()
         assert len(box.json("list", quick=True)) <= before + 1
+
+    def test_a_thread_that_will_not_start_is_named_by_start(self, box):
+        path = os.path.join(box.path, "apexd.py")
+        head, name, tail = read(path).partition("\nclass Scheduler:")
+        failure = """raise RuntimeError("can't start new thread")"""
+        write(path, head + name + tail.replace("self._thread.start()", failure, 1))
+        error = box.error("start", rc=1)
+        assert error["code"] == "start_failed" and error["message"] == "can't start new thread"
+        assert "Traceback" in box.log() and box.run("status", rc=3)
+        for pid in keepers(box):
+            kill(pid)
 
     def test_a_reload_shows_its_plan_and_refuses_what_is_broken(self, box):
         tick, night = {"cron": "@every 1s", "command": "true"}, {"cron": "0 4 * * *", "command": "true"}
@@ -5499,9 +5530,12 @@ class TestCronCommand:
         assert box.json("cron", "next", "30 2 * * *", "--timezone", "UTC", "-n", "3") == fires
         assert len(box.run("cron", "next", "*/5 9-17 * * 1-5").stdout.split("\n")) == 6
         assert box.json("cron", "next", "@reboot") == []
+        assert box.run("cron", "next", "@reboot").stdout == "at the next start\n"
+        box.config({"schedule": {"night": {"cron": "30 2 * * *", "command": "x", "enabled": False}}})
+        assert box.run("cron", "next", "night").stdout == "not enabled\n"
         for words in (["cron", "next"], ["cron", "next", "nope"], ["cron", "next", "*/0 * * * *"], ["cron", "next", "@x"],
                       ["cron", "next", "night", "-n", "0"], ["cron", "next", "@daily", "--timezone", "X"], ["cron", "run", "nope"],
-                      ["cron", "run"], ["cron", "frob"]):  # fmt: skip
+                      ["cron", "run"], ["cron", "frob"], ["cron", "list", "nope"]):  # fmt: skip
             error = box.error(*words, rc=2)
             assert error["code"] == "bad_request" and error["hint"], error
         assert "'*/0'" in box.error("cron", "next", "*/0 * * * *", rc=2)["message"]
@@ -11779,8 +11813,37 @@ class TestNotify:
         message = systemd.until("RELOADING")
         assert before * 1e6 <= int(message["MONOTONIC_USEC"]) <= time.monotonic() * 1e6
         systemd.until("READY")
+        assert times_logged(box, "reloaded: ") == 1, "it is ready when that is done"
         os.kill(daemon.pid, signal.SIGTERM)
         systemd.until("STOPPING")
+        assert daemon.wait(20) == 0
+
+    def test_it_hears_too_that_the_daemon_leaves_or_fails(self, box):
+        systemd = Systemd(box)
+        daemon = systemd.start(box)
+        systemd.until("READY")
+        box.request({"type": "shutdown", "keep": True})
+        assert systemd.until("STOPPING")["STATUS"] == "stopping: leave"
+        assert daemon.wait(20) == 0
+        failing = {"command": "exit 3", "critical": True, "restart": "never"}
+        box.config({}, process={"web": failing})
+        daemon = systemd.start(box)
+        systemd.until("STOPPING")
+        assert daemon.wait(20) == 1
+
+    def test_a_daemon_with_no_descriptor_left_goes_on(self, box):
+        import resource
+
+        systemd = Systemd(box)
+        daemon = systemd.start(box, WATCHDOG_USEC="200000")
+        systemd.until("WATCHDOG")
+        former = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, former[1]))
+        systemd.silent_for(0.5)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, former)
+        systemd.until("WATCHDOG")
+        box.until(box.add("true"), "succeeded")
+        daemon.terminate()
         assert daemon.wait(20) == 0
 
     @pytest.mark.parametrize("pid, usec", [("1", "100000"), ("", "0"), ("", "soon")])
@@ -11937,6 +12000,26 @@ class TestSocketActivation:
             child = Systemd(box).start(box, "", listener.fileno(), LISTEN_FDS="1", LISTEN_FDNAMES="control")
             assert child.wait(20) == 73 and b"has no path" in child.stderr.read()
 
+    @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+    def test_a_socket_at_which_nobody_listens_is_passed_over(self, box, kind):
+        with socket.socket(socket.AF_UNIX, kind) as bound:
+            bound.bind(os.path.join(box.root, "control"))
+            daemon = self.start(box, bound)
+            assert box.request({"type": "ping"})["pid"] == daemon.pid
+            daemon.terminate()
+            assert daemon.wait(20) == 0
+
+    def test_a_socket_that_was_removed_is_replaced_by_one_of_ours(self, box):
+        box.config({"daemon": {"poll_interval": 0.1}})
+        listener = self.listen(box)
+        daemon = self.start(box, listener)
+        os.unlink(listener.getsockname())
+        eventually(lambda: read(box.file("endpoint")).count("control.sock"))
+        assert box.json("status")["pid"] == daemon.pid
+        daemon.terminate()
+        assert daemon.wait(20) == 0
+        assert not os.path.exists(box.file("control.sock"))
+
     def test_http_too_is_answered_by_the_next_daemon(self, box):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
@@ -11989,6 +12072,24 @@ class TestServiceOptions:
         assert tuple(os.readlink(f"/proc/{pid}/fd/{n}") for n in range(3)) == files
         box.until(box.add("true"), "succeeded")
 
+    def test_no_umask_opens_a_socket_to_others(self, box):
+        web = {"command": "sleep 500", "ready": {"notify": True}}
+        box.config({"daemon": {"umask": "000"}}, process={"web": web})
+        box.start()
+        for name in ("control.sock", "run/notify-web.0"):
+            eventually(lambda: os.path.exists(box.file(name)))
+            assert stat.S_IMODE(os.stat(box.file(name)).st_mode) == 0o600, name
+
+    def test_a_pid_file_that_is_anothers_by_now_is_left_alone(self, boxes):
+        number = os.path.join(boxes().root, "number")
+        first, second = boxes(), boxes()
+        for box in (first, second):
+            box.start("--pid-file", number)
+        first.stop()
+        assert read(number) == f"{second.pid()}\n"
+        second.stop()
+        assert not os.path.exists(number)
+
     @pytest.mark.parametrize("name", ["work_dir", "stdout", "stderr", "pid_file", "socket"])
     def test_a_path_that_cannot_be_used_is_named_and_nothing_is_left(self, box, name):
         place = write(os.path.join(box.root, "file"), "mine") + "/x"
@@ -12026,6 +12127,36 @@ class TestServiceOptions:
         (late,) = [line for line in lines if "rate limited" in line["message"]]
         assert late["level"] == "warn"
         assert re.fullmatch(r"Task 1 rate limited, comes back at \d{4}-\S+Z", late["message"])
+
+    def test_a_second_configuration_is_not_passed_over_in_silence(self, box):
+        pid = box.start()
+        write(box.file("config.yaml"), "{}")
+        for words in (["reload"], ["restart"]):
+            assert "config.yaml is there, too" in box.error(*words, rc=78)["message"]
+        assert "BAD configuration" in box.run("doctor", rc=1).stdout
+        assert box.pid() == pid
+        box.stop()
+        assert "config.yaml is there, too" in box.error("start", rc=78)["message"]
+        box.start("--config", box.file("config.json"))
+
+    def test_a_reload_says_what_has_to_wait_for_the_next_start(self, box):
+        box.start()
+        box.config({"daemon": {"umask": "027", "max_concurrent": 7}})
+        shown = box.run("reload").stdout
+        assert "daemon.umask: 077 -> 027, at the next start\n" in shown and "7\n" in shown
+
+    def test_a_reload_to_a_log_or_an_address_that_cannot_be_had_changes_nothing(self, box):
+        log, web = os.path.join(box.root, "log"), {"web": {"command": "sleep 500"}}
+        box.start()
+        for more in ({"log": {"file": log + "/x"}}, {"log": {"file": log}, "health": {"host": "203.0.113.7"}}):
+            write(log, "")
+            box.config({}, process=web, **more)
+            for _ in range(2):
+                assert box.error("reload", rc=73)["message"] and box.json("ps") == []
+            assert "reload refused" in box.log() and "refused" not in read(log)
+        box.config({}, process=web)
+        assert "added process.web" in box.run("reload").stdout
+        eventually(lambda: [one["state"] for one in box.json("ps")] == ["running"])
 
     @linux
     @needs("bash")
@@ -12241,6 +12372,8 @@ for act in (os.setuid, os.seteuid, os.setgid, lambda number: os.setgroups([numbe
             assert place in error["message"], error
         os.chmod(os.path.join(box.path, "apexd.py"), 0o600)
         assert "apexd.py" in box.error("start", rc=77)["message"]
+        write(box.file("config.json"), "{")
+        assert "config.json: cannot be parsed" in box.error("start", rc=78)["message"]
 
     def test_a_user_that_does_not_exist_or_is_not_ours_is_refused(self, box):
         for user in ({"user": "no such"}, {"user": "nobody", "group": "no such"}, {"group": "no such"}):
@@ -12293,6 +12426,30 @@ class TestService:
         assert f'"{odd}"'.replace("%", "%%").replace("$", "$$") in read(unit)
         assert ("User=" in read(unit)) == (kind == "systemd")
 
+    @other_user
+    @pytest.mark.parametrize("number, name", [(65534, "nobody"), (54321, "54321")])
+    def test_the_user_is_who_calls_whatever_the_environment_says(self, box, number, name):
+        for folder in (box.root, box.path):
+            os.chmod(folder, 0o755)
+        os.chown(box.path, number, number)
+        words = ["setpriv", "--reuid", number, "--regid", number, "--clear-groups", "/usr/bin/python3", "-B"]
+        words += [os.path.join(box.path, "apexd.py"), "--state", os.path.join(box.path, "new"), "service", "systemd"]
+        os.chmod(words[-5], 0o644)
+        for env in ({}, {"USER": "somebody", "LOGNAME": "somebody"}):
+            done = subprocess.run([*map(str, words)], cwd=box.path, env=env, capture_output=True, text=True)
+            assert f"\nUser={name}\n" in done.stdout, done
+
+    @posix
+    @pytest.mark.parametrize("name", ["a\nb", "a\x01", os.fsdecode(b"a\xff")])
+    def test_a_path_that_no_such_file_can_hold_is_said_so(self, box, name):
+        odd = os.path.join(box.root, name)
+        try:
+            os.mkdir(odd)
+        except OSError:
+            pytest.skip("this file system has no such names")
+        for kind in ("systemd", "sysv", "launchd", "windows"):
+            assert box.error("--project", odd, "service", kind, rc=2)["code"] == "bad_request"
+
     def test_a_plist_is_one(self, box):
         import plistlib
 
@@ -12323,6 +12480,8 @@ class TestService:
         assert [call("status"), call("start"), call("stop"), call("status")] == [1, 0, 0, 3]
         box.config({"daemon": {"nonsense": 1}})
         assert [call("start"), call("restart"), call(), call("dance")] == [6, 6, 2, 2]
+        os.unlink(os.path.join(box.path, "apexd.py"))
+        assert [call("status"), call("start")] == [5, 5]
 
 
 def has_slurm():
@@ -13290,11 +13449,14 @@ class Worker:
 
     def pytest_runtestloop(self, session):
         items = {item.nodeid: item for item in session.items}
-        self.tell(None)
-        for line in self.names:
-            item = items[json.loads(line)]
-            module = item.getparent(pytest.Module)  # what belongs to it is kept for the next one
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=module)
+        for _ in range(2):  # one to run, and the one after it: for it some fixtures are kept
+            self.tell(None)
+        names = (json.loads(line) for line in self.names)
+        item = items.get(next(names, None))
+        while item:
+            following = items.get(next(names, None))
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            item = following
             self.tell(None)
         return True
 
@@ -13322,12 +13484,22 @@ class Crew:
             raise session.Failed(session.shouldfail)
         return True
 
+    def choose(self, worker):
+        """Return the next test for a worker: of its class, else of one that is nobody's yet."""
+        left = {of: names for of, names in self.waiting.items() if names}
+        if self.classes.get(worker) not in left:
+            free = left.keys() - self.classes.values() or left.keys()
+            self.classes[worker] = max(free, key=lambda of: len(left[of]), default=None)
+        return left[self.classes[worker]].pop(0) if left else None
+
     def run_shared(self, session, items):
-        waiting = [item.nodeid for item in reversed(items)]
+        self.waiting, self.classes = {}, {}
+        for item in items:
+            self.waiting.setdefault(item.nodeid.rpartition("::")[0], []).append(item.nodeid)
         command = [sys.executable, os.path.abspath(__file__), "--worker", *self.argv]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
         workers = [subprocess.Popen(command, **pipes) for _ in range(self.SIZE)]
-        lines, current = SimpleQueue(), {}
+        lines, names = SimpleQueue(), {worker: deque() for worker in workers}
 
         def read(worker):
             for line in worker.stdout:
@@ -13336,25 +13508,30 @@ class Crew:
 
         for worker in workers:
             threading.Thread(target=read, args=(worker,), daemon=True).start()
-        busy = set(workers)
+        busy, asked = set(workers), Counter()
         while busy:
             worker, told = lines.get()
-            is_over = session.shouldfail or session.shouldstop or not waiting
             if told == "end":
                 busy.discard(worker)
-                if worker.wait() and worker in current:
-                    session.shouldfail = f"a process of the tests ended in {current[worker]}"
+                if worker.wait():
+                    session.shouldfail = f"a process of the tests ended in {[*names[worker]]}"
             elif told is not None:
                 hook = session.config.hook
                 report = hook.pytest_report_from_serializable(config=session.config, data=told)
                 hook.pytest_runtest_logreport(report=report)
-            elif is_over:
-                current.pop(worker, None)
-                worker.stdin.close()
             else:
-                current[worker] = waiting.pop()
-                worker.stdin.write(json.dumps(current[worker]) + "\n")
-                worker.stdin.flush()
+                asked[worker] += 1
+                if asked[worker] > 2:
+                    names[worker].popleft()
+                is_over = session.shouldfail or session.shouldstop
+                name = None if is_over else self.choose(worker)
+                with contextlib.suppress(OSError, ValueError):
+                    if name is None:
+                        worker.stdin.close()
+                    else:
+                        names[worker].append(name)
+                        worker.stdin.write(json.dumps(name) + "\n")
+                        worker.stdin.flush()
 
 
 if __name__ == "__main__":  # without pytest the head of this file has brought it already
