@@ -245,6 +245,7 @@ OWN_GROUPS = ("default", "hooks")  # there without being declared
 
 EVENTS_MAX_BYTES = 10_000_000  # of events.log, before it becomes events.log.1
 EVENT_MAX_BYTES = 30_000  # of one that a user emits: a variable of Windows takes 32,767
+CHANGED_MAX = 200  # options that config.reloaded names: it must fit into a variable as well
 HISTORY_MAX = 1000  # events that a router keeps
 DEAD_LETTERS_MAX = 100  # events that a handler failed for, kept by a router
 HANDLER_PAUSES_S = (1.0, 2.0, 4.0)  # before a failed handler's further tries
@@ -2223,8 +2224,7 @@ class Config:
                 self._refuse_key(key, key, OPTIONS)
         for name in OPTIONS.keys() - TABLES.keys():
             setattr(self, name, self._read_section(name, name, data.get(name, {})))
-        own = {name: self._read_section("group", f"group.{name}", {}) for name in OWN_GROUPS}
-        own["hooks"].max_concurrent = HOOKS_AT_ONCE
+        own = self._read_tables("group", {name: {} for name in OWN_GROUPS})
         for kind, attribute in TABLES.items():  # groups first: the triggers name them
             found = self._read_tables(kind, data.get(kind, {}))
             setattr(self, attribute, {**own, **found} if kind == "group" else found)
@@ -2235,6 +2235,12 @@ class Config:
             below_s[name] = process.stop_timeout + needed_s
         self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
+
+    @property
+    def env_keep(self) -> list[str]:
+        """Names of variables that tasks get; "!NAME": not that one, a hook's secret: see README."""
+        secrets = [hook.secret_env for hook in self.hooks.values() if hook.secret_env]
+        return [*self.daemon.env_keep, *(f"!{name.upper()}" for name in secrets)]
 
     def _refuse(self, message: str, hint: str = "") -> None:
         error = _broken(self._path, message, hint)
@@ -2275,6 +2281,8 @@ class Config:
         found = {}
         for name, table in given.items():
             count = len(self._faults or ())
+            if (kind, name) == ("group", "hooks") and isinstance(table, dict):
+                table = {"max_concurrent": HOOKS_AT_ONCE, **table}
             section = self._read_section(kind, f"{kind}.{name}", table)
             if kind != "group" and len(self._faults or ()) == count:
                 self._check_named(kind, name, section)
@@ -2355,13 +2363,13 @@ def unknown_group(name: str, config: Config) -> DaemonError:
 
 
 def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[str, str]:
-    """Return what a task gets of this process's environment, and NAME[=VALUE] on top."""
+    """Return what a task gets of our environment (keep: Config.env_keep), NAME[=VALUE] on top."""
     names = {*ENVIRONMENT_KEPT, *keep}
     env = {
         name: value
         for name, value in os.environ.items()
         if (not names.isdisjoint((name, name.upper(), "*")) or name.startswith("LC_"))
-        and not ENVIRONMENT_DROPPED.match(name)
+        and not (ENVIRONMENT_DROPPED.match(name) or "!" + name.upper() in names)
     }
     for item in extra:
         name, has_value, value = item.partition("=")
@@ -2551,23 +2559,24 @@ class EventLog:
         self._fd: int | None = None
 
     def write(self, events: Sequence[Event]) -> None:
-        """Append events; never raises."""
-        with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
-            for at in range(0, len(events), 1000):
-                lines = [json.dumps(event.to_dict()) + "\n" for event in events[at : at + 1000]]
-                self._append("".join(lines).encode())
+        """Append events; never raises.
 
-    def _append(self, data: bytes) -> None:
-        """Append lines, without `logging`: it takes 7 ms to import, a record as long as this."""
-        if self._fd is not None and os.fstat(self._fd).st_size + len(data) > EVENTS_MAX_BYTES:
-            self.close()
-            with contextlib.closing(open_rotating(self._path, EVENTS_MAX_BYTES, 1)) as handler:
-                handler.doRollover()
-        if self._fd is None:
-            self._fd = open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        written = os.write(self._fd, data)
-        if written < len(data):  # the disk is full: no part of a line stays
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+        Without `logging`: it takes 7 ms to import, and a record as long as this.
+        """
+        with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
+            data = "".join(json.dumps(event.to_dict()) + "\n" for event in events).encode()
+            info = os.fstat(self._fd) if self._fd is not None else None
+            if info is not None and not info.st_nlink:
+                self.close()  # somebody has removed it
+            elif info is not None and info.st_size + len(data) > EVENTS_MAX_BYTES:
+                self.close()
+                with contextlib.closing(open_rotating(self._path, EVENTS_MAX_BYTES, 1)) as handler:
+                    handler.doRollover()
+            if self._fd is None:
+                self._fd = open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            written = os.write(self._fd, data)
+            if written < len(data):  # the disk is full: no part of a line stays
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
 
     def close(self) -> None:
         """Close the file; the next event opens it again."""
@@ -2848,13 +2857,17 @@ class Transaction:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.execute, self.executemany = db.execute, db.executemany
-        # With the hooks that led to each, separated by commas; None: those of its task.
-        self.events: list[tuple[Event, str | None]] = []
+        # (type, Event, the hooks that led to it, separated by commas), or of one task, since
+        # there may be 100,000: (type, id, state, more payload), with the hooks of its task.
+        self.events: list[tuple[Any, ...]] = []
 
-    def add_task_event(self, task_id: int, type: str, payload: Mapping[str, Any]) -> None:
-        """Add an event of one task."""
-        event = Event.make("task." + type, {"id": task_id, **payload}, f"task {task_id}")
-        self.events.append((event, None))
+    def make_event(self, at: int) -> Event:
+        """Return an event of the list."""
+        type, what, *rest = self.events[at]
+        if isinstance(what, Event):
+            return what
+        payload = {"id": what, "state": rest[0], **rest[1]}
+        return Event.make(type, payload, f"task {what}")
 
 
 class Database:
@@ -2974,8 +2987,9 @@ class Database:
                 finally:
                     if self._db.in_transaction:
                         db.execute("ROLLBACK")
-            if db.events:  # in the order of the commits
-                self.after_commit([event for event, _ in db.events])
+            for first in range(0, len(db.events), 1000):  # in the order of the commits
+                part = range(len(db.events))[first : first + 1000]
+                self.after_commit([*map(db.make_event, part)])
 
     def probe(self) -> None:
         """Write a page and wait for the disk; the ballast stays. Raises DATABASE_FAILED."""
@@ -3004,7 +3018,7 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # The event of each state that a task can enter; leaving one for the queue is "retrying".
-EVENT_TYPES = {State.RUNNING: "started", **{state: state.value for state in DONE}}
+EVENT_TYPES = {one: "task." + one.value for one in DONE} | {State.RUNNING: "task.started"}
 _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
 SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
@@ -3128,7 +3142,7 @@ def _insert_tasks(
             raise DaemonError(error.code, place + error.message, error.hint) from None
         finished_at = Clock.now() if state == State.SKIPPED else None
         if state == State.SKIPPED:
-            db.add_task_event(next_id, "skipped", {"state": state.value})
+            db.events.append((EVENT_TYPES[state], next_id, state.value, {}))
         head = (next_id, command, request, state.value, open_deps)
         rows.append((*head, *options.row, finished_at))
         ids.append(next_id)
@@ -3169,10 +3183,11 @@ def set_state(
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
-        what = EVENT_TYPES.get(new) or (EVENT_TYPES.get(old) and "retrying")
+        what = EVENT_TYPES.get(new)
+        if what is None and old in EVENT_TYPES:
+            what = "task.lost" if payload.get("outcome") == "lost" else "task.retrying"
         if what is not None:
-            what = "lost" if (what, payload.get("outcome")) == ("retrying", "lost") else what
-            db.add_task_event(task_id, what, {"state": new.value, **payload})
+            db.events.append((what, task_id, new.value, payload))
         payload = {}  # the tasks that follow have none
         if new not in DONE:
             continue
@@ -3247,8 +3262,7 @@ def _retry(db: Transaction, task_id: int, state: State) -> bool:
 
 def _remove(db: Transaction, task_id: int, state: State) -> bool:
     if state != State.RUNNING:
-        _cancel(db, task_id, state)
-        delete_tasks(db, [task_id])
+        _cancel(db, task_id, state)  # and `change` deletes it
     return state != State.RUNNING
 
 
@@ -3364,7 +3378,7 @@ class TaskStore:
         if ids.made:
             payload = {"count": len(ids.made), "first": ids.made[0], "last": ids.made[-1]}
             event = Event.make("task.added", payload, f"task {ids.made[0]}")
-            db.events.insert(count, (event, env.get("APEX_HOOKS", "")))
+            db.events.insert(count, (event.type, event, env.get("APEX_HOOKS", "")))
         answer = {"ids": ids, "existing": ids.existing} if ids.existing else ids
         bounds = (min(ids, default=0), max(ids, default=0))
         sql = "UPDATE requests SET first_task = ?, last_task = ?, answer = ? WHERE id = ?"
@@ -3469,6 +3483,9 @@ class TaskStore:
                         raise
                     is_done, taken = False, error
                 (done if is_done else not_done).append((task_id, row[1]))
+            if verb == "remove":
+                self.database.before_commit(db)  # hooks ask who has added these tasks
+                delete_tasks(db, [task_id for task_id, _ in done])
         if taken is not None and not done:
             raise taken
         if verb == "remove":
@@ -3566,7 +3583,8 @@ class AttemptStore:
                 set_state(db, task_id, State.SCHEDULED, State.QUEUED)
             claimed = []
             for task_id, keeper in self._find_ready(db, room, busy, find_keeper) if room else ():
-                set_state(db, task_id, State.QUEUED, State.RUNNING)
+                payload: dict[str, Any] = {}
+                set_state(db, task_id, State.QUEUED, State.RUNNING, payload=payload)
                 run_id = f"{task_id}-{os.urandom(8).hex()}"
                 db.execute(
                     """
@@ -3576,7 +3594,7 @@ class AttemptStore:
                     (run_id, keeper, self._boot_id, Clock.now(), task_id),
                 )
                 claimed.append(self._store.get(task_id))
-                db.events[-1][0].payload.update(_attempt_payload(claimed[-1]))
+                payload.update(_attempt_payload(claimed[-1]))
                 failpoint("claim")
         return claimed
 
@@ -3737,12 +3755,12 @@ class EventStore:
         self._store = store
 
     def fire(
-        self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None,
-        is_behind: bool = False, told: Sequence[Event] = (), lines: bytes = b"",
+        self, source: str, trigger: Any, event: Event, is_behind: bool = False,
+        told: Sequence[Event] = (), lines: bytes = b"",
     ) -> int | None:  # fmt: skip
         """Add the task that a trigger stands for; None when `overlap` forbids it.
 
-        source: "schedule.NAME"; event: why, in the task's environment, on top of env; its
+        source: "schedule.NAME"; event: why, in the task's environment; its
         payload's "scheduled_at" is acted on once, also over crashes. is_behind: it comes after
         unfinished ones, however many. Publishes the event (or `told` in its stead), or
         KIND.skipped. lines: for APEX_EVENT_FILE. Raises QUEUE_FULL.
@@ -3759,7 +3777,8 @@ class EventStore:
             if is_behind or len(unfinished) < {"skip": 1, "queue": 2}[trigger.overlap]:
                 key = f"{source} {event.id}" if unfinished else source
                 given = {"key": key, "after": [f"{one}:any" for one in unfinished[-1:]] or None}
-                task_id = self._insert(db, trigger, trigger.command, event, env or {}, given)
+                env = capture_environment(self._store.config.env_keep)
+                task_id = self._insert(db, trigger, trigger.command, event, env, given)
                 if lines:
                     write_atomically(event_path(self._store.folder, task_id), lines)
             sql = """
@@ -3771,7 +3790,7 @@ class EventStore:
             kind = event.type.partition(".")[0]
             skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
             told = [skipped] if task_id is None else told or [event]
-            db.events += [(one, "") for one in told]
+            db.events += [(one.type, one, "") for one in told]
         return task_id
 
     def _insert(
@@ -3780,15 +3799,10 @@ class EventStore:
     ) -> int:  # fmt: skip
         """Insert a trigger's task, with its options, `given` over them; return its id."""
         store, options = self._store, {name: getattr(trigger, name, None) for name in TASK_READERS}
-        own = {**trigger.env, "APEX_EVENT": json.dumps(event.to_dict()), **env}
-        inherited = capture_environment(store.config.daemon.env_keep)
-        for hook in store.config.hooks.values():
-            inherited.pop(hook.secret_env, None)  # whatever env_keep says: it goes to no disk
-        context = {**inherited, **own}
-        cwd = os.path.join(store.project, trigger.cwd)
-        options.update(given)  # and a full queue must not keep a result from its record
-        is_limited = token is None
-        return store.insert(db, [command], options, token, cwd, context, None, is_limited)[0]
+        env = {**env, **trigger.env, "APEX_EVENT": json.dumps(event.to_dict())}
+        where = token, os.path.join(store.project, trigger.cwd), env, None
+        is_limited = token is None  # a full queue must not keep a result from its record
+        return store.insert(db, [command], {**options, **given}, *where, is_limited)[0]
 
     def start_hooks(self, db: Transaction) -> None:
         """Insert the tasks of all hooks that match events of a transaction.
@@ -3796,28 +3810,31 @@ class EventStore:
         These tasks' own events included. A hook is not started by what it led to itself, nor
         any after HOPS_MAX others.
         """
-        for event, chain in db.events if self._store.config.hooks else ():  # it grows meanwhile
-            for name, hook in self._find_hooks(event):
-                if chain is None:
+        config, inherited = self._store.config, dict[str, str]()
+        for at, (type, *_) in enumerate(db.events if config.hooks else ()):  # it grows meanwhile
+            for name, hook in self._find_hooks(type):
+                event, chain, *rest = db.make_event(at), *db.events[at][2:]
+                if rest:  # of a task
                     sql = "SELECT env FROM requests JOIN tasks ON request_id = requests.id"
                     row = db.execute(sql + " WHERE tasks.id = ?", (event.payload["id"],)).fetchone()
                     chain = json.loads(row[0]).get("APEX_HOOKS", "") if row else ""
                 before = chain.split(",") if chain else []
                 event.hops, token = len(before), f"{event.id} {name}"
-                if name in before or len(before) >= HOPS_MAX:
-                    continue
+                db.events[at] = (type, event, chain)
+                is_loop = name in before or len(before) >= HOPS_MAX
                 sql = "SELECT 1 FROM requests WHERE token = ?"
-                if not db.execute(sql, (token,)).fetchone():
-                    env = {"APEX_HOOKS": ",".join([*before, name])}
-                    command = hook.command or DELIVER
-                    given = {"label": hook.label or f"{name}: {event.type}"}
-                    self._insert(db, hook, command, event, env, given, token)
+                if is_loop or db.execute(sql, (token,)).fetchone():
+                    continue
+                inherited = inherited or capture_environment(config.env_keep)
+                env = {**inherited, "APEX_HOOKS": ",".join([*before, name])}
+                command, given = hook.command or DELIVER, {"label": hook.label or f"{name}: {type}"}
+                self._insert(db, hook, command, event, env, given, token)
 
-    def _find_hooks(self, event: Event) -> list[tuple[str, Any]]:
+    def _find_hooks(self, type: str) -> list[tuple[str, Any]]:
         return [
             (name, hook)
             for name, hook in self._store.config.hooks.items()
-            if hook.enabled and any(fnmatch.fnmatchcase(event.type, one) for one in hook.on)
+            if hook.enabled and any(fnmatch.fnmatchcase(type, one) for one in hook.on)
         ]
 
     def register(self, specs: Mapping[str, str], now: float) -> dict[str, float]:
@@ -3855,11 +3872,11 @@ class EventStore:
 
         hooks: those that led to it, separated by commas. Raises DATABASE_FAILED.
         """
-        if not self._find_hooks(event):
+        if not self._find_hooks(event.type):
             self._store.dispatch([event])
             return
         with self._store.database.write(is_vital=False) as db:
-            db.events.append((event, hooks))
+            db.events.append((event.type, event, hooks))
 
 
 # ============================================================================
@@ -5094,7 +5111,7 @@ def fire_schedule(store: TaskStore, name: str, at: float | None, is_behind: bool
     if name not in found:
         raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(found) or 'none'}")
     event = Event.make("cron.fired", {"name": name, "scheduled_at": at}, f"schedule {name}")
-    return EventStore(store).fire(f"schedule.{name}", found[name], event, None, is_behind)
+    return EventStore(store).fire(f"schedule.{name}", found[name], event, is_behind)
 
 
 class Scheduler:
@@ -5224,24 +5241,21 @@ def read_events(
 
     pattern: of types, "task.*"; since: epoch seconds.
     """
-    recent: deque[dict[str, Any]] = deque(maxlen=lines)
-    is_catching_up, rest = True, b""
+    found: deque[dict[str, Any]] = deque(maxlen=lines)  # until all that is there has been read
+    rest = b""
     for data in follow_file(os.path.join(folder, "events.log"), 0, to_end):
         *whole, rest = (rest + data).split(b"\n")
-        found = []
         for line in whole:
-            with contextlib.suppress(ValueError, TypeError, AttributeError):  # of a full disk
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
                 event = json.loads(line)
                 is_whole = event.keys() >= Event.__annotations__.keys() and event["time"] >= since
                 if is_whole and fnmatch.fnmatchcase(event["type"], pattern):
                     found.append(event)
-        if is_catching_up:
-            recent.extend(found)
-        if not is_catching_up or not data:
-            yield [*recent] if is_catching_up else found
-            is_catching_up = is_catching_up and bool(data)
-    if is_catching_up:
-        yield [*recent]
+        if not data or found.maxlen is None:
+            yield [*found]
+            found = deque()
+    if found.maxlen is not None:
+        yield [*found]
 
 
 class EventRouter:
@@ -5259,7 +5273,12 @@ class EventRouter:
         self._readers: dict[threading.Thread, tuple[str, Any]] = {}  # with pattern and queue
 
     def subscribe(self, pattern: str, handler: Callable[[Event], object]) -> None:
-        """Call `handler` with each event, from now on, whose type matches: "task.*", "*"."""
+        """Call `handler` with each event, from now on, whose type matches: "task.*", "*".
+
+        Raises ILLEGAL_STATE when the router is closed.
+        """
+        if self._closing.is_set():
+            raise DaemonError("ILLEGAL_STATE", "the router is closed", "make another")
         waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         args, name = (handler, waiting), f"events-{pattern}"
         thread = threading.Thread(target=self._serve, args=args, name=name, daemon=True)
@@ -5298,7 +5317,7 @@ class EventRouter:
                 try:
                     handler(event)
                     break
-                except Exception as error:  # the user's callback
+                except (Exception, SystemExit) as error:  # the user's callback
                     log.exception("a handler of %s failed", event.type)
                     if attempt > len(HANDLER_PAUSES_S):
                         self._add_dead_letter(event, f"{type(error).__name__}: {error}", attempt)
@@ -5340,9 +5359,6 @@ def deliver() -> int:
 
     A redirect is refused: the POST would become a GET of somebody else's page.
     """
-    import hashlib
-    import hmac
-    import http.client
     import urllib.request
 
     class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -5359,7 +5375,7 @@ def deliver() -> int:
     headers = {"Content-Type": "application/json", "User-Agent": f"apexd/{__version__}"}
     headers["Idempotency-Key"] = f"{json.loads(body)['id']}-{name}"
     if secret is not None:
-        digest = hmac.new(os.fsencode(secret), body, hashlib.sha256).hexdigest()
+        digest = hmac.new(os.fsencode(secret), body, "sha256").hexdigest()
         headers["X-Apexd-Signature"] = "sha256=" + digest
     request = urllib.request.Request(url, body, headers, method="POST")
     try:
@@ -6042,7 +6058,7 @@ class Watch:
         ids, who = Platform.identity(policy.user, policy.group) if is_other else ({}, {})
         notify = self._listen(ids.get("uid")) if "notify" in one.kinds else None
         if not env:
-            env = {**capture_environment(store.config.daemon.env_keep), **who}
+            env = {**capture_environment(store.config.env_keep), **who}
             if notify is not None:
                 env["NOTIFY_SOCKET"] = notify
                 if policy.live and policy.live.kind == "notify":
@@ -7161,7 +7177,7 @@ class WatchTrigger:
         lines = os.fsencode("".join(path + "\n" for path in paths))
         trigger, is_behind = self.options, self.options.overlap == "queue"
         made = EventStore(self._store).fire(
-            f"watch.{self.name}", trigger, event, None, is_behind, told, lines
+            f"watch.{self.name}", trigger, event, is_behind, told, lines
         )
         self._task, self._ended = made or self._task, None
         self._rounds = self._rounds + 1 if self._is_own else 0
@@ -7529,7 +7545,11 @@ class TaskVerbs:
         """Publish custom.EVENT; the same token again starts nothing more."""
         made = Event.make("custom." + event.removeprefix("custom."), payload or {}, "emit")
         made.id = token or made.id
-        if len(json.dumps(made.to_dict())) > EVENT_MAX_BYTES:
+        try:
+            size = len(json.dumps(made.to_dict(), allow_nan=False))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise bad(f"the payload is no JSON: {error}", "no Infinity, say") from None
+        if size > EVENT_MAX_BYTES:
             raise bad(f"the event has more than {EVENT_MAX_BYTES} bytes", "name a file in it")
         EventStore(self._store).emit(made, hooks)
         return {"id": made.id}
@@ -8050,7 +8070,7 @@ class ControlServer:
 
 def settings_of(config: Config) -> Fields:
     """Return what clients need of a configuration: {"env_keep", "timeout", "log_file"}."""
-    settings = {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
+    settings = {"env_keep": config.env_keep, "timeout": config.limits.timeout}
     return {**settings, "log_file": config.log.file}
 
 
@@ -9080,7 +9100,7 @@ def add_on_usr2(store: TaskStore) -> None:
     """Add the task that the configuration has for SIGUSR2, if any."""
     options = store.config.daemon
     if options.on_usr2:
-        env = capture_environment(options.env_keep)
+        env = capture_environment(store.config.env_keep)
         store.add([options.on_usr2], {}, cwd=store.project, env=env)
 
 
@@ -9312,7 +9332,7 @@ class Daemon:
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
             changed = [re.split(r"[:=]", line)[0].strip() for line in plan]
-            self.publish("config.reloaded", {"changed": changed}, "daemon")
+            self.publish("config.reloaded", {"changed": changed[:CHANGED_MAX]}, "daemon")
             self._runner.wake()
             return plan
 

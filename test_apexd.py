@@ -40,6 +40,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 import zoneinfo
@@ -5661,6 +5662,14 @@ class TestEventRouter:
     def test_the_pauses_are_one_two_and_four_seconds(self):
         assert apexd.HANDLER_PAUSES_S == (1.0, 2.0, 4.0)
 
+    def test_a_handler_that_exits_ends_no_subscription(self, router, hurried):
+        got = []
+        router.subscribe("x", lambda event: got.append(event) or (len(got) == 1 and sys.exit(3)))
+        router.publish("x")
+        router.publish("x")
+        eventually(lambda: len(got) == 3)
+        assert router.dead_letters() == []
+
     def test_a_handler_that_works_at_last_makes_no_dead_letter(self, router, hurried):
         tries = []
         router.subscribe("x", lambda event: tries.append(1) or 1 / (len(tries) > 2))
@@ -5714,6 +5723,8 @@ class TestEventRouter:
         assert len(got) == 1000 and len(tries) == 4000 and time.monotonic() - began < 25
         router.publish("x")
         assert len(got) == 1000, "nobody hears of it any more"
+        with pytest.raises(apexd.DaemonError, match="closed"):
+            router.subscribe("x", got.append)
 
     def test_a_burst_from_many_threads_loses_nothing(self, router):
         got = []
@@ -5835,6 +5846,15 @@ class TestEventLog:
             assert found[:200] == list(range(200)) and found[-10:] == list(range(1000, 1010))
             log.close()
 
+    @posix
+    def test_a_file_that_somebody_removes_is_made_anew(self, tmp_path):
+        log = apexd.EventLog(str(tmp_path))
+        log.write([self.event(1)])
+        os.unlink(tmp_path / "events.log")
+        log.write([self.event(2)])
+        log.close()
+        assert [e["payload"]["n"] for e in next(apexd.read_events(str(tmp_path), 9, False))] == [2]
+
     @linux
     def test_a_folder_that_is_gone_stops_nothing(self, tmp_path):
         log = apexd.EventLog(str(tmp_path / "nope"))
@@ -5906,6 +5926,21 @@ class TestTaskEvents:
         assert store.add(["x"]) == [1] and store.add(["y"]) == [2]
         store.close()
         assert len(next(apexd.read_events(str(tmp_path / "jobs"), 9, False))) == 2
+
+    def test_to_cancel_many_takes_little_memory(self, tmp_path):
+        """Their events are made 1,000 at a time; each is handed on, in the order of the tasks."""
+        store = apexd.TaskStore(str(tmp_path / "jobs" / "apex.db"))
+        store.add(["x"] * 5000)
+        most, ids = [], []
+        store.on_events = lambda events: (most.append(len(events)), ids.extend(e.payload["id"] for e in events))
+        tracemalloc.start()
+        try:
+            store.change("cancel", [range(1, 5001)])
+            assert tracemalloc.get_traced_memory()[1] < 2_500_000
+        finally:
+            tracemalloc.stop()
+        assert ids == list(range(1, 5001)) and max(most) == 1000
+        store.close()
 
     def test_without_a_matching_hook_there_is_no_further_statement(self, tmp_path):
         counts = []
@@ -5989,6 +6024,43 @@ class TestHooks:
         box.until(box.add("false"))
         eventually(lambda: len(hook_tasks(box)) == 2)
 
+    def test_what_a_hook_removes_does_not_start_it_again(self, tmp_path):
+        """What led to an event of a task is known though the same transaction deletes the task."""
+        hooks = {"tidy": {"on": ["task.cancelled"], "command": "x"}}
+        store = apexd.TaskStore(str(tmp_path / "jobs" / "apex.db"), apexd.Config({"hook": hooks}))
+        store.add(["a", "b"], env={"APEX_HOOKS": "tidy"})
+        assert store.change("remove", [1]) == ([1], []) and len(store.find()) == 1
+        (theirs,) = store.add(["c"])
+        assert store.change("remove", [theirs, 2]) == ([theirs, 2], [])
+        (task,) = store.find()
+        assert task.label == "tidy: task.cancelled"
+        store.close()
+
+    def test_a_reload_of_very_much_is_told_of(self, box):
+        hooks = {"hook": {"r": {"on": ["config.reloaded"], "command": "true"}}}
+        box.config(hooks)
+        box.start()
+        many = {f"{n}-with-a-long-name".rjust(60, "s"): {"cron": "0 0 1 1 *", "command": "true"} for n in range(200)}
+        box.config(hooks, schedule=many)
+        box.run("reload")
+        (task,) = eventually(lambda: [t for t in hook_tasks(box) if t["attempts"]])
+        assert box.until(task["id"])["state"] == "succeeded"
+        assert len(events_of(box, "config.reloaded")[0]["payload"]["changed"]) == 200
+
+    def test_no_other_task_inherits_a_hooks_secret(self, box):
+        hook = {"on": ["custom.*"], "url": "http://127.0.0.1:9/", "secret_env": "HOOK_KEY"}
+        box.config({"hook": {"web": hook}, "daemon": {"env_keep": ["*"], "on_usr2": "env"}})
+        known = {"HOOK_KEY": "geheim-77", "KNOWN": "yes"}
+        box.start(env=known)
+        box.quick("add", "--", "env", env=known)
+        box.quick("add", "--env", "HOOK_KEY=mine", "--", "env", env=known)
+        if not IS_WINDOWS:
+            os.kill(box.pid(), signal.SIGUSR2)
+        seen = [box.output(box.until(n)["id"]) for n in eventually(lambda: len(box.json("list")) == 3 and (1, 2, 3))]
+        assert all("KNOWN=yes" in text for text in seen) and "HOOK_KEY=mine" in seen[1]
+        box.stop()
+        self.assert_nowhere("geheim-77", box.state)
+
     def test_processes_and_the_daemon_are_told_of(self, box):
         out = os.path.join(box.root, "out")
         hooks = {"p": {"on": ["process.*", "config.*"], "command": f'echo "$APEX_EVENT" >> {out}'}}
@@ -6004,6 +6076,13 @@ class TestHooks:
         eventually(lambda: "config.reloaded" in read(out))
         (event,) = events_of(box, "config.reloaded")
         assert "changed log.level" in event["payload"]["changed"]
+
+    def test_two_run_at_once_unless_another_number_is_set(self):
+        def most(group):
+            return apexd.Config({"group": {"hooks": group}} if group is not None else {}).groups["hooks"].max_concurrent
+
+        assert most(None) == most({}) == most({"launcher": ["nice"]}) == 2
+        assert most({"max_concurrent": 5}) == 5
 
     def test_a_hung_process_is_told_of(self, box):
         live = {"command": "exit 1", "interval": 0.05, "timeout": 1, "failures": 2}
@@ -6180,7 +6259,7 @@ class TestEventCommands:
         for words in (
             ["emit"], ["emit", "a b"], ["emit", ""], ["emit", "x", "--json", "[1]"], ["emit", "x", "--json", "{"],
             ["emit", "x", "--json", '{"a": NaN}'], ["nope"], ["--since", "soon"], ["-n", "0"], ["--json", "x y"],
-            ["emit", "x" * 2000],
+            ["emit", "x" * 2000], ["emit", "x", "--json", '{"a": 1e999}'],
         ):
             done = box.run("events", *words, rc=2)
             assert done.stdout == "" and done.stderr, words
