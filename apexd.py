@@ -637,8 +637,6 @@ def command_line(value: Any) -> Any:
 
     Bytes that are no UTF-8 come as surrogates (os.fsdecode) and are kept.
     """
-    if not isinstance(value, (str, list)):
-        raise ValueError("a string or a list of strings")
     words = text_list([value] if isinstance(value, str) else value)
     if not words or not words[0].strip():
         raise ValueError("a command; it is empty")
@@ -2342,7 +2340,7 @@ class Config:
         }
 
     def plan(self, new: Config) -> list[str]:
-        """Say what a reload to `new` changes: ["added group.a", "changed log.max_files: 5 -> 6"]."""
+        """Say what a reload to `new` changes: ["added group.a", "changed limits.nice: 0 -> 5"]."""
         before, after = self.to_dict(), new.to_dict()
         old, now = ({key.rpartition(".")[0] for key in values} for values in (before, after))
         lines = [f"added {one}" for one in now - old] + [f"removed {one}" for one in old - now]
@@ -2398,8 +2396,7 @@ def find_config(folder: str) -> str | None:
     """Return a state folder's configuration file, None without one. Raises CONFIG_INVALID."""
     found = [name for name in CONFIG_NAMES if os.path.lexists(os.path.join(folder, name))]
     if len(found) > 1:
-        what = f"{' and '.join(found)} are both there"
-        raise _broken(folder, what, "remove one, or name one with --config")
+        raise _broken(folder, f"{' and '.join(found)} are both there", "remove one of them")
     return os.path.join(folder, found[0]) if found else None
 
 
@@ -2438,13 +2435,12 @@ def load_config(
         if isinstance(data.setdefault(section, {}), dict):
             data[section][key] = value
     config = Config(data, path, faults)
-    milliseconds = os.environ.get("APEX_POLL_INTERVAL")
-    if milliseconds is not None:
+    given = os.environ.get("APEX_POLL_INTERVAL")  # milliseconds
+    if given is not None:
         try:
-            config.daemon.poll_interval = number(milliseconds) / 1000
+            config.daemon.poll_interval = number(given) / 1000
         except ValueError as error:
-            what = f"the variable APEX_POLL_INTERVAL = {milliseconds!r}: must be {error}"
-            raise DaemonError("CONFIG_INVALID", what, "unset it, or write milliseconds") from None
+            raise _broken("APEX_POLL_INTERVAL", f"{given!r}: must be {error}", "unset it") from None
     return config
 
 
@@ -3521,8 +3517,7 @@ class TaskStore:
             if db.execute("SELECT 1 FROM requests WHERE token = ?", (token,)).fetchone():
                 return task.wish == Outcome.OVER_BUDGET
             if task.state != State.RUNNING or run_id not in (None, task.run_id):
-                is_other = task.state == State.RUNNING
-                how = "runs another attempt" if is_other else f"is {task.state.value}"
+                how = "has another attempt" if task.state == State.RUNNING else "does not run"
                 raise DaemonError("ILLEGAL_STATE", f"task {task_id} {how}", "only what runs can")
             tokens, cost = task.tokens + tokens, task.cost + cost
             progress = task.progress if progress is None else min(progress, 100.0)
@@ -8095,15 +8090,11 @@ class Project(Value):
         """The configuration that was named, else the one in the state folder now."""
         return self.named_config or find_config(self.folder)
 
-    def load_config(self, faults: list[DaemonError] | None = None) -> Config:
-        """Read and check the configuration as the daemon does; `faults`: see Config."""
-        config, path = load_config(self.config_path, faults, self.overrides), self.config_path
-        try:
-            check_watches(config, self.path, path)
-        except DaemonError as error:
-            if faults is None:
-                raise
-            faults.append(error)
+    def load_config(self) -> Config:
+        """Read the configuration, and check what the daemon is to watch. Raises CONFIG_INVALID."""
+        path = self.config_path
+        config = load_config(path, overrides=self.overrides)
+        check_watches(config, self.path, path)
         return config
 
     @property
@@ -8134,8 +8125,7 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
     path, folder = find_folders(path, state)
     check_state_folder(folder)
     if config is not None and not os.path.isfile(config):
-        what = f"{config}: no such file"
-        raise DaemonError("CONFIG_INVALID", what, "--config names a file that is not there")
+        raise DaemonError("CONFIG_INVALID", f"--config {config}: no such file", "name the file")
     named = os.path.realpath(config) if config else None
     return Project(path=path, folder=folder, named_config=named)
 
@@ -8388,7 +8378,7 @@ class Client:
         if not self.is_live:
             self._return_mono = min(self._return_mono, Clock.mono() + RETURN_TIMEOUT_S)
             if Clock.mono() > self._return_mono:
-                what = "no daemon runs, so nothing more comes; what there is is kept"
+                what = "no daemon runs, so nothing more comes; nothing is lost"
                 raise DaemonError("NOT_RUNNING", what, "start it with `start`")
             threading.Event().wait(0.2)
 
@@ -9879,9 +9869,8 @@ def client_of(args: Args) -> DaemonManager:
 
 @register(
     "start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"),
-    arg("--log-file", dest="log.file", **FILE), LOG_LEVEL,
-    arg("--socket", dest="daemon.socket", **FILE),
-    arg("--pid-file", dest="daemon.pid_file", **FILE),
+    arg("--log-file", dest="log.file", **FILE), arg("--socket", dest="daemon.socket", **FILE),
+    arg("--pid-file", dest="daemon.pid_file", **FILE), LOG_LEVEL,
 )  # fmt: skip
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
@@ -10365,21 +10354,19 @@ def cmd_report(args: Args) -> int:
 )
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
-    if args.action == "list" and args.ids:
-        raise bad("`dlq list` takes no ids", "write: dlq show ID")
-    if args.action == "list":
+    if args.action == "list" and not args.ids:
         args.in_state, args.group, args.lines = "failed", "*", None
         return cmd_list(args)
     failed = {task["id"] for task in client_of(args).list(state="failed", group="*")}
     args.ids = args.ids or sorted(failed)
     for task_id in (task_id for ids in task_ids(args.ids) for task_id in ids):
-        if args.action == "show":
+        if args.action in ("list", "show"):
             args.id = task_id
             cmd_show(args)
         elif task_id not in failed:
             what = f"task {task_id} is no dead letter"
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
-    if args.action == "show":
+    if args.action in ("list", "show"):
         return 0
     args.verb = "retry" if args.action == "retry" else "remove"
     return cmd_change(args)
@@ -10465,7 +10452,8 @@ def in_words(fires: Sequence[str], is_enabled: bool = True) -> list[str]:
 def cmd_config(args: Args) -> int:
     """Check the configuration and print the effective values, of a broken one the good part."""
     project, faults = client_of(args).project, list[DaemonError]()
-    path, values = project.config_path, project.load_config(faults).to_dict()
+    path = project.config_path
+    values = load_config(path, faults).to_dict()
     lines = [f"{key} = {json.dumps(setting)}" for key, setting in values.items()]
     data: dict[str, Any] = {"path": path, "faults": [fault.message for fault in faults]}
     for key, setting in values.items():
@@ -10476,6 +10464,7 @@ def cmd_config(args: Args) -> int:
         notice(fault.message)
     if faults:
         raise faults[0]
+    project.load_config()  # it has more to check
     return 0
 
 
@@ -10489,13 +10478,15 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     kind = Platform.network_file_system(project.folder)
     yield "file system", kind is None, f"{kind}: use --state DIR" if kind else "local"
     places = [os.path.abspath(__file__), project.folder, *map(project.file, CONFIG_NAMES)]
+    places.append(project.named_config or project.folder)
     for place in filter(os.path.exists, dict.fromkeys(places)):
         who = Platform.distrust(os.stat(place))
         yield place, who is None, f"can be written by {who or 'its owner only'}"
-    for name, look in (
-        ("configuration", lambda: (project.load_config(), project.config_path or "none")[1]),
-        ("queue", lambda: (manager.call("list", {"limit": 1}), "can be read")[1]),
-    ):
+    checks: dict[str, Callable[[], str]] = {
+        "configuration": lambda: (project.load_config(), project.config_path or "none")[1],
+        "queue": lambda: (manager.call("list", {"limit": 1}), "can be read")[1],
+    }
+    for name, look in checks.items():
         try:
             yield name, True, look()
         except DaemonError as error:
@@ -10602,7 +10593,7 @@ def parse(words: list[str]) -> Args:
 def explain(error: Exception) -> DaemonError:
     """Make the error of what no section foresaw: there is no room for the output, or a bug."""
     try:
-        print(end="", flush=True)
+        print(end="\n" * isinstance(error, OSError), flush=True)
     except OSError as reason:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         what = f"cannot write to standard output: {reason.strerror}"
