@@ -2346,8 +2346,7 @@ class Config:
         lines = [f"added {one}" for one in now - old] + [f"removed {one}" for one in old - now]
         for key in before.keys() & after.keys():
             if before[key] != after[key]:
-                was, becomes = json.dumps(before[key]), json.dumps(after[key])
-                lines.append(f"changed {key}: {was} -> {becomes}")
+                lines.append(f"changed {key}: {json.dumps(before[key])} -> {json.dumps(after[key])}")
         return sorted(lines)
 
 
@@ -9999,7 +9998,7 @@ def cmd_health(args: Args) -> int:
     except DaemonError as error:
         if error.code not in ("NOT_RUNNING", "NOT_ANSWERING"):
             raise
-        found = {"status": "unhealthy", "detail": error.message}
+        found = {"status": "unhealthy", "detail": f"{error.message}; {error.hint}"}
         answer = {"overall": "unhealthy", "checks": {"daemon": found}}
     rows = [(name, one["status"], one["detail"]) for name, one in answer["checks"].items()]
     table = columns("CHECK STATUS DETAIL", rows)
@@ -10240,7 +10239,7 @@ def cmd_change(args: Args) -> int:
     problems = ((problem, answer["not_done"]), ("still running, no daemon", left))
     found = [f"{what}: {', '.join(map(str, ids))}" for what, ids in problems if ids]
     if found:
-        raise DaemonError("ILLEGAL_STATE", "; ".join(found), "see `list`")
+        raise DaemonError("ILLEGAL_STATE", "; ".join(found))
     return 0
 
 

@@ -5507,8 +5507,8 @@ class TestScheduler:
         box.start()
         box.config({"schedule": {"tick": tick, "night": {**night, "cron": "0 5 * * *"}}})
         plan = box.json("reload")["plan"]
-        assert "changed schedule.night.cron: 0 4 * * * -> 0 5 * * *" in plan
-        assert any(line.startswith("removed schedule.gone.") for line in plan)
+        assert 'changed schedule.night.cron: "0 4 * * *" -> "0 5 * * *"' in plan
+        assert "removed schedule.gone" in plan
         eventually(lambda: box.json("status")["schedules"] == 2)
         box.config({"schedule": {"tick": tick, "night": {**night, "cron": "*/0 * * * *"}}})
         error = box.error("reload", rc=78)
@@ -11331,7 +11331,7 @@ class TestDaemon:
         assert groups()["g"]["max_concurrent"] == 100
         box.config({"log": {"level": "debug"}})
         ask_json(box, "reload")  # one of the burst may have been before it
-        eventually(lambda: times_logged(box, "changed log.level: info -> debug") == 1)
+        eventually(lambda: times_logged(box, 'changed log.level: "info" -> "debug"') == 1)
         assert "; removed group.g" in box.log()
         assert ask(box, "reload") == "nothing changed\n"
         assert box.pid() == daemon and lives(daemon)
@@ -12019,7 +12019,7 @@ class TestServiceOptions:
             box.run("restart")
         box.stop()
         assert not os.path.exists(place) and not os.path.exists(number) and os.path.exists(log)
-        assert box.error("start", "--log-level", "loud", rc=78)["code"] == "config_invalid"
+        assert "--log-level" in box.error("start", "--log-level", "loud", rc=2)["message"]
 
     def test_a_log_can_be_json(self, box):
         box.config({"log": {"format": "json"}})
@@ -12088,7 +12088,7 @@ class TestServiceOptions:
             shutil.rmtree(box.state)
             shown = box.run(*words).stdout
             path = box.file("config.toml" if sys.version_info >= (3, 11) else "config.json")
-            assert words == ["start"] or shown == f"{path}\n"
+            assert words == ["start"] or shown == f"made {path}\n"
             text = read(path)
             if sys.version_info >= (3, 11):
                 plain = re.sub(r"(?m)^# (?=\[|\w+ = [^ ])", "", text)  # all that have a default
@@ -12100,7 +12100,7 @@ class TestServiceOptions:
                     assert given == {k: d for k, (_, d, _) in options.items() if d not in (None, {})}
                     assert all(f"# {key} = " in text for key in options)
             write(path, "# mine\n" if path.endswith("toml") else '{ }')
-            assert box.run("init").stdout == f"{path}\n"
+            assert box.run("init").stdout == f"{path} is there already\n"
             box.run("stop")
             box.run("start")
             assert "mine" in read(path) or read(path) == "{ }"
@@ -12848,12 +12848,6 @@ class TestCli:
         assert box.run("--version").stdout == apexd.__version__ + "\n"
         assert box.run("help", "logs").stdout == box.run("logs", "--help").stdout
         assert box.run("help").stdout == box.run("--help").stdout
-
-    def test_init_says_whether_it_made_the_file(self, box):
-        path = box.file("config.json")
-        assert box.run("init").stdout == f"{path} is there already\n"
-        os.unlink(path)
-        assert box.run("init").stdout.startswith("made ")
 
     @posix
     def test_a_wait_that_is_left_says_that_its_task_goes_on(self, box):
