@@ -2344,9 +2344,9 @@ class Config:
         before, after = self.to_dict(), new.to_dict()
         old, now = ({key.rpartition(".")[0] for key in values} for values in (before, after))
         lines = [f"added {one}" for one in now - old] + [f"removed {one}" for one in old - now]
-        for key in before.keys() & after.keys():
-            if before[key] != after[key]:
-                lines.append(f"changed {key}: {json.dumps(before[key])} -> {json.dumps(after[key])}")
+        for k in before.keys() & after.keys():
+            if before[k] != after[k]:
+                lines.append(f"changed {k}: {json.dumps(before[k])} -> {json.dumps(after[k])}")
         return sorted(lines)
 
 
