@@ -201,7 +201,7 @@ LINE_MAX_BYTES = 64 * 1024  # a longer line is cut; of `tail_logs`, and of proce
 LINES_MAX = 100_000  # of a log at once
 STREAMS_MAX = CONNECTIONS_MAX // 2  # those who follow logs leave room for others
 TOGETHER_S = 0.05  # what is due so soon is done at once: one wakeup instead of two
-LOOK_S = 5.0  # between two looks whether database and socket are where they were
+LOOK_S = 5.0  # between two looks whether database, socket, watched folders are where they were
 STREAM_PAUSE_S = 0.2  # between two looks at a log that somebody follows
 LOG_CHECK_S = 1.0  # between two looks at the size of running tasks' logs
 LOG_CHECK_MAX_S = 30.0  # the same while it does not grow
@@ -214,6 +214,7 @@ HTTP_CONNECTIONS_MAX = 32  # one more takes the place of one that has not asked 
 HTTP_TIMEOUT_S = 5.0  # for a request from its first byte to the last of its answer
 HTTP_HEAD_MAX_BYTES = 16 * 1024  # a request's line and headers
 HEALTH_WAIT_S = 2.0  # what gives no answer for so long counts as hung
+CPU_SAMPLE_S = 0.5  # shorter ones are noise: several may look, and the system counts in ticks
 HUNG_S = 30.0  # a loop that is so late counts as hung
 DISK_LOW_BYTES = 256 << 20  # `doctor` and `health` complain
 DISK_FULL_BYTES = 16 << 20  # nothing that is put into the queue is sure to fit
@@ -244,6 +245,7 @@ OWN_GROUPS = ("default", "hooks")  # there without being declared
 
 EVENTS_MAX_BYTES = 10_000_000  # of events.log, before it becomes events.log.1
 EVENT_MAX_BYTES = 30_000  # of one that a user emits: a variable of Windows takes 32,767
+CHANGED_MAX = 200  # options that config.reloaded names: it must fit into a variable as well
 HISTORY_MAX = 1000  # events that a router keeps
 DEAD_LETTERS_MAX = 100  # events that a handler failed for, kept by a router
 HANDLER_PAUSES_S = (1.0, 2.0, 4.0)  # before a failed handler's further tries
@@ -929,6 +931,7 @@ if sys.platform == "win32":
 
         boot_id = staticmethod(lambda: "")
         user = staticmethod(lambda: 0)
+        name_of = staticmethod(lambda uid: os.environ.get("USERNAME", "user"))
         highest_limit = staticmethod(lambda name: INTEGER_MAX)
         peer_uid = staticmethod(lambda connection: None)  # the token decides
         distrust = staticmethod(lambda info, root_too=True: None)
@@ -1094,11 +1097,10 @@ else:
 
             self._libc, self._errno = ctypes.CDLL(None, use_errno=True), ctypes.get_errno
             self.numbers: dict[str, int] = {}  # of folders by name
-            self._folders: dict[int, str | None] = {}
-            init = getattr(self._libc, "inotify_init1", None)
-            if init is None:
+            self._folders: dict[int, str] = {}
+            if not hasattr(self._libc, "inotify_init1"):
                 raise OSError(errno.ENOSYS, "this system cannot")
-            self._fd = self._check(init(os.O_NONBLOCK | os.O_CLOEXEC))
+            self._fd = self._check(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
         def fileno(self) -> int:
             return self._fd
@@ -1108,14 +1110,12 @@ else:
                 raise OSError(self._errno(), os.strerror(self._errno()))
             return result
 
-        def add(self, path: str, folder: str | None) -> None:
-            """Tell of a folder by this name, "" for the root; None: only whether it is moved."""
-            # IN_ONLYDIR | IN_EXCL_UNLINK | IN_DONT_FOLLOW | all but ACCESS, OPEN, CLOSE_NOWRITE
-            mask = 0x01000800 if folder is None else 0x05000FCE | (0x02000000 if folder else 0)
+        def add(self, path: str, folder: str) -> None:
+            """Tell of a folder by this name, "" for the root."""
+            # IN_ONLYDIR | IN_EXCL_UNLINK | all but ACCESS, OPEN, CLOSE_NOWRITE; IN_DONT_FOLLOW
+            mask = 0x05000FCE | (0x02000000 if folder else 0)
             number = self._check(self._libc.inotify_add_watch(self._fd, os.fsencode(path), mask))
-            self._folders[number] = folder
-            if folder is not None:
-                self.numbers[folder] = number
+            self._folders[number], self.numbers[folder] = folder, number
 
         def remove(self, folder: str) -> None:
             """Tell of this folder no more, unless it has another name by now."""
@@ -1128,19 +1128,19 @@ else:
             """Yield (folder, name in it, "folder", "written" or ""); ("", "", "gap"): any."""
             data, at = b"", 0
             with contextlib.suppress(BlockingIOError):
-                data = os.read(self._fd, 1 << 16)  # the rest the next time
+                data = os.read(self._fd, 1 << 20)  # mostly all that the queue takes
             while at < len(data):
                 number, mask, _, length = struct.unpack_from("iIII", data, at)
                 name = os.fsdecode(data[at + 16 : at + 16 + length].rstrip(b"\0"))
                 at += 16 + length
-                is_known, folder = number in self._folders, self._folders.get(number) or ""
-                if mask & 0x8000 and is_known:  # IN_IGNORED: the folder is gone
+                folder = self._folders.get(number)
+                if mask & 0x8000 and folder is not None:  # IN_IGNORED: the folder is gone
                     del self._folders[number]
                     if self.numbers.get(folder) == number:
                         del self.numbers[folder]
-                if mask & 0x6000 or (mask & 0x8800 and is_known and not folder):
+                if mask & 0x6000 or (mask & 0x8800 and folder == ""):
                     yield "", "", "gap"  # IN_Q_OVERFLOW, IN_UNMOUNT; IN_MOVE_SELF of the root
-                elif name and is_known:  # IN_ISDIR, IN_MODIFY
+                elif name and folder is not None:  # IN_ISDIR, IN_MODIFY
                     yield folder, name, "folder" if mask >> 30 else "written" if mask & 2 else ""
 
         def close(self) -> None:
@@ -1239,8 +1239,9 @@ else:
             """Tell a service manager something, if it listens (sd_notify(3)); never waits."""
             if address[:1] == "@":  # an abstract one
                 address = "\0" + address[1:]
-            mouth = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            with mouth, contextlib.suppress(OSError):
+            kind = socket.AF_UNIX, socket.SOCK_DGRAM
+            # Nobody listens, or there is no descriptor left.
+            with contextlib.suppress(OSError), socket.socket(*kind) as mouth:
                 mouth.setblocking(False)
                 mouth.sendto(text.encode(), address)
 
@@ -1272,16 +1273,17 @@ else:
                 count = int(os.environ.get("LISTEN_FDS", "")) if told == str(os.getpid()) else 0
                 names = os.environ.get("LISTEN_FDNAMES", "").split(":")
                 for fd, name in zip(range(3, 3 + count), names):
-                    taken[name] = socket.socket(fileno=fd)
-                    os.set_inheritable(fd, False)
+                    handed = socket.socket(fileno=fd)
+                    handed.set_inheritable(False)
+                    if handed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        taken[name] = handed
             return taken
-
 
         def bind_notify(self, path: str, owner: int | None) -> tuple[socket.socket, str]:
             """Bind a datagram socket that children, of the user `owner`, can reach.
 
             Return it and its path: `path`, or one in a folder outside when that is too long or
-            closed to `owner`. The umask is 077: nobody else could connect meanwhile.
+            closed to `owner`.
             """
             is_other = owner not in (None, os.geteuid())
             path = self.place_socket(os.path.dirname(os.path.dirname(path)), path, is_other)
@@ -1289,6 +1291,7 @@ else:
                 os.unlink(path)  # a dead daemon's: we hold the lock
             bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             bound.bind(path)
+            os.chmod(path, 0o600)  # whatever daemon.umask is
             if is_other:
                 os.chown(path, owner or 0, -1)
             return bound, path
@@ -1306,6 +1309,7 @@ else:
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             with _short_path(path) as name:
                 listener.bind(name)
+                os.chmod(name, 0o600)  # whatever daemon.umask is
             listener.listen(128)
             return listener, {"socket": os.path.basename(path)}
 
@@ -1345,12 +1349,16 @@ else:
                 uid = struct.unpack_from("II", connection.getsockopt(0, 1, 76))[1]
             return None if uid == os.geteuid() else int(uid)
 
+        def name_of(self, uid: int) -> str:
+            """Return a user's name; of one without a name the number, as sudo(8) takes it."""
+            with contextlib.suppress(KeyError):
+                return pwd.getpwuid(uid).pw_name
+            return f"#{uid}"
+
         def distrust(self, info: os.stat_result, root_too: bool = True) -> str | None:
             """Name who else can write a file, but for root: a user, "others", None: nobody."""
             if info.st_uid != os.geteuid() and (info.st_uid or not root_too):
-                with contextlib.suppress(KeyError):
-                    return pwd.getpwuid(info.st_uid).pw_name
-                return f"#{info.st_uid}"
+                return self.name_of(info.st_uid)
             return "others" if info.st_mode & 0o022 else None
 
         def network_file_system(self, path: str, table: str = "/proc/self/mountinfo") -> str | None:
@@ -2004,6 +2012,7 @@ def limit(name: str, unit: int = 1, low: int = 1) -> Callable[[object], int]:
 
 
 # Names that children can be started as; `identity` says what is wrong with one.
+listen_host = matching(r"[\w.%:-]+", "an address or a name, such as 127.0.0.1, ::1, 0.0.0.0")
 user_name = reader("a user", lambda name: Platform.identity(line_of_text(name), None))
 group_name = reader("a group", lambda name: Platform.identity(None, line_of_text(name)))
 
@@ -2119,7 +2128,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
     },
     "health": {
         "enabled": (truth, True, "answer HTTP: health, metrics, the status page"),
-        "host": (line_of_text, "127.0.0.1", "the address to listen on"),
+        "host": (listen_host, "127.0.0.1", "the address to listen on"),
         "port": (integer(0, 65535), 0, "0: that of the last time, else any free one"),
     },
     "group": {
@@ -2185,6 +2194,9 @@ TABLES = {  # kinds of which users name each one, and where a Config has them
     "group": "groups", "process": "processes", "schedule": "schedules", "watch": "watches",
     "hook": "hooks",
 }  # fmt: skip
+AT_START = {  # what a reload leaves to the next start
+    f"daemon.{key}" for key in "user group umask work_dir stdout stderr socket pid_file".split()
+}
 FORMER_NAMES = {
     "maxConcurrentTasks": "daemon.max_concurrent",
     "max_parallel_actions": "daemon.max_concurrent",
@@ -2232,8 +2244,7 @@ class Config:
                 self._refuse_key(key, key, OPTIONS)
         for name in OPTIONS.keys() - TABLES.keys():
             setattr(self, name, self._read_section(name, name, data.get(name, {})))
-        own = {name: self._read_section("group", f"group.{name}", {}) for name in OWN_GROUPS}
-        own["hooks"].max_concurrent = HOOKS_AT_ONCE
+        own = self._read_tables("group", {name: {} for name in OWN_GROUPS})
         for kind, attribute in TABLES.items():  # groups first: the triggers name them
             found = self._read_tables(kind, data.get(kind, {}))
             setattr(self, attribute, {**own, **found} if kind == "group" else found)
@@ -2244,6 +2255,12 @@ class Config:
             below_s[name] = process.stop_timeout + needed_s
         self.stop_timeout_s = max(below_s.values(), default=0.0)  # of all, one by one
         self.stop_timeout_s += INSTANCE_STOP_S * sum(p.instances for p in self.processes.values())
+
+    @property
+    def env_keep(self) -> list[str]:
+        """Names of variables that tasks get; "!NAME": not that one, a hook's secret: see README."""
+        secrets = [hook.secret_env for hook in self.hooks.values() if hook.secret_env]
+        return [*self.daemon.env_keep, *(f"!{name.upper()}" for name in secrets)]
 
     def _refuse(self, message: str, hint: str = "") -> None:
         error = _broken(self._path, message, hint)
@@ -2284,6 +2301,8 @@ class Config:
         found = {}
         for name, table in given.items():
             count = len(self._faults or ())
+            if (kind, name) == ("group", "hooks") and isinstance(table, dict):
+                table = {"max_concurrent": HOOKS_AT_ONCE, **table}
             section = self._read_section(kind, f"{kind}.{name}", table)
             if kind != "group" and len(self._faults or ()) == count:
                 self._check_named(kind, name, section)
@@ -2346,7 +2365,9 @@ class Config:
         lines = [f"added {one}" for one in now - old] + [f"removed {one}" for one in old - now]
         for k in before.keys() & after.keys():
             if before[k] != after[k]:
-                lines.append(f"changed {k}: {json.dumps(before[k])} -> {json.dumps(after[k])}")
+                late = ", at the next start" if k in AT_START else ""
+                was, becomes = json.dumps(before[k]), json.dumps(after[k])
+                lines.append(f"changed {k}: {was} -> {becomes}{late}")
         return sorted(lines)
 
 
@@ -2362,13 +2383,13 @@ def unknown_group(name: str, config: Config) -> DaemonError:
 
 
 def capture_environment(keep: Sequence[str], extra: Iterable[str] = ()) -> dict[str, str]:
-    """Return what a task gets of this process's environment, and NAME[=VALUE] on top."""
+    """Return what a task gets of our environment (keep: Config.env_keep), NAME[=VALUE] on top."""
     names = {*ENVIRONMENT_KEPT, *keep}
     env = {
         name: value
         for name, value in os.environ.items()
         if (not names.isdisjoint((name, name.upper(), "*")) or name.startswith("LC_"))
-        and not ENVIRONMENT_DROPPED.match(name)
+        and not (ENVIRONMENT_DROPPED.match(name) or "!" + name.upper() in names)
     }
     for item in extra:
         name, has_value, value = item.partition("=")
@@ -2553,23 +2574,24 @@ class EventLog:
         self._fd: int | None = None
 
     def write(self, events: Sequence[Event]) -> None:
-        """Append events; never raises."""
-        with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
-            for at in range(0, len(events), 1000):
-                lines = [json.dumps(event.to_dict()) + "\n" for event in events[at : at + 1000]]
-                self._append("".join(lines).encode())
+        """Append events; never raises.
 
-    def _append(self, data: bytes) -> None:
-        """Append lines, without `logging`: it takes 7 ms to import, a record as long as this."""
-        if self._fd is not None and os.fstat(self._fd).st_size + len(data) > EVENTS_MAX_BYTES:
-            self.close()
-            with contextlib.closing(open_rotating(self._path, EVENTS_MAX_BYTES, 1)) as handler:
-                handler.doRollover()
-        if self._fd is None:
-            self._fd = open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        written = os.write(self._fd, data)
-        if written < len(data):  # the disk is full: no part of a line stays
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+        Without `logging`: it takes 7 ms to import, and a record as long as this.
+        """
+        with self._lock, contextlib.suppress(OSError, ValueError, DaemonError):
+            data = "".join(json.dumps(event.to_dict()) + "\n" for event in events).encode()
+            info = os.fstat(self._fd) if self._fd is not None else None
+            if info is not None and not info.st_nlink:
+                self.close()  # somebody has removed it
+            elif info is not None and info.st_size + len(data) > EVENTS_MAX_BYTES:
+                self.close()
+                with contextlib.closing(open_rotating(self._path, EVENTS_MAX_BYTES, 1)) as handler:
+                    handler.doRollover()
+            if self._fd is None:
+                self._fd = open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            written = os.write(self._fd, data)
+            if written < len(data):  # the disk is full: no part of a line stays
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
 
     def close(self) -> None:
         """Close the file; the next event opens it again."""
@@ -2647,7 +2669,7 @@ class PidFile:
             os.write(fd, json.dumps(me).encode())
             if role == "daemon":
                 if self._plain_path:
-                    write_atomically(self._plain_path, f"{os.getpid()}\n", 0o644)
+                    write_atomically(self._plain_path, f"{os.getpid()}\n")
                 write_atomically(self.path, json.dumps({**fields, "projectPath": project}) + "\n")
         except BaseException as error:
             os.close(fd)
@@ -2669,10 +2691,11 @@ class PidFile:
     def release(self) -> None:
         """Remove the PID file if it is ours, then let go of the lock."""
         if self._fd is not None:
-            with contextlib.suppress(DaemonError, OSError):
+            with contextlib.suppress(DaemonError, OSError, ValueError):
                 if self.is_held() and self.read().get("pid") == os.getpid():
                     insist(os.unlink, self.path)
-                    if self._plain_path:
+                    mine = b"%d\n" % os.getpid()
+                    if self._plain_path and read_file(self._plain_path, trusted=False) == mine:
                         insist(os.unlink, self._plain_path)
             os.close(self._fd)
             self._fd = None
@@ -2849,13 +2872,17 @@ class Transaction:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.execute, self.executemany = db.execute, db.executemany
-        # With the hooks that led to each, separated by commas; None: those of its task.
-        self.events: list[tuple[Event, str | None]] = []
+        # (type, Event, the hooks that led to it, separated by commas), or of one task, since
+        # there may be 100,000: (type, id, state, more payload), with the hooks of its task.
+        self.events: list[tuple[Any, ...]] = []
 
-    def add_task_event(self, task_id: int, type: str, payload: Mapping[str, Any]) -> None:
-        """Add an event of one task."""
-        event = Event.make("task." + type, {"id": task_id, **payload}, f"task {task_id}")
-        self.events.append((event, None))
+    def make_event(self, at: int) -> Event:
+        """Return an event of the list."""
+        type, what, *rest = self.events[at]
+        if isinstance(what, Event):
+            return what
+        payload = {"id": what, "state": rest[0], **rest[1]}
+        return Event.make(type, payload, f"task {what}")
 
 
 class Database:
@@ -2975,8 +3002,9 @@ class Database:
                 finally:
                     if self._db.in_transaction:
                         db.execute("ROLLBACK")
-            if db.events:  # in the order of the commits
-                self.after_commit([event for event, _ in db.events])
+            for first in range(0, len(db.events), 1000):  # in the order of the commits
+                part = range(len(db.events))[first : first + 1000]
+                self.after_commit([*map(db.make_event, part)])
 
     def probe(self) -> None:
         """Write a page and wait for the disk; the ballast stays. Raises DATABASE_FAILED."""
@@ -3005,7 +3033,7 @@ def insisting(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # The event of each state that a task can enter; leaving one for the queue is "retrying".
-EVENT_TYPES = {State.RUNNING: "started", **{state: state.value for state in DONE}}
+EVENT_TYPES = {one: "task." + one.value for one in DONE} | {State.RUNNING: "task.started"}
 _DONE = "('succeeded', 'failed', 'cancelled', 'skipped')"
 _TASK_SQL = """
 SELECT t.*, a.started_at, a.outcome, a.exit_code, a.signal, a.reason, a.wish, a.run_id, a.keeper,
@@ -3129,7 +3157,7 @@ def _insert_tasks(
             raise DaemonError(error.code, place + error.message, error.hint) from None
         finished_at = Clock.now() if state == State.SKIPPED else None
         if state == State.SKIPPED:
-            db.add_task_event(next_id, "skipped", {"state": state.value})
+            db.events.append((EVENT_TYPES[state], next_id, state.value, {}))
         head = (next_id, command, request, state.value, open_deps)
         rows.append((*head, *options.row, finished_at))
         ids.append(next_id)
@@ -3170,10 +3198,11 @@ def set_state(
         sql = "UPDATE tasks SET state = ?, due_at = ?, finished_at = ?, attempts = attempts + ?"
         values = (new.value, due_at, finished_at, new == State.RUNNING, task_id)
         db.execute(sql + " WHERE id = ?", values)
-        what = EVENT_TYPES.get(new) or (EVENT_TYPES.get(old) and "retrying")
+        what = EVENT_TYPES.get(new)
+        if what is None and old in EVENT_TYPES:
+            what = "task.lost" if payload.get("outcome") == "lost" else "task.retrying"
         if what is not None:
-            what = "lost" if (what, payload.get("outcome")) == ("retrying", "lost") else what
-            db.add_task_event(task_id, what, {"state": new.value, **payload})
+            db.events.append((what, task_id, new.value, payload))
         payload = {}  # the tasks that follow have none
         if new not in DONE:
             continue
@@ -3248,8 +3277,7 @@ def _retry(db: Transaction, task_id: int, state: State) -> bool:
 
 def _remove(db: Transaction, task_id: int, state: State) -> bool:
     if state != State.RUNNING:
-        _cancel(db, task_id, state)
-        delete_tasks(db, [task_id])
+        _cancel(db, task_id, state)  # and `change` deletes it
     return state != State.RUNNING
 
 
@@ -3365,7 +3393,7 @@ class TaskStore:
         if ids.made:
             payload = {"count": len(ids.made), "first": ids.made[0], "last": ids.made[-1]}
             event = Event.make("task.added", payload, f"task {ids.made[0]}")
-            db.events.insert(count, (event, env.get("APEX_HOOKS", "")))
+            db.events.insert(count, (event.type, event, env.get("APEX_HOOKS", "")))
         answer = {"ids": ids, "existing": ids.existing} if ids.existing else ids
         bounds = (min(ids, default=0), max(ids, default=0))
         sql = "UPDATE requests SET first_task = ?, last_task = ?, answer = ? WHERE id = ?"
@@ -3470,6 +3498,9 @@ class TaskStore:
                         raise
                     is_done, taken = False, error
                 (done if is_done else not_done).append((task_id, row[1]))
+            if verb == "remove":
+                self.database.before_commit(db)  # hooks ask who has added these tasks
+                delete_tasks(db, [task_id for task_id, _ in done])
         if taken is not None and not done:
             raise taken
         if verb == "remove":
@@ -3567,7 +3598,8 @@ class AttemptStore:
                 set_state(db, task_id, State.SCHEDULED, State.QUEUED)
             claimed = []
             for task_id, keeper in self._find_ready(db, room, busy, find_keeper) if room else ():
-                set_state(db, task_id, State.QUEUED, State.RUNNING)
+                payload: dict[str, Any] = {}
+                set_state(db, task_id, State.QUEUED, State.RUNNING, payload=payload)
                 run_id = f"{task_id}-{os.urandom(8).hex()}"
                 db.execute(
                     """
@@ -3577,7 +3609,7 @@ class AttemptStore:
                     (run_id, keeper, self._boot_id, Clock.now(), task_id),
                 )
                 claimed.append(self._store.get(task_id))
-                db.events[-1][0].payload.update(_attempt_payload(claimed[-1]))
+                payload.update(_attempt_payload(claimed[-1]))
                 failpoint("claim")
         return claimed
 
@@ -3738,12 +3770,12 @@ class EventStore:
         self._store = store
 
     def fire(
-        self, source: str, trigger: Any, event: Event, env: Mapping[str, str] | None = None,
-        is_behind: bool = False, told: Sequence[Event] = (), lines: bytes = b"",
+        self, source: str, trigger: Any, event: Event, is_behind: bool = False,
+        told: Sequence[Event] = (), lines: bytes = b"",
     ) -> int | None:  # fmt: skip
         """Add the task that a trigger stands for; None when `overlap` forbids it.
 
-        source: "schedule.NAME"; event: why, in the task's environment, on top of env; its
+        source: "schedule.NAME"; event: why, in the task's environment; its
         payload's "scheduled_at" is acted on once, also over crashes. is_behind: it comes after
         unfinished ones, however many. Publishes the event (or `told` in its stead), or
         KIND.skipped. lines: for APEX_EVENT_FILE. Raises QUEUE_FULL.
@@ -3760,7 +3792,8 @@ class EventStore:
             if is_behind or len(unfinished) < {"skip": 1, "queue": 2}[trigger.overlap]:
                 key = f"{source} {event.id}" if unfinished else source
                 given = {"key": key, "after": [f"{one}:any" for one in unfinished[-1:]] or None}
-                task_id = self._insert(db, trigger, trigger.command, event, env or {}, given)
+                env = capture_environment(self._store.config.env_keep)
+                task_id = self._insert(db, trigger, trigger.command, event, env, given)
                 if lines:
                     write_atomically(event_path(self._store.folder, task_id), lines)
             sql = """
@@ -3772,7 +3805,7 @@ class EventStore:
             kind = event.type.partition(".")[0]
             skipped = Event.make(f"{kind}.skipped", event.payload, event.source)
             told = [skipped] if task_id is None else told or [event]
-            db.events += [(one, "") for one in told]
+            db.events += [(one.type, one, "") for one in told]
         return task_id
 
     def _insert(
@@ -3781,15 +3814,10 @@ class EventStore:
     ) -> int:  # fmt: skip
         """Insert a trigger's task, with its options, `given` over them; return its id."""
         store, options = self._store, {name: getattr(trigger, name, None) for name in TASK_READERS}
-        own = {**trigger.env, "APEX_EVENT": json.dumps(event.to_dict()), **env}
-        inherited = capture_environment(store.config.daemon.env_keep)
-        for hook in store.config.hooks.values():
-            inherited.pop(hook.secret_env, None)  # whatever env_keep says: it goes to no disk
-        context = {**inherited, **own}
-        cwd = os.path.join(store.project, trigger.cwd)
-        options.update(given)  # and a full queue must not keep a result from its record
-        is_limited = token is None
-        return store.insert(db, [command], options, token, cwd, context, None, is_limited)[0]
+        env = {**env, **trigger.env, "APEX_EVENT": json.dumps(event.to_dict())}
+        where = token, os.path.join(store.project, trigger.cwd), env, None
+        is_limited = token is None  # a full queue must not keep a result from its record
+        return store.insert(db, [command], {**options, **given}, *where, is_limited)[0]
 
     def start_hooks(self, db: Transaction) -> None:
         """Insert the tasks of all hooks that match events of a transaction.
@@ -3797,28 +3825,31 @@ class EventStore:
         These tasks' own events included. A hook is not started by what it led to itself, nor
         any after HOPS_MAX others.
         """
-        for event, chain in db.events if self._store.config.hooks else ():  # it grows meanwhile
-            for name, hook in self._find_hooks(event):
-                if chain is None:
+        config, inherited = self._store.config, dict[str, str]()
+        for at, (type, *_) in enumerate(db.events if config.hooks else ()):  # it grows meanwhile
+            for name, hook in self._find_hooks(type):
+                event, chain, *rest = db.make_event(at), *db.events[at][2:]
+                if rest:  # of a task
                     sql = "SELECT env FROM requests JOIN tasks ON request_id = requests.id"
                     row = db.execute(sql + " WHERE tasks.id = ?", (event.payload["id"],)).fetchone()
                     chain = json.loads(row[0]).get("APEX_HOOKS", "") if row else ""
                 before = chain.split(",") if chain else []
                 event.hops, token = len(before), f"{event.id} {name}"
-                if name in before or len(before) >= HOPS_MAX:
-                    continue
+                db.events[at] = (type, event, chain)
+                is_loop = name in before or len(before) >= HOPS_MAX
                 sql = "SELECT 1 FROM requests WHERE token = ?"
-                if not db.execute(sql, (token,)).fetchone():
-                    env = {"APEX_HOOKS": ",".join([*before, name])}
-                    command = hook.command or DELIVER
-                    given = {"label": hook.label or f"{name}: {event.type}"}
-                    self._insert(db, hook, command, event, env, given, token)
+                if is_loop or db.execute(sql, (token,)).fetchone():
+                    continue
+                inherited = inherited or capture_environment(config.env_keep)
+                env = {**inherited, "APEX_HOOKS": ",".join([*before, name])}
+                command, given = hook.command or DELIVER, {"label": hook.label or f"{name}: {type}"}
+                self._insert(db, hook, command, event, env, given, token)
 
-    def _find_hooks(self, event: Event) -> list[tuple[str, Any]]:
+    def _find_hooks(self, type: str) -> list[tuple[str, Any]]:
         return [
             (name, hook)
             for name, hook in self._store.config.hooks.items()
-            if hook.enabled and any(fnmatch.fnmatchcase(event.type, one) for one in hook.on)
+            if hook.enabled and any(fnmatch.fnmatchcase(type, one) for one in hook.on)
         ]
 
     def register(self, specs: Mapping[str, str], now: float) -> dict[str, float]:
@@ -3856,11 +3887,11 @@ class EventStore:
 
         hooks: those that led to it, separated by commas. Raises DATABASE_FAILED.
         """
-        if not self._find_hooks(event):
+        if not self._find_hooks(event.type):
             self._store.dispatch([event])
             return
         with self._store.database.write(is_vital=False) as db:
-            db.events.append((event, hooks))
+            db.events.append((event.type, event, hooks))
 
 
 # ============================================================================
@@ -5095,7 +5126,7 @@ def fire_schedule(store: TaskStore, name: str, at: float | None, is_behind: bool
     if name not in found:
         raise bad(f"there is no schedule {name!r}", f"schedules: {', '.join(found) or 'none'}")
     event = Event.make("cron.fired", {"name": name, "scheduled_at": at}, f"schedule {name}")
-    return EventStore(store).fire(f"schedule.{name}", found[name], event, None, is_behind)
+    return EventStore(store).fire(f"schedule.{name}", found[name], event, is_behind)
 
 
 class Scheduler:
@@ -5225,24 +5256,21 @@ def read_events(
 
     pattern: of types, "task.*"; since: epoch seconds.
     """
-    recent: deque[dict[str, Any]] = deque(maxlen=lines)
-    is_catching_up, rest = True, b""
+    found: deque[dict[str, Any]] = deque(maxlen=lines)  # until all that is there has been read
+    rest = b""
     for data in follow_file(os.path.join(folder, "events.log"), 0, to_end):
         *whole, rest = (rest + data).split(b"\n")
-        found = []
         for line in whole:
-            with contextlib.suppress(ValueError, TypeError, AttributeError):  # of a full disk
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
                 event = json.loads(line)
                 is_whole = event.keys() >= Event.__annotations__.keys() and event["time"] >= since
                 if is_whole and fnmatch.fnmatchcase(event["type"], pattern):
                     found.append(event)
-        if is_catching_up:
-            recent.extend(found)
-        if not is_catching_up or not data:
-            yield [*recent] if is_catching_up else found
-            is_catching_up = is_catching_up and bool(data)
-    if is_catching_up:
-        yield [*recent]
+        if not data or found.maxlen is None:
+            yield [*found]
+            found = deque()
+    if found.maxlen is not None:
+        yield [*found]
 
 
 class EventRouter:
@@ -5260,7 +5288,12 @@ class EventRouter:
         self._readers: dict[threading.Thread, tuple[str, Any]] = {}  # with pattern and queue
 
     def subscribe(self, pattern: str, handler: Callable[[Event], object]) -> None:
-        """Call `handler` with each event, from now on, whose type matches: "task.*", "*"."""
+        """Call `handler` with each event, from now on, whose type matches: "task.*", "*".
+
+        Raises ILLEGAL_STATE when the router is closed.
+        """
+        if self._closing.is_set():
+            raise DaemonError("ILLEGAL_STATE", "the router is closed", "make another")
         waiting: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         args, name = (handler, waiting), f"events-{pattern}"
         thread = threading.Thread(target=self._serve, args=args, name=name, daemon=True)
@@ -5299,7 +5332,7 @@ class EventRouter:
                 try:
                     handler(event)
                     break
-                except Exception as error:  # the user's callback
+                except (Exception, SystemExit) as error:  # the user's callback
                     log.exception("a handler of %s failed", event.type)
                     if attempt > len(HANDLER_PAUSES_S):
                         self._add_dead_letter(event, f"{type(error).__name__}: {error}", attempt)
@@ -5341,9 +5374,6 @@ def deliver() -> int:
 
     A redirect is refused: the POST would become a GET of somebody else's page.
     """
-    import hashlib
-    import hmac
-    import http.client
     import urllib.request
 
     class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -5360,7 +5390,7 @@ def deliver() -> int:
     headers = {"Content-Type": "application/json", "User-Agent": f"apexd/{__version__}"}
     headers["Idempotency-Key"] = f"{json.loads(body)['id']}-{name}"
     if secret is not None:
-        digest = hmac.new(os.fsencode(secret), body, hashlib.sha256).hexdigest()
+        digest = hmac.new(os.fsencode(secret), body, "sha256").hexdigest()
         headers["X-Apexd-Signature"] = "sha256=" + digest
     request = urllib.request.Request(url, body, headers, method="POST")
     try:
@@ -6043,7 +6073,7 @@ class Watch:
         ids, who = Platform.identity(policy.user, policy.group) if is_other else ({}, {})
         notify = self._listen(ids.get("uid")) if "notify" in one.kinds else None
         if not env:
-            env = {**capture_environment(store.config.daemon.env_keep), **who}
+            env = {**capture_environment(store.config.env_keep), **who}
             if notify is not None:
                 env["NOTIFY_SOCKET"] = notify
                 if policy.live and policy.live.kind == "notify":
@@ -6193,7 +6223,8 @@ class Instance:
         self.is_rolling = False  # when it is replaced, only while its siblings are ready
         self.log = LogWatch(os.path.join(self.store.folder, "logs", f"proc-{self.id}.log"))
         self.path = os.path.join(self.store.folder, "run", "proc-" + self.id)
-        self._sample = (0.0, 0.0)  # at the last look: monotonic, processor seconds
+        # At the last look: monotonic, processor seconds, percent.
+        self._sample: tuple[float, float, float | None] = (0.0, 0.0, None)
 
     @property
     def spec(self) -> str:
@@ -6407,10 +6438,12 @@ class Instance:
         now, pid, percent = Clock.mono(), self.ward.pid if self.ward is not None else None, None
         cpu_s, memory = usage.get(pid or 0, (None, None))
         if cpu_s is not None:
-            (last, last_s), self._sample = self._sample, (now, cpu_s)
+            last, last_s, percent = self._sample
             if last < self.view.started:  # the first look: since it began
-                last, last_s = self.view.started, 0.0
-            percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+                last, last_s, percent = self.view.started, 0.0, None
+            if percent is None or now - last > CPU_SAMPLE_S:
+                percent = round(max(cpu_s - last_s, 0.0) / max(now - last, 0.001) * 100, 1)
+                self._sample = (now, cpu_s, percent)
         uptime_s = int(now - self.view.started) if pid else None
         return {
             "index": self.index, "pid": pid, "state": self.view.state.value,
@@ -6789,15 +6822,18 @@ def glob_expression(patterns: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(found), re.DOTALL)
 
 
-def check_folders(paths: Iterable[str]) -> None:
-    """Check what is to be watched: folders, which may be missing. Raises ValueError."""
-    for path in paths:
+def check_folders(where: str, folders: Sequence[str], code: str = "CONFIG_INVALID") -> None:
+    """Refuse to watch nothing, files, and folders that cannot be read. Raises `code`."""
+    why = "" if folders else "no folder is named"
+    for path in folders:
         try:
             os.scandir(path).close()
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise ValueError(f"folders that can be read: {path}: {error.strerror}") from None
+            why = f"{path}: {error.strerror}"
+    if why:
+        raise DaemonError(code, f"{where}: {why}", "name folders; missing ones are waited for")
 
 
 class _Tree:
@@ -6810,10 +6846,11 @@ class _Tree:
         self._before: dict[str, Any] = {}  # what this burst changed -> its stamp before
         self._touched: set[str] = set()  # was written to, whatever its stamp says
         self.is_news, self.has_gaps = False, True  # something was noted; all is to be looked at
-        self.is_lost = False  # the root is missing, or cannot be read
         self.notifier: Any = None
-        self._left_out: set[str] = set()  # folders that could not be read once
-        self.due_mono, self.looked_mono = float("inf"), Clock.mono()  # when to look untold; when
+        self._place: Any = None  # which folder the root was
+        self.unread: set[str] = set()  # folders that cannot be read; "": the root
+        self.due_mono = self._looked_mono = Clock.mono()  # when to look untold; when it was done
+        self.changed_mono = 0.0  # the last news is no older
         self._busy_until = 0.0  # it is polled more often, monotonic
 
     def close(self) -> None:
@@ -6822,11 +6859,11 @@ class _Tree:
             self.notifier.close()
         self.notifier = None
 
-    def _poll(self, why: str | None) -> None:
+    def _poll(self, why: str) -> None:
         text = "watching %s: nobody tells of changes, so it is looked through now and then: %s"
         log.warning(text, self.root, why)
         self.close()
-        self.is_polled = True
+        self.is_polled, self.due_mono = True, Clock.mono() + WATCH_LOOK_S
 
     def _path(self, relative: str) -> str:
         return os.path.join(self.root, relative.replace("/", os.sep)) if relative else self.root
@@ -6840,9 +6877,29 @@ class _Tree:
         self._before.setdefault(path, stamp)
         self.is_news = True
 
-    def hear(self) -> None:
-        """Look at what the notifications are about."""
-        for folder, name, what in self.notifier.read() if self.notifier is not None else ():
+    def look(self, now: float, is_over: bool, is_held: bool) -> bool:
+        """Look at what was told, and, when due, for what nobody tells; is there news?"""
+        self.changed_mono, self.is_news = now, False
+        if self.notifier is not None:
+            self._hear()
+        if self.has_gaps and is_over:
+            self.begin()
+        elif self.is_polled and (now >= self.due_mono or (is_over and not is_held)):
+            self.changed_mono, self._looked_mono = self._looked_mono, now
+            self._scan("", True)
+            self._busy_until = now + POLL_BUSY_S if self.is_news else self._busy_until
+            share = POLL_SHARE * (POLL_BUSY_FACTOR if now < self._busy_until else 1)
+            pause_s = max(WATCH_LOOK_S, (Clock.mono() - now) / share)
+            self.due_mono = now + min(pause_s, POLL_MAX_S)
+        elif now >= self.due_mono:
+            # It or what is above it may have been moved, or is a link to something else by now.
+            if "" in self.unread or file_id(os.path.realpath(self.root)) != self._place:
+                self.begin()
+            self.due_mono = now + (WATCH_LOOK_S if "" in self.unread else LOOK_S)
+        return self.is_news
+
+    def _hear(self) -> None:
+        for folder, name, what in self.notifier.read():
             path = f"{folder}/{name}" if folder else name
             if what == "gap":
                 self.has_gaps = self.is_news = True
@@ -6859,40 +6916,21 @@ class _Tree:
                 for inner in self._look(folder, name, info, False):
                     self._scan(inner)
 
-    def look(self, now: float) -> None:
-        """Look for what nobody tells of, when that is due."""
-        if now < self.due_mono:
-            return
-        self.due_mono, self.looked_mono = now + WATCH_LOOK_S, now
-        if not self.is_polled:  # the root was missing
-            if os.path.isdir(self.root):
-                self.begin()
-            return
-        self._scan("", True)
-        self._busy_until = now + POLL_BUSY_S if self.is_news else self._busy_until
-        share = POLL_SHARE * (POLL_BUSY_FACTOR if now < self._busy_until else 1)
-        self.due_mono = now + min(max(WATCH_LOOK_S, (Clock.mono() - now) / share), POLL_MAX_S)
-
     def begin(self) -> None:
         """Look at everything, and ask to be told from now on."""
         self.close()
-        above, self.due_mono = os.path.realpath(self.root), float("inf")
+        real = os.path.realpath(self.root)
         try:
-            kind = Platform.network_file_system(above)
+            kind = Platform.network_file_system(real)
             if kind is not None and not self.is_polled:
                 self._poll(f"it is on {kind}")
             elif not self.is_polled:
                 self.notifier = Platform.open_notifier()
         except (OSError, ImportError) as error:
             self._poll(getattr(error, "strerror", str(error)))
-        while self.notifier is not None and above != os.path.dirname(above):
-            above = os.path.dirname(above)  # when it is moved, the root is
-            with contextlib.suppress(OSError):
-                self.notifier.add(above, None)
-        self.has_gaps = False
+        self.has_gaps, self._place = False, file_id(real)
+        self.due_mono = Clock.mono() + WATCH_LOOK_S
         self._scan("", True)
-        if self.is_polled:
-            self.due_mono = Clock.mono() + WATCH_LOOK_S
 
     def _scan(self, folder: str, is_deep: bool = False) -> None:
         """Compare a folder, and those in it that are new (deep: all), with what is known."""
@@ -6911,8 +6949,6 @@ class _Tree:
         try:
             if self.notifier is not None:  # first: what is made meanwhile is found, or told of
                 self.notifier.add(path, folder)
-                if folder and self.notifier.numbers[folder] == self.notifier.numbers.get(""):
-                    self.has_gaps = self.is_news = True  # another root took the place of this
             with os.scandir(path) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):
@@ -6924,19 +6960,14 @@ class _Tree:
             if error.errno in SHORTAGES:
                 raise
             is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
-            if folder != "" and not is_gone and folder not in self._left_out:
-                self._left_out.add(folder)
-                log.warning("watching %s: %s is left out: %s", self.root, path, error.strerror)
-            elif folder == "":
-                self.close()
-                self.due_mono = Clock.mono() + WATCH_LOOK_S
-                if not self.is_lost:
-                    log.warning("watching %s: waiting for it: %s", path, error.strerror)
-                self.is_lost = True
+            if folder not in self.unread and not (folder and is_gone):
+                self.unread.add(folder)
+                text = "watching %s: %s is left out until it can be read: %s"
+                log.warning(text, self.root, path, error.strerror)
             return {} if is_gone else None
-        if folder == "" and self.is_lost:
-            self.is_lost = False
-            log.warning("watching %s: it is there", path)
+        if folder in self.unread:
+            self.unread.discard(folder)
+            log.warning("watching %s: %s can be read", self.root, path)
         return found
 
     def _look(self, folder: str, name: str, info: Any, is_deep: bool) -> list[str]:
@@ -6989,7 +7020,6 @@ class _Tree:
         """Take what is known now for how it was before the next burst."""
         self._before.clear()
         self._touched.clear()
-        self.is_news = False
 
     def sum_up(self, kinds: Container[str]) -> Iterator[Change]:
         """Yield what the burst has changed, all in all."""
@@ -7015,8 +7045,8 @@ class FileWatcher:
     Once a burst: `debounce_s` after its last change, `debounce_max_s` after its first at the
     latest; again, a second later, when it raises. A missing folder is waited for; links are
     not followed. on_change: is given [Change, ...], sorted by path, in the watcher's thread.
-    poll: do not ask the system to tell. hold: is given when the first and the last change of a
-    burst was seen (monotonic), returns how long it has to wait.
+    poll: do not ask the system to tell. hold: is given since when a burst may be over
+    (monotonic), returns how long it has to wait.
     Thread: "watch". Life: start -> stop. Raises BAD_REQUEST.
     """
 
@@ -7025,21 +7055,19 @@ class FileWatcher:
         events: Iterable[str] = FILE_CHANGES, ignore: Iterable[str] = (),
         extensions: Iterable[str] = (), debounce_s: float = DEBOUNCE_S,
         debounce_max_s: float = DEBOUNCE_MAX_S, poll: bool = False,
-        hold: Callable[[float, float], float] = lambda first, last: 0.0,
+        hold: Callable[[float], float] = lambda last: 0.0,
     ) -> None:  # fmt: skip
         self._on_change, self._hold = on_change, hold
         self._kinds = {FILE_CHANGES[event] for event in events}
         self._debounce_s, self._debounce_max_s = debounce_s, max(debounce_s, debounce_max_s)
         endings = tuple("." + word.lstrip(".") for word in extensions)
         ignored = glob_expression([*WATCH_IGNORED, *ignore])
-        roots = [os.path.abspath(path) for path in paths]
-        try:
-            check_folders(roots)
-        except ValueError as error:
-            raise bad(f"paths: must be {error}") from None
-        self._trees = [_Tree(root, ignored, endings, poll) for root in dict.fromkeys(roots)]
-        self._first = self._since = self._last = float("inf")  # of a burst, monotonic
-        self._due = self._held = 0.0  # when it is over; it waits so long; monotonic
+        found = [paths] if isinstance(paths, str) else paths
+        roots = [*dict.fromkeys(os.path.abspath(path) for path in found)]
+        check_folders("paths", roots, "BAD_REQUEST")
+        self._trees = [_Tree(root, ignored, endings, poll) for root in roots]
+        self._first = float("inf")  # of a burst, monotonic
+        self._last, self._due = 0.0, 0.0  # its last change; when it is over
         self._failure = ""  # what was said of it
         self._waker, self._wakee = socket.socketpair()
         self._is_over, self._is_standing = threading.Event(), threading.Event()
@@ -7062,7 +7090,7 @@ class FileWatcher:
         """Return [{"path", "how": "inotify", "polling" or "missing", "folders"}]."""
         found = []
         for tree in self._trees:
-            how = "missing" if tree.is_lost else "polling" if tree.is_polled else "inotify"
+            how = "missing" if "" in tree.unread else "polling" if tree.is_polled else "inotify"
             found.append({"path": tree.root, "how": how, "folders": len(tree.known)})
         return found
 
@@ -7073,56 +7101,49 @@ class FileWatcher:
             try:
                 self._turn(is_last)
             except Exception as error:  # this thread's top frame, and the user's callback
-                if str(error) != self._failure:
+                is_bug = not isinstance(error, DaemonError)  # else the trees know what is there
+                if str(error) != self._failure or is_last:
                     self._failure = str(error)
-                    log.error("watching: %s", error, exc_info=not isinstance(error, DaemonError))
+                    log.error("watching: %s", error, exc_info=is_bug)
                 for tree in self._trees:
-                    tree.has_gaps = True
-                self._first = self._since = self._last = self._due = Clock.mono()
+                    tree.has_gaps = tree.has_gaps or is_bug
+                self._first = self._due = Clock.mono()
                 self._is_over.wait(WATCH_LOOK_S)
         for one in (*self._trees, self._waker, self._wakee):
             one.close()  # type: ignore[attr-defined]
 
-    def _turn(self, is_last: bool) -> None:
-        """Wait until something may have changed or a burst is over, and see to it."""
+    def _wait(self) -> None:
+        """Wait until something may have changed, or is due."""
         wake = min([self._due, *(tree.due_mono for tree in self._trees)])
         with selectors.DefaultSelector() as selector:
             selector.register(self._wakee, selectors.EVENT_READ)
             for tree in self._trees:
                 if tree.notifier is not None:
                     selector.register(tree.notifier, selectors.EVENT_READ)
-            is_told = selector.select(None if wake == float("inf") else wake - Clock.mono())
-        now = Clock.mono()
-        if is_told:
-            self._is_over.wait(min(WATCH_GATHER_S, self._debounce_s))
-        for tree in self._trees:
-            if tree.is_polled and (is_last or (0.0 < self._due <= now and not self._held)):
-                tree.due_mono = now  # does it still go on?
-            seen = tree.looked_mono if tree.is_polled else now
-            tree.hear()
-            tree.look(now)
-            if tree.is_news:
-                tree.is_news = False
-                self._first, self._since = min(self._first, now), min(self._since, seen)
-                self._last, end = now, self._first + self._debounce_max_s
-                self._due = max(min(now + self._debounce_s, end), self._held)
-        if self._due > now and not (is_last and self._first <= now):
-            return
-        is_first = not self._is_standing.is_set()  # no burst, but the snapshot
-        wait_s = 0.0 if is_first or is_last else self._hold(self._since, self._last)
+            if selector.select(wake - Clock.mono()):
+                self._is_over.wait(min(WATCH_GATHER_S, self._debounce_s))
+
+    def _turn(self, is_last: bool) -> None:
+        """Wait until something may have changed or a burst is over, and see to it."""
+        self._wait()
+        now, is_first = Clock.mono(), not self._is_standing.is_set()  # no burst, but the snapshot
+        is_over = is_last or self._due <= now
+        wait_s = self._hold(self._last) if is_over and not (is_first or is_last) else 0.0
         if wait_s > 0.0:
-            self._due = self._held = now + wait_s
-            return
+            self._first, self._due = float("inf"), now + wait_s
         for tree in self._trees:
-            if tree.has_gaps:
-                tree.begin()
+            if tree.look(now, is_over, wait_s > 0.0):
+                self._first, self._last = min(self._first, now), max(self._last, tree.changed_mono)
+                self._due = min(now + self._debounce_s, self._first + self._debounce_max_s)
+        if self._due > now and not (is_first or is_last):
+            return
         found = {one.path: one for tree in self._trees for one in tree.sum_up(self._kinds)}
         if found and not is_first:
             self._on_change([found[path] for path in sorted(found)])
-        self._first = self._since = self._last = self._due = float("inf")
-        self._held, self._failure = 0.0, ""
         for tree in self._trees:
             tree.forget()
+        self._first = self._due = float("inf")
+        self._last, self._failure = 0.0, ""
         self._is_standing.set()
 
 
@@ -7146,7 +7167,7 @@ class WatchTrigger:
             debounce_max_s=options.debounce_max, poll=options.poll, hold=self._hold,
         )  # fmt: skip
 
-    def _hold(self, first: float, last: float) -> float:
+    def _hold(self, last: float) -> float:
         """Let changes wait for the end of the task before, and longer when they are a loop."""
         if self._ended is None:
             tasks = self._store.find(ids=[self._task]) if self._task else []
@@ -7155,52 +7176,44 @@ class WatchTrigger:
                 self._is_own = False
                 return WATCH_BUSY_S if self.options.overlap == "queue" else 0.0
             self._ended = Clock.mono() - max(Clock.now() - finished_at, 0.0) + WATCH_OWN_S
-        self._is_own = first <= last <= self._ended  # else somebody else changes things
+        self._is_own = last <= self._ended  # else somebody else changes things
         if not self._is_own or self._rounds < LOOP_ROUNDS:
             return 0.0
         pause_s = backoff(self._rounds - LOOP_ROUNDS + 1, LOOP_PAUSE_S, LOOP_PAUSE_MAX_S)
         return float(min(self._ended + pause_s - Clock.mono(), WATCH_LOOK_S))
 
     def _make_task(self, changes: list[Change]) -> None:
+        source, told = f"watch {self.name}", []
+        for kind in sorted({change.kind for change in changes}):
+            payload = self._describe([change for change in changes if change.kind == kind])
+            told.append(Event.make(f"file.{kind}", payload, source))
+        event = Event.make("file.changed", self._describe(changes), source)
+        paths = (json.dumps(p) if "\n" in p or "\r" in p else p for p in (c.path for c in changes))
+        lines = os.fsencode("".join(path + "\n" for path in paths))
+        trigger, is_behind = self.options, self.options.overlap == "queue"
+        made = EventStore(self._store).fire(
+            f"watch.{self.name}", trigger, event, is_behind, told, lines
+        )
+        self._task, self._ended = made or self._task, None
         self._rounds = self._rounds + 1 if self._is_own else 0
         if self._rounds >= LOOP_ROUNDS:
-            what = ", ".join(sorted(change.path for change in changes)[:3])
             text = "watch %s: a loop, slowed down: its task changes what it watches: %s"
-            log.error(text, self.name, what)
-        source, told = f"watch {self.name}", []
-        for kind in FILE_CHANGES.values():
-            payload = self._describe([change for change in changes if change.kind == kind])
-            if payload["count"]:
-                told.append(Event.make(f"file.{kind}", payload, source))
-        event = Event.make("file.changed", self._describe(changes), source)
-        paths = (json.dumps(one.path) if "\n" in one.path else one.path for one in changes)
-        lines = os.fsencode("".join(path + "\n" for path in paths))
-        store = EventStore(self._store)
-        trigger, is_behind = self.options, self.options.overlap == "queue"
-        made = store.fire(f"watch.{self.name}", trigger, event, None, is_behind, told, lines)
-        self._task, self._ended = made or self._task, None
+            log.error(text, self.name, ", ".join(change.path for change in changes[:3]))
         self._wake()
 
     def _describe(self, changes: list[Change]) -> dict[str, Any]:
         """Return the payload of an event: too many changes for a variable are left out."""
         found = [{k: v for k, v in one.to_dict().items() if v is not None} for one in changes]
-        payload = {"watch": self.name, "count": len(changes), "truncated": False, "changes": found}
-        if len(json.dumps(found)) > EVENT_VARIABLE_CHARS:
-            payload.update(truncated=True, changes=[])
-        return payload
+        is_long = len(json.dumps(found)) > EVENT_VARIABLE_CHARS
+        payload = {"watch": self.name, "count": len(found), "truncated": is_long}
+        return {**payload, "changes": [] if is_long else found}
 
 
 def check_watches(config: Config, project: str, path: str | None) -> None:
-    """Refuse to watch nothing, files, and what cannot be read. Raises CONFIG_INVALID."""
+    """Check the folders of all watches. Raises CONFIG_INVALID."""
     for name, watch in config.watches.items():
-        try:
-            if not watch.paths:
-                raise ValueError("one folder or more")
-            check_folders(os.path.join(project, folder) for folder in watch.paths)
-        except ValueError as error:
-            what = f"{path}: watch.{name}.paths = {watch.paths!r}: must be {error}"
-            hint = "name folders; missing ones are waited for"
-            raise DaemonError("CONFIG_INVALID", what, hint) from None
+        where = f"{path}: watch.{name}.paths = {watch.paths!r}"
+        check_folders(where, [os.path.join(project, folder) for folder in watch.paths])
 
 
 class Watches:
@@ -7208,26 +7221,28 @@ class Watches:
 
     def __init__(self, store: TaskStore, wake: Callable[[], None]) -> None:
         self._store, self._wake = store, wake
+        self._lock = threading.Lock()  # one `start` at a time
         self._watches: dict[str, WatchTrigger] = {}
 
     def start(self) -> None:
-        """Have the watches that the configuration asks for, also after a reload."""
-        wanted = {n: one for n, one in self._store.config.watches.items() if one.enabled}
-        for name, watch in list(self._watches.items()):
-            if wanted.get(name) != watch.options:
+        """Have the watches that the configuration asks for: after a reload, and after a lack."""
+        with self._lock:
+            old, found, deadline = {**self._watches}, {}, Clock.mono() + STANDING_S
+            for name, options in self._store.config.watches.items():
+                if name in old and old[name].options == options:
+                    found[name] = old.pop(name)
+                elif options.enabled:
+                    try:
+                        watch = WatchTrigger(name, options, self._store, self._wake)
+                        watch.watcher.start(max(deadline - Clock.mono(), 0.0))
+                    except (DaemonError, OSError, RuntimeError) as error:  # no thread, say
+                        log.error("watch %s does not work, for now: %s", name, error)
+                    else:
+                        found[name] = watch
+            self._watches = found
+            for name, watch in old.items():  # now: what changes meanwhile is seen by both
+                watch.options = self._store.config.watches.get(name, watch.options)
                 watch.watcher.stop()
-                del self._watches[name]
-        deadline = Clock.mono() + STANDING_S
-        for name in wanted.keys() - self._watches.keys():
-            try:
-                watch = WatchTrigger(name, wanted[name], self._store, self._wake)
-                watch.watcher.start(max(deadline - Clock.mono(), 0.0))
-            except (DaemonError, OSError, RuntimeError) as error:  # no descriptor, no thread
-                log.error("watch %s does not work: %s", name, error)
-            else:
-                self._watches[name] = watch
-
-    reload = start
 
     def stop(self) -> None:
         """End them; what was changed until now becomes tasks."""
@@ -7545,7 +7560,11 @@ class TaskVerbs:
         """Publish custom.EVENT; the same token again starts nothing more."""
         made = Event.make("custom." + event.removeprefix("custom."), payload or {}, "emit")
         made.id = token or made.id
-        if len(json.dumps(made.to_dict())) > EVENT_MAX_BYTES:
+        try:
+            size = len(json.dumps(made.to_dict(), allow_nan=False))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise bad(f"the payload is no JSON: {error}", "no Infinity, say") from None
+        if size > EVENT_MAX_BYTES:
             raise bad(f"the event has more than {EVENT_MAX_BYTES} bytes", "name a file in it")
         EventStore(self._store).emit(made, hooks)
         return {"id": made.id}
@@ -7866,7 +7885,7 @@ class Acceptor:
         self.listener, self._serve, self._spare_s = listener, serve, spare_s
         self._room = threading.BoundedSemaphore(most)
         self._idle: dict[socket.socket, float] = {}  # since when; the longest first
-        self._is_over, self._watched = False, Watched()
+        self._is_over, self._is_short, self._watched = False, False, Watched()
         listener.setblocking(False)
         self._watched.add(listener, self._accept)
         threading.Thread(target=self._accept_all, name=name, daemon=True).start()
@@ -7881,6 +7900,7 @@ class Acceptor:
     def _accept_all(self) -> None:
         while not self._is_over:
             self._watched.wait(float("inf"))
+        self._watched.close()
 
     def _accept(self) -> None:
         peer: Any = None
@@ -7896,10 +7916,12 @@ class Acceptor:
                             idle.shutdown(socket.SHUT_RDWR)
             self._idle[peer] = Clock.mono()
             threading.Thread(target=self._talk, args=(peer,), name="talk", daemon=True).start()
+            self._is_short = False
         except (OSError, RuntimeError) as error:  # no descriptor, no thread
             if self._is_over or isinstance(error, BlockingIOError):
                 return
-            log.warning("a connection was refused: %s", error)
+            (log.debug if self._is_short else log.warning)("a connection was refused: %s", error)
+            self._is_short = True  # said once: it is tried again and again
             if isinstance(error, RuntimeError):
                 self._idle.pop(peer, None)
                 self._room.release()
@@ -7965,13 +7987,13 @@ class ControlServer:
             self._acceptor.close()
         near = os.path.join(self._folder, "control.sock")
         try:
-            if self._inherited is not None:
-                listener, path = self._inherited.dup(), self._inherited.getsockname()
-                if not isinstance(path, str):
-                    raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
-                self._endpoint = {"socket": path}
+            path = self._inherited.getsockname() if self._inherited is not None else ""
+            if not isinstance(path, str):
+                raise OSError(errno.EAFNOSUPPORT, "the socket handed over has no path")
+            if self._inherited is not None and file_id(path):
+                listener, self._endpoint = self._inherited.dup(), {"socket": path}
             else:
-                path = self._place
+                path, self._inherited = self._place, None  # what was handed over was removed
                 if path == near:
                     path = Platform.place_socket(self._folder, path)
                 elif os.path.isfile(path):
@@ -8064,7 +8086,7 @@ class ControlServer:
 
 def settings_of(config: Config) -> Fields:
     """Return what clients need of a configuration: {"env_keep", "timeout", "log_file"}."""
-    settings = {"env_keep": config.daemon.env_keep, "timeout": config.limits.timeout}
+    settings = {"env_keep": config.env_keep, "timeout": config.limits.timeout}
     return {**settings, "log_file": config.log.file}
 
 
@@ -8463,23 +8485,22 @@ PRIVATE = frozenset("command args cwd data note reason reasons payload project f
 
 
 class Exposition:
-    """Metrics in Prometheus's text format 0.0.4; those of one name are added together."""
+    """Metrics in Prometheus's text format 0.0.4."""
 
     def __init__(self) -> None:
-        self.text = self._name = ""
+        self._lines: dict[str, list[str]] = {}  # by name
 
-    def add(
-        self, name: str, help: str, value: float | None, suffix: str = "", **labels: object
-    ) -> None:
+    def add(self, name: str, help: str, value: Any, suffix: str = "", **labels: object) -> None:
         """Add a sample, unless its value is not known; suffix: of a histogram's parts."""
-        kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
-        head = f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
-        escapes = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
-        shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
         if value is not None:
-            self.text += "" if name == self._name else head
-            self._name = name
-            self.text += f"{name}{suffix}{{{shown}}} {value}\n"
+            kind = "counter" if name.endswith("_total") else "histogram" if suffix else "gauge"
+            head = f"# HELP {name} {help}\n# TYPE {name} {kind}"
+            escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+            shown = ",".join(f'{key}="{str(x).translate(escapes)}"' for key, x in labels.items())
+            self._lines.setdefault(name, [head]).append(f"{name}{suffix}{{{shown}}} {value}")
+
+    def __str__(self) -> str:
+        return "\n".join([*itertools.chain(*self._lines.values()), ""])
 
 
 class HealthVerbs:
@@ -8509,35 +8530,38 @@ class HealthVerbs:
         yield (1, f"set back by {span(back_s)}") if back_s > CLOCK_JUMP_S else (0, "goes on")
         late_s = Clock.mono() - self._runner.meters.due_mono
         yield (2, f"hangs, for {span(late_s)}") if late_s > HUNG_S else (0, "turns")
-        free = shutil.disk_usage(self._store.folder).free
-        yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
+        try:
+            free = shutil.disk_usage(self._store.folder).free
+            yield (free < DISK_LOW_BYTES) + (free < DISK_FULL_BYTES), f"{free >> 20} MiB free"
+        except OSError as error:
+            yield 2, f"the state folder: {error.strerror}"
         status = self._supervisor.status()
         down = ", ".join(f"{name} ({state})" for name, state in status["down"].items())
         yield (1, f"down: {down}") if down else (0, f"{status['running_instances']} running")
         obstacle, silent = self._runner.keepers.obstacle, self._runner.keepers.silent()
         late = (1, f"PID {silent[0]} owes an answer") if silent else (0, "answers")
         yield (2, obstacle) if obstacle else late
-        self._store.database.probe()
-        yield 0, "writable"
-
-    def _look(self, found: list[tuple[int, str]]) -> None:
         try:
-            found.extend(self._check())
-        except (DaemonError, OSError) as error:
-            found.append((2, str(error)))
+            self._store.database.probe()
+            yield 0, "writable"
+        except DaemonError as error:  # no path: whoever reaches the port reads this
+            yield 2, error.message.replace(self._store.folder + os.sep, "")
 
     def _health(self) -> Fields:
         """Return {"overall": the worst, "checks": {name: {"status", "detail"}}}."""
         with self._lock:
             if not self._checking.is_alive():
-                self._found = []
-                look = functools.partial(self._look, self._found)
+                found: list[tuple[int, str]] = []
+                look, self._found = (lambda: found.extend(self._check())), found
                 self._checking = threading.Thread(target=look, name="health", daemon=True)
-                self._checking.start()
+                with contextlib.suppress(RuntimeError):  # no thread to be had
+                    self._checking.start()
             checking, found = self._checking, self._found
-        checking.join(HEALTH_WAIT_S)
-        missing = [(2, f"no answer within {span(HEALTH_WAIT_S)}")] * len(CHECKS)
-        seen = [*zip(CHECKS, [*found, *missing])]
+        if checking.ident:
+            checking.join(HEALTH_WAIT_S)
+        hung = f"no answer within {span(HEALTH_WAIT_S)}"
+        why = hung if checking.is_alive() else "it could not be looked at"
+        seen = [*zip(CHECKS, [*found, *[(2, why)] * len(CHECKS)])]
         checks = {name: {"status": LEVELS[level], "detail": text} for name, (level, text) in seen}
         return {"overall": LEVELS[max(level for _, (level, _) in seen)], "checks": checks}
 
@@ -8584,15 +8608,14 @@ class HealthVerbs:
         found.add("process_resident_memory_bytes", "The daemon's own.", Platform.own_memory())
         names = list(self._store.config.processes)
         looks = [(name, one) for name, of in zip(names, self._processes.look(names)) for one in of]
-        for _, one in looks:
-            one["up"] = int(one["state"] in ("running", "unhealthy"))
-            one["cpu_ratio"] = one["cpu_percent"] and one["cpu_percent"] / 100
-        for field in ("up", "restart_count", "memory_bytes", "cpu_ratio"):
-            kind = field.replace("restart_count", "restarts_total")
-            for name, one in looks:
-                about_one = {"process": name, "instance": one["index"]}
-                found.add(f"apexd_process_{kind}", "Of each instance.", one[field], **about_one)
-        return {"text": found.text, **about.to_dict()}
+        for name, one in looks:
+            add = functools.partial(found.add, process=name, instance=one["index"])
+            add("apexd_process_up", "1: it is.", int(one["state"] in ("running", "unhealthy")))
+            add("apexd_process_restarts_total", "By the daemon.", one["restart_count"])
+            add("apexd_process_memory_bytes", "With its children.", one["memory_bytes"])
+            ratio = one["cpu_percent"] and one["cpu_percent"] / 100
+            add("apexd_process_cpu_ratio", "Of one processor.", ratio)
+        return {"text": str(found), **about.to_dict()}
 
 
 PAGE = """<!DOCTYPE html>
@@ -8611,8 +8634,7 @@ PAGE = """<!DOCTYPE html>
 body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--back);
   color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; }
-h1 { font-size: 1.3rem; margin: 0; }
-h2 { font-size: 1rem; margin: 0 0 .4rem; }
+h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: 1rem; margin: 0 0 .4rem; }
 main { display: grid; gap: .8rem; margin-top: .8rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)); }
 section, #gone { background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
@@ -8650,8 +8672,9 @@ function make(tag, content, name = "") {  // what comes from outside becomes tex
   return node;
 }
 for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
-    ["running", "Running", "wide"], ["processes", "Processes", "wide"], ["failed", "Failed tasks"],
-    ["schedules", "Schedules"], ["latest", "Latest tasks", "wide"], ["events", "Events", "wide"]]) {
+    ["schedules", "Schedules"], ["running", "Running", "wide"], ["processes", "Processes", "wide"],
+    ["failed", "Failed tasks", "wide"], ["latest", "Latest tasks", "wide"],
+    ["events", "Events", "wide"]]) {
   const box = make("div", [], "scroll");
   Object.assign(box, {id, tabIndex: 0, role: "region", ariaLabel: head});
   at("main").append(make("section", [make("h2", head), box], name));
@@ -8659,7 +8682,8 @@ for (const [id, head, name] of [["hour", "Last hour"], ["queue", "Queue"],
 const state = text => make("span", text, COLORS[text]);
 const clock = t => !t ? "-" : new Date(t * 1000).toLocaleString([],
   {timeStyle: "medium", ...(Math.abs(Date.now() / 1000 - t) > 43200 && {dateStyle: "short"})});
-const title = task => task.label ?? [task.command ?? "task " + task.id].flat().join(" ");
+const title = task => [task.label ?? task.command ?? "task " + task.id].flat().join(" ")
+  .replace(/(.{160}).+/su, "$1\u2026");
 const known = (x, unit) => x === null ? "-" : x.toFixed(0) + unit;
 function span(s) {
   for (const [unit, letter] of [[86400, "d"], [3600, "h"], [60, "m"]])
@@ -8682,31 +8706,32 @@ function draw(tag, attributes) {
   Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
   return node;
 }
-function bars(minutes) {  // failures stand upon successes
-  const most = Math.max(1, ...minutes.map(([ok, ko]) => ok + ko));
+function bars([minutes, is_young]) {  // failures stand upon successes
+  const most = Math.max(...minutes.map(([ok, ko]) => ok + ko));
   const [good, bad] = [0, 1].map(k => minutes.reduce((sum, minute) => sum + minute[k], 0));
   const svg = draw("svg", {viewBox: "0 0 600 50", preserveAspectRatio: "none", role: "none"});
   const bar = (i, n, on, name) => svg.append(draw("rect", {x: i * 10, width: 8, class: name,
-    y: 50 - (on + n) / most * 50, height: n / most * 50}));
+    y: 50 - (on + n) / (most || 1) * 50, height: n / (most || 1) * 50}));
   minutes.forEach(([ok, ko], i) => { bar(i, ok, 0, "good"); bar(i, ko, ok, "bad"); });
-  const text = `${good} succeeded, ${bad} failed; at most ${most} a minute`;
+  const text = `${good} succeeded, ${bad} failed; at most ${most} a minute`
+    + (is_young ? "; since the daemon's start" : "");
   return make("div", [svg, make("span", text, "dim")]);
 }
 async function get(path) {
-  const headers = key ? {Authorization: "Bearer " + key} : {};
-  const data = await (await fetch(path, {headers, signal: AbortSignal.timeout(4500)})).json();
+  const options = {headers: {Authorization: "Bearer " + key}, signal: AbortSignal.timeout(4500)};
+  const data = await (await fetch(path, options)).json();
   if (data.error) throw new Error(data.error.message);
   return data;
 }
 async function addOutput(task) {  // the last lines of what runs
   const path = `/api/logs?id=${task.id}&offset=-3`;
-  const text = key ? (await get(path).catch(() => ({}))).data ?? "" : "";
-  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  const answer = await get(path).catch(() => ({}));
+  const bytes = Uint8Array.from(atob(answer.data ?? ""), letter => letter.charCodeAt(0));
   task.output = new TextDecoder().decode(bytes).slice(-600);
   task.ran = span(Date.now() / 1000 - task.started_at);
 }
 async function addReasons(one) {
-  const answer = one.status === "running" ? {} : await get("/api/why?name=" + one.name);
+  const answer = await get("/api/why?name=" + one.name).catch(() => ({}));
   one.why = (answer.reasons ?? []).join("; ");
 }
 const HEADS = [["id", "n"], ["state"], ["task", "t"], ["group", "more"], ["tries", "n more"],
@@ -8716,17 +8741,19 @@ const cells = task => [task.id, state(task.state), title(task), task.group, task
     ? span(task.finished_at - task.started_at) : "-", clock(task.finished_at)];
 function running_cells(task) {
   const about = {max: 100, value: task.progress, ariaLabel: `progress of task ${task.id}`};
-  const bar = task.progress === null ? [] : [Object.assign(make("progress", []), about)];
-  const told = bar.length ? known(task.progress, "% ") : "";
+  const bar = task.progress === null ? []
+    : [Object.assign(make("progress", []), about), known(task.progress, "% ")];
   return [task.id, [title(task), make("pre", task.output)], task.group, task.ran,
-    [...bar, told + (task.note ?? "")]];
+    [...bar, task.note ?? ""]];
 }
 async function refresh() {
   const [health, status, running, failed, latest, processes, schedules, events] =
     await Promise.all(["/health", "/api/status", "/api/tasks?state=running&limit=20",
       "/api/tasks?state=failed&limit=10", "/api/tasks?limit=15", "/api/processes",
       "/api/schedules", "/api/events"].map(get));
-  await Promise.all([...running.tasks.map(addOutput), ...processes.processes.map(addReasons)]);
+  const down = processes.processes.filter(one => one.status !== "running").slice(0, 9);
+  await Promise.all([...running.tasks.map(addOutput), ...down.map(addReasons)]);
+  at("locked").hidden = "project" in status;
   document.title = at("name").textContent = (status.project ?? "apexd").split("/").pop();
   const faults = Object.entries(health.checks).filter(([, one]) => one.status !== "healthy");
   show("health", [health.overall, ...faults.map(([name, one]) => `${name}: ${one.detail}`)],
@@ -8734,39 +8761,38 @@ async function refresh() {
   at("about").textContent = `apexd ${status.version}, PID ${status.pid}, up `
     + span(status.uptime_secs) + (status.draining ? ", stopping" : "")
     + (status.paused.length ? ", paused: " + status.paused.join(", ") : "");
-  show("hour", status.last_hour, bars);
+  show("hour", [status.last_hour, status.uptime_secs < 3600], bars);
   table("queue", Object.entries(status.counts).flatMap(([kind, groups]) => Object.entries(groups)
     .map(of => [kind, ...of])), [["state"], ["group"], ["tasks", "n"]],
     ([kind, group, n]) => [state(kind), group, n]);
   table("running", running.tasks, [["id", "n"], ["task", "t"], ["group", "more"],
     ["for", "n"], ["progress", "t"]], running_cells);
   table("processes", processes.processes, [["process", "t"], ["status"], ["up", "n"], ["CPU", "n"],
-    ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why)],
+    ["memory", "n"], ["restarts", "n more"]], one => [[one.name, make("pre", one.why ?? "")],
     state(one.status), `${one.running}/${one.instances}`, known(one.cpu_percent, "%"),
     known(one.memory_bytes && one.memory_bytes / 1e6, " MB"), one.restart_count]);
-  table("failed", failed.tasks.reverse(), HEADS.slice(0, 6), task => cells(task).slice(0, 6));
+  table("failed", failed.tasks.reverse(), HEADS, cells);
   table("latest", latest.tasks.reverse(), HEADS, cells);
-  table("schedules", schedules.schedules, [["name"], ["when"], ["next"]],
-    one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000)]);
-  table("events", events.events.slice(-15).reverse(), [["time"], ["event"], ["of"],
-    ["what", "t more"]], one => [clock(one.time), one.type, one.source,
-    JSON.stringify(one.payload ?? {})]);
+  table("schedules", schedules.schedules, [["name"], ["when"], ["next"], ["last", "more"]],
+    one => [one.name, one.cron, clock(Date.parse(one.next?.[0]) / 1000),
+      one.result && state(one.result)]);
+  table("events", events.events.reverse(), [["time"], ["event"], ["source"], ["what", "t more"]],
+    one => [clock(one.time), one.type, one.source, Object.entries(one.payload ?? {})
+      .filter(([, x]) => x !== null).map(([name, x]) => name + "=" + JSON.stringify(x))
+      .join(" ").slice(0, 300)]);
 }
 let seen = "never", timer = 0;
 async function turn() {
-  try {
-    await refresh();
-    seen = "at " + new Date().toLocaleTimeString();
-    at("gone").hidden = true;
-  } catch (error) {
+  const error = await refresh().catch(error => error);
+  if (error)
     at("gone").textContent = `The daemon does not answer: ${error.message}. Last seen ${seen}.`;
-    at("gone").hidden = false;
-  }
-  at("main").className = at("gone").hidden ? "" : "stale";
+  else seen = "at " + new Date().toLocaleTimeString();
+  at("gone").hidden = !error;
+  at("main").className = error ? "stale" : "";
   clearTimeout(timer);  // the page may have become visible meanwhile
   timer = setTimeout(turn, document.hidden ? 15000 : 2000);
 }
-at("locked").hidden = key !== "";
+addEventListener("hashchange", () => location.reload());  // the address with the key came later
 document.addEventListener("visibilitychange", () => document.hidden || turn());
 turn();
 </script>
@@ -8821,11 +8847,9 @@ def make_response(status: int, kind: str, text: str, has_body: bool = True) -> b
     return head.replace("NONCE", nonce).replace("\n", "\r\n").encode() + body * has_body
 
 
-def leave_out_private(data: Any) -> Any:
-    """Return JSON without the fields that only those see who have the key."""
-    if isinstance(data, dict):
-        return {name: leave_out_private(x) for name, x in data.items() if name not in PRIVATE}
-    return [*map(leave_out_private, data)] if isinstance(data, list) else data
+def without_private(fields: Fields) -> Fields:
+    """Return the fields that all may see who reach the port."""
+    return {name: x for name, x in fields.items() if name not in PRIVATE}
 
 
 def at_port(host: str, port: int) -> str:
@@ -8845,22 +8869,23 @@ class HealthServer:
         self._sources = sources
         self._path = os.path.join(folder, "http.json")
         self.url, self.key = "", ""  # of the page, with the key: neither is ever logged
-        self._host, self._port = "", 0
+        self._host, self._place, self._port = "", "", 0  # place: the address it is bound to
         self._acceptor: Acceptor | None = None
         self._turn = threading.Lock()  # one source at a time: none hangs more than one thread
 
     def listen(self, options: Any, inherited: socket.socket | None, former: Any = None) -> None:
         """Answer where [health] says, else where the former one said. Raises CANNOT_CREATE."""
         self.stop()
+        if not options.enabled:
+            return
         try:
-            if options.enabled:
-                self.start(options.host, options.port, inherited)
-                log.info("%s answers", self.url.partition("#")[0])
+            self.start(options.host, options.port, inherited)
         except DaemonError:
             if former is not None:
                 self.listen(former, inherited)
             raise
-        if options.host not in ("127.0.0.1", "localhost", "::1"):
+        log.info("%s answers", self.url.partition("#")[0])
+        if not re.match(r"127\.|::1$|::ffff:127\.", self._place):
             log.warning("other machines may reach it: names and states are no secret there")
 
     def start(self, host: str, port: int, inherited: socket.socket | None = None) -> None:
@@ -8872,6 +8897,9 @@ class HealthServer:
         with contextlib.suppress(ValueError, DaemonError):
             known = read_json(self._path) or {}
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        if inherited and inherited.family not in (socket.AF_INET, socket.AF_INET6):
+            hint = "give it a ListenStream= with a port"
+            raise DaemonError("CANNOT_CREATE", "the socket named http is not one of TCP", hint)
         for number in [port] if port else [known.get("port"), 0]:
             try:
                 new = functools.partial(socket.create_server, (host, number), family=family)
@@ -8882,12 +8910,13 @@ class HealthServer:
         else:
             hint = "name another in [health], or port 0: any that is free"
             raise DaemonError("CANNOT_CREATE", f"cannot listen on {host} port {port}: {what}", hint)
-        self._host, self._port = host, listener.getsockname()[1]
-        self.key = str(known.get("key") or os.urandom(32).hex())
+        self._host, (self._place, self._port) = host, listener.getsockname()[:2]
+        is_key = re.fullmatch("[0-9a-f]{64}", str(known.get("key")))
+        self.key = is_key[0] if is_key else os.urandom(32).hex()
         with contextlib.suppress(DaemonError):  # a full disk
             if known != {"port": self._port, "key": self.key}:
                 write_atomically(self._path, json.dumps({"port": self._port, "key": self.key}))
-        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._place, self._place)
         self.url = f"http://{at_port(near, self._port)}/#{self.key}"
         self._acceptor = Acceptor(listener, "http", HTTP_CONNECTIONS_MAX, 0.0, self._serve)
 
@@ -8903,14 +8932,15 @@ class HealthServer:
         head = receive_head(connection, deadline)
         idle.pop(connection, None)
         status, request = read_request(head)
-        status = status or self._refuse(request, connection.getsockname()[0])
-        answer = (status, "text/plain", f"{status}\n")
-        if not status:
-            answer = self._answer(request, deadline)
+        place = connection.getsockname()[0].replace("::ffff:", "")  # IPv4 at a socket for both
+        status = status or self._refuse(request, place)
+        refusal = (status, "text/plain", f"{status}\n")
+        answer = refusal if status else self._answer(request, deadline)
+        response = make_response(*answer, getattr(request, "command", "") != "HEAD")
         connection.settimeout(max(deadline - Clock.mono(), 0.1))
-        connection.sendall(make_response(*answer, getattr(request, "command", "") != "HEAD"))
+        idle[connection] = Clock.mono()  # who reads slowly keeps nobody out
+        connection.sendall(response)
         connection.shutdown(socket.SHUT_WR)
-        idle[connection] = Clock.mono()
         while Clock.mono() < deadline and connection.recv(1 << 16):
             pass  # to close before all was read would take the response back
 
@@ -8918,7 +8948,9 @@ class HealthServer:
         """Return the status that refuses a request, 0 for none; place: the address it came to."""
         headers, names = request.headers, ("127.0.0.1", "localhost", "::1", self._host, place)
         hosts = [host.strip().lower() for host in headers.get_all("Host", [])]
-        if len(hosts) != 1 or hosts[0] not in {at_port(name, self._port) for name in names}:
+        known = {at_port(name, self._port) for name in names}
+        known |= {name[:-3] for name in known if self._port == 80}  # as browsers send it
+        if len(hosts) != 1 or hosts[0] not in known:
             return 403  # DNS rebinding
         if {*headers.get_all("Origin", [])} - {"http://" + hosts[0]}:
             return 403
@@ -8933,34 +8965,36 @@ class HealthServer:
         path, _, query = request.path.partition("?")
         if path == "/":
             return 200, "text/html; charset=utf-8", PAGE
+        given = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        has_key = hmac.compare_digest(given, b"Bearer " + self.key.encode())
         try:
             answer = self._ask(ROUTES[path], query, deadline)
+            is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
+            status = 200 if is_well else 503
         except DaemonError as error:
-            status = 400 if error.exit_status == 2 else 503
-            return status, "application/json", json.dumps({"error": error.to_dict()})
+            answer, status = {"error": error.to_dict()}, 400 if error.exit_status == 2 else 503
+            if status == 503 and not has_key:  # it may name paths
+                answer["error"] = {"code": error.code.lower(), "message": CODES[error.code][1]}
         except Exception:  # a request handler
             log.exception("GET %s failed", path)
-            return 500, "application/json", '{"error": {"code": "internal", "message": "a bug"}}'
+            answer, status = {"error": {"code": "internal", "message": "a bug"}}, 500
         if "text" in answer:
             return 200, "text/plain; version=0.0.4; charset=utf-8", answer["text"]
-        shown = request.headers.get("Authorization", "").encode("utf-8", "replace")
-        if not hmac.compare_digest(shown, b"Bearer " + self.key.encode()):
-            answer = leave_out_private(answer)
-        is_well = answer.get("ready", True) and answer.get("overall") != LEVELS[2]
-        return 200 if is_well else 503, "application/json", json.dumps(answer)
+        text = json.dumps(answer)
+        if not has_key:
+            text = json.dumps(json.loads(text, object_hook=without_private))
+        return status, "application/json", text
 
     def _ask(self, name: str, query: str, deadline: float) -> Fields:
         """Ask a source; one at a time, but for those that tell whether others hang."""
-        act = self._sources.get(name, lambda: {name: []})
-        fields = dict(urllib.parse.parse_qsl(query))
-        if name in ("health", "ready"):
-            return act(**fields)
-        if not self._turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
+        turn = threading.Lock() if name in ("health", "ready") else self._turn
+        if not turn.acquire(timeout=max(deadline - Clock.mono(), 0.0)):
             raise DaemonError("BUSY", "others have asked before", "try again, or see /health")
         try:
-            return act(**fields)
+            act = self._sources.get(name, lambda: {name: []})
+            return act(**dict(urllib.parse.parse_qsl(query)))
         finally:
-            self._turn.release()
+            turn.release()
 
 
 def choose_sources(
@@ -9025,10 +9059,9 @@ class ServiceManager:
 
     def __init__(self, is_ours: bool) -> None:
         self._address = os.environ.get("NOTIFY_SOCKET", "") if is_ours else ""
-        is_watched = os.environ.get("WATCHDOG_PID") == str(os.getpid()) and self._address
-        within_us = os.environ.get("WATCHDOG_USEC", "") if is_watched else ""
-        is_number = re.fullmatch("[1-9][0-9]{0,15}", within_us)
-        self.tick_s = int(within_us) / 2e6 if is_number else None  # half of it; None: no watchdog
+        is_watched = self._address and os.environ.get("WATCHDOG_PID") == str(os.getpid())
+        usec = re.fullmatch("[1-9][0-9]{3,15}", os.environ.get("WATCHDOG_USEC", ""))
+        self.tick_s = int(usec[0]) / 2e6 if usec and is_watched else None  # half; None: unwatched
 
     def tell(self, *lines: str, watchdog_s: float = 0.0) -> None:
         """Send lines such as READY=1; watchdog_s: what a watchdog allows from now on."""
@@ -9085,6 +9118,14 @@ def settle_in(options: Any, project: Project, foreground: bool) -> dict[int, int
     return outputs
 
 
+def add_on_usr2(store: TaskStore) -> None:
+    """Add the task that the configuration has for SIGUSR2, if any."""
+    options = store.config.daemon
+    if options.on_usr2:
+        env = capture_environment(store.config.env_keep)
+        store.add([options.on_usr2], {}, cwd=store.project, env=env)
+
+
 def describe_work(supervisor: Supervisor, config: Config) -> Fields:
     """Return what state.json says besides `status`: {"running": [tasks], "monitors": {
     "processes": {"web": [instances]}, "schedules": {"night": [time of its last fire, task] or
@@ -9131,7 +9172,7 @@ class Daemon:
         make_state_folder(self._project.folder, self._project.path)
         take_lock(self._pid_file, self._project)
         try:
-            self._open_log()
+            self._open_log(self._config)
             outputs = settle_in(self._config.daemon, self._project, self._foreground)
             log.info("apexd %s starts, PID %d, %s", __version__, os.getpid(), self._project.path)
             self._manager.tell("STATUS=starting", watchdog_s=RECOVERY_S)
@@ -9153,9 +9194,9 @@ class Daemon:
             self._pid_file.release()
             logging.shutdown()
 
-    def _open_log(self) -> None:
-        path = self._project.file("daemon.log", self._config.log.file)
-        open_log(path, self._config.log, self._foreground)
+    def _open_log(self, config: Config) -> None:
+        path = self._project.file("daemon.log", config.log.file)
+        open_log(path, config.log, self._foreground)
 
     def _make_parts(self) -> None:
         folder, keepers = self._project.folder, Keepers(self._project.folder)
@@ -9179,10 +9220,9 @@ class Daemon:
             "reload": ("", lambda: {"plan": self._reload()}),
             "shutdown": ("keep", self._shutdown),
         }
-        hour = runner.meters.last_hour
-        show = ("", lambda: {**self._status(), "last_hour": hour()})
-        own = {**self._health.table, "status": show}
-        self._http = HealthServer(folder, choose_sources(verbs, own))
+        show = ("", lambda: {**self._status(), "last_hour": runner.meters.last_hour()})
+        sources = choose_sources(verbs, {**self._health.table, "status": show})
+        self._http = HealthServer(folder, sources)
         near = self._project.file("control.sock", self._config.daemon.socket)
         self._control = ControlServer(folder, verbs, near, self._sockets.get("control"))
 
@@ -9233,6 +9273,7 @@ class Daemon:
             self._is_over = len(ended) == 2
             if name in ("leave", "failed", *_STOPS) and not self._runner.is_draining:
                 self.publish("daemon.stopping", {"why": name}, "daemon")
+                self._manager.tell("STOPPING=1", f"STATUS=stopping: {name}")
             if name == "leave" or self._is_over:
                 log.info("%s", "all has ended" if self._is_over else "leaving all that runs")
                 return
@@ -9254,7 +9295,6 @@ class Daemon:
                 how = "shutting down gracefully" if is_first else "again, stopping at once"
                 log.info("Received %s, %s", name, how)
                 log.info("Waiting for %d tasks", self._runner.get_metrics().active_task_count)
-                self._manager.tell("STOPPING=1", f"STATUS={how}")
                 self._scheduler.stop()
                 self._runner.drain(self._config.daemon.graceful_timeout if is_first else 0.0)
                 if not is_first:
@@ -9266,13 +9306,11 @@ class Daemon:
         elif name == "SIGUSR1":
             self._dump()
         elif name == "SIGUSR2":
-            self._open_log()
+            self._open_log(self._config)
             self._store.event_log.close()
             log.info("reopened the log")
-            if self._config.daemon.on_usr2:
-                env = capture_environment(self._config.daemon.env_keep)
-                self._store.add([self._config.daemon.on_usr2], {}, cwd=self._project.path, env=env)
-                self._runner.wake()
+            add_on_usr2(self._store)
+            self._runner.wake()
         elif os.getpid() == 1:  # SIGCHLD
             Platform.reap_orphans(self._keepers.has_child)
 
@@ -9291,29 +9329,30 @@ class Daemon:
 
     def _reload(self) -> list[str]:
         """Read the configuration again; return what changed. Raises CONFIG_INVALID."""
-        with self._reload_lock:
+        with self._reload_lock, contextlib.ExitStack() as stack:
+            self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
+            stack.callback(self._manager.tell, "READY=1")
             try:
-                self._manager.tell("RELOADING=1", f"MONOTONIC_USEC={int(Clock.mono() * 1e6)}")
                 new = self._project.load_config()
+                if new.log != self._config.log:
+                    self._open_log(new)
                 if new.health != self._config.health:
                     self._http.listen(new.health, self._sockets.get("http"), self._config.health)
             except DaemonError as error:
+                with contextlib.suppress(DaemonError):
+                    self._open_log(self._config)  # as it was
                 log.error("reload refused: %s (%s)", error, error.hint)
                 raise
-            finally:
-                self._manager.tell("READY=1")
             plan = self._config.plan(new)
             old, self._config, self._store.config = self._config, new, new
-            if new.log != old.log:
-                self._open_log()
             self._supervisor.reload(old)
             self._scheduler.reload()
-            self._watches.reload()
+            self._watches.start()
             self._next_heartbeat = self._next_look = 0.0
             self._control.start(settings_of(new))
             log.info("reloaded: %s", "; ".join(plan) or "nothing changed")
             changed = [re.split(r"[:=]", line)[0].strip() for line in plan]
-            self.publish("config.reloaded", {"changed": changed}, "daemon")
+            self.publish("config.reloaded", {"changed": changed[:CHANGED_MAX]}, "daemon")
             self._runner.wake()
             return plan
 
@@ -9344,17 +9383,17 @@ class Daemon:
             return  # nothing here is ours to write any more
         lock, project = self._pid_file, self._project
         if not (lock.is_held() or lock.acquire("daemon", project.path, 1.0, project.told)):
-            holder = lock.holder()
-            if holder is not None and holder.role == "daemon":
+            if getattr(lock.holder(), "role", "") == "daemon":
                 self._mailbox.post("leave")
         self._control.start(settings_of(self._config))
+        if not self._health.is_starting:
+            self._watches.start()  # those that could not
         if os.getpid() == 1:
             Platform.reap_orphans(self._keepers.has_child)
 
     def _write_state(self) -> None:
-        about = describe_work(self._supervisor, self._config)
-        text = json.dumps({**self._status(), **about}, indent=1)
-        write_atomically(self._project.file("state.json"), text + "\n")
+        state = {**self._status(), **describe_work(self._supervisor, self._config)}
+        write_atomically(self._project.file("state.json"), json.dumps(state, indent=1) + "\n")
 
     def _dump(self) -> None:
         """Write status and thread stacks to the log and `state.json`."""
@@ -9667,7 +9706,7 @@ _INIT_SCRIPT = """\
 # Default-Stop:      0 1 6
 # Short-Description: apexd, the background work of a project
 ### END INIT INFO
-[ -x @PYTHON@ ] || exit 5
+{ [ -x @PYTHON@ ] && [ -r @PROGRAM@ ]; } || exit 5
 case ${1-} in
   start | stop | restart | reload | status) verb=$1 ;;
   force-reload) verb=reload ;;
@@ -9705,6 +9744,9 @@ def make_service(kind: str, project: Project, user: str) -> str:
     is_elsewhere = os.path.dirname(project.folder) != project.path
     words += ["--state", project.folder] if is_elsewhere else []
     words += ["--config", project.told["config"]] if project.told["config"] else []
+    if not all(map(str.isprintable, words)):
+        hint = "give the folder a plain name, or start the daemon by hand"
+        raise bad("a path here has characters that no service manager's file can hold", hint)
     place, run_as, stop_s = "/etc/systemd/system", f"User={user}\n", stop_s + 2 * STOP_MARGIN_S
     if kind == "launchd":
         about: Fields = {"Label": name, "ProgramArguments": [*words, "start", "--foreground"]}
@@ -9721,7 +9763,8 @@ def make_service(kind: str, project: Project, user: str) -> str:
     else:  # systemd.syntax(7)
         words = [re.sub(r'(["\\])', r"\\\1", word).replace("$", "$$") for word in words]
         command = " ".join(f'"{word}"' for word in words).replace("%", "%%")
-    fields = {"NAME": name, "PROJECT": project.path.replace("%", "%%"), "COMMAND": command}
+    fields = {"NAME": name, "COMMAND": command, "PROGRAM": shlex.quote(os.path.abspath(__file__))}
+    fields.update(PROJECT=re.sub(r"([%\\])", r"\1\1", project.path))
     fields.update(PYTHON=shlex.quote(sys.executable), STOP=f"{stop_s:.0f}", PLACE=place)
     fields.update(USER=run_as, TARGET=target)
     text = {"sysv": _INIT_SCRIPT, "windows": _WINDOWS}.get(kind, _UNIT)
@@ -9829,16 +9872,18 @@ def become_owner(args: Args) -> None:
     """As root, become `daemon.user` for good if the state folder is that user's.
 
     Before anything in there is opened as root: its owner could have put a link to something
-    else in a file's place. Raises PERMISSION_DENIED.
+    else in a file's place. Raises PERMISSION_DENIED, CONFIG_INVALID.
     """
     folder = find_folders(args.project, args.state)[1]
     owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
+    path = (args.config or find_config(folder)) if owner else None
     options: Fields = {}
     try:
         os.seteuid(owner)
-        options = dict(_load(args.config or find_config(folder) or "")["daemon"]) if owner else {}
-    except (DaemonError, LookupError, TypeError, ValueError):
-        pass  # refused where it is read in earnest
+        if path and os.access(path, os.R_OK, effective_ids=True):
+            options.update(_load(path)["daemon"])
+    except (LookupError, TypeError, ValueError):
+        pass  # without daemon.user the folder is refused
     finally:
         os.seteuid(0)
     if not options.get("user"):
@@ -10508,9 +10553,8 @@ def cmd_init(args: Args) -> int:
 @register("service", arg("kind", choices=("systemd", "systemd-user", "sysv", "launchd", "windows")))
 def cmd_service(args: Args) -> int:
     """Print what makes this project's daemon a service here, run by you."""
-    import getpass
-
-    text = make_service(args.kind, client_of(args).project, getpass.getuser())
+    project = client_of(args).project
+    text = make_service(args.kind, project, Platform.name_of(Platform.user()).lstrip("#"))
     return emit({"text": text}, args, text[:-1])
 
 
