@@ -2192,7 +2192,7 @@ class TestConfig:
     def test_config_and_doctor_refuse_what_start_refuses(self, box):
         box.config({"watch": {"w": {"paths": [], "command": "x"}}})
         for words in (["start"], ["config"]):
-            assert "watch.w.paths = []: must be one folder" in box.error(*words, rc=78)["message"]
+            assert "watch.w.paths = []: " in box.error(*words, rc=78)["message"]
         assert "BAD configuration: " in box.run("doctor", rc=1).stdout
 
     def test_the_good_part_of_a_broken_file_is_printed_as_json_too(self, box):
