@@ -8399,7 +8399,7 @@ class Client:
         if not self.is_live:
             self._return_mono = min(self._return_mono, Clock.mono() + RETURN_TIMEOUT_S)
             if Clock.mono() > self._return_mono:
-                what = "no daemon runs, so nothing more comes; nothing is lost"
+                what = "no daemon runs, so nothing moves; the task is kept"
                 raise DaemonError("NOT_RUNNING", what, "start it with `start`")
             threading.Event().wait(0.2)
 
