@@ -122,7 +122,7 @@ __version__ = "0.4.0"
 __all__ = [
     "Client", "CronSchedule", "DaemonError", "DaemonManager", "DaemonMetrics", "DaemonRunner",
     "DaemonStatus", "Event", "EventRouter", "FileWatcher", "HealthServer", "PidFile", "Supervisor",
-    "Task", "TaskStore", "main",
+    "Task", "TaskStore", "load_config", "main",
 ]  # fmt: skip
 
 
@@ -593,13 +593,13 @@ def integer(low: int, high: int = INTEGER_MAX) -> Callable[[object], int]:
     return read
 
 
-def number(text: object) -> float:
-    """Read a finite number from 0."""
+def number(text: object, high: float = 1e300) -> float:
+    """Read a finite number from 0 to `high`."""
     with contextlib.suppress(ValueError, OverflowError):
         value = float(text) if isinstance(text, (str, int, float)) else -1.0
-        if 0 <= value < 1e300 and not isinstance(text, bool):
+        if 0 <= value <= high and not isinstance(text, bool):
             return value
-    raise ValueError("a number from 0")
+    raise ValueError("a number from 0" + (f" to {high:g}" if high < 1e300 else ""))
 
 
 def reader(form: str, is_good: Callable[[Any], object]) -> Callable[[Any], Any]:
@@ -641,7 +641,7 @@ def command_line(value: Any) -> Any:
     """
     words = text_list([value] if isinstance(value, str) else value)
     if not words or not words[0].strip():
-        raise ValueError("a command that is not empty")
+        raise ValueError("a command; it is empty")
     if any(re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", word) for word in words):
         raise ValueError("a command without NUL bytes and lone surrogates")
     if words is value and words[0].startswith("-"):
@@ -2001,6 +2001,7 @@ def follow_file(path: str, lines: int, to_end: bool) -> Iterator[bytes]:
 #    Uses 1-5. Read once at start and at each reload; a Config is never changed.
 # ============================================================================
 
+CONFIG_NAMES = ("config.toml", "config.json", "config.yaml")  # of which there is one
 octal = matching("0?[0-7]{1,3}", 'a string of octal digits, such as "027"')
 STOP_SIGNALS = ("TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL")
 
@@ -2049,7 +2050,26 @@ TASK_READERS: dict[str, Callable[[Any], Any]] = {
     "max_tokens": integer(1),
     "max_cost": number,
 }
-hook_url = matching(r"https?://[^\s/@?#]+([/?]\S*)?", '"https://...", without a password')
+EVENTS = (  # all that a hook can be for, besides custom.NAME
+    "task.added task.started task.succeeded task.failed task.cancelled task.skipped task.retrying "
+    "task.lost process.started process.ready process.crashed process.failed process.stopped "
+    "process.hung daemon.started daemon.stopping config.reloaded cron.fired cron.skipped "
+    "file.created file.modified file.deleted file.moved file.skipped"
+).split()
+
+
+def event_patterns(value: Any) -> Any:
+    """Read patterns of types of events; each matches a known one, or could be for custom.NAME."""
+    for pattern in text_list(value):
+        start = re.split(r"[*?[]", pattern)[0]
+        is_own = start.startswith("custom.") or (start != pattern and "custom.".startswith(start))
+        if not is_own and not fnmatch.filter(EVENTS, pattern):
+            near = difflib.get_close_matches(pattern, EVENTS, 1, 0.0)
+            raise ValueError(f"types of events; {pattern!r} is none: did you mean {near[0]}?")
+    return value
+
+
+hook_url = matching(r"https?://[^\s/@?#]+([/?]\S*)?", '"https://..." or http, without a password')
 variable_name = matching("[A-Za-z_][A-Za-z0-9_]{0,99}", "the name of a variable, not its value")
 TRIGGER_OPTIONS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
     "command": (command_line, None, "a string for sh, or a list of arguments"),
@@ -2165,7 +2185,7 @@ OPTIONS: dict[str, dict[str, tuple[Callable[[Any], Any], Any, str]]] = {
         "group": (line_of_text, "hooks", "of its tasks; that of hooks is not in `list`"),
         "retries": (integer(0, 1000), 3, "of its tasks, as with add --retries"),
         "timeout": (duration, 30.0, "of its tasks, as with add --timeout"),
-        "on": (text_list, [], 'types of events: ["task.failed", "process.*"]'),
+        "on": (event_patterns, [], 'types of events: ["task.failed", "process.*"]'),
         "url": (hook_url, None, "the event is sent there by POST, instead of a command"),
         "secret_env": (variable_name, None, "variable with the secret that signs what is sent"),
     },
@@ -2322,7 +2342,7 @@ class Config:
             return list(graphlib.TopologicalSorter(graph).static_order())
         except ValueError as error:  # its CycleError
             ring = error.args[1][::-1]
-        self._refuse(f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}", "break it")
+        self._refuse(f"process.{ring[0]}.needs: a ring: {' -> '.join(ring)}", "remove one need")
         self.processes[ring[0]].needs = []
         return self._order_processes()
 
@@ -2339,15 +2359,15 @@ class Config:
         }
 
     def plan(self, new: Config) -> list[str]:
-        """Say what a reload to `new` changes: ["changed log.level: info -> debug", ...]."""
+        """Say what a reload to `new` changes: ["added group.a", "changed limits.nice: 0 -> 5"]."""
         before, after = self.to_dict(), new.to_dict()
-        lines = [f"added {key} = {after[key]}" for key in after.keys() - before.keys()]
-        lines += [f"removed {key}" for key in before.keys() - after.keys()]
-        both = before.keys() & after.keys()
-        for key in both:
-            if before[key] != after[key]:
-                late = ", at the next start" if key in AT_START else ""
-                lines.append(f"changed {key}: {before[key]} -> {after[key]}{late}")
+        old, now = ({key.rpartition(".")[0] for key in values} for values in (before, after))
+        lines = [f"added {one}" for one in now - old] + [f"removed {one}" for one in old - now]
+        for k in before.keys() & after.keys():
+            if before[k] != after[k]:
+                late = ", at the next start" if k in AT_START else ""
+                was, becomes = json.dumps(before[k]), json.dumps(after[k])
+                lines.append(f"changed {k}: {was} -> {becomes}{late}")
         return sorted(lines)
 
 
@@ -2392,17 +2412,12 @@ def write_default_config(folder: str) -> str:
     return path
 
 
-def find_config(folder: str, is_alone: bool = False) -> str | None:
-    """Return the configuration file of a state folder, None when it has none.
-
-    Raises CONFIG_INVALID when it has several and is_alone: the first start writes config.toml,
-    and nobody would read a config.json that is written later.
-    """
-    paths = [os.path.join(folder, "config." + kind) for kind in ("toml", "json", "yaml")]
-    path, *others = [*filter(os.path.lexists, paths), None]
-    if is_alone and len(others) > 1:
-        raise _broken(path, f"{others[0]} is there, too", "keep one of them")
-    return path
+def find_config(folder: str) -> str | None:
+    """Return a state folder's configuration file, None without one. Raises CONFIG_INVALID."""
+    found = [name for name in CONFIG_NAMES if os.path.lexists(os.path.join(folder, name))]
+    if len(found) > 1:
+        raise _broken(folder, f"{' and '.join(found)} are both there", "remove one of them")
+    return os.path.join(folder, found[0]) if found else None
 
 
 def read_users_file(path: str) -> bytes:
@@ -2440,12 +2455,12 @@ def load_config(
         if isinstance(data.setdefault(section, {}), dict):
             data[section][key] = value
     config = Config(data, path, faults)
-    milliseconds = os.environ.get("APEX_POLL_INTERVAL")
-    if milliseconds is not None:
+    given = os.environ.get("APEX_POLL_INTERVAL")  # milliseconds
+    if given is not None:
         try:
-            config.daemon.poll_interval = number(milliseconds) / 1000
+            config.daemon.poll_interval = number(given) / 1000
         except ValueError as error:
-            raise _broken(None, f"APEX_POLL_INTERVAL {milliseconds!r}: must be {error}") from None
+            raise _broken("APEX_POLL_INTERVAL", f"{given!r}: must be {error}", "unset it") from None
     return config
 
 
@@ -3058,7 +3073,7 @@ def read_options(given: Mapping[str, Any], config: Config) -> SimpleNamespace:
     options = SimpleNamespace(**{**dict.fromkeys(TASK_READERS), "timeout": config.limits.timeout})
     for name, value in given.items():
         if name not in TASK_READERS:
-            raise bad(f"a task has no option {name!r}", "options: " + ", ".join(TASK_READERS))
+            raise bad(f"a task has no option {name!r}", "keys: command, " + ", ".join(TASK_READERS))
         try:
             if value is not None:
                 setattr(options, name, TASK_READERS[name](value))
@@ -3532,8 +3547,8 @@ class TaskStore:
             if db.execute("SELECT 1 FROM requests WHERE token = ?", (token,)).fetchone():
                 return task.wish == Outcome.OVER_BUDGET
             if task.state != State.RUNNING or run_id not in (None, task.run_id):
-                what = f"task {task_id} is {task.state.value}, or runs another attempt"
-                raise DaemonError("ILLEGAL_STATE", what, "only what runs can report")
+                how = "has another attempt" if task.state == State.RUNNING else "does not run"
+                raise DaemonError("ILLEGAL_STATE", f"task {task_id} {how}", "only what runs can")
             tokens, cost = task.tokens + tokens, task.cost + cost
             progress = task.progress if progress is None else min(progress, 100.0)
             note = task.note if note is None else note
@@ -7387,7 +7402,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "state": choice(*State), "group": line_of_text, "before": integer(1),
     "limit": integer(1, 1000), "within": duration, "offset": integer(-INTEGER_MAX),
     "attempt": integer(1), "run_id": line_of_text, "tokens": integer(0, 10**15), "cost": number,
-    "progress": number, "note": line_of_text, "keep": bool,
+    "progress": functools.partial(number, high=100.0), "note": line_of_text, "keep": bool,
     "name": process_name, "names": lambda value: [process_name(one) for one in text_list(value)],
     "instances": integer(0, 1000), "signal": signal_number, "follow": truth, "wait": truth,
     "offsets": lambda value: {name: integer(0)(at) for name, at in mapping(value).items()},
@@ -7616,7 +7631,8 @@ class TaskVerbs:
             if state not in DONE:
                 yield f"waits for task {name}, which is {state.value}"
             elif state not in NEEDS[need]:
-                yield f"task {name} is {state.value}, needed: {need}"
+                meant = {"ok": "succeed", "fail": "fail"}.get(need, "run")
+                yield f"task {name} is {state.value}, but was to {meant}"
         if task.state == State.SKIPPED and not task.after:
             yield "a task it came after was removed"
 
@@ -7770,7 +7786,7 @@ class ProcessVerbs:
         failed = [one for one in instances if one.is_failing()] or away
         if failed:
             more = f"; {len(failed) - 3} more" if len(failed) > 3 else ""
-            hint = hint or "see `why NAME` and `logs NAME`; it is tried again by its policy"
+            hint = hint or "see `why NAME` and `logs NAME`"
             what = "; ".join(one.explain() for one in failed[:3])
             raise DaemonError("PROCESS_FAILED", what + more, hint)
 
@@ -8121,17 +8137,23 @@ class Project(Value):
     path: str
     folder: str
     named_config: str | None  # the configuration that the user named
-    config_path: str | None  # that, else the one in the state folder
     overrides: dict[str, Any] | None  # what the command line says instead
 
     def file(self, name: str, other: str | None = None) -> str:
         """Return the path of a file in the state folder, or `other`, seen from the project."""
         return os.path.join(self.path, other) if other else os.path.join(self.folder, name)
 
+    @property
+    def config_path(self) -> str | None:
+        """The configuration that was named, else the one in the state folder now."""
+        return self.named_config or find_config(self.folder)
+
     def load_config(self) -> Config:
-        """Read the configuration; one that was not there before counts too."""
-        path = self.named_config or find_config(self.folder, is_alone=True)
-        return load_config(path, overrides=self.overrides)
+        """Read the configuration, and check what the daemon is to watch. Raises CONFIG_INVALID."""
+        path = self.config_path
+        config = load_config(path, overrides=self.overrides)
+        check_watches(config, self.path, path)
+        return config
 
     @property
     def told(self) -> Fields:
@@ -8161,10 +8183,9 @@ def find_project(path: str | None, state: str | None, config: str | None) -> Pro
     path, folder = find_folders(path, state)
     check_state_folder(folder)
     if config is not None and not os.path.isfile(config):
-        raise DaemonError("CONFIG_INVALID", f"{config}: no such file", "name the file")
+        raise DaemonError("CONFIG_INVALID", f"--config {config}: no such file", "name the file")
     named = os.path.realpath(config) if config else None
-    found = named or find_config(folder)
-    return Project(path=path, folder=folder, named_config=named, config_path=found)
+    return Project(path=path, folder=folder, named_config=named)
 
 
 
@@ -8225,11 +8246,12 @@ class Client:
             self._connection.close()
             self._connection = None
 
-    def call(self, verb: str, fields: Fields, answer_s: float = ANSWER_TIMEOUT_S) -> Fields:
+    def call(self, verb: str, fields: Any = None, answer_s: float = ANSWER_TIMEOUT_S) -> Fields:
         """Make one request, by socket else on the store; return the response's fields.
 
         One with a token is tried again, for CONFIRM_TIMEOUT_S: it cannot act twice.
         """
+        fields = fields or {}
         deadline = Clock.mono() + (CONFIRM_TIMEOUT_S if "token" in fields else answer_s)
         while True:
             answer = self._ask(verb, fields, max(deadline - Clock.mono(), 0.01))
@@ -8284,7 +8306,7 @@ class Client:
             self._connect()
             if "env_keep" in self._endpoint:
                 return self._endpoint
-        return settings_of(self.project.load_config())
+        return settings_of(load_config(self.project.config_path))
 
     def _explain_silence(self, fields: Fields) -> DaemonError:
         if "token" in fields:
@@ -9168,7 +9190,6 @@ class Daemon:
         self._report = report
         self._foreground = foreground
         self._config = config = project.load_config()
-        check_watches(config, project.path, project.config_path)
         plain_path = config.daemon.pid_file and project.file("", config.daemon.pid_file)
         self._pid_file = PidFile(project.file("daemon.pid"), plain_path)
         self._manager = ServiceManager(foreground)
@@ -9350,7 +9371,6 @@ class Daemon:
             stack.callback(self._manager.tell, "READY=1")
             try:
                 new = self._project.load_config()
-                check_watches(new, self._project.path, self._project.config_path)
                 if new.log != self._config.log:
                     self._open_log(new)
                 if new.health != self._config.health:
@@ -9537,12 +9557,12 @@ class DaemonManager(Client):
                     raise DaemonError.from_dict(event)
         raise DaemonError("START_FAILED", last, "see `logs`")
 
-    def run_foreground(self) -> int:
+    def run_foreground(self, is_json: bool = False) -> int:
         """Become the daemon (never returns), or be it where there is no exec."""
         argv, env = self._command(foreground=True)
         if Platform.is_posix:
             with Platform.blocked_signals():  # until there are handlers
-                os.execve(argv[0], argv, env)
+                os.execve(argv[0], [*argv, *["--json"] * is_json], env)
         return run_daemon({**self.project.to_dict(), "foreground": True})
 
     def find_holder(self) -> Holder | None:
@@ -9623,7 +9643,7 @@ class DaemonManager(Client):
             first()
             return self._count_left()
         except DaemonError as error:  # a read-only disk
-            return f"what it started runs on; {error.message}"
+            return f"what runs is not known; {error.message}"
         finally:
             self._pid_file.release()
 
@@ -9831,7 +9851,8 @@ def reads(read: Callable[[Any], Any]) -> Callable[[str], Any]:
 
 
 FLAG = {"action": "store_true"}
-FILE = {"metavar": "FILE", "type": os.path.abspath}  # instead of the option of that name
+FILE = {"metavar": "FILE", "type": reads(lambda path: line_of_text(os.path.abspath(path)))}
+LOG_LEVEL = arg("--log-level", dest="log.level", type=reads(OPTIONS["log"]["level"][0]))
 COMMON = (
     arg("--project", metavar="DIR", help="the project (default: the current folder's)"),
     arg("--state", metavar="DIR", help="the state folder (default: PROJECT/.apex)"),
@@ -9894,11 +9915,11 @@ def become_owner(args: Args) -> None:
     """
     folder = find_folders(args.project, args.state)[1]
     owner = os.stat(folder).st_uid if os.path.isdir(folder) else 0
-    path = args.config or find_config(folder)
+    path = (args.config or find_config(folder)) if owner else None
     options: Fields = {}
     try:
         os.seteuid(owner)
-        if owner and path and os.access(path, os.R_OK, effective_ids=True):
+        if path and os.access(path, os.R_OK, effective_ids=True):
             options.update(_load(path)["daemon"])
     except (LookupError, TypeError, ValueError):
         pass  # without daemon.user the folder is refused
@@ -9931,21 +9952,22 @@ def client_of(args: Args) -> DaemonManager:
 
 @register(
     "start", MODE, arg("--foreground", "--no-daemon", **FLAG, help="do not detach"),
-    arg("--log-file", dest="log.file", **FILE), arg("--log-level", dest="log.level"),
-    arg("--socket", dest="daemon.socket", **FILE),
-    arg("--pid-file", dest="daemon.pid_file", **FILE),
+    arg("--log-file", dest="log.file", **FILE), arg("--socket", dest="daemon.socket", **FILE),
+    arg("--pid-file", dest="daemon.pid_file", **FILE), LOG_LEVEL,
 )  # fmt: skip
 def cmd_start(args: Args) -> int:
     """Start the daemon; returns when it answers, and prints its PID."""
     manager, given = client_of(args), vars(args)
     manager.project.overrides = {k: v for k, v in given.items() if "." in k and v is not None}
-    return manager.run_foreground() if args.foreground else launch(manager, args)
+    return manager.run_foreground(args.json) if args.foreground else launch(manager, args)
 
 
 def launch(manager: DaemonManager, args: Args) -> int:
     """Start a daemon in the background."""
     pid, was_running = manager.start_daemon(args.mode)
     text = f"{'already running' if was_running else 'started'}, PID {pid}"
+    if was_running and manager.project.overrides:
+        text += "; its options stay as they are: `stop` it first"
     return emit({"pid": pid, "already_running": was_running}, args, text)
 
 
@@ -10058,7 +10080,7 @@ def cmd_health(args: Args) -> int:
     except DaemonError as error:
         if error.code not in ("NOT_RUNNING", "NOT_ANSWERING"):
             raise
-        found = {"status": "unhealthy", "detail": error.message}
+        found = {"status": "unhealthy", "detail": f"{error.message}; {error.hint}"}
         answer = {"overall": "unhealthy", "checks": {"daemon": found}}
     rows = [(name, one["status"], one["detail"]) for name, one in answer["checks"].items()]
     table = columns("CHECK STATUS DETAIL", rows)
@@ -10189,6 +10211,8 @@ def show_output(client: Client, ids: Sequence[int], args: Args) -> int:
             client.close()  # a request was cut in the middle
             client.cancel(*ids)
             notice(f"task {ids[0]} cancelled")
+        else:
+            notice(f"task {ids[0]} goes on; see `wait {ids[0]}`")
         raise
 
 
@@ -10243,8 +10267,9 @@ def cmd_show(args: Args) -> int:
     """Show one task and the history of its attempts."""
     answer = client_of(args).get(args.id)
     task, lines = answer["task"], []
+    hidden = ("suspect", "boot_id", "request_id", "start_time", "keeper")
     for name, field in task.items():
-        if field not in (None, []):
+        if field not in (None, []) and name not in hidden:
             text = timestamp(field) if name.endswith("_at") else field
             lines.append(f"{name:12} {text if isinstance(text, str) else json.dumps(text)}")
     for attempt in answer["history"]:
@@ -10298,10 +10323,11 @@ def cmd_change(args: Args) -> int:
     texts += [f"ending: {', '.join(map(str, ending))}"] if ending else []
     emit(answer, args, "; ".join(texts))
     left = answer.get("left")
-    for what, ids in ((problem, answer["not_done"]), ("still running, no daemon", left)):
-        if ids:
-            notice(f"{what}: {', '.join(map(str, ids))}")
-    return 1 if answer["not_done"] or left else 0
+    problems = ((problem, answer["not_done"]), ("still running, no daemon", left))
+    found = [f"{what}: {', '.join(map(str, ids))}" for what, ids in problems if ids]
+    if found:
+        raise DaemonError("ILLEGAL_STATE", "; ".join(found))
+    return 0
 
 
 @register("resume", GROUP, text="Start tasks again.")
@@ -10396,6 +10422,8 @@ def cmd_report(args: Args) -> int:
     """Report usage and progress of the task this runs in."""
     inside = os.environ.get("APEX_TASK_ID", "")
     usage = {n: getattr(args, n) for n in ("tokens", "cost", "progress", "note")}
+    if set(usage.values()) == {None}:
+        raise bad("nothing to report", "give --tokens, --cost, --progress or --note")
     if args.task is None:
         if not inside.isdigit():
             raise bad("this runs in no task", "name one with --task")
@@ -10412,19 +10440,19 @@ def cmd_report(args: Args) -> int:
 )
 def cmd_dlq(args: Args) -> int:
     """Look at the dead letters, the failed tasks; run them again or drop them."""
-    if args.action == "list":
+    if args.action == "list" and not args.ids:
         args.in_state, args.group, args.lines = "failed", "*", None
         return cmd_list(args)
     failed = {task["id"] for task in client_of(args).list(state="failed", group="*")}
     args.ids = args.ids or sorted(failed)
     for task_id in (task_id for ids in task_ids(args.ids) for task_id in ids):
-        if args.action == "show":
+        if args.action in ("list", "show"):
             args.id = task_id
             cmd_show(args)
         elif task_id not in failed:
             what = f"task {task_id} is no dead letter"
             raise DaemonError("ILLEGAL_STATE", what, "see `dlq list`")
-    if args.action == "show":
+    if args.action in ("list", "show"):
         return 0
     args.verb = "retry" if args.action == "retry" else "remove"
     return cmd_change(args)
@@ -10445,11 +10473,13 @@ def cmd_events(args: Args) -> int:
     """Show what happened, or publish an event of one's own."""
     client, given = client_of(args), args.json if isinstance(args.json, str) else None
     if args.action == "emit":
+        if args.name is None:
+            raise bad("which event?", "write: events emit NAME")
         try:
             payload = mapping(json.loads(given or "{}", parse_constant=int))
         except (ValueError, RecursionError):
             raise bad(f"--json {str(given)[:40]!r}: must be a JSON object") from None
-        event_id = client.emit(args.name or "", payload)
+        event_id = client.emit(args.name, payload)
         return emit({"id": event_id}, args, event_id)
     if given is not None:
         raise bad(f"--json {given[:40]!r}: takes an object with `events emit NAME` alone")
@@ -10472,6 +10502,8 @@ def cmd_events(args: Args) -> int:
 def cmd_cron(args: Args) -> int:
     """Show the schedules and when they fire, or add the task of one now."""
     client, name = client_of(args), " ".join(args.what)
+    if args.action != "list" and not name:
+        raise bad("which schedule?", f"write: cron {args.action} NAME")
     if args.action == "run":
         answer = client.call("run_schedule", {"name": name})
         return emit(answer, args, f"task {answer['id']}")
@@ -10482,7 +10514,7 @@ def cmd_cron(args: Args) -> int:
             raise bad(error.message, error.hint) from None
         return emit(fires, args, "\n".join(in_words(fires)))
     found = client.call("schedules", {"limit": args.lines})["schedules"]
-    if name or args.action == "next":
+    if name:
         found = [one for one in found if one["name"] == name]
         if not found:
             raise bad(f"there is no schedule {name!r}", "see `cron list`; quote an expression")
@@ -10505,18 +10537,20 @@ def in_words(fires: Sequence[str], is_enabled: bool = True) -> list[str]:
 @register("config")
 def cmd_config(args: Args) -> int:
     """Check the configuration and print the effective values, of a broken one the good part."""
-    path, faults = client_of(args).project.config_path, list[DaemonError]()
-    values = load_config(path, None if args.json else faults).to_dict()
+    project, faults = client_of(args).project, list[DaemonError]()
+    path = project.config_path
+    values = load_config(path, faults).to_dict()
     lines = [f"{key} = {json.dumps(setting)}" for key, setting in values.items()]
-    data: dict[str, Any] = {"path": path}
+    data: dict[str, Any] = {"path": path, "faults": [fault.message for fault in faults]}
     for key, setting in values.items():
         *sections, name = key.split(".")
         functools.reduce(lambda at, part: at.setdefault(part, {}), sections, data)[name] = setting
     emit(data, args, "\n".join([f"# {path or 'no file: defaults'}", *lines]))
-    for fault in faults[1:]:
+    for fault in [] if args.json else faults[1:]:
         notice(fault.message)
     if faults:
         raise faults[0]
+    project.load_config()  # it has more to check
     return 0
 
 
@@ -10529,19 +10563,20 @@ def find_faults(manager: DaemonManager) -> Iterator[tuple[str, bool, str]]:
     yield "disk", free > DISK_LOW_BYTES, f"{free >> 20} MiB free"
     kind = Platform.network_file_system(project.folder)
     yield "file system", kind is None, f"{kind}: use --state DIR" if kind else "local"
-    places = [os.path.abspath(__file__), project.folder, project.config_path or project.folder]
+    places = [os.path.abspath(__file__), project.folder, *map(project.file, CONFIG_NAMES)]
+    places.append(project.named_config or project.folder)
     for place in filter(os.path.exists, dict.fromkeys(places)):
         who = Platform.distrust(os.stat(place))
         yield place, who is None, f"can be written by {who or 'its owner only'}"
-    for name, look, text in (
-        ("configuration", project.load_config, project.config_path or "none"),
-        ("queue", lambda: manager.call("list", {"limit": 1}), "can be read"),
-    ):
+    checks: dict[str, Callable[[], str]] = {
+        "configuration": lambda: (project.load_config(), project.config_path or "none")[1],
+        "queue": lambda: (manager.call("list", {"limit": 1}), "can be read")[1],
+    }
+    for name, look in checks.items():
         try:
-            look()
-            yield name, True, text
+            yield name, True, look()
         except DaemonError as error:
-            yield name, False, error.message
+            yield name, False, f"{error.message}; {error.hint}"
     status = manager.get_status()
     text = f"running, PID {status.pid}" if status.running else status.reason or ""
     yield "daemon", status.exit_status in (0, 3), text
@@ -10552,8 +10587,9 @@ def cmd_init(args: Args) -> int:
     """Make the state folder, and a configuration with every option as a comment."""
     project = client_of(args).project
     make_state_folder(project.folder, project.path)
-    path = project.config_path or write_default_config(project.folder)
-    return emit({"path": path}, args, path)
+    found = project.config_path
+    path = found or write_default_config(project.folder)
+    return emit({"path": path}, args, f"{path} is there already" if found else f"made {path}")
 
 
 @register("service", arg("kind", choices=("systemd", "systemd-user", "sysv", "launchd", "windows")))
@@ -10594,6 +10630,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     made_by = functools.partial(argparse.HelpFormatter, width=width() - 2)
     text = "A project's work in the background, not lost."
     parser = _Parser(prog="apexd.py", description=text, formatter_class=made_by)
+    parser.add_argument("--version", action="version", version=__version__)
     for names, options in COMMON:
         parser.add_argument(*names, **options)
     commands = parser.add_subparsers(prog="apexd.py", dest="verb", metavar="COMMAND")
@@ -10619,10 +10656,14 @@ def parse(words: list[str]) -> Args:
     while at < len(words) and words[at].startswith("-"):
         at += 2 if words[at] in ("--project", "--state", "--config") else 1
     name = words[at] if at < len(words) else None
-    if name is None and not {"-h", "--help"}.intersection(words):
+    if name == "help":
+        return parse([*words[:at], *words[at + 1 :], "--help"])
+    if name is None and not {"-h", "--help", "--version"}.intersection(words):
         words, name = [*words, "status"], "status"
     if name is not None and name not in REGISTRY and name not in ALIASES:
-        near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], 1, 0.5)
+        known = [*REGISTRY, *ALIASES]
+        near = [one for one in known if one.startswith(name)]
+        near = near or difflib.get_close_matches(name, known, 1, 0.7)
         hint = f"did you mean `{near[0]}`?" if near else "see `apexd.py --help`"
         raise DaemonError("UNKNOWN_COMMAND", f"there is no command {name!r}", hint)
     args, rest = build_parser(ALIASES.get(name or "", name)).parse_known_args(words)
@@ -10634,6 +10675,20 @@ def parse(words: list[str]) -> Args:
     return args
 
 
+def explain(error: Exception) -> DaemonError:
+    """Make the error of what no section foresaw: there is no room for the output, or a bug."""
+    try:
+        print(end="\n" * isinstance(error, OSError), flush=True)
+    except OSError as reason:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        what = f"cannot write to standard output: {reason.strerror}"
+        return DaemonError("CANNOT_CREATE", what, "is the disk full?")
+    if os.environ.get("APEX_DAEMON_DEBUG"):
+        raise error
+    hint = "APEX_DAEMON_DEBUG=1 shows where"
+    return DaemonError("INTERNAL", f"a bug: {type(error).__name__}: {error}", hint)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status. The only place that reports errors."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -10641,6 +10696,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     while null <= 2:  # no file of ours may become standard input, output or error
         null = os.open(os.devnull, os.O_RDWR)
     os.close(null)
+    sys.stdout, sys.stderr = (one or open(os.devnull, "w") for one in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by an embedding program
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -10659,22 +10715,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = int(args.handler(args))
         print(end="", flush=True)
         return status
-    except DaemonError as error:
-        if is_json:
-            print(json.dumps({"error": error.to_dict()}), file=sys.stderr)
-        else:
-            notice(error.message + (f"\n       {error.hint}" if error.hint else ""))
-        return error.exit_status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's flush at exit
         return 141
-    except Exception as error:  # what no section foresaw
-        if os.environ.get("APEX_DAEMON_DEBUG"):
-            raise
-        notice(f"a bug: {type(error).__name__}: {error}\n       APEX_DAEMON_DEBUG=1 shows where")
-        return CODES["INTERNAL"][0]
+    except Exception as found:
+        error = found if isinstance(found, DaemonError) else explain(found)
+        if is_json:
+            print(json.dumps({"error": error.to_dict()}), file=sys.stderr)
+        else:
+            notice(error.message + (f"\n       {error.hint}" if error.hint else ""))
+        return error.exit_status
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ class Box:
     def error(self, *args, rc, **options):
         """Run a command that must fail with status `rc`; return {"code", "message", "hint"}."""
         done = self.run("--json", *args, rc=rc, **options)
-        assert done.stdout == "", done
+        assert done.stdout == "" or args[0] == "config", done
         return json.loads(done.stderr.strip().split("\n")[-1])["error"]
 
     def start(self, *args, **options):
@@ -906,6 +906,16 @@ class TestReadme:
     def test_it_names_every_command(self):
         commands = {action.dest: action for action in apexd.build_parser()._actions}["verb"].choices
         assert [name for name in commands if not re.search(rf"\b{name}\b", self.text)] == []
+
+    def test_it_names_every_type_of_event(self):
+        part = self.text[self.text.index("| types | payload |"):self.text.index("| `custom.NAME` |")]
+        cells, named = re.findall(r"(?m)^\| (`.*?) \|", part), set()
+        for cell in cells:
+            kind, cell = "", re.sub(r"\([^)]*\)", "", cell)
+            for word in re.findall(r"`([a-z.]+)`", cell):
+                kind = word.partition(".")[0] if "." in word else kind
+                named.add(word if "." in word else f"{kind}.{word}")
+        assert named == set(apexd.EVENTS)
 
     def test_it_names_every_code(self):
         assert [code for code in apexd.CODES if f"`{code.lower()}`" not in self.text] == []
@@ -2084,9 +2094,7 @@ class TestConfig:
         old = self.load(tmp_path, '{"log": {"level": "info"}, "group": {"a": {}}}')
         new = self.load(tmp_path, '{"log": {"level": "debug"}, "group": {"b": {"max_concurrent": 1}}}')
         plan = old.plan(new)
-        assert "changed log.level: info -> debug" in plan
-        assert "added group.b.max_concurrent = 1" in plan
-        assert "removed group.a.max_concurrent" in plan
+        assert plan == ["added group.b", 'changed log.level: "info" -> "debug"', "removed group.a"]
         assert old.plan(old) == []
 
     def test_reload_prints_its_plan_and_does_it(self, box):
@@ -2094,8 +2102,7 @@ class TestConfig:
         assert box.run("reload").stdout == "nothing changed\n"
         box.config({"group": {"gpu": {"max_concurrent": 1}}, "limits": {"retries": 3}})
         plan = box.json("reload")["plan"]
-        assert "added group.gpu.max_concurrent = 1" in plan
-        assert "changed limits.retries: 0 -> 3" in plan
+        assert plan == ["added group.gpu", "changed limits.retries: 0 -> 3"]
         assert box.task(box.add("true", group="gpu"))["retries"] == 3
 
     def find_sleep(self, box):
@@ -2166,6 +2173,39 @@ class TestConfig:
             assert "daemon.poll_interval" in box.run("config", rc=78).stdout
         box.config({})
         box.stop()
+
+    def test_two_files_are_refused_wherever_one_is_looked_for(self, box):
+        pid = box.start()
+        write(box.file("config.toml"), "")
+        for words in (["config"], ["reload"], ["restart"], ["start"]):
+            error = box.error(*words, rc=78)
+            assert "config.toml and config.json are both there" in error["message"], error
+            assert error["code"] == "config_invalid" and "remove one" in error["hint"]
+        assert "both there" in box.run("doctor", rc=1).stdout
+        assert box.run("status").stdout.startswith(f"running, PID {pid}")
+        box.run("--config", box.file("config.json"), "config")
+        box.stop()
+        assert "both there" in box.error("add", "--", "true", rc=78)["message"]
+        os.unlink(box.file("config.toml"))
+        box.run("add", "--", "true")
+
+    def test_config_and_doctor_refuse_what_start_refuses(self, box):
+        box.config({"watch": {"w": {"paths": [], "command": "x"}}})
+        for words in (["start"], ["config"]):
+            assert "watch.w.paths = []: " in box.error(*words, rc=78)["message"]
+        assert "BAD configuration: " in box.run("doctor", rc=1).stdout
+
+    def test_the_good_part_of_a_broken_file_is_printed_as_json_too(self, box):
+        box.config({"limits": {"retries": 7, "timeout": "soon"}, "demon": {}})
+        done = box.run("--json", "config", rc=78)
+        shown = json.loads(done.stdout)
+        assert (shown["limits"]["retries"], shown["limits"]["timeout"]) == (7, 7200.0)
+        assert [("demon" in one, "limits.timeout" in one) for one in shown["faults"]] == [(True, False), (False, True)]
+        assert json.loads(done.stderr)["error"]["message"] == shown["faults"][0]
+
+    def test_a_wrong_variable_is_named(self, box):
+        error = box.error("config", rc=78, env={"APEX_POLL_INTERVAL": "abc"})
+        assert "APEX_POLL_INTERVAL: 'abc'" in error["message"] and error["hint"] == "unset it"
 
     @posix
     def test_a_configuration_may_be_a_link(self, box):
@@ -5501,8 +5541,8 @@ class TestScheduler:
         box.start()
         box.config({"schedule": {"tick": tick, "night": {**night, "cron": "0 5 * * *"}}})
         plan = box.json("reload")["plan"]
-        assert "changed schedule.night.cron: 0 4 * * * -> 0 5 * * *" in plan
-        assert any(line.startswith("removed schedule.gone.") for line in plan)
+        assert 'changed schedule.night.cron: "0 4 * * *" -> "0 5 * * *"' in plan
+        assert "removed schedule.gone" in plan
         eventually(lambda: box.json("status")["schedules"] == 2)
         box.config({"schedule": {"tick": tick, "night": {**night, "cron": "*/0 * * * *"}}})
         error = box.error("reload", rc=78)
@@ -6217,19 +6257,19 @@ class TestHooks:
             eventually(lambda: [t["outcome"] for t in hook_tasks(box)] == ["timeout"] * 3)
 
     @pytest.mark.parametrize("hook, said", [
-        ({"on": ["x"]}, "hook.h.command is missing"),
-        ({"on": ["x"], "command": "true", "url": "http://x/"}, "only one can be"),
+        ({"on": ["custom.x"]}, "hook.h.command is missing"),
+        ({"on": ["custom.x"], "command": "true", "url": "http://x/"}, "only one can be"),
         ({"command": "true"}, "hook.h.on is missing"),
         ({"on": "task.failed", "command": "true"}, "hook.h.on = 'task.failed': must be a list of strings"),
-        ({"on": ["x"], "url": "ftp://x/y"}, "hook.h.url: must be"),
-        ({"on": ["x"], "url": "file:///etc/passwd"}, "hook.h.url: must be"),
-        ({"on": ["x"], "url": "http://me:hunter2@x/"}, "hook.h.url: must be"),
-        ({"on": ["x"], "url": "http://x/", "secret_env": "hunter2!"}, "hook.h.secret_env: must be the name of a variable"),
-        ({"on": ["x"], "url": "http://x/", "secret": "hunter2"}, "hook.h.secret is not an option"),
-        ({"on": ["x"], "command": "true", "secret_env": "KEY"}, "hook.h.secret_env is for a url"),
-        ({"on": ["x"], "command": "true", "group": "nope"}, "there is no group 'nope'"),
-        ({"on": ["x"], "command": "true", "retries": -1}, "hook.h.retries = -1"),
-        ({"on": ["x"], "command": "true", "overlap": "skip"}, "hook.h.overlap is not an option"),
+        ({"on": ["custom.x"], "url": "ftp://x/y"}, "hook.h.url: must be"),
+        ({"on": ["custom.x"], "url": "file:///etc/passwd"}, "hook.h.url: must be"),
+        ({"on": ["custom.x"], "url": "http://me:hunter2@x/"}, "hook.h.url: must be"),
+        ({"on": ["custom.x"], "url": "http://x/", "secret_env": "hunter2!"}, "hook.h.secret_env: must be the name of a variable"),
+        ({"on": ["custom.x"], "url": "http://x/", "secret": "hunter2"}, "hook.h.secret is not an option"),
+        ({"on": ["custom.x"], "command": "true", "secret_env": "KEY"}, "hook.h.secret_env is for a url"),
+        ({"on": ["custom.x"], "command": "true", "group": "nope"}, "there is no group 'nope'"),
+        ({"on": ["custom.x"], "command": "true", "retries": -1}, "hook.h.retries = -1"),
+        ({"on": ["custom.x"], "command": "true", "overlap": "skip"}, "hook.h.overlap is not an option"),
     ])
     def test_a_broken_hook_is_refused_by_name(self, tmp_path, hook, said):
         path = write(str(tmp_path / "config.json"), json.dumps({"hook": {"h": hook}}))
@@ -6238,6 +6278,17 @@ class TestHooks:
         error = caught.value
         assert error.code == "CONFIG_INVALID" and said in error.message and path in error.message
         assert error.hint and "hunter2" not in error.message + error.hint
+
+    @pytest.mark.parametrize("pattern", [
+        "task.fail", "tasks.*", "x", "build.done", "custom", "", "process.*ed.*", "task.failed ", "Task.failed"])
+    def test_a_pattern_that_fits_no_type_is_refused(self, pattern):
+        with pytest.raises(apexd.DaemonError, match=re.escape(repr(pattern)) + " is none: did you mean [a-z]+[.]"):
+            apexd.Config({"hook": {"h": {"on": ["task.failed", pattern], "command": "x"}}})
+
+    @pytest.mark.parametrize("pattern", [
+        *apexd.EVENTS, "*", "task.*", "*.failed", "custom.*", "custom.a.b", "cust*", "*.done", "[dp]*", "[!t]*.x"])
+    def test_a_pattern_that_fits_a_type_is_taken(self, pattern):
+        assert apexd.Config({"hook": {"h": {"on": [pattern], "command": "x"}}}).hooks["h"].on == [pattern]
 
     def test_an_event_starts_its_hook_once_and_none_that_is_not_enabled(self, tmp_path):
         """M7"""
@@ -7434,8 +7485,8 @@ class TestProcessConfig:
             ("user", "no such user", "must be"),
             ("group", "no such group", "must be"),
             ("command", None, "must be"),
-            ("command", [], "must be a command that is not empty"),
-            ("command", "  ", "must be a command that is not empty"),
+            ("command", [], "must be a command; it is empty"),
+            ("command", "  ", "must be a command; it is empty"),
             ("command", ["-x"], "write ./-x"),
             ("autostart", "yes", "must be true or false"),
             ("critical", 1, "must be true or false"),
@@ -11714,7 +11765,7 @@ class TestDaemon:
         assert groups()["g"]["max_concurrent"] == 100
         box.config({"log": {"level": "debug"}})
         ask_json(box, "reload")  # one of the burst may have been before it
-        eventually(lambda: times_logged(box, "changed log.level: info -> debug") == 1)
+        eventually(lambda: times_logged(box, 'changed log.level: "info" -> "debug"') == 1)
         assert "; removed group.g" in box.log()
         assert ask(box, "reload") == "nothing changed\n"
         assert box.pid() == daemon and lives(daemon)
@@ -12533,7 +12584,7 @@ class TestServiceOptions:
             box.run("restart")
         box.stop()
         assert not os.path.exists(place) and not os.path.exists(number) and os.path.exists(log)
-        assert box.error("start", "--log-level", "loud", rc=78)["code"] == "config_invalid"
+        assert "--log-level" in box.error("start", "--log-level", "loud", rc=2)["message"]
 
     def test_a_log_can_be_json(self, box):
         box.config({"log": {"format": "json"}})
@@ -12551,18 +12602,18 @@ class TestServiceOptions:
         pid = box.start()
         write(box.file("config.yaml"), "{}")
         for words in (["reload"], ["restart"]):
-            assert "config.yaml is there, too" in box.error(*words, rc=78)["message"]
+            assert "config.yaml are both there" in box.error(*words, rc=78)["message"]
         assert "BAD configuration" in box.run("doctor", rc=1).stdout
         assert box.pid() == pid
         box.stop()
-        assert "config.yaml is there, too" in box.error("start", rc=78)["message"]
+        assert "config.yaml are both there" in box.error("start", rc=78)["message"]
         box.start("--config", box.file("config.json"))
 
     def test_a_reload_says_what_has_to_wait_for_the_next_start(self, box):
         box.start()
         box.config({"daemon": {"umask": "027", "max_concurrent": 7}})
         shown = box.run("reload").stdout
-        assert "daemon.umask: 077 -> 027, at the next start\n" in shown and "7\n" in shown
+        assert 'daemon.umask: "077" -> "027", at the next start\n' in shown and "7\n" in shown
 
     def test_a_reload_to_a_log_or_an_address_that_cannot_be_had_changes_nothing(self, box):
         log, web = os.path.join(box.root, "log"), {"web": {"command": "sleep 500"}}
@@ -12632,7 +12683,7 @@ class TestServiceOptions:
             shutil.rmtree(box.state)
             shown = box.run(*words).stdout
             path = box.file("config.toml" if sys.version_info >= (3, 11) else "config.json")
-            assert words == ["start"] or shown == f"{path}\n"
+            assert words == ["start"] or shown == f"made {path}\n"
             text = read(path)
             if sys.version_info >= (3, 11):
                 plain = re.sub(r"(?m)^# (?=\[|\w+ = [^ ])", "", text)  # all that have a default
@@ -12644,7 +12695,7 @@ class TestServiceOptions:
                     assert given == {k: d for k, (_, d, _) in options.items() if d not in (None, {})}
                     assert all(f"# {key} = " in text for key in options)
             write(path, "# mine\n" if path.endswith("toml") else '{ }')
-            assert box.run("init").stdout == f"{path}\n"
+            assert box.run("init").stdout == f"{path} is there already\n"
             box.run("stop")
             box.run("start")
             assert "mine" in read(path) or read(path) == "{ }"
@@ -13048,6 +13099,15 @@ class TestCli:
         ("kill 12", 2, "cancel 12"),
         ("stop 12", 2, "cancel 12"),
         ("stop --timeout=x", 2, "duration"),
+        ("stat", 2, "`status`"),
+        ("bogus", 2, "see `apexd.py --help`"),
+        ("cron run", 2, "cron run NAME"),
+        ("cron next", 2, "cron next NAME"),
+        ("events emit", 2, "events emit NAME"),
+        ("dlq list 999", 2, "no task 999"),
+        ("report --task 1", 2, "nothing to report"),
+        ("report --task 1 --progress 500", 2, "from 0 to 100"),
+        ("start --log-level bogus", 2, "--log-level"),
         ("start --mode x", 2, "x"),
         ("--project /nonexistent list", 2, "/nonexistent"),
         ("--config /nonexistent list", 78, "/nonexistent"),
@@ -13307,7 +13367,7 @@ class TestCli:
         assert "ended as ok" in why("ok")
         assert "failed: exit 3" in why("three")
         assert "no-such-command" in why("missing")
-        assert f"task {ids['three']} is failed, needed: ok" in why("skipped")
+        assert f"task {ids['three']} is failed, but was to succeed" in why("skipped")
         assert "cancelled" in why("cancelled")
 
     def test_show_tells_a_task_and_its_attempts(self, used):
@@ -13380,6 +13440,48 @@ class TestCli:
         assert ask(box, "cancel", first, rc=2) == ""
         assert ask(box, "logs") == ""
         assert not box.processes()
+
+    @linux
+    def test_output_that_finds_no_room_is_an_error_and_none_at_all_is_not(self, box):
+        box.batch(["true"] * 2000)
+        for words in ("list", "list --json", "why 1", "config"):
+            line = " ".join(box.command(*words.split()))
+            sh = lambda line: subprocess.run(["sh", "-c", line], cwd=box.path, env=box.env, capture_output=True, text=True)
+            done = sh(line + " >/dev/full")
+            assert done.returncode == 73 and "cannot write to standard output: No space left" in done.stderr, done
+            assert ('"code": "cannot_create"' in done.stderr) == ("--json" in words)
+            done = sh(line + " >&-")
+            assert (done.returncode, done.stderr) == (0, "") or "newest 100" in done.stderr, done
+        assert sh(" ".join(box.command("show", "9999")) + " 2>&-").stdout == ""
+
+    def test_errors_are_json_where_json_is_asked_for(self, box):
+        task_id = box.add("true")
+        box.run("cancel", task_id)
+        assert f"finished already: {task_id}" in box.run("cancel", task_id, rc=1).stderr
+        done = box.run("--json", "cancel", task_id, rc=1)
+        assert json.loads(done.stdout) == {"done": [], "not_done": [task_id]}
+        assert json.loads(done.stderr)["error"]["code"] == "illegal_state"
+        pid = box.start()
+        error = box.error("start", "--foreground", rc=75)
+        assert (error["code"], error["message"]) == ("already_running", f"already running, PID {pid}")
+        said = box.run("start", "--log-level", "debug").stdout
+        assert said == f"already running, PID {pid}; its options stay as they are: `stop` it first\n"
+
+    def test_help_and_version_are_where_people_look_for_them(self, box):
+        assert box.run("--version").stdout == apexd.__version__ + "\n"
+        assert box.run("help", "logs").stdout == box.run("logs", "--help").stdout
+        assert box.run("help").stdout == box.run("--help").stdout
+
+    @posix
+    def test_a_wait_that_is_left_says_that_its_task_goes_on(self, box):
+        box.start()
+        child = box.popen("add", "--wait", "--", "sleep", "600")
+        eventually(lambda: box.look(1)["state"] == "running")
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 130 and b"task 1 goes on" in child.stderr.read()
+        assert box.task(1)["state"] == "running"
+        assert not re.search(r"(?m)^(suspect|boot_id|request_id|start_time|keeper) ", box.run("show", 1).stdout)
+        box.run("cancel", 1)
 
     def test_config_doctor_and_version_tell_the_truth(self, box):
         box.config({"limits": {"timeout": "5m"}})
