@@ -7526,7 +7526,8 @@ class TaskVerbs:
         if self._runner is not None:
             if verb == "cancel":
                 active = set(self._runner.get_metrics().active_task_ids)
-                answer["ending"] = [task_id for task_id in done if task_id in active]
+                ending = [task_id for task_id in done if task_id in active]
+                answer.update({"ending": ending} if ending else {})
                 self._runner.end(done)
             self._runner.tell(done)
         elif verb == "cancel":
