@@ -13788,7 +13788,7 @@ class TestWindows:
         web = eventually(lambda: json.loads(windows.run("ps", "--json"))[0]["pid"])
         eventually(lambda: len(windows.processes("ping -n 60")) == 3, why="web, cmd.exe, ping")
         port = json.loads(read(windows.file("endpoint")))["port"]
-        assert windows.run("kill") .startswith(f"killed, PID {pid}; ")
+        assert windows.run("kill").startswith(f"killed, PID {pid}; ")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), 5.0)
         eventually(lambda: not windows.processes("exit 5"), why="it ends while there is no daemon")
